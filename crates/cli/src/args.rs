@@ -1,0 +1,169 @@
+//! The command line: what can be asked, and the words of `--help`.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::builder::styling::{AnsiColor, Style, Styles};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand};
+use incipit_tune::spec::Precision;
+
+use crate::commands::{bench, convert, demo, doctor, eval, generate, inspect, train};
+
+const STYLES: Styles = Styles::styled()
+    .header(AnsiColor::Red.on_default().bold())
+    .usage(AnsiColor::Red.on_default().bold())
+    .literal(Style::new().bold())
+    .placeholder(AnsiColor::Cyan.on_default());
+
+const AFTER_HELP: &str = "\
+Start here:
+  incipit demo            see a prompt being learned, in about a minute
+  incipit doctor          see what this machine offers
+  incipit train --help    tune a prompt on your own data
+
+Exit codes:
+  0    done
+  1    something failed: a file could not be written, memory ran out
+  2    what was given cannot be used: flags, files, data (the message says what to change)
+  3    training stopped at a loss or gradient that was not finite; nothing was updated by it
+  130  interrupted; `train` saved a checkpoint first, go on with --resume
+
+Results go to standard output, all else to standard error.";
+
+/// The command line.
+#[derive(Parser)]
+#[command(
+    name = "incipit",
+    version,
+    about = "Tunes soft prompts: a few rows of numbers, put before the input of a frozen T5, are trained for a task, and the model \
+             itself stays as it is",
+    after_help = AFTER_HELP,
+    styles = STYLES,
+    max_term_width = 100,
+    arg_required_else_help = true,
+    subcommand_required = true,
+    disable_help_subcommand = true,
+    infer_long_args = false
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What every command takes.
+#[derive(Args)]
+#[command(next_help_heading = "Everywhere")]
+pub(crate) struct Global {
+    /// Print results as JSON instead of tables
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Threads to compute with (results do not depend on it) [default: all cores]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
+    /// Say more on standard error (-vv: still more)
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+    /// Say nothing on standard error but warnings and errors
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub(crate) quiet: bool,
+}
+
+/// What can be asked.
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Tune a prompt on the bundled small model, and show that it learned
+    Demo(demo::DemoArgs),
+    /// Tune a prompt on your model and data
+    Train(Box<train::TrainArgs>),
+    /// Measure a prompt on a file of examples
+    Eval(eval::EvalArgs),
+    /// Let the model answer inputs, with a prompt or without
+    Generate(generate::GenerateArgs),
+    /// Look into a model or a prompt
+    #[command(subcommand)]
+    Inspect(inspect::InspectCommand),
+    /// Rewrite a model or a prompt in another format
+    #[command(subcommand)]
+    Convert(convert::ConvertCommand),
+    /// Time the engine on this machine
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
+    /// Say what this machine has, what this build uses of it, and what is missing
+    Doctor(doctor::DoctorArgs),
+}
+
+/// How records become texts and tokens, where the defaults do not fit.
+#[derive(Args, Clone)]
+pub(crate) struct FormatArgs {
+    /// Template of the input text, with a record's fields in braces: "question: {question}"
+    /// [default: the field `inputs`]
+    #[arg(long, value_name = "TEMPLATE", help_heading = "Data")]
+    pub(crate) inputs: Option<String>,
+    /// Template of the target text: "{label}" [default: the field `targets`]
+    #[arg(long, value_name = "TEMPLATE", help_heading = "Data")]
+    pub(crate) targets: Option<String>,
+    /// Text of each label: 0=False,1=True
+    #[arg(long, value_name = "A=TEXT,...", help_heading = "Data")]
+    pub(crate) labels: Option<String>,
+    /// Longest input in tokens; what is longer is cut, and counted [default: 512]
+    #[arg(long, value_name = "N", help_heading = "Data")]
+    pub(crate) max_input_length: Option<usize>,
+    /// Longest target in tokens [default: 16]
+    #[arg(long, value_name = "N", help_heading = "Data")]
+    pub(crate) max_target_length: Option<usize>,
+    /// Leave out records that do not fit, and count them, instead of refusing to start
+    #[arg(long, help_heading = "Data")]
+    pub(crate) skip_bad_records: bool,
+}
+
+/// A backbone to run with a prompt.
+#[derive(Args, Clone)]
+pub(crate) struct BackboneArgs {
+    /// Backbone: a directory, or a name on the Hugging Face Hub [default: that of the run that made the prompt]
+    #[arg(long, value_name = "DIR|HUB_ID", help_heading = "Model and prompt")]
+    pub(crate) model: Option<String>,
+    /// Prompt: a run's directory (its best prompt), an .npy file, a PEFT directory or a checkpoint [default: none, the
+    /// bare model]
+    #[arg(long, value_name = "PATH", help_heading = "Model and prompt")]
+    pub(crate) prompt: Option<PathBuf>,
+    /// Type of the backbone's weights [default: bf16]
+    #[arg(long, help_heading = "Model and prompt", value_parser = choice::<Precision>(names::DTYPES))]
+    pub(crate) dtype: Option<Precision>,
+    /// Tokens that go through the backbone at once [default: by the memory there is]
+    #[arg(long, value_name = "N", help_heading = "Model and prompt")]
+    pub(crate) microbatch_tokens: Option<usize>,
+}
+
+/// The names that flags take, for `--help` to list.
+pub(crate) mod names {
+    pub(crate) const DTYPES: &[&str] = &["bf16", "f32"];
+    pub(crate) const LOSSES: &[&str] = &["mean", "sum"];
+    pub(crate) const METHODS: &[&str] = &["prompt"];
+    pub(crate) const METRICS: &[&str] = &["accuracy", "exact-match", "token-f1", "macro-f1"];
+    pub(crate) const OPTIMIZERS: &[&str] = &["adafactor", "adamw", "sgd"];
+    pub(crate) const RECIPES: &[&str] = &["paper", "released-code"];
+    pub(crate) const RECOMPUTES: &[&str] = &["auto", "on", "off"];
+    pub(crate) const SCHEDULES: &[&str] = &["constant", "linear", "cosine"];
+}
+
+/// A flag that takes one of a few names.
+pub(crate) fn choice<T>(names: &'static [&'static str]) -> impl TypedValueParser<Value = T>
+where
+    T: FromStr + Clone + Send + Sync + 'static,
+    T::Err: std::error::Error + Send + Sync + 'static,
+{
+    PossibleValuesParser::new(names).try_map(|name| name.parse::<T>())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,363 @@
+//! `incipit bench step`: how long a step takes on this machine.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result, anyhow};
+use candle_core::{Device, Tensor};
+use clap::{Args, Subcommand};
+use incipit_data::TokenizedExample;
+use incipit_kernels::rng::Philox;
+use incipit_model::{Config, T5};
+use incipit_tune::engine::{Engine, EngineOptions, JobBatch, Objective, Recompute};
+use incipit_tune::optimizer::{Optimizer, OptimizerKind};
+use incipit_tune::recipe::LossReduction;
+use incipit_tune::spec::Precision;
+use incipit_weights::{Checkpoint, Random, RandomTensor, Source};
+use serde::Serialize;
+
+use crate::args::{Global, choice, names};
+use crate::exit::{Exit, bad_input};
+use crate::output::{self, Printed};
+use crate::progress::{self, note};
+use crate::{machine, units};
+
+/// The random streams of prompts and tokens.
+const PROMPT_STREAM: u64 = 1;
+const TOKEN_STREAM: u64 = 2;
+const LEARNING_RATE: f32 = 0.3;
+const MEBIBYTE: f64 = 1024.0 * 1024.0;
+
+/// What can be timed.
+#[derive(Subcommand)]
+pub(crate) enum BenchCommand {
+    /// One training step: forward, backward to the prompt, and the optimizer's update
+    Step(StepArgs),
+}
+
+const AFTER_HELP: &str = "\
+Weights are random, in the shape of a T5 1.1 or of the config.json in a directory; a directory with weights is used as it is.
+
+Examples:
+  incipit bench step --shape base --lengths 8x128
+  incipit bench step --shape base --lengths 96,82,131,95,64,111,195,158 --jobs 2 --json
+
+Useful floating-point operations of a step are 4 x the parameters that a token passes x the tokens: 2 forward, 2 backward to the
+input. Recomputation is not counted.";
+
+/// Flags of `bench step`.
+#[derive(Args)]
+#[command(after_help = AFTER_HELP)]
+pub(crate) struct StepArgs {
+    /// small, base, large, xl or xxl (T5 1.1, random weights), or a directory: its weights, or its config.json and random weights
+    #[arg(long, value_name = "SHAPE|DIR")]
+    shape: String,
+    /// Tokens of each example's input, prompt not counted: a list, or COUNTxLENGTH
+    #[arg(long, value_name = "LIST|NxL", value_parser = parse_lengths)]
+    lengths: Lengths,
+    /// Tokens of each target
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    target_length: usize,
+    /// Rows of each prompt
+    #[arg(long, value_name = "P", default_value_t = 100)]
+    prompt_length: usize,
+    /// Jobs between which the examples are divided, each with a prompt of its own
+    #[arg(long, value_name = "K", default_value_t = 1)]
+    jobs: usize,
+    /// Type of the backbone's weights
+    #[arg(long, default_value = "bf16", value_parser = choice::<Precision>(names::DTYPES))]
+    dtype: Precision,
+    /// Steps that are timed, after one that is not
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    steps: usize,
+    /// Tokens that go through the backbone at once [default: by the memory there is]
+    #[arg(long, value_name = "N")]
+    microbatch_tokens: Option<usize>,
+    /// Whether activations are computed again in the backward pass instead of kept
+    #[arg(long, default_value = "auto", value_parser = choice::<Recompute>(names::RECOMPUTES))]
+    recompute: Recompute,
+    /// Seed of weights, prompts and tokens
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+struct Lengths(Vec<usize>);
+
+#[derive(Serialize)]
+struct Report {
+    shape: String,
+    dtype: String,
+    kernels: &'static str,
+    threads: usize,
+    jobs: usize,
+    examples: usize,
+    prompt_length: usize,
+    target_length: usize,
+    microbatch_tokens: usize,
+    /// Inputs, prompt rows and targets of a step.
+    tokens: usize,
+    parameters: u64,
+    steps: usize,
+    median_s: f64,
+    min_s: f64,
+    seconds: Vec<f64>,
+    peak_rss_mb: Option<f64>,
+    /// Memory that is not a view of a file, at the end.
+    anonymous_rss_mb: Option<f64>,
+    useful_tflop: f64,
+    /// Useful, by the median.
+    tflop_s: f64,
+    loss: f64,
+}
+
+/// One prompt of the benchmark.
+struct Job {
+    prompt: Vec<f32>,
+    optimizer: Optimizer,
+    examples: Vec<TokenizedExample>,
+}
+
+/// Times the steps and prints what they took.
+///
+/// # Errors
+/// If the shape or the lengths cannot be used, or a step fails.
+pub(crate) fn run(command: &BenchCommand, global: &Global) -> Result<Exit> {
+    let BenchCommand::Step(args) = command;
+    output::print(&step(args, global)?, global.json)?;
+    Ok(Exit::Ok)
+}
+
+/// `96,82,131` or `8x128`.
+fn parse_lengths(text: &str) -> Result<Lengths, String> {
+    let number = |part: &str| match part.trim().parse::<usize>() {
+        Ok(n) if n > 0 => Ok(n),
+        _ => Err(format!(
+            "`{part}` is not a number of tokens: write a list such as 96,82,131, or COUNTxLENGTH such as 8x128"
+        )),
+    };
+    match text.split_once(['x', 'X']) {
+        Some((count, length)) => Ok(Lengths(vec![number(length)?; number(count)?])),
+        None => text.split(',').map(number).collect::<Result<_, _>>().map(Lengths),
+    }
+}
+
+fn step(args: &StepArgs, global: &Global) -> Result<Report> {
+    let Lengths(lengths) = &args.lengths;
+    match args {
+        StepArgs { steps: 0, .. } => return bad_input("--steps is 0: nothing would be timed"),
+        StepArgs { target_length: 0, .. } => {
+            return bad_input("--target-length is 0: a target ends with </s>, give at least 1");
+        }
+        StepArgs { prompt_length: 0, .. } => {
+            return bad_input("--prompt-length is 0: there would be nothing to train");
+        }
+        StepArgs { jobs, .. } if !(1..=lengths.len()).contains(jobs) => {
+            return bad_input(format!(
+                "--jobs is {jobs}: give 1 to {}, as many as there are examples",
+                lengths.len()
+            ));
+        }
+        _ => {}
+    }
+    note("making the weights ready");
+    let model = model(args)?;
+    let (config, parameters) = (model.config().clone(), model.config().num_parameters());
+    let options = EngineOptions { microbatch_tokens: args.microbatch_tokens, recompute: args.recompute };
+    let engine = Engine::new(Arc::new(model), options);
+    let mut jobs = jobs(args, &config);
+    let bar = progress::bar(args.steps as u64 + 1, "steps", global);
+    let (mut seconds, mut loss) = (Vec::new(), 0.0);
+    for _ in 0..=args.steps {
+        let start = Instant::now();
+        loss = one_step(&engine, &mut jobs, args.prompt_length, config.d_model)?;
+        seconds.push(start.elapsed().as_secs_f64());
+        bar.inc(1);
+    }
+    drop(bar);
+    // The first step packs weights and touches files.
+    seconds.remove(0);
+    let encoder: usize = lengths.iter().map(|length| length + args.prompt_length).sum();
+    let decoder = lengths.len() * args.target_length;
+    let (encoder_parameters, decoder_parameters) = config.parameters_passed();
+    let flop =
+        4.0 * (encoder_parameters as f64 * encoder as f64 + decoder_parameters as f64 * decoder as f64);
+    let (median_s, min_s) = (median(&seconds), seconds.iter().copied().fold(f64::MAX, f64::min));
+    Ok(Report {
+        shape: args.shape.clone(),
+        dtype: args.dtype.to_string(),
+        kernels: incipit_kernels::isa().name(),
+        threads: rayon::current_num_threads(),
+        jobs: args.jobs,
+        examples: lengths.len(),
+        prompt_length: args.prompt_length,
+        target_length: args.target_length,
+        microbatch_tokens: engine.microbatch_tokens(),
+        tokens: encoder + decoder,
+        parameters,
+        steps: args.steps,
+        median_s,
+        min_s,
+        seconds,
+        peak_rss_mb: machine::peak_memory().map(|n| n as f64 / MEBIBYTE),
+        anonymous_rss_mb: machine::anonymous_memory().map(|n| n as f64 / MEBIBYTE),
+        useful_tflop: flop / 1e12,
+        tflop_s: flop / 1e12 / median_s,
+        loss,
+    })
+}
+
+fn median(seconds: &[f64]) -> f64 {
+    let mut sorted = seconds.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let half = sorted.len() / 2;
+    if sorted.len().is_multiple_of(2) { f64::midpoint(sorted[half - 1], sorted[half]) } else { sorted[half] }
+}
+
+fn model(args: &StepArgs) -> Result<T5> {
+    let dtype = args.dtype.into();
+    if let Some(config) = Config::preset(&args.shape) {
+        return Ok(T5::load(config.clone(), &random(&config, args)?, dtype)?);
+    }
+    let dir = Path::new(&args.shape);
+    if !dir.is_dir() {
+        return bad_input(format!(
+            "--shape {} is neither small, base, large, xl or xxl nor a directory",
+            args.shape
+        ));
+    }
+    let path = dir.join("config.json");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let config = Config::from_json(&text)?;
+    match Checkpoint::open(dir, dtype) {
+        Ok(checkpoint) => Ok(T5::load(config, &checkpoint, dtype)?),
+        Err(incipit_weights::Error::NoWeights { .. }) => {
+            Ok(T5::load(config.clone(), &random(&config, args)?, dtype)?)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Weights of the size that T5's own initialisation gives them, so that activations stay in range.
+fn random(config: &Config, args: &StepArgs) -> Result<impl Source> {
+    let tensor = |(name, shape): (String, Vec<usize>)| {
+        let norm = name.contains("layer_norm");
+        let deviation = match name.as_str() {
+            _ if norm => 0.0,
+            "shared.weight" => 1.0,
+            n if n.ends_with(".q.weight") => ((config.d_model * config.d_kv) as f32).powf(-0.5),
+            n if n.ends_with("relative_attention_bias.weight") => 0.1,
+            _ => (shape[shape.len() - 1] as f32).powf(-0.5),
+        };
+        RandomTensor { name, shape, mean: if norm { 1.0 } else { 0.0 }, deviation }
+    };
+    Ok(Random::new(config.tensors().into_iter().map(tensor).collect(), args.dtype.into(), args.seed)?)
+}
+
+/// The examples in order, cut into as many parts as there are jobs.
+fn jobs(args: &StepArgs, config: &Config) -> Vec<Job> {
+    let Lengths(lengths) = &args.lengths;
+    let mut tokens = Philox::new(args.seed, &[TOKEN_STREAM]);
+    // Ids below 3 are padding, the end and the unknown.
+    let mut sequence = |length: usize| -> Vec<u32> {
+        let mut ids: Vec<u32> =
+            (1..length).map(|_| 3 + tokens.below(config.vocab_size as u64 - 3) as u32).collect();
+        ids.push(config.eos_token_id);
+        ids
+    };
+    let mut examples: Vec<_> = lengths
+        .iter()
+        .map(|length| TokenizedExample { input: sequence(*length), target: sequence(args.target_length) })
+        .collect();
+    let mut jobs = Vec::new();
+    for k in 0..args.jobs {
+        let mut rng = Philox::new(args.seed, &[PROMPT_STREAM, k as u64]);
+        let prompt = (0..args.prompt_length * config.d_model).map(|_| rng.uniform() - 0.5).collect();
+        let optimizer =
+            Optimizer::new(&OptimizerKind::adafactor(1e-5, 0), args.prompt_length, config.d_model);
+        let share = examples.len() / (args.jobs - k);
+        jobs.push(Job { prompt, optimizer, examples: examples.drain(..share).collect() });
+    }
+    jobs
+}
+
+/// One update of every job; the mean of their losses.
+fn one_step(engine: &Engine, jobs: &mut [Job], rows: usize, width: usize) -> Result<f64> {
+    let prompts: Vec<Tensor> = jobs
+        .iter()
+        .map(|job| Tensor::from_slice(&job.prompt, (rows, width), &Device::Cpu))
+        .collect::<candle_core::Result<_>>()?;
+    let objective = Objective { reduction: LossReduction::Mean, dropout: 0.0, z_loss: 0.0 };
+    let batches: Vec<JobBatch<'_>> = jobs
+        .iter()
+        .zip(&prompts)
+        .map(|(job, prompt)| JobBatch {
+            prompt,
+            examples: job.examples.iter().collect(),
+            keys: (0..job.examples.len() as u64).collect(),
+            objective,
+        })
+        .collect();
+    let gradients = engine.gradients(&batches);
+    drop(batches);
+    let mut loss = 0.0;
+    let count = jobs.len() as f64;
+    for (job, gradient) in jobs.iter_mut().zip(gradients) {
+        let gradient = gradient.map_err(|fault| anyhow!("the step failed: {fault}"))?;
+        job.optimizer.step(&mut job.prompt, &gradient.gradient, LEARNING_RATE);
+        loss += gradient.loss / count;
+    }
+    Ok(loss)
+}
+
+impl Printed for Report {
+    fn text(&self) -> String {
+        let mb = |n: Option<f64>| {
+            n.map_or_else(|| "not told by this system".to_owned(), |mb| format!("{} MiB", units::rate(mb)))
+        };
+        let rows = vec![
+            vec!["median of a step".to_owned(), format!("{:.3} s", self.median_s)],
+            vec!["fastest step".to_owned(), format!("{:.3} s", self.min_s)],
+            vec!["tokens a step".to_owned(), units::count(self.tokens as u64)],
+            vec!["tokens a second".to_owned(), units::rate(self.tokens as f64 / self.median_s)],
+            vec!["examples a second".to_owned(), units::rate(self.examples as f64 / self.median_s)],
+            vec!["useful work a step".to_owned(), format!("{:.3} TFLOP", self.useful_tflop)],
+            vec!["useful rate".to_owned(), format!("{:.3} TFLOP/s", self.tflop_s)],
+            vec!["peak memory".to_owned(), mb(self.peak_rss_mb)],
+        ];
+        let what = format!(
+            "{} in {}, {} parameters; {} examples of {} jobs, {} prompt rows, {} target tokens; kernels {}, {} threads",
+            self.shape,
+            self.dtype,
+            units::count(self.parameters),
+            self.examples,
+            self.jobs,
+            self.prompt_length,
+            self.target_length,
+            self.kernels,
+            self.threads
+        );
+        format!("{what}\n{}", output::table(&["measure", "value"], &rows, true))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lengths_are_a_list_or_a_count_of_equal_ones() {
+        assert_eq!(parse_lengths("8x128"), Ok(Lengths(vec![128; 8])));
+        assert_eq!(parse_lengths("96, 82,131"), Ok(Lengths(vec![96, 82, 131])));
+        for bad in ["", "0", "8x", "x8", "8x0", "1,,2", "-3", "many"] {
+            assert!(parse_lengths(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_median_lies_between_the_middle_two() {
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
+    }
+}

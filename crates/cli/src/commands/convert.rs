@@ -1,0 +1,194 @@
+//! `incipit convert`: models and prompts from one kind of file to another.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::{Args, Subcommand, ValueEnum};
+use incipit_model::Config;
+use incipit_tune::peft::{self, BaseModel};
+use incipit_tune::prompt::Prompt;
+use incipit_tune::{atomic, npy, spec::Precision};
+use incipit_weights::{Checkpoint, resolve, write_safetensors};
+use serde::Serialize;
+
+use super::backbone::run_settings;
+use crate::args::{Global, choice, names};
+use crate::exit::{BadInput, Exit, bad_input};
+use crate::output::{self, Printed};
+use crate::units;
+
+/// What can be converted.
+#[derive(Subcommand)]
+pub(crate) enum ConvertCommand {
+    /// Rewrite a model (pytorch_model.bin or safetensors; f32, bf16 or f16) as safetensors, in shards where it is large
+    Model(ModelArgs),
+    /// Rewrite a prompt as an .npy file or a PEFT directory
+    Prompt(PromptArgs),
+}
+
+/// Flags of `convert model`.
+#[derive(Args)]
+#[command(
+    after_help = "One tensor is in memory at a time. The configuration and the tokenizer are copied beside the weights, and DST is \
+                        whole or absent, whatever happens."
+)]
+pub(crate) struct ModelArgs {
+    /// Directory of the model, or a name on the Hugging Face Hub
+    #[arg(value_name = "SRC")]
+    source: String,
+    /// Directory to make; it must not exist, or be empty
+    #[arg(value_name = "DST")]
+    destination: PathBuf,
+    /// Type to write
+    #[arg(long, default_value = "bf16", value_parser = choice::<Precision>(names::DTYPES))]
+    dtype: Precision,
+    /// Largest file; more weights become shards with an index
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = units::parse_bytes)]
+    max_shard_size: u64,
+}
+
+/// Flags of `convert prompt`.
+#[derive(Args)]
+pub(crate) struct PromptArgs {
+    /// Prompt to read: a run's directory (its best prompt), an .npy file, a PEFT directory or a checkpoint
+    #[arg(value_name = "SRC")]
+    source: PathBuf,
+    /// File or directory to write; it must not exist
+    #[arg(value_name = "DST")]
+    destination: PathBuf,
+    /// What to write [default: npy where DST ends in .npy, else peft]
+    #[arg(long, value_enum)]
+    to: Option<PromptKind>,
+    /// Backbone that the prompt is for; PEFT's file names it [default: that of the run that made the prompt]
+    #[arg(long, value_name = "DIR|HUB_ID")]
+    model: Option<String>,
+}
+
+/// What a prompt can be written as.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+enum PromptKind {
+    /// One array [P, D] of f32, as google-research/prompt-tuning reads it
+    Npy,
+    /// A directory as Hugging Face PEFT loads it
+    Peft,
+}
+
+#[derive(Serialize)]
+struct ModelWritten {
+    destination: PathBuf,
+    files: Vec<String>,
+    tensors: usize,
+    bytes: u64,
+    dtype: String,
+}
+
+#[derive(Serialize)]
+struct PromptWritten {
+    destination: PathBuf,
+    kind: PromptKind,
+    rows: usize,
+    width: usize,
+}
+
+/// Converts, and prints what was written.
+///
+/// # Errors
+/// If the source cannot be read, the destination is taken, or the disk refuses.
+pub(crate) fn run(command: &ConvertCommand, global: &Global) -> Result<Exit> {
+    match command {
+        ConvertCommand::Model(args) => output::print(&model(args)?, global.json)?,
+        ConvertCommand::Prompt(args) => output::print(&prompt(args)?, global.json)?,
+    }
+    Ok(Exit::Ok)
+}
+
+fn model(args: &ModelArgs) -> Result<ModelWritten> {
+    let source = Checkpoint::open(&resolve(&args.source)?, args.dtype.into())?;
+    let written = write_safetensors(&args.destination, &source, args.dtype.into(), args.max_shard_size)?;
+    let name = |path: &PathBuf| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    Ok(ModelWritten {
+        destination: args.destination.clone(),
+        files: written.files.iter().map(name).collect(),
+        tensors: written.num_tensors,
+        bytes: written.num_bytes,
+        dtype: args.dtype.to_string(),
+    })
+}
+
+fn prompt(args: &PromptArgs) -> Result<PromptWritten> {
+    let prompt = Prompt::read(&args.source)?;
+    let is_npy = args.destination.extension().is_some_and(|e| e == "npy");
+    let kind = args.to.unwrap_or(if is_npy { PromptKind::Npy } else { PromptKind::Peft });
+    refuse_to_overwrite(&args.destination)?;
+    if let Some(parent) = args.destination.parent().filter(|p| !p.as_os_str().is_empty()) {
+        atomic::create_dir(parent)?;
+    }
+    match kind {
+        PromptKind::Npy => npy::write(&args.destination, &prompt)?,
+        PromptKind::Peft => peft::write(&args.destination, &prompt, &base_model(args, &prompt)?)?,
+    }
+    Ok(PromptWritten {
+        destination: args.destination.clone(),
+        kind,
+        rows: prompt.length(),
+        width: prompt.width(),
+    })
+}
+
+fn refuse_to_overwrite(path: &Path) -> Result<()> {
+    let taken = match std::fs::read_dir(path) {
+        Ok(mut entries) => entries.next().is_some(),
+        Err(_) => path.exists(),
+    };
+    if taken {
+        bad_input(format!("{} is there already: remove it, or give another place", path.display()))
+    } else {
+        Ok(())
+    }
+}
+
+/// The model that PEFT's file names: from `--model`, or from the run beside the prompt.
+fn base_model(args: &PromptArgs, prompt: &Prompt) -> Result<BaseModel> {
+    let of_run = || Ok::<_, anyhow::Error>(run_settings(&args.source)?.and_then(|settings| settings.model));
+    let name = match &args.model {
+        Some(model) => Some(model.clone()),
+        None => of_run()?,
+    };
+    let name = name.ok_or_else(|| {
+        BadInput(
+            "a PEFT directory names the backbone that its prompt is for: give it with --model".to_owned(),
+        )
+    })?;
+    let dir = resolve(&name)?;
+    let path = dir.join("config.json");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let config = Config::from_json(&text)?;
+    prompt.check_width(config.d_model, &args.source)?;
+    Ok(BaseModel { name, num_layers: config.num_layers, num_heads: config.num_heads })
+}
+
+impl Printed for ModelWritten {
+    fn text(&self) -> String {
+        output::facts([
+            ("wrote", self.destination.display().to_string()),
+            ("files", self.files.join(", ")),
+            ("tensors", self.tensors.to_string()),
+            ("size", format!("{} of {}", units::bytes(self.bytes), self.dtype)),
+        ])
+    }
+}
+
+impl Printed for PromptWritten {
+    fn text(&self) -> String {
+        let kind = match self.kind {
+            PromptKind::Npy => "an .npy file",
+            PromptKind::Peft => "a PEFT directory",
+        };
+        output::facts([
+            ("wrote", self.destination.display().to_string()),
+            ("as", kind.to_owned()),
+            ("shape", format!("{} rows of {}", self.rows, self.width)),
+        ])
+    }
+}

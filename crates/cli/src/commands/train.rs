@@ -1,0 +1,371 @@
+//! `incipit train`: tunes a prompt.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use clap::{ArgAction, Args};
+use incipit_data::metrics::Metric;
+use incipit_tune::control::Control;
+use incipit_tune::engine::Recompute;
+use incipit_tune::recipe::{LossReduction, OptimizerName, Recipe};
+use incipit_tune::schedule::Schedule;
+use incipit_tune::spec::{Method, PartialSpec, Precision, TrainSpec};
+use incipit_tune::train::{End, train};
+use serde::Serialize;
+
+use crate::args::{FormatArgs, Global, choice, names};
+use crate::exit::Exit;
+use crate::interrupt::stop_on_ctrl_c;
+use crate::output::{self, Printed};
+use crate::progress::{Watch, note};
+use crate::report::{self, Records};
+use crate::units;
+
+/// What holds the prompt for PEFT, in a run's directory.
+const ADAPTER_DIR: &str = "adapter";
+
+const AFTER_HELP: &str = "\
+The prompt is evaluated as it learns. OUT receives the best one for Incipit (prompt.npy) and for PEFT (adapter/), checkpoints, \
+metrics.jsonl and the same for TensorBoard, and report.html.
+
+Examples:
+  incipit train --model google/t5-small-lm-adapt --train train.jsonl --eval dev.jsonl --out runs/first
+      where each line of the files is {\"inputs\": \"...\", \"targets\": \"...\"}
+
+  incipit train --model ./t5 --train q.csv --eval q-dev.csv --out runs/q \\
+      --inputs \"question: {question}\" --targets \"{label}\" --labels 0=False,1=True --steps 2000
+
+  incipit train --config runs/q/run.toml --out runs/again --seed 1
+      the same settings with another seed: flags override the file, the file overrides the defaults
+
+  incipit train --out runs/q --resume
+      goes on after Ctrl-C, a crash or a kill, and ends in the same bytes as an undisturbed run
+
+Files: JSON lines (also .gz), CSV, TSV or Parquet.
+Prompt initialisations: class-label, vocab, uniform, uniform:LOW,HIGH, text:SOME WORDS, file:PATH (an .npy, a
+PEFT directory or another run).
+Next: open OUT/report.html, and try `incipit generate --prompt OUT`.";
+
+/// Flags of `train`.
+#[derive(Args)]
+#[command(after_help = AFTER_HELP)]
+pub(crate) struct TrainArgs {
+    /// Backbone: a directory with config.json, weights and tokenizer, or a name on the Hugging Face Hub
+    #[arg(long, value_name = "DIR|HUB_ID", help_heading = "Run")]
+    model: Option<String>,
+    /// Training examples
+    #[arg(long, value_name = "FILE", help_heading = "Run")]
+    train: Option<PathBuf>,
+    /// Evaluation examples: they choose the best prompt
+    #[arg(long, value_name = "FILE", help_heading = "Run")]
+    eval: Option<PathBuf>,
+    /// Directory of the run: new, or empty, or with --resume a run's
+    #[arg(long, value_name = "DIR", help_heading = "Run")]
+    out: Option<PathBuf>,
+    /// Settings from a file, such as another run's run.toml; names as the flags', unknown names are errors
+    #[arg(long, value_name = "FILE.toml", help_heading = "Run")]
+    config: Option<PathBuf>,
+    /// Go on with the run in --out from its last checkpoint
+    #[arg(long, help_heading = "Run")]
+    resume: bool,
+    #[command(flatten)]
+    format: FormatArgs,
+    #[command(flatten)]
+    prompt: PromptArgs,
+    #[command(flatten)]
+    optimization: OptimizationArgs,
+    #[command(flatten)]
+    checks: CheckArgs,
+    #[command(flatten)]
+    machine: MachineArgs,
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Prompt")]
+struct PromptArgs {
+    /// Rows of the prompt [default: 100]
+    #[arg(long, value_name = "P")]
+    prompt_length: Option<usize>,
+    /// Where the prompt starts (see below) [default: class-label]
+    #[arg(long, value_name = "KIND")]
+    prompt_init: Option<String>,
+    /// What is trained [default: prompt]
+    #[arg(long, value_parser = choice::<Method>(names::METHODS))]
+    method: Option<Method>,
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Optimization")]
+struct OptimizationArgs {
+    /// Set of defaults: as the paper prints it, or as its released code runs [default: paper]
+    #[arg(long, value_parser = choice::<Recipe>(names::RECIPES))]
+    recipe: Option<Recipe>,
+    /// What turns gradients into updates [default: adafactor]
+    #[arg(long, value_parser = choice::<OptimizerName>(names::OPTIMIZERS))]
+    optimizer: Option<OptimizerName>,
+    /// Learning rate [default: 0.3]
+    #[arg(long, value_name = "RATE")]
+    lr: Option<f64>,
+    /// How the learning rate changes [default: constant]
+    #[arg(long, value_parser = choice::<Schedule>(names::SCHEDULES))]
+    schedule: Option<Schedule>,
+    /// Steps over which the learning rate rises from 0 [default: 0]
+    #[arg(long, value_name = "N")]
+    warmup_steps: Option<u64>,
+    /// Weight decay of Adafactor and AdamW [default: 1e-5]
+    #[arg(long, value_name = "RATE")]
+    weight_decay: Option<f64>,
+    /// Examples a step [default: 32]
+    #[arg(long, value_name = "N")]
+    batch_size: Option<usize>,
+    /// Steps [default: 30000]
+    #[arg(long, value_name = "N")]
+    steps: Option<u64>,
+    /// Dropout inside the frozen backbone [default: by recipe, paper: 0]
+    #[arg(long, value_name = "RATE")]
+    dropout: Option<f64>,
+    /// Weight of the z-loss [default: by recipe, paper: 0]
+    #[arg(long, value_name = "WEIGHT")]
+    z_loss: Option<f64>,
+    /// How the target tokens' losses become one [default: by recipe, paper: mean]
+    #[arg(long, value_parser = choice::<LossReduction>(names::LOSSES))]
+    loss: Option<LossReduction>,
+    /// Whether each epoch has a random order of its own [default: true]
+    #[arg(long, value_name = "true|false", action = ArgAction::Set)]
+    shuffle: Option<bool>,
+    /// Seed of the prompt's start, the data's order and dropout [default: 0]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Evaluation and checkpoints")]
+struct CheckArgs {
+    /// Steps from one evaluation to the next [default: 500]
+    #[arg(long, value_name = "N")]
+    eval_every: Option<u64>,
+    /// What is measured; the mean of several chooses the best [default: accuracy]
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',', value_parser = choice::<Metric>(names::METRICS))]
+    metrics: Option<Vec<Metric>>,
+    /// Evaluations without a better one after which the run ends [default: none, all steps are done]
+    #[arg(long, value_name = "N")]
+    patience: Option<u32>,
+    /// Steps from one checkpoint to the next [default: 500]
+    #[arg(long, value_name = "N")]
+    checkpoint_every: Option<u64>,
+    /// Newest checkpoints to keep, beside the best [default: 3]
+    #[arg(long, value_name = "N")]
+    keep: Option<usize>,
+    /// Resume on a backbone with another fingerprint
+    #[arg(long)]
+    allow_other_backbone: bool,
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Machine")]
+struct MachineArgs {
+    /// Where the backbone runs; this build has `cpu` alone [default: cpu]
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
+    /// Type of the backbone's weights [default: bf16]
+    #[arg(long, value_parser = choice::<Precision>(names::DTYPES))]
+    dtype: Option<Precision>,
+    /// Tokens that go through the backbone at once (results do not depend on it) [default: by the memory there is]
+    #[arg(long, value_name = "N")]
+    microbatch_tokens: Option<usize>,
+    /// Whether activations are computed again in the backward pass instead of kept [default: auto]
+    #[arg(long, value_parser = choice::<Recompute>(names::RECOMPUTES))]
+    recompute: Option<Recompute>,
+    // One value each works in this build, so that there is nothing to tell a reader of --help.
+    #[arg(long, hide = true)]
+    tp: Option<usize>,
+    #[arg(long, hide = true)]
+    dp: Option<usize>,
+    #[arg(long, hide = true)]
+    collective: Option<String>,
+}
+
+impl TrainArgs {
+    /// The run that the flags, the configuration file and the defaults describe.
+    fn resolve(self, global: &Global) -> Result<TrainSpec> {
+        let (config, resume) = (self.config.clone(), self.resume);
+        let flags = self.flags(global);
+        Ok(TrainSpec::resolve(flags, config.as_deref(), resume)?)
+    }
+
+    fn flags(self, global: &Global) -> PartialSpec {
+        let Self { format, prompt, optimization, checks, machine, .. } = self;
+        PartialSpec {
+            model: self.model,
+            train: self.train,
+            eval: self.eval,
+            out: self.out,
+            inputs: format.inputs,
+            targets: format.targets,
+            labels: format.labels,
+            prompt_length: prompt.prompt_length,
+            prompt_init: prompt.prompt_init,
+            method: prompt.method,
+            recipe: optimization.recipe,
+            optimizer: optimization.optimizer,
+            lr: optimization.lr,
+            schedule: optimization.schedule,
+            warmup_steps: optimization.warmup_steps,
+            weight_decay: optimization.weight_decay,
+            batch_size: optimization.batch_size,
+            steps: optimization.steps,
+            max_input_length: format.max_input_length,
+            max_target_length: format.max_target_length,
+            dropout: optimization.dropout,
+            z_loss: optimization.z_loss,
+            loss: optimization.loss,
+            shuffle: optimization.shuffle,
+            seed: optimization.seed,
+            eval_every: checks.eval_every,
+            checkpoint_every: checks.checkpoint_every,
+            keep: checks.keep,
+            patience: checks.patience,
+            metrics: checks.metrics,
+            device: machine.device,
+            dtype: machine.dtype,
+            tp: machine.tp,
+            dp: machine.dp,
+            collective: machine.collective,
+            microbatch_tokens: machine.microbatch_tokens,
+            recompute: machine.recompute,
+            // Absent flags leave the word to the file.
+            skip_bad_records: format.skip_bad_records.then_some(true),
+            allow_other_backbone: checks.allow_other_backbone.then_some(true),
+            threads: global.threads.map(usize::from),
+        }
+    }
+}
+
+/// Trains, then prints what came of it.
+///
+/// # Errors
+/// Whatever stops a run: see the exit codes.
+pub(crate) fn run(args: TrainArgs, global: &Global) -> Result<Exit> {
+    let spec = args.resolve(global)?;
+    let control = Control::new();
+    stop_on_ctrl_c(control.clone())?;
+    let summary = carry_out(&spec, &control, global)?;
+    output::print(&summary, global.json)?;
+    if summary.end == Ending::Interrupted {
+        note(&format!("go on with: incipit train --out {} --resume", spec.out.display()));
+        return Ok(Exit::Interrupted);
+    }
+    note(&format!(
+        "next: open {}, or try: incipit generate --prompt {} --input \"your text\"",
+        summary.report.display(),
+        spec.out.display()
+    ));
+    Ok(Exit::Ok)
+}
+
+/// What a run left, for people and programs.
+#[derive(Serialize)]
+pub(crate) struct Summary {
+    pub(crate) end: Ending,
+    steps: u64,
+    best_step: Option<u64>,
+    metrics: BTreeMap<String, f64>,
+    legal_share: Option<f64>,
+    eval_loss: Option<f64>,
+    train_loss: Option<f64>,
+    seconds: f64,
+    tokens_per_s: Option<f64>,
+    examples_per_s: Option<f64>,
+    prompt: Option<PathBuf>,
+    adapter: Option<PathBuf>,
+    pub(crate) report: PathBuf,
+}
+
+/// Why a run ended.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Ending {
+    AllSteps,
+    Patience,
+    Interrupted,
+}
+
+/// Trains and makes the report.
+///
+/// # Errors
+/// Whatever stops a run, or keeps its report from being written.
+pub(crate) fn carry_out(spec: &TrainSpec, control: &Control, global: &Global) -> Result<Summary> {
+    note(&format!("loading {}", spec.model));
+    let mut watch = Watch::new(global);
+    let start = Instant::now();
+    let outcome = train(spec, control, &mut watch)?;
+    let seconds = start.elapsed().as_secs_f64();
+    if let Some(failure) = watch.failure {
+        return Err(failure.context("the run is done and its prompt is saved, but not its predictions"));
+    }
+    let records = Records::read(&spec.out)?;
+    let report = report::write(&records, &spec.out)?;
+    let best = records.best();
+    Ok(Summary {
+        end: match outcome.end {
+            End::Steps => Ending::AllSteps,
+            End::Patience => Ending::Patience,
+            End::Requested => Ending::Interrupted,
+        },
+        steps: outcome.step,
+        best_step: best.map(|b| b.step),
+        metrics: best.map(|b| b.metrics.clone()).unwrap_or_default(),
+        legal_share: best.and_then(|b| b.legal),
+        eval_loss: best.map(|b| b.loss),
+        train_loss: records.steps.last().map(|s| s.loss),
+        seconds,
+        tokens_per_s: records.tokens_per_second(),
+        examples_per_s: records.examples_per_second(),
+        adapter: outcome.prompt.as_ref().map(|_| spec.out.join(ADAPTER_DIR)),
+        prompt: outcome.prompt,
+        report,
+    })
+}
+
+impl Printed for Summary {
+    fn text(&self) -> String {
+        let mut rows = Vec::new();
+        let mut row = |name: String, value: String| rows.push(vec![name, value]);
+        let at = self.best_step.map(|step| format!(" (step {})", units::count(step))).unwrap_or_default();
+        for (name, value) in &self.metrics {
+            row(format!("best {}", report::words(name)), format!("{}{at}", units::percent(*value)));
+        }
+        if let Some(share) = self.legal_share {
+            row("legal labels".into(), units::percent(share));
+        }
+        if let Some(loss) = self.eval_loss {
+            row("evaluation loss".into(), format!("{loss:.4}"));
+        }
+        if let Some(loss) = self.train_loss {
+            row("last training loss".into(), format!("{loss:.4}"));
+        }
+        let end = match self.end {
+            Ending::AllSteps => "",
+            Ending::Patience => ", ended early: nothing better for as long as --patience allows",
+            Ending::Interrupted => ", interrupted",
+        };
+        row("steps".into(), format!("{}{end}", units::count(self.steps)));
+        row("time".into(), units::duration(Duration::from_secs_f64(self.seconds)));
+        if let (Some(tokens), Some(examples)) = (self.tokens_per_s, self.examples_per_s) {
+            row(
+                "speed".into(),
+                format!("{} tokens/s, {} examples/s", units::rate(tokens), units::rate(examples)),
+            );
+        }
+        for (name, path) in [
+            ("prompt", &self.prompt),
+            ("PEFT adapter", &self.adapter),
+            ("report", &Some(self.report.clone())),
+        ] {
+            row(name.into(), path.as_ref().map_or("none yet".to_owned(), |p| p.display().to_string()));
+        }
+        output::table(&["run", ""], &rows, false)
+    }
+}

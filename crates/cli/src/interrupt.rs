@@ -1,0 +1,21 @@
+//! Ctrl-C: once asks a run to save and leave, twice leaves at once.
+
+use incipit_tune::control::Control;
+
+use crate::exit::Exit;
+
+/// From now on the first Ctrl-C (or termination signal) asks through `control`, and the second ends the program.
+///
+/// # Errors
+/// If the system refuses to hand over its signals.
+pub(crate) fn stop_on_ctrl_c(control: Control) -> anyhow::Result<()> {
+    ctrlc::set_handler(move || {
+        if control.stop_requested() {
+            eprintln!("left at once; the last checkpoint stands");
+            std::process::exit(i32::from(Exit::Interrupted as u8));
+        }
+        control.request_stop();
+        eprintln!("\nstopping: this step is finished and a checkpoint saved (Ctrl-C again leaves at once)");
+    })?;
+    Ok(())
+}

@@ -1,0 +1,250 @@
+//! What a person sees while the program works: on a terminal bars that move, elsewhere plain lines now and then. All of it on
+//! standard error.
+
+use std::collections::VecDeque;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use incipit_tune::atomic;
+use incipit_tune::evaluate::Evaluation;
+use incipit_tune::job::Update;
+use incipit_tune::train::{Event, Loaded, Observer};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::args::Global;
+use crate::commands::eval::json_lines;
+use crate::report::words;
+use crate::units;
+
+/// Steps over which rates and the loss are averaged.
+const WINDOW: usize = 20;
+/// How often a plain line is written.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+/// The file beside a run's others that holds the best evaluation's predictions.
+pub(crate) const PREDICTIONS_FILE: &str = "predictions.jsonl";
+
+static QUIET: AtomicBool = AtomicBool::new(false);
+
+/// Leaves out all notes from now on.
+pub(crate) fn be_quiet() {
+    QUIET.store(true, Ordering::Relaxed);
+}
+
+/// Says something that is good to know.
+pub(crate) fn note(text: &str) {
+    if !QUIET.load(Ordering::Relaxed) {
+        eprintln!("{text}");
+    }
+}
+
+/// Says something that should be known.
+pub(crate) fn warn(text: &str) {
+    eprintln!("warning: {text}");
+}
+
+/// A mark that turns while something takes its time; it goes away when it is dropped.
+pub(crate) fn spinner(text: &str, global: &Global) -> Bar {
+    let bar = ProgressBar::with_draw_target(None, target(global));
+    bar.set_style(
+        ProgressStyle::with_template("{spinner} {msg} {elapsed}")
+            .unwrap_or_else(|_| ProgressStyle::default_spinner()),
+    );
+    bar.set_message(text.to_owned());
+    bar.enable_steady_tick(Duration::from_millis(120));
+    if bar.is_hidden() {
+        note(text);
+    }
+    Bar(bar)
+}
+
+/// A bar over `length` things; it goes away when it is dropped.
+pub(crate) fn bar(length: u64, things: &str, global: &Global) -> Bar {
+    let bar = ProgressBar::with_draw_target(Some(length), target(global));
+    bar.set_style(style("{wide_bar} {pos}/{len} {msg} {elapsed}"));
+    bar.set_message(things.to_owned());
+    bar.tick();
+    Bar(bar)
+}
+
+/// A bar that clears itself away.
+pub(crate) struct Bar(ProgressBar);
+
+impl Bar {
+    /// So many more are done.
+    pub(crate) fn inc(&self, count: u64) {
+        self.0.inc(count);
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
+fn style(template: &str) -> ProgressStyle {
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    style.progress_chars("━╸ ")
+}
+
+fn target(global: &Global) -> ProgressDrawTarget {
+    let seen = std::io::stderr().is_terminal() && !global.quiet;
+    if seen { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() }
+}
+
+/// Watches a training run.
+pub(crate) struct Watch {
+    bar: ProgressBar,
+    quiet: bool,
+    /// Warnings are told by the log as well; with `-v` it speaks.
+    log_speaks: bool,
+    steps: u64,
+    recent: VecDeque<Recent>,
+    last_line: Option<Instant>,
+    out: PathBuf,
+    eval_every: u64,
+    eval_seconds: Option<f64>,
+    /// Why predictions were not written.
+    pub(crate) failure: Option<anyhow::Error>,
+}
+
+struct Recent {
+    loss: f64,
+    seconds: f64,
+    examples: usize,
+    tokens: usize,
+}
+
+/// The means of the last steps.
+struct Means {
+    loss: f64,
+    step_seconds: f64,
+    examples_per_second: f64,
+    tokens_per_second: f64,
+}
+
+impl Watch {
+    pub(crate) fn new(global: &Global) -> Self {
+        Self {
+            bar: ProgressBar::with_draw_target(Some(0), target(global)),
+            quiet: global.quiet,
+            log_speaks: global.verbose > 0,
+            steps: 0,
+            recent: VecDeque::new(),
+            last_line: None,
+            out: PathBuf::new(),
+            eval_every: u64::MAX,
+            eval_seconds: None,
+            failure: None,
+        }
+    }
+
+    /// A line above the bar.
+    fn line(&self, text: &str) {
+        if !self.quiet {
+            self.bar.suspend(|| eprintln!("{text}"));
+        }
+    }
+
+    fn loaded(&mut self, loaded: &Loaded<'_>) {
+        let spec = loaded.spec;
+        (self.steps, self.out, self.eval_every) = (spec.steps, spec.out.clone(), spec.eval_every);
+        let eval =
+            loaded.num_eval.map(|n| format!(", {} to evaluate", units::count(n as u64))).unwrap_or_default();
+        self.line(&format!(
+            "{}: {} frozen parameters in {}; {} prompt rows of {} to train; {} training examples{eval}",
+            spec.model,
+            units::count(loaded.num_parameters),
+            spec.dtype,
+            spec.prompt_length,
+            loaded.d_model,
+            units::count(loaded.num_train as u64)
+        ));
+        if loaded.resumed_at > 0 {
+            self.line(&format!("going on after step {}", units::count(loaded.resumed_at)));
+        }
+        self.bar.set_style(style("{bar:24} {pos}/{len}  {msg}"));
+        self.bar.set_length(spec.steps);
+        self.bar.set_position(loaded.resumed_at);
+    }
+
+    fn step(&mut self, update: &Update, seconds: f64) {
+        if self.recent.len() == WINDOW {
+            self.recent.pop_front();
+        }
+        let (examples, tokens) = (update.num_examples, update.num_tokens);
+        self.recent.push_back(Recent { loss: update.loss, seconds, examples, tokens });
+        let text = self.status(update.step);
+        self.bar.set_position(update.step);
+        if self.bar.is_hidden() && !self.quiet && self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY) {
+            self.last_line = Some(Instant::now());
+            eprintln!("step {}/{}  {text}", units::count(update.step), units::count(self.steps));
+        }
+        self.bar.set_message(text);
+    }
+
+    fn means(&self) -> Means {
+        let count = self.recent.len().max(1) as f64;
+        let seconds: f64 = self.recent.iter().map(|r| r.seconds).sum::<f64>().max(1e-9);
+        Means {
+            loss: self.recent.iter().map(|r| r.loss).sum::<f64>() / count,
+            step_seconds: seconds / count,
+            examples_per_second: self.recent.iter().map(|r| r.examples).sum::<usize>() as f64 / seconds,
+            tokens_per_second: self.recent.iter().map(|r| r.tokens).sum::<usize>() as f64 / seconds,
+        }
+    }
+
+    fn status(&self, step: u64) -> String {
+        let means = self.means();
+        format!(
+            "loss {:.4}  {} examples/s  {} tokens/s  {} left",
+            means.loss,
+            units::rate(means.examples_per_second),
+            units::rate(means.tokens_per_second),
+            units::duration(self.left(step, &means))
+        )
+    }
+
+    /// Of the steps and, once one was seen, of the evaluations.
+    fn left(&self, step: u64, means: &Means) -> Duration {
+        let steps = self.steps.saturating_sub(step);
+        let evaluations = self
+            .eval_seconds
+            .map_or(0.0, |s| s * (self.steps / self.eval_every - step / self.eval_every) as f64);
+        Duration::from_secs_f64((steps as f64 * means.step_seconds + evaluations).min(1e9))
+    }
+
+    fn evaluated(&mut self, step: u64, evaluation: &Evaluation, best: bool, seconds: f64) {
+        self.eval_seconds = Some(seconds);
+        let mut parts = vec![format!("step {}", units::count(step))];
+        parts.extend(
+            evaluation.metrics.iter().map(|(m, v)| format!("{} {}", words(m.name()), units::percent(*v))),
+        );
+        parts.extend(evaluation.legal_share.map(|share| format!("legal labels {}", units::percent(share))));
+        parts.push(format!("evaluation loss {:.4}", evaluation.loss));
+        parts.extend(best.then(|| "best so far".to_owned()));
+        self.line(&parts.join("  "));
+        if best {
+            let file = self.out.join(PREDICTIONS_FILE);
+            let written = json_lines(evaluation).and_then(|bytes| Ok(atomic::write_file(&file, &bytes)?));
+            self.failure = written.err();
+        }
+    }
+}
+
+impl Observer for Watch {
+    fn on(&mut self, event: &Event<'_>) {
+        match event {
+            Event::Loaded(loaded) => self.loaded(loaded),
+            Event::Warning(text) if !self.log_speaks => self.bar.suspend(|| warn(text)),
+            Event::Step { update, seconds } => self.step(update, *seconds),
+            Event::Evaluated { step, evaluation, best, seconds } => {
+                self.evaluated(*step, evaluation, *best, *seconds)
+            }
+            Event::Finished(_) => self.bar.finish_and_clear(),
+            Event::Warning(_) | Event::Checkpointed { .. } => {}
+        }
+    }
+}

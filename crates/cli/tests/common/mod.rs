@@ -1,0 +1,114 @@
+//! The program, run as people run it, on the bundled demo model.
+
+// Not every test file uses all of it.
+#![allow(dead_code)]
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+/// What a run of the program left.
+pub(crate) struct Ran {
+    pub(crate) code: i32,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+impl Ran {
+    /// Fails the test, with what the program said, unless it ended well.
+    #[track_caller]
+    pub(crate) fn ok(self) -> Self {
+        assert_eq!(self.code, 0, "stdout:\n{}\nstderr:\n{}", self.stdout, self.stderr);
+        self
+    }
+
+    /// Standard output as one JSON value.
+    #[track_caller]
+    pub(crate) fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&self.stdout).unwrap_or_else(|e| panic!("{e} in:\n{}", self.stdout))
+    }
+}
+
+impl From<Output> for Ran {
+    fn from(output: Output) -> Self {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Self {
+            code: output.status.code().unwrap_or(-1),
+            stdout: text(&output.stdout),
+            stderr: text(&output.stderr),
+        }
+    }
+}
+
+/// The program, with nothing of the environment that could change what it does.
+pub(crate) fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_incipit"));
+    command
+        .args(args)
+        .env("COLUMNS", "100")
+        .env("NO_COLOR", "1")
+        .env_remove("INCIPIT_ISA")
+        .env_remove("INCIPIT_LOG");
+    command.stdin(Stdio::null());
+    command
+}
+
+pub(crate) fn incipit(args: &[&str]) -> Ran {
+    command(args).output().expect("the program starts").into()
+}
+
+pub(crate) fn with_stdin(args: &[&str], input: &str) -> Ran {
+    let mut child = command(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    child.stdin.take().expect("a pipe").write_all(input.as_bytes()).expect("the program reads");
+    child.wait_with_output().expect("the program ends").into()
+}
+
+pub(crate) fn demo(path: &str) -> String {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo").join(path).display().to_string()
+}
+
+/// A training run on the demo's data: small, and evaluated on a part of it.
+pub(crate) fn train(dir: &Path, out: &str, more: &[&str]) -> Ran {
+    let (model, train, eval) = (demo("model"), demo("data/train.jsonl"), few_examples(dir));
+    let out = dir.join(out).display().to_string();
+    let mut args = vec![
+        "train",
+        "--json",
+        "--model",
+        &model,
+        "--train",
+        &train,
+        "--eval",
+        &eval,
+        "--out",
+        &out,
+        "--prompt-length",
+        "4",
+        "--batch-size",
+        "4",
+        "--max-input-length",
+        "32",
+        "--max-target-length",
+        "6",
+    ];
+    args.extend(more);
+    incipit(&args)
+}
+
+/// The first of the demo's evaluation examples.
+pub(crate) fn few_examples(dir: &Path) -> String {
+    let path = dir.join("few.jsonl");
+    let all = std::fs::read_to_string(demo("data/eval.jsonl")).expect("the demo's data");
+    let few: Vec<&str> = all.lines().take(12).collect();
+    std::fs::write(&path, few.join("\n") + "\n").expect("a temporary file");
+    path.display().to_string()
+}
+
+pub(crate) fn text(path: PathBuf) -> String {
+    std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}

@@ -1,0 +1,116 @@
+//! What cannot be used is refused with one message that says what to change, and exit code 2.
+
+mod common;
+
+use common::{Ran, command, demo, incipit, train};
+
+/// One line of error that holds all of `parts`, nothing on standard output.
+#[track_caller]
+fn refused(ran: &Ran, parts: &[&str]) {
+    assert_eq!(ran.code, 2, "stdout:\n{}\nstderr:\n{}", ran.stdout, ran.stderr);
+    assert!(ran.stdout.is_empty(), "{}", ran.stdout);
+    for part in parts {
+        assert!(ran.stderr.contains(part), "no {part:?} in:\n{}", ran.stderr);
+    }
+    assert!(!ran.stderr.contains("panicked"), "{}", ran.stderr);
+}
+
+#[test]
+fn flags_that_mean_nothing_are_refused() {
+    refused(&incipit(&["tran"]), &["tran"]);
+    refused(&incipit(&["train", "--modle", "x"]), &["--model"]);
+    refused(&incipit(&["train", "--steps", "many"]), &["--steps"]);
+    refused(&incipit(&["train", "--recipe", "mine"]), &["paper", "released-code"]);
+    refused(&incipit(&["doctor", "--threads", "0"]), &["--threads"]);
+    refused(&incipit(&["doctor", "-v", "-q"]), &["--quiet"]);
+}
+
+#[test]
+fn what_a_run_lacks_is_named() {
+    refused(&incipit(&["train"]), &["--model"]);
+    refused(&incipit(&["train", "--model", &demo("model")]), &["--train"]);
+    refused(&incipit(&["eval", "--data", "x.jsonl"]), &["--model"]);
+}
+
+#[test]
+fn what_is_not_built_is_refused_and_never_replaced() {
+    let dir = tempfile::tempdir().expect("a directory");
+    for (flag, value) in [
+        ("--device", "cuda:0"),
+        ("--tp", "2"),
+        ("--dp", "2"),
+        ("--collective", "nccl"),
+        ("--collective", "gloo"),
+    ] {
+        refused(&train(dir.path(), "run", &[flag, value]), &[flag]);
+    }
+    refused(&train(dir.path(), "run", &["--dtype", "f16"]), &["bf16", "f32"]);
+    assert!(!dir.path().join("run").exists(), "a refused run leaves nothing");
+}
+
+#[test]
+fn files_that_are_not_there_are_named() {
+    let model = demo("model");
+    let absent = "/nowhere/at-all.jsonl";
+    refused(&incipit(&["eval", "--model", &model, "--data", absent]), &[absent]);
+    refused(&incipit(&["inspect", "prompt", "/nowhere/prompt.npy"]), &["/nowhere/prompt.npy"]);
+    refused(&incipit(&["inspect", "model", "/nowhere/model"]), &["/nowhere/model"]);
+    refused(&incipit(&["train", "--config", "/nowhere/run.toml"]), &["/nowhere/run.toml"]);
+}
+
+#[test]
+fn a_configuration_with_an_unknown_key_is_refused_with_the_key_that_is_meant() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let config = dir.path().join("run.toml");
+    std::fs::write(&config, "batchsize = 4\n").expect("a file");
+    refused(&incipit(&["train", "--config", &config.display().to_string()]), &["batchsize", "batch-size"]);
+}
+
+#[test]
+fn a_directory_that_holds_something_is_not_written_to() {
+    let dir = tempfile::tempdir().expect("a directory");
+    std::fs::create_dir(dir.path().join("run")).expect("a directory");
+    std::fs::write(dir.path().join("run/thesis.txt"), "years of work").expect("a file");
+    refused(&train(dir.path(), "run", &["--steps", "1"]), &["not empty", "--resume"]);
+    let entries = std::fs::read_dir(dir.path().join("run")).expect("the directory");
+    assert_eq!(entries.count(), 1, "only what was there");
+}
+
+#[test]
+fn sizes_of_a_benchmark_must_make_sense() {
+    let bench = |more: &[&str]| incipit(&[&["bench", "step"], more].concat());
+    refused(&bench(&["--shape", "tiny", "--lengths", "8"]), &["--shape tiny", "small, base"]);
+    refused(&bench(&["--shape", "small", "--lengths", "8x"]), &["--lengths"]);
+    refused(&bench(&["--shape", "small", "--lengths", "8,9", "--jobs", "3"]), &["--jobs", "1 to 2"]);
+    refused(&bench(&["--shape", "small", "--lengths", "8", "--steps", "0"]), &["--steps"]);
+}
+
+#[test]
+fn draws_and_beams_must_make_sense() {
+    let generate =
+        |more: &[&str]| incipit(&[&["generate", "--model", &demo("model"), "--input", "x"], more].concat());
+    refused(&generate(&["--top-p", "1.5"]), &["--top-p"]);
+    refused(&generate(&["--temperature", "0"]), &["--temperature"]);
+    refused(&generate(&["--num-beams", "0"]), &["--num-beams"]);
+    refused(&generate(&["--num-beams", "2", "--top-p", "0.5"]), &["--num-beams"]);
+}
+
+#[test]
+fn a_kernel_path_that_does_not_exist_is_refused_without_a_panic() {
+    let ran: Ran =
+        command(&["doctor"]).env("INCIPIT_ISA", "quantum").output().expect("the program starts").into();
+    refused(&ran, &["INCIPIT_ISA=quantum", "portable"]);
+}
+
+#[test]
+fn a_destination_that_is_taken_is_left_alone() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let taken = dir.path().join("p.npy");
+    let other = dir.path().join("q.npy");
+    std::fs::write(&taken, "mine").expect("a file");
+    train(dir.path(), "run", &["--steps", "1"]).ok();
+    let run = dir.path().join("run").display().to_string();
+    refused(&incipit(&["convert", "prompt", &run, &taken.display().to_string()]), &["there already"]);
+    assert_eq!(common::text(taken), "mine");
+    incipit(&["convert", "prompt", &run, &other.display().to_string()]).ok();
+}

@@ -1,0 +1,286 @@
+//! Whole runs of the program, from data to prompt and back, on the bundled demo model.
+
+mod common;
+
+use std::path::Path;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use common::{Ran, command, demo, few_examples, incipit, text, train, with_stdin};
+
+fn path(dir: &Path, name: &str) -> String {
+    dir.join(name).display().to_string()
+}
+
+#[test]
+fn a_run_leaves_its_files_and_tells_what_came_of_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let summary = train(dir.path(), "run", &["--steps", "4", "--eval-every", "2"]).ok().json();
+    assert_eq!(summary["end"], "all-steps");
+    assert_eq!(summary["steps"], 4);
+    assert!(summary["metrics"]["accuracy"].is_number(), "{summary}");
+    let run = dir.path().join("run");
+    for name in [
+        "run.toml",
+        "metrics.jsonl",
+        "prompt.npy",
+        "adapter/adapter_config.json",
+        "best",
+        "last",
+        "predictions.jsonl",
+    ] {
+        assert!(run.join(name).exists(), "{name}");
+    }
+    assert_eq!(text(run.join("predictions.jsonl")).lines().count(), 12);
+    let report = text(run.join("report.html"));
+    assert!(report.contains("<svg") && report.contains("Evaluations"));
+    for outside in ["http://", "https://", "src=", "@import", "url("] {
+        let found = report.replace("http://www.w3.org/2000/svg", "");
+        assert!(!found.contains(outside), "the report needs {outside}");
+    }
+}
+
+#[test]
+fn a_run_that_goes_on_ends_in_the_same_bytes_as_one_in_one_piece() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let every = ["--eval-every", "2", "--checkpoint-every", "1"];
+    train(dir.path(), "whole", &[&every[..], &["--steps", "6"]].concat()).ok();
+    train(dir.path(), "parts", &[&every[..], &["--steps", "3"]].concat()).ok();
+    let resumed = incipit(&["train", "--out", &path(dir.path(), "parts"), "--resume", "--steps", "6"]).ok();
+    assert!(resumed.stderr.contains("going on after step 3"), "{}", resumed.stderr);
+    let last = |run: &str| {
+        std::fs::read(dir.path().join(run).join("last/prompt.safetensors")).expect("a checkpoint")
+    };
+    assert_eq!(last("whole"), last("parts"));
+}
+
+#[test]
+fn threads_do_not_change_the_bytes() {
+    let dir = tempfile::tempdir().expect("a directory");
+    train(dir.path(), "one", &["--steps", "2", "--threads", "1"]).ok();
+    train(dir.path(), "two", &["--steps", "2", "--threads", "2"]).ok();
+    let prompt = |run: &str| std::fs::read(dir.path().join(run).join("prompt.npy")).expect("a prompt");
+    assert_eq!(prompt("one"), prompt("two"));
+}
+
+#[test]
+fn eval_of_a_run_measures_what_the_run_measured() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let trained = train(dir.path(), "run", &["--steps", "2", "--eval-every", "2"]).ok().json();
+    let (data, output) = (few_examples(dir.path()), path(dir.path(), "p.jsonl"));
+    let run = path(dir.path(), "run");
+    let ran = incipit(&["eval", "--json", "--prompt", &run, "--data", &data, "--output", &output]).ok();
+    let summary = ran.json();
+    assert_eq!(summary["metrics"], trained["metrics"]);
+    assert_eq!(summary["loss"], trained["eval_loss"]);
+    assert!(text(output.into()) == text(dir.path().join("run/predictions.jsonl")), "the predictions differ");
+    let named = incipit(&["eval", "--prompt", &run, "--data", &data, "--metrics", "macro-f1,token-f1"]).ok();
+    assert!(named.stdout.contains("macro F1") && named.stdout.contains("token F1"), "{}", named.stdout);
+}
+
+#[test]
+fn generate_answers_arguments_lines_and_records_alike_and_in_order() {
+    let model = demo("model");
+    let texts = ["Dear all, this is Rosa in Pinewood.", "I was charged twice for a red lamp."];
+    let greedy = ["generate", "--model", &model, "--max-new-tokens", "5"];
+    let arguments = incipit(&[&greedy[..], &["--input", texts[0], "--input", texts[1]]].concat()).ok();
+    let lines = with_stdin(&greedy, &(texts.join("\n") + "\n")).ok();
+    assert_eq!(arguments.stdout, lines.stdout);
+    assert_eq!(lines.stdout.lines().count(), 2);
+    let dir = tempfile::tempdir().expect("a directory");
+    let records = texts.map(|t| format!("{}\n", serde_json::json!({ "text": t })));
+    std::fs::write(dir.path().join("d.jsonl"), records.concat()).expect("a file");
+    let data = path(dir.path(), "d.jsonl");
+    let recorded = incipit(&[&greedy[..], &["--data", &data, "--inputs", "{text}", "--json"]].concat()).ok();
+    let answers: Vec<serde_json::Value> =
+        recorded.stdout.lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect();
+    assert_eq!(answers[1]["input"], texts[1]);
+    let outputs: Vec<&str> = answers.iter().map(|a| a["output"].as_str().expect("text")).collect();
+    assert_eq!(outputs.join("\n") + "\n", lines.stdout);
+}
+
+#[test]
+fn draws_are_the_same_for_the_same_seed() {
+    let model = demo("model");
+    let draw = |seed: &str| {
+        let args = [
+            "generate",
+            "--model",
+            &model,
+            "--input",
+            "Hello",
+            "--top-p",
+            "0.95",
+            "--temperature",
+            "1.5",
+            "--seed",
+            seed,
+        ];
+        incipit(&args).ok().stdout
+    };
+    assert_eq!(draw("7"), draw("7"));
+    let seeds = ["1", "2", "3", "4", "5", "6"].map(draw);
+    assert!(seeds.iter().any(|text| *text != seeds[0]), "six seeds drew the same: {}", seeds[0]);
+}
+
+#[test]
+fn a_reader_that_leaves_early_is_no_failure() {
+    let lines = "Hello\n".repeat(400);
+    let model = demo("model");
+    let mut child = command(&["generate", "--model", &model, "--max-new-tokens", "2"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    drop(child.stdout.take());
+    // The program may leave before it has read all.
+    let _ = std::io::Write::write_all(&mut child.stdin.take().expect("a pipe"), lines.as_bytes());
+    let ran: Ran = child.wait_with_output().expect("the program ends").into();
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    assert!(!ran.stderr.contains("panicked") && !ran.stderr.contains("error"), "{}", ran.stderr);
+}
+
+#[test]
+fn a_prompt_survives_the_way_to_peft_and_back() {
+    let dir = tempfile::tempdir().expect("a directory");
+    train(dir.path(), "run", &["--steps", "1"]).ok();
+    let (run, peft, npy) = (path(dir.path(), "run"), path(dir.path(), "peft"), path(dir.path(), "back.npy"));
+    let written = incipit(&["convert", "prompt", &run, &peft, "--json"]).ok().json();
+    assert_eq!(written["kind"], "peft");
+    assert_eq!(written["rows"], 4);
+    incipit(&["convert", "prompt", &peft, &npy]).ok();
+    let original = std::fs::read(dir.path().join("run/prompt.npy")).expect("the run's prompt");
+    assert_eq!(std::fs::read(&npy).expect("the converted prompt"), original);
+    let checkpoint = path(dir.path(), "from-checkpoint.npy");
+    incipit(&["convert", "prompt", &path(dir.path(), "run/last"), &checkpoint]).ok();
+    assert_eq!(std::fs::read(&checkpoint).expect("the converted prompt"), original);
+}
+
+#[test]
+fn a_peft_directory_needs_to_know_its_backbone() {
+    let dir = tempfile::tempdir().expect("a directory");
+    train(dir.path(), "run", &["--steps", "1"]).ok();
+    let alone = dir.path().join("a/b/c/alone.npy");
+    std::fs::create_dir_all(alone.parent().expect("a parent")).expect("directories");
+    std::fs::rename(dir.path().join("run/prompt.npy"), &alone).expect("a moved file");
+    let (alone, peft) = (alone.display().to_string(), path(dir.path(), "peft"));
+    let ran = incipit(&["convert", "prompt", &alone, &peft]);
+    assert_eq!(ran.code, 2);
+    assert!(ran.stderr.contains("--model") && !Path::new(&peft).exists(), "{}", ran.stderr);
+    incipit(&["convert", "prompt", &alone, &peft, "--model", &demo("model")]).ok();
+}
+
+#[test]
+fn a_converted_model_keeps_its_numbers_and_is_cut_into_shards() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (f32_dir, back) = (path(dir.path(), "f32"), path(dir.path(), "bf16"));
+    incipit(&["convert", "model", &demo("model"), &f32_dir, "--dtype", "f32", "--max-shard-size", "1MB"])
+        .ok();
+    assert!(Path::new(&f32_dir).join("model.safetensors.index.json").exists());
+    incipit(&["convert", "model", &f32_dir, &back]).ok();
+    let inspect = |dir: &str| incipit(&["inspect", "model", dir, "--json"]).ok().json();
+    let (original, wide, again) = (inspect(&demo("model")), inspect(&f32_dir), inspect(&back));
+    assert_eq!(original["fingerprint"], again["fingerprint"]);
+    assert_ne!(original["fingerprint"], wide["fingerprint"]);
+    assert_eq!(original["parameters"], wide["parameters"]);
+    assert_eq!(original["tokenizer"], again["tokenizer"]);
+}
+
+#[test]
+fn inspect_names_the_words_that_rows_began_as() {
+    let dir = tempfile::tempdir().expect("a directory");
+    train(dir.path(), "run", &["--steps", "1", "--prompt-init", "vocab", "--lr", "0.0001"]).ok();
+    let (run, model) = (path(dir.path(), "run"), demo("model"));
+    let seen = incipit(&["inspect", "prompt", &run, "--model", &model, "--json"]).ok().json();
+    let rows = seen["per_row"].as_array().expect("rows");
+    assert_eq!(rows.len(), 4);
+    for row in rows {
+        let nearest = row["nearest"].as_array().expect("neighbours");
+        assert_eq!(nearest.len(), 5);
+        assert!(nearest[0]["cosine"].as_f64().expect("a number") > 0.99, "{row}");
+    }
+    let table = incipit(&["inspect", "prompt", &run, "--model", &model]).ok().stdout;
+    assert!(table.contains(rows[0]["nearest"][0]["piece"].as_str().expect("a piece")), "{table}");
+}
+
+#[test]
+fn doctor_tells_what_this_build_lacks() {
+    let seen = incipit(&["doctor", "--json"]).ok().json();
+    assert_eq!(
+        seen["build"],
+        serde_json::json!({ "cpu": true, "cuda": false, "nccl": false, "gloo": false })
+    );
+    let told = incipit(&["doctor"]).ok().stdout;
+    assert!(told.contains("no CUDA") && told.contains(seen["kernels"].as_str().expect("a name")), "{told}");
+}
+
+#[test]
+fn bench_times_steps_and_counts_their_work() {
+    let args =
+        ["bench", "step", "--shape", &demo("model"), "--lengths", "3x10", "--jobs", "2", "--steps", "2"];
+    let seen = incipit(&[&args[..], &["--prompt-length", "5", "--json"]].concat()).ok().json();
+    assert_eq!(seen["tokens"], 3 * (10 + 5) + 3 * 4);
+    assert_eq!(seen["seconds"].as_array().map(Vec::len), Some(2));
+    let number = |key: &str| seen[key].as_f64().unwrap_or_else(|| panic!("{key} in {seen}"));
+    assert!(number("min_s") > 0.0 && number("min_s") <= number("median_s"));
+    assert!(number("peak_rss_mb") > 1.0 && number("loss").is_finite());
+    let rate = number("useful_tflop") / number("median_s");
+    assert!((number("tflop_s") / rate - 1.0).abs() < 1e-9, "{seen}");
+}
+
+#[test]
+fn the_demo_shows_its_climb_and_where_the_report_is() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let out = path(dir.path(), "demo");
+    let seen = incipit(&["demo", "--out", &out, "--steps", "2", "--json"]).ok().json();
+    assert_eq!(seen["accuracy"][0]["step"], 0);
+    assert_eq!(seen["accuracy"][1]["step"], 2);
+    assert!(Path::new(seen["report"].as_str().expect("a path")).exists());
+    assert_eq!(incipit(&["demo", "--out", &out]).code, 2, "a directory that is taken");
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_saves_a_checkpoint_and_the_run_can_go_on() {
+    use rustix::process::{Pid, Signal, kill_process};
+
+    let dir = tempfile::tempdir().expect("a directory");
+    let (model, data, out) = (demo("model"), demo("data/train.jsonl"), path(dir.path(), "run"));
+    let args = [
+        "train",
+        "--model",
+        &model,
+        "--train",
+        &data,
+        "--out",
+        &out,
+        "--steps",
+        "100000",
+        "--prompt-length",
+        "4",
+        "--batch-size",
+        "2",
+        "--max-input-length",
+        "16",
+    ];
+    let mut child =
+        command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program starts");
+    let steps = || {
+        std::fs::read_to_string(Path::new(&out).join("metrics.jsonl")).map_or(0, |text| text.lines().count())
+    };
+    let start = Instant::now();
+    while steps() < 3 && start.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(child.try_wait().expect("its state").is_none(), "the run ended by itself");
+    }
+    kill_process(Pid::from_child(&child), Signal::INT).expect("a signal");
+    let ran: Ran = child.wait_with_output().expect("the program ends").into();
+    assert_eq!(ran.code, 130, "{}", ran.stderr);
+    assert!(ran.stderr.contains("--resume"), "{}", ran.stderr);
+    let made = steps();
+    assert!(Path::new(&out).join("last/MANIFEST").exists() && made >= 3);
+    let more = (made + 2).to_string();
+    let resumed = incipit(&["train", "--out", &out, "--resume", "--steps", &more]).ok();
+    assert!(resumed.stderr.contains(&format!("going on after step {made}")), "{}", resumed.stderr);
+}

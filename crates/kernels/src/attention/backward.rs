@@ -1,0 +1,223 @@
+//! Backward: strips of query rows, whose probabilities are computed again from the normalisers. A strip gives its own rows of
+//! the gradient to the queries, and is added to the gradients to all keys and values. Each number is one chain of additions
+//! in a fixed order.
+
+use rayon::prelude::*;
+
+use super::Attention;
+use super::head::{Packed, Part, STRIP, Transposed, padded, visible_keys};
+use crate::dropout::Masks;
+use crate::element::Element;
+use crate::gemm::micro::Micro;
+use crate::isa::Isa;
+use crate::math::{exp, sum};
+use crate::tensor::SharedMut;
+
+/// Buffers of a thread.
+struct Scratch<M: Micro> {
+    /// For products of query rows with the keys, and of gradients with the values.
+    keys: Packed<M>,
+    values: Packed<M>,
+    /// The keys again, contracted.
+    k: Packed<M>,
+    q: Transposed<M>,
+    dy: Transposed<M>,
+    strip: Strip<M>,
+    /// The transposed gradients to the keys and values, `[K, keys]`.
+    dk: Vec<f32>,
+    dv: Vec<f32>,
+    sums: Vec<f32>,
+}
+
+/// A strip of `rows` query rows with all keys.
+struct Strip<M: Micro> {
+    /// Scores, then probabilities; and the gradients to the latter.
+    p: Vec<f32>,
+    dp: Vec<f32>,
+    /// Dropout's factors for a row.
+    factors: Vec<f32>,
+    /// Probabilities times factors, and gradients to the scores, as operands.
+    dropped: Vec<M::Left>,
+    ds: Vec<M::Left>,
+    packed: Packed<M>,
+}
+
+/// One head of one example.
+struct Head<'a, T> {
+    spec: &'a Attention<'a>,
+    head: usize,
+    masks: Option<Masks>,
+    q: Part<'a, T>,
+    k: Part<'a, T>,
+    v: Part<'a, T>,
+    y: Part<'a, T>,
+    dy: Part<'a, T>,
+    normalisers: &'a [f32],
+}
+
+/// The gradients to q, k and v; `operands` are q, k, v, the output and the gradient to the output, with rows of `width` numbers.
+pub(super) fn run<M: Micro, O: Element>(
+    isa: Isa,
+    spec: &Attention<'_>,
+    (operands, width): ([&[M::Left]; 5], usize),
+    normalisers: &[f32],
+) -> [Vec<O>; 3] {
+    let total = spec.queries.total();
+    let mut gradients = [0, 1, 2].map(|i| vec![O::default(); operands[i].len()]);
+    let [dq, dk, dv] = gradients.each_mut().map(|g| SharedMut::new(g));
+    let k = width / spec.heads;
+    (0..spec.queries.len() * spec.heads).into_par_iter().for_each_init(Scratch::<M>::new, |scratch, task| {
+        let (example, head) = (task / spec.heads, task % spec.heads);
+        let (queries, keys) = (spec.queries.range(example), spec.keys.range(example));
+        let part = |i: usize, rows| Part::new(operands[i], width, rows, head, k);
+        let one = Head {
+            spec,
+            head,
+            masks: spec.dropout.map(|dropout| dropout.masks(example, 1 + head as u64)),
+            q: part(0, &queries),
+            k: part(1, &keys),
+            v: part(2, &keys),
+            y: part(3, &queries),
+            dy: part(4, &queries),
+            normalisers: &normalisers[head * total + queries.start..][..queries.len()],
+        };
+        let store = |out: SharedMut<O>, row: usize, sums: &[f32]| {
+            // SAFETY: a task alone writes its head's part of its example's rows.
+            let out = unsafe { out.range(row * width + head * k, k) };
+            isa.vectorize(
+                #[inline(always)]
+                || out.iter_mut().zip(sums).for_each(|(o, s)| *o = O::narrow(*s)),
+            );
+        };
+        one.run(isa, scratch, |row, sums| store(dq, queries.start + row, sums));
+        for (transposed, out) in [(&scratch.dk, dk), (&scratch.dv, dv)] {
+            let (n, stride) = (keys.len(), k.next_multiple_of(16));
+            scratch.sums.resize(scratch.sums.len().max(n * stride), 0.0);
+            M::transpose((transposed, scratch.keys.width()), (k, n), (&mut scratch.sums, stride));
+            for row in 0..n {
+                store(out, keys.start + row, &scratch.sums[row * stride..][..k]);
+            }
+        }
+    });
+    gradients
+}
+
+impl<M: Micro> Scratch<M> {
+    fn new() -> Self {
+        let strip = Strip {
+            p: Vec::new(),
+            dp: Vec::new(),
+            factors: Vec::new(),
+            dropped: Vec::new(),
+            ds: Vec::new(),
+            packed: Packed::empty(),
+        };
+        Self {
+            keys: Packed::empty(),
+            values: Packed::empty(),
+            k: Packed::empty(),
+            q: Transposed::empty(),
+            dy: Transposed::empty(),
+            strip,
+            dk: Vec::new(),
+            dv: Vec::new(),
+            sums: Vec::new(),
+        }
+    }
+}
+
+impl<T: Element> Head<'_, T> {
+    /// Calls `store` for the rows of the gradient to the queries, and leaves the other two in the buffers.
+    ///
+    /// With the probabilities `p`, dropout's factors `f` and `dp = (dy v^T) f`: `ds = p (dp - delta)`, where `delta` is the row
+    /// sum of `p dp`, which is that of `dy y`; and so `dq = ds k`, `dk = ds^T q`, `dv = (p f)^T dy`.
+    fn run<M: Micro<Left = T>>(
+        &self,
+        isa: Isa,
+        scratch: &mut Scratch<M>,
+        mut store: impl FnMut(usize, &[f32]),
+    ) {
+        let Scratch { keys, values, k, q, dy, strip, dk, dv, sums } = scratch;
+        keys.columns(&self.k);
+        values.columns(&self.v);
+        k.contracted(&self.k);
+        q.set(&self.q);
+        dy.set(&self.dy);
+        let (n, columns) = (self.k.rows, keys.width());
+        for gradient in [&mut *dk, &mut *dv] {
+            gradient.clear();
+            gradient.resize(self.k.width * columns, 0.0);
+        }
+        for first in (0..self.q.rows).step_by(STRIP) {
+            let rows = STRIP.min(self.q.rows - first);
+            keys.multiply(&self.q.values[first * self.q.stride..], self.q.stride, rows, &mut strip.p);
+            values.multiply(&self.dy.values[first * self.dy.stride..], self.dy.stride, rows, &mut strip.dp);
+            self.score_gradients(isa, strip, columns, first..first + rows);
+            k.multiply(&strip.ds, columns, rows, sums);
+            for row in 0..rows {
+                store(first + row, &sums[row * k.width()..][..self.q.width]);
+            }
+            for (right, left, gradient) in [(&strip.ds, &*q, &mut *dk), (&strip.dropped, &*dy, &mut *dv)] {
+                strip.packed.contracted(&Part { values: right, stride: columns, rows, width: n });
+                let (left, stride) = left.from(first);
+                strip.packed.multiply_add(left, stride, self.k.width, gradient);
+            }
+        }
+    }
+
+    /// Makes `dropped` and `ds` of a strip from its scores and the products of `dy` and `v`, which have rows of `columns` numbers.
+    fn score_gradients<M: Micro<Left = T>>(
+        &self,
+        isa: Isa,
+        strip: &mut Strip<M>,
+        columns: usize,
+        queries: std::ops::Range<usize>,
+    ) {
+        let Strip { p, dp, factors, dropped, ds, .. } = strip;
+        let n = self.k.rows;
+        let len = queries.len() * columns;
+        factors.clear();
+        factors.resize(padded(n), 1.0);
+        dropped.resize(dropped.len().max(len), T::default());
+        ds.resize(ds.len().max(len), T::default());
+        for (row, query) in queries.enumerate() {
+            let seen = visible_keys(self.spec, query, n);
+            let range = row * columns..row * columns + padded(seen);
+            let bias = self.spec.bias.map(|b| b.keys(self.head, query, range.len()));
+            let (p, dp) = (&mut p[range.clone()], &mut dp[range.clone()]);
+            isa.vectorize(
+                #[inline(always)]
+                || {
+                    self.probabilities(query, bias, p);
+                    if let Some(masks) = &self.masks {
+                        masks.row(query, &mut factors[..n]);
+                        dp.iter_mut().zip(&*factors).for_each(|(dp, f)| *dp *= f);
+                        for (d, (p, f)) in dropped[range.clone()].iter_mut().zip(p.iter().zip(&*factors)) {
+                            *d = T::narrow(p * f);
+                        }
+                    } else {
+                        dropped[range.clone()].iter_mut().zip(&*p).for_each(|(d, p)| *d = T::narrow(*p));
+                    }
+                    let delta =
+                        sum([self.y.row(query), self.dy.row(query)], |[y, dy]| y.widen() * dy.widen());
+                    for (ds, (p, dp)) in ds[range.clone()].iter_mut().zip(p.iter().zip(&*dp)) {
+                        *ds = T::narrow(p * (dp - delta));
+                    }
+                },
+            );
+            for operand in [&mut *dropped, &mut *ds] {
+                operand[row * columns..][seen..n].fill(T::default());
+            }
+        }
+    }
+
+    /// Turns the scores of `query` into probabilities.
+    #[inline(always)]
+    fn probabilities(&self, query: usize, bias: Option<&[f32]>, scores: &mut [f32]) {
+        let shift = self.normalisers[query];
+        match bias {
+            Some(bias) => scores.iter_mut().zip(bias).for_each(|(s, b)| *s = exp(*s + b - shift)),
+            None => scores.iter_mut().for_each(|s| *s = exp(*s - shift)),
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! Attention over examples laid end to end: each query row sees the key rows of its own example.
+//!
+//! Scores live in strips of a few rows, one head of one example at a time; nothing of size `T x T` is kept. What backward
+//! needs of forward is the logarithm of each row's normaliser, from which the probabilities are computed again (Dao 2023).
+
+mod backward;
+mod bias;
+mod forward;
+mod head;
+
+use candle_core::{DType, Tensor};
+use half::bf16;
+use rayon::prelude::*;
+
+use crate::dropout::Dropout;
+use crate::element::Element;
+use crate::gemm::micro;
+#[cfg(target_arch = "x86_64")]
+use crate::gemm::x86;
+use crate::isa::{Isa, isa};
+use crate::segments::Segments;
+use crate::tensor::{View, dims2, expect_activation, expect_dims, tensor};
+use crate::{Error, Result};
+
+pub use bias::{Buckets, PositionBias};
+
+/// What attends to what.
+#[derive(Clone, Copy)]
+pub struct Attention<'a> {
+    /// Rows of the queries, by example.
+    pub queries: &'a Segments,
+    /// Rows of the keys and values, by example.
+    pub keys: &'a Segments,
+    /// Heads, which share a row's numbers evenly.
+    pub heads: usize,
+    /// Added to the scores; none means 0. Scores are not scaled.
+    pub bias: Option<&'a PositionBias>,
+    /// Whether a query sees only the keys up to its own place.
+    pub causal: bool,
+    /// Dropping of probabilities.
+    pub dropout: Option<&'a Dropout>,
+}
+
+/// The result of [`attention`] and what its gradient needs.
+pub struct Attended {
+    /// `[Tq, heads * K]`, of the operands' type.
+    pub output: Tensor,
+    /// Logarithms of the normalisers, `[heads, Tq]`.
+    pub(crate) normalisers: Vec<f32>,
+}
+
+/// `softmax(q k^T + bias) v`, head by head and example by example.
+///
+/// # Shapes
+/// `q` `[Tq, heads * K]`, `k` and `v` `[Tk, heads * K]`, all of one type (bf16 or f32).
+///
+/// # Errors
+/// If the shapes or types do not fit, or an example's bias is shorter than the example.
+pub fn attention(spec: &Attention<'_>, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Attended> {
+    attention_on(isa(), spec, q, k, v)
+}
+
+pub(crate) fn attention_on(
+    isa: Isa,
+    spec: &Attention<'_>,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+) -> Result<Attended> {
+    let op = "attention";
+    check(op, spec, q, k, v)?;
+    let views = [View::new(op, q)?, View::new(op, k)?, View::new(op, v)?];
+    let dims = [spec.queries.total(), q.dims()[1]];
+    let width = dims[1];
+    if q.dtype() == DType::F32 {
+        let [q, k, v] = slices::<f32, _>(&views)?;
+        let (out, normalisers) = forward_f32::<f32>(isa, spec, [q, k, v], width);
+        return Ok(Attended { output: tensor(out, &dims)?, normalisers });
+    }
+    let [q, k, v] = slices::<bf16, _>(&views)?;
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx512Bf16 {
+        let (out, normalisers) = forward::run::<x86::Avx512Bf16, bf16>(isa, spec, [q, k, v], width);
+        return Ok(Attended { output: tensor(out, &dims)?, normalisers });
+    }
+    let wide = [q, k, v].map(widened);
+    let (out, normalisers) = forward_f32::<bf16>(isa, spec, wide.each_ref().map(Vec::as_slice), width);
+    Ok(Attended { output: tensor(out, &dims)?, normalisers })
+}
+
+/// Operands in f32, on the path's f32 instructions.
+fn forward_f32<O: Element>(
+    isa: Isa,
+    spec: &Attention<'_>,
+    operands: [&[f32]; 3],
+    width: usize,
+) -> (Vec<O>, Vec<f32>) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Bf16 | Isa::Avx512 => forward::run::<x86::Avx512, O>(isa, spec, operands, width),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => forward::run::<x86::Avx2, O>(isa, spec, operands, width),
+        _ => forward::run::<micro::Portable, O>(isa, spec, operands, width),
+    }
+}
+
+/// The gradients to `q`, `k` and `v` of [`attention`], given the gradient `dy` to its output.
+///
+/// # Shapes
+/// As for [`attention`]; `dy` as the output.
+///
+/// # Errors
+/// If the shapes or types do not fit.
+pub fn attention_gradient(
+    spec: &Attention<'_>,
+    [q, k, v]: [&Tensor; 3],
+    attended: &Attended,
+    dy: &Tensor,
+) -> Result<[Tensor; 3]> {
+    attention_gradient_on(isa(), spec, [q, k, v], attended, dy)
+}
+
+pub(crate) fn attention_gradient_on(
+    isa: Isa,
+    spec: &Attention<'_>,
+    [q, k, v]: [&Tensor; 3],
+    attended: &Attended,
+    dy: &Tensor,
+) -> Result<[Tensor; 3]> {
+    let op = "attention_gradient";
+    check(op, spec, q, k, v)?;
+    expect_dims(op, "the gradient", dy, q.dims())?;
+    expect_dims(op, "the output", &attended.output, q.dims())?;
+    if attended.normalisers.len() != spec.heads * spec.queries.total() {
+        let what = format!("{} normalisers for {} heads", attended.normalisers.len(), spec.heads);
+        return Err(Error::Shape { op, what });
+    }
+    let y = &attended.output;
+    let views =
+        [View::new(op, q)?, View::new(op, k)?, View::new(op, v)?, View::new(op, y)?, View::new(op, dy)?];
+    let (lse, width) = (&attended.normalisers, q.dims()[1]);
+    if q.dtype() == DType::F32 {
+        let operands = slices::<f32, _>(&views)?;
+        return tensors(gradient_f32::<f32>(isa, spec, (operands, width), lse), [q, k, v]);
+    }
+    let operands = slices::<bf16, _>(&views)?;
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx512Bf16 {
+        return tensors(backward::run::<x86::Avx512Bf16, bf16>(isa, spec, (operands, width), lse), [q, k, v]);
+    }
+    let wide = operands.map(widened);
+    tensors(gradient_f32::<bf16>(isa, spec, (wide.each_ref().map(Vec::as_slice), width), lse), [q, k, v])
+}
+
+fn gradient_f32<O: Element>(
+    isa: Isa,
+    spec: &Attention<'_>,
+    operands: ([&[f32]; 5], usize),
+    normalisers: &[f32],
+) -> [Vec<O>; 3] {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Bf16 | Isa::Avx512 => backward::run::<x86::Avx512, O>(isa, spec, operands, normalisers),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => backward::run::<x86::Avx2, O>(isa, spec, operands, normalisers),
+        _ => backward::run::<micro::Portable, O>(isa, spec, operands, normalisers),
+    }
+}
+
+fn slices<'a, T: Element, const N: usize>(views: &'a [View<'_>; N]) -> Result<[&'a [T]; N]> {
+    let slices = views.iter().map(View::slice::<T>).collect::<Result<Vec<_>>>()?;
+    Ok(slices.try_into().unwrap_or_else(|_| unreachable!("as many slices as views")))
+}
+
+fn widened(values: &[bf16]) -> Vec<f32> {
+    values.par_iter().with_min_len(1 << 14).map(|x| x.widen()).collect()
+}
+
+fn tensors<T: Element>(values: [Vec<T>; 3], like: [&Tensor; 3]) -> Result<[Tensor; 3]> {
+    let [q, k, v] = values;
+    Ok([tensor(q, like[0].dims())?, tensor(k, like[1].dims())?, tensor(v, like[2].dims())?])
+}
+
+fn check(op: &'static str, spec: &Attention<'_>, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+    let (rows, width) = dims2(op, q)?;
+    expect_activation(op, q.dtype())?;
+    let refuse = |what: String| Err(Error::Shape { op, what });
+    if rows != spec.queries.total() || spec.heads == 0 || !width.is_multiple_of(spec.heads) {
+        return refuse(format!(
+            "queries {:?} for {} rows and {} heads",
+            q.dims(),
+            spec.queries.total(),
+            spec.heads
+        ));
+    }
+    for (name, t) in [("the keys", k), ("the values", v)] {
+        expect_dims(op, name, t, &[spec.keys.total(), width])?;
+        if t.dtype() != q.dtype() {
+            return refuse(format!("{name} are {:?} and the queries {:?}", t.dtype(), q.dtype()));
+        }
+    }
+    if spec.queries.len() != spec.keys.len() {
+        return refuse(format!("queries of {} and keys of {} examples", spec.queries.len(), spec.keys.len()));
+    }
+    if let Some(keys) = spec.dropout.map(Dropout::examples).filter(|keys| *keys != spec.queries.len()) {
+        return refuse(format!("dropout for {keys} examples, where there are {}", spec.queries.len()));
+    }
+    let longest = spec.queries.longest().max(spec.keys.longest());
+    match spec.bias {
+        Some(bias) if bias.longest < longest || bias.heads != spec.heads => refuse(format!(
+            "a bias of {} heads for {} rows, where {longest} are needed",
+            bias.heads, bias.longest
+        )),
+        _ => Ok(()),
+    }
+}

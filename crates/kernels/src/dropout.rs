@@ -1,0 +1,143 @@
+//! Dropout whose masks are a function of (seed, step, example, site, place), so that they do not depend on what is computed
+//! beside them or in which order.
+
+use candle_core::{DType, Tensor};
+use half::bf16;
+use rayon::prelude::*;
+
+use crate::element::Element;
+use crate::isa::{Isa, isa};
+use crate::rng::Philox;
+use crate::segments::Segments;
+use crate::tensor::{SharedMut, View, dims2, expect_activation, tensor};
+use crate::{Error, Result};
+
+/// Where numbers of a microbatch are dropped: one generator an example.
+#[derive(Clone, Debug)]
+pub struct Dropout {
+    rate: f32,
+    keys: Vec<u64>,
+    site: u64,
+}
+
+impl Dropout {
+    /// Drops with probability `rate`; `keys` holds one number an example, from which its masks follow.
+    ///
+    /// # Errors
+    /// If `rate` is not in `[0, 1)`.
+    pub fn new(rate: f32, keys: Vec<u64>) -> Result<Self> {
+        if (0.0..1.0).contains(&rate) {
+            return Ok(Self { rate, keys, site: 0 });
+        }
+        Err(Error::Shape { op: "dropout", what: format!("the rate {rate} is not in [0, 1)") })
+    }
+
+    /// The same examples at another place in the model.
+    #[must_use]
+    pub fn at(&self, site: u64) -> Self {
+        Self { site, ..self.clone() }
+    }
+
+    /// Number of examples that there are masks for.
+    pub(crate) fn examples(&self) -> usize {
+        self.keys.len()
+    }
+
+    pub(crate) fn masks(&self, example: usize, part: u64) -> Masks {
+        // The rate in steps of 2^-16; not all of them, so that what is kept can be scaled up.
+        let threshold = ((f64::from(self.rate) * 65536.0).round() as u32).min(65535);
+        let generator = Philox::new(self.keys[example], &[self.site, part]);
+        Masks { generator, threshold, kept: (65536.0 / f64::from(65536 - threshold)) as f32 }
+    }
+}
+
+/// The masks of one example at one site.
+pub(crate) struct Masks {
+    generator: Philox,
+    threshold: u32,
+    kept: f32,
+}
+
+impl Masks {
+    /// Decisions in a block of random numbers, 16 bits each.
+    const BLOCK: usize = 8;
+    /// Blocks that are made in one go: lanes of a vector.
+    const LANES: usize = 16;
+
+    /// The factors of row `row`, each 0 or `1 / (1 - rate)`; all rows must have the width of `out`.
+    #[inline(always)]
+    pub(crate) fn row(&self, row: usize, out: &mut [f32]) {
+        let first = row as u64 * out.len().div_ceil(Self::BLOCK) as u64;
+        for (i, out) in out.chunks_mut(Self::BLOCK * Self::LANES).enumerate() {
+            let words = self.generator.blocks_at::<{ Self::LANES }>(first + (i * Self::LANES) as u64);
+            let mut factors = [[0.0; Self::BLOCK]; Self::LANES];
+            for (lane, factors) in factors.iter_mut().enumerate() {
+                for (i, factor) in factors.iter_mut().enumerate() {
+                    let bits = (words[i / 2][lane] >> (16 * (i % 2))) & 0xffff;
+                    *factor = if bits < self.threshold { 0.0 } else { self.kept };
+                }
+            }
+            out.copy_from_slice(&factors.as_flattened()[..out.len()]);
+        }
+    }
+}
+
+/// `x` with numbers dropped and the others scaled up; the gradient is the same function of the gradient.
+///
+/// # Shapes
+/// `x` and the result `[T, D]` (bf16 or f32), rows as `segments` has them.
+///
+/// # Errors
+/// If the shapes or types do not fit.
+pub fn dropout(x: &Tensor, segments: &Segments, dropout: &Dropout) -> Result<Tensor> {
+    dropout_on(isa(), x, segments, dropout)
+}
+
+pub(crate) fn dropout_on(isa: Isa, x: &Tensor, segments: &Segments, dropout: &Dropout) -> Result<Tensor> {
+    expect_activation("dropout", x.dtype())?;
+    match x.dtype() {
+        DType::BF16 => apply::<bf16>(isa, x, segments, dropout),
+        _ => apply::<f32>(isa, x, segments, dropout),
+    }
+}
+
+fn apply<T: Element>(isa: Isa, x: &Tensor, segments: &Segments, dropout: &Dropout) -> Result<Tensor> {
+    let op = "dropout";
+    let (rows, d) = dims2(op, x)?;
+    if rows != segments.total() || dropout.examples() != segments.len() {
+        let what = format!(
+            "{rows} rows, {} rows in {} examples, and masks for {} examples",
+            segments.total(),
+            segments.len(),
+            dropout.examples()
+        );
+        return Err(Error::Shape { op, what });
+    }
+    let view = View::new(op, x)?;
+    let x = view.slice::<T>()?;
+    let mut values: Vec<T> = Vec::with_capacity(rows * d);
+    let out = SharedMut::uninit(&mut values);
+    (0..segments.len()).into_par_iter().for_each(|example| {
+        let masks = dropout.masks(example, 0);
+        let first = segments.range(example).start;
+        segments.range(example).into_par_iter().for_each_init(
+            || vec![0.0; d],
+            |factors, row| {
+                // SAFETY: each row of the result is written by one thread.
+                let out = unsafe { out.range(row * d, d) };
+                isa.vectorize(
+                    #[inline(always)]
+                    || {
+                        masks.row(row - first, factors);
+                        for (o, (x, factor)) in out.iter_mut().zip(x[row * d..].iter().zip(&*factors)) {
+                            o.write(T::narrow(x.widen() * factor));
+                        }
+                    },
+                );
+            },
+        );
+    });
+    // SAFETY: the examples cover all rows, as was checked above.
+    unsafe { values.set_len(rows * d) };
+    tensor(values, &[rows, d])
+}

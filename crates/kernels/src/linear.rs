@@ -1,0 +1,155 @@
+//! Linear layers whose weight is frozen: forward, and the gradient to the input. A gradient of the weight does not exist.
+
+use std::mem::MaybeUninit;
+
+use candle_core::{DType, Tensor};
+use half::bf16;
+
+use crate::element::Element;
+use crate::frozen::Frozen;
+use crate::gemm::pack::{Layout, Right};
+use crate::gemm::{Block, Operand, Term};
+use crate::isa::{Isa, isa};
+use crate::tensor::{SharedMut, View, dims2, expect_activation, expect_dims, tensor};
+use crate::{Error, Result};
+
+/// `x w^T`: `x` `[T, in]` (bf16 or f32), `w` `[out, in]`, result `[T, out]` of type `out` (bf16 or f32), summed in f32.
+///
+/// # Errors
+/// If the shapes or types do not fit.
+pub fn linear(x: &Tensor, w: &Frozen, out: DType) -> Result<Tensor> {
+    linear_on(isa(), x, w, out)
+}
+
+pub(crate) fn linear_on(isa: Isa, x: &Tensor, w: &Frozen, out: DType) -> Result<Tensor> {
+    let op = "linear";
+    expect_activation(op, out)?;
+    let rows = check_input(op, x, w.cols(), "in")?;
+    stored(isa, op, &[(x, w)], Layout::ColumnsAsRows, (rows, w.rows()), out)
+}
+
+/// `residual + x w^T`: as [`linear`], with the f32 `residual` `[T, out]` added to the finished sums.
+///
+/// # Errors
+/// If the shapes or types do not fit.
+pub fn linear_add(residual: &Tensor, x: &Tensor, w: &Frozen) -> Result<Tensor> {
+    linear_add_on(isa(), residual, x, w)
+}
+
+pub(crate) fn linear_add_on(isa: Isa, residual: &Tensor, x: &Tensor, w: &Frozen) -> Result<Tensor> {
+    let op = "linear_add";
+    let rows = check_input(op, x, w.cols(), "in")?;
+    expect_dims(op, "the residual", residual, &[rows, w.rows()])?;
+    let view = View::new(op, residual)?;
+    let residual = view.slice::<f32>()?;
+    let dims = (rows, w.rows());
+    let add = |place: usize, sums: &[f32], out: &mut [MaybeUninit<f32>]| {
+        let residual = &residual[place..place + sums.len()];
+        for (o, (r, s)) in out.iter_mut().zip(residual.iter().zip(sums)) {
+            o.write(r + s);
+        }
+    };
+    match x.dtype() {
+        DType::BF16 => computed::<bf16, f32>(isa, op, &[(x, w)], Layout::ColumnsAsRows, dims, add),
+        _ => computed::<f32, f32>(isa, op, &[(x, w)], Layout::ColumnsAsRows, dims, add),
+    }
+}
+
+/// The gradient to the common input of several linear layers: the sum of `dy w` over the pairs `(dy, w)`, `dy` `[T, out]`,
+/// `w` `[out, in]`; the result is `[T, in]` of type `out` (bf16 or f32), summed in f32.
+///
+/// # Errors
+/// If the shapes or types do not fit.
+pub fn linear_gradient(terms: &[(&Tensor, &Frozen)], out: DType) -> Result<Tensor> {
+    linear_gradient_on(isa(), terms, out)
+}
+
+pub(crate) fn linear_gradient_on(isa: Isa, terms: &[(&Tensor, &Frozen)], out: DType) -> Result<Tensor> {
+    let op = "linear_gradient";
+    expect_activation(op, out)?;
+    let Some((first, w)) = terms.first() else {
+        return Err(Error::Shape { op, what: "there is no term".into() });
+    };
+    let (rows, cols) = (dims2(op, first)?.0, w.cols());
+    for (dy, w) in terms {
+        let same = check_input(op, dy, w.rows(), "out")?;
+        if same != rows || w.cols() != cols || dy.dtype() != first.dtype() {
+            return Err(Error::Shape { op, what: "the terms differ in rows, inputs or type".into() });
+        }
+    }
+    stored(isa, op, terms, Layout::Rows, (rows, cols), out)
+}
+
+/// The rows of `x`, which must have `width` columns.
+fn check_input(op: &'static str, x: &Tensor, width: usize, name: &str) -> Result<usize> {
+    let (rows, cols) = dims2(op, x)?;
+    expect_activation(op, x.dtype())?;
+    if cols == width {
+        return Ok(rows);
+    }
+    Err(Error::Shape { op, what: format!("rows of {cols} numbers for a weight whose {name} is {width}") })
+}
+
+/// The sum of products, rounded to `out`.
+fn stored(
+    isa: Isa,
+    op: &'static str,
+    terms: &[(&Tensor, &Frozen)],
+    layout: Layout,
+    dims: (usize, usize),
+    out: DType,
+) -> Result<Tensor> {
+    fn narrow<O: Element>(_place: usize, sums: &[f32], out: &mut [MaybeUninit<O>]) {
+        for (o, s) in out.iter_mut().zip(sums) {
+            o.write(O::narrow(*s));
+        }
+    }
+    match (terms[0].0.dtype(), out) {
+        (DType::BF16, DType::BF16) => computed::<bf16, bf16>(isa, op, terms, layout, dims, narrow),
+        (DType::BF16, _) => computed::<bf16, f32>(isa, op, terms, layout, dims, narrow),
+        (_, DType::BF16) => computed::<f32, bf16>(isa, op, terms, layout, dims, narrow),
+        _ => computed::<f32, f32>(isa, op, terms, layout, dims, narrow),
+    }
+}
+
+/// The sum of products, each row of a block put through `finish(place of its first number, sums, out)`.
+fn computed<A: Operand, O: Element>(
+    isa: Isa,
+    op: &'static str,
+    terms: &[(&Tensor, &Frozen)],
+    layout: Layout,
+    (rows, cols): (usize, usize),
+    finish: impl Fn(usize, &[f32], &mut [MaybeUninit<O>]) + Sync,
+) -> Result<Tensor> {
+    let views = terms.iter().map(|(x, _)| View::new(op, x)).collect::<Result<Vec<_>>>()?;
+    let mut products = Vec::with_capacity(terms.len());
+    for (view, (_, w)) in views.iter().zip(terms) {
+        products.push(Term { a: view.slice::<A>()?, b: right(w, layout) });
+    }
+    let mut values: Vec<O> = Vec::with_capacity(rows * cols);
+    let out = SharedMut::uninit(&mut values);
+    A::product(isa, &products, rows, &|block: &Block<'_>| {
+        isa.vectorize(
+            #[inline(always)]
+            || {
+                for (place, sums) in block.rows(cols) {
+                    // SAFETY: blocks cover the result once, so that nobody else writes these numbers; they lie within the
+                    // capacity.
+                    finish(place, sums, unsafe { out.range(place, sums.len()) });
+                }
+            },
+        );
+    });
+    // SAFETY: the blocks cover all `rows * cols` numbers.
+    unsafe { values.set_len(rows * cols) };
+    tensor(values, &[rows, cols])
+}
+
+/// A frozen weight as the right operand of its forward product, or of its gradient's.
+fn right(w: &Frozen, layout: Layout) -> Right<'_> {
+    let (k, n) = match layout {
+        Layout::ColumnsAsRows => (w.cols(), w.rows()),
+        Layout::Rows => (w.rows(), w.cols()),
+    };
+    Right { values: w.values(), layout, stride: w.stride(), k, n }
+}

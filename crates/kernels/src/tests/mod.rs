@@ -1,0 +1,93 @@
+//! Tests of all operations on every path that the machine has, against plain f64 code.
+
+mod attention;
+mod elementwise;
+mod gradients;
+mod invariance;
+mod products;
+mod reference;
+mod refusals;
+
+use candle_core::{DType, Device, Tensor};
+use half::bf16;
+
+use crate::rng::Philox;
+use crate::{Frozen, Isa};
+
+const TYPES: [DType; 2] = [DType::BF16, DType::F32];
+
+/// Half a unit in the last place of 1: the largest relative error of rounding once.
+const F32_ROUNDING: f64 = 1.0 / 16_777_216.0;
+const BF16_ROUNDING: f64 = 1.0 / 256.0;
+
+/// The paths that this machine has.
+fn paths() -> impl Iterator<Item = Isa> {
+    Isa::ALL.into_iter().filter(|isa| isa.is_available())
+}
+
+/// A generator of a test's numbers; says its seed, so that a failure can be repeated.
+fn generator(seed: u64) -> Philox {
+    println!("seed {seed}");
+    Philox::new(seed, &[])
+}
+
+/// Normal numbers that the type can hold.
+fn normal(g: &mut Philox, n: usize, dtype: DType) -> Vec<f32> {
+    (0..n).map(|_| held(g.normal(), dtype)).collect()
+}
+
+/// The nearest number of the type.
+fn held(x: f32, dtype: DType) -> f32 {
+    if dtype == DType::BF16 { bf16::from_f32(x).to_f32() } else { x }
+}
+
+fn rounding(dtype: DType) -> f64 {
+    if dtype == DType::BF16 { BF16_ROUNDING } else { F32_ROUNDING }
+}
+
+fn matrix(values: &[f32], rows: usize, cols: usize, dtype: DType) -> Tensor {
+    Tensor::from_slice(values, (rows, cols), &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+}
+
+fn vector(values: &[f32]) -> Tensor {
+    Tensor::from_slice(values, values.len(), &Device::Cpu).unwrap()
+}
+
+fn frozen(values: &[f32], rows: usize, cols: usize, dtype: DType) -> Frozen {
+    if dtype == DType::BF16 {
+        return Frozen::from_bf16(values.iter().map(|x| bf16::from_f32(*x)).collect(), rows, cols);
+    }
+    Frozen::from_f32(values.to_vec(), rows, cols)
+}
+
+/// All numbers, exactly.
+fn numbers(tensor: &Tensor) -> Vec<f32> {
+    tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// All numbers as bits: NaN equals itself, and 0 is not -0.
+fn bits(tensor: &Tensor) -> Vec<u32> {
+    numbers(tensor).into_iter().map(f32::to_bits).collect()
+}
+
+fn wide(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|x| f64::from(*x)).collect()
+}
+
+/// Holds each number against its own bound.
+fn assert_close(what: &str, found: &[f32], expected: &[f64], bound: impl Fn(usize) -> f64) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+        let error = (f64::from(*found) - expected).abs();
+        assert!(
+            error <= bound(i),
+            "{what}: number {i} is {found}, not {expected}; the bound is {:e}",
+            bound(i)
+        );
+    }
+}
+
+/// The largest number without its sign, at least the smallest normal one.
+fn largest(values: &[f64]) -> f64 {
+    values.iter().fold(1e-37, |a, x| a.max(x.abs()))
+}

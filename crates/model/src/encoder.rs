@@ -1,0 +1,142 @@
+//! The encoder: self-attention and feed-forward layers, and a norm at the end.
+
+use candle_core::{DType, Tensor};
+use incipit_kernels::{Attention, Dropout, Frozen, PositionBias, Segments};
+use incipit_weights::Source;
+
+use crate::Result;
+use crate::config::Config;
+use crate::layers::{AttentionLayer, AttentionState, FeedForward, FeedForwardState, Norm, Sites};
+
+/// The frozen encoder.
+pub(crate) struct Encoder {
+    layers: Vec<(AttentionLayer, FeedForward)>,
+    bias: Frozen,
+    norm: Norm,
+}
+
+/// What a pass is about: the examples' rows, and how to compute.
+#[derive(Clone, Copy)]
+pub(crate) struct Pass<'a> {
+    pub(crate) rows: &'a Segments,
+    pub(crate) dropout: Option<&'a Dropout>,
+    pub(crate) dtype: DType,
+    /// Whether only the layers' inputs are kept, and their insides computed again in backward.
+    pub(crate) recompute: bool,
+}
+
+impl<'a> Pass<'a> {
+    pub(crate) fn sites(&self, layer: usize) -> Sites<'a> {
+        Sites { dropout: self.dropout, layer: layer as u64 }
+    }
+}
+
+/// What is kept of a layer for backward.
+pub(crate) enum Kept<S> {
+    /// Its input alone.
+    Input(Tensor),
+    /// Everything that backward needs.
+    State(S),
+}
+
+type LayerState = (AttentionState, FeedForwardState);
+
+/// What the encoder's backward pass needs.
+pub(crate) struct EncoderState {
+    layers: Vec<Kept<LayerState>>,
+    last: Tensor,
+    bias: PositionBias,
+}
+
+/// Sub-layers that a layer counts for its places of dropout; the decoder's begin after `DECODER_SITES`.
+pub(crate) const SITES_PER_LAYER: usize = 3;
+/// See [`SITES_PER_LAYER`].
+pub(crate) const DECODER_SITES: usize = 1 << 20;
+/// Place of the dropout of the embedded input, and of the result, in the last sub-layer's numbering.
+pub(crate) const ENDS: usize = SITES_PER_LAYER * (1 << 16);
+
+impl Encoder {
+    pub(crate) fn load(config: &Config, source: &dyn Source) -> Result<Self> {
+        let layers = (0..config.num_layers).map(|i| {
+            let name = format!("encoder.block.{i}.layer");
+            let attention = AttentionLayer::load(config, source, &format!("{name}.0"), "SelfAttention")?;
+            Ok((attention, FeedForward::load(config, source, &format!("{name}.1"))?))
+        });
+        let bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
+        let shape = [config.relative_attention_num_buckets, config.num_heads];
+        Ok(Self {
+            layers: layers.collect::<Result<_>>()?,
+            bias: source.frozen(bias, &shape)?,
+            norm: Norm::load(config, source, "encoder.final_layer_norm", 1.0)?,
+        })
+    }
+
+    /// `x` `[T, D]` f32 are the embedded rows; the result `[T, D]` is of the pass's type.
+    pub(crate) fn forward(&self, config: &Config, x: Tensor, pass: &Pass<'_>) -> Result<(Tensor, EncoderState)> {
+        let bias = PositionBias::new(&self.bias, config.buckets(true), pass.rows.longest())?;
+        let mut x = pass.sites(ENDS).drop(0, x, pass.rows)?;
+        let mut layers = Vec::with_capacity(self.layers.len());
+        for i in 0..self.layers.len() {
+            let input = x.clone();
+            let (out, state) = self.layer_forward(i, x, &bias, pass)?;
+            layers.push(if pass.recompute { Kept::Input(input) } else { Kept::State(state) });
+            x = out;
+        }
+        let out = self.norm.forward(&x, pass.dtype)?;
+        let out = pass.sites(ENDS).drop(1, out, pass.rows)?;
+        Ok((out, EncoderState { layers, last: x, bias }))
+    }
+
+    /// As [`Encoder::forward`], keeping nothing.
+    pub(crate) fn infer(&self, config: &Config, mut x: Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+        let bias = PositionBias::new(&self.bias, config.buckets(true), pass.rows.longest())?;
+        for i in 0..self.layers.len() {
+            x = self.layer_forward(i, x, &bias, pass)?.0;
+        }
+        self.norm.forward(&x, pass.dtype)
+    }
+
+    fn layer_forward(
+        &self,
+        i: usize,
+        x: Tensor,
+        bias: &PositionBias,
+        pass: &Pass<'_>,
+    ) -> Result<(Tensor, LayerState)> {
+        let (attention, feed_forward) = &self.layers[i];
+        let site = i * SITES_PER_LAYER;
+        let (x, first) = attention.forward(x, None, &spec(bias, pass), pass.sites(site), pass.dtype)?;
+        let (x, second) = feed_forward.forward(x, pass.rows, pass.sites(site + 1), pass.dtype)?;
+        Ok((x, (first, second)))
+    }
+
+    /// The gradient `[T, D]` f32 to the embedded rows; `dy` `[T, D]` f32 is the one to the result.
+    pub(crate) fn backward(&self, dy: Tensor, state: EncoderState, pass: &Pass<'_>) -> Result<Tensor> {
+        let EncoderState { mut layers, last, bias } = state;
+        let dy = pass.sites(ENDS).drop(1, dy, pass.rows)?;
+        let mut dx = self.norm.backward(&dy, &last, None)?;
+        drop(last);
+        for (i, (attention, feed_forward)) in self.layers.iter().enumerate().rev() {
+            let (first, second) = match layers.pop() {
+                Some(Kept::State(state)) => state,
+                Some(Kept::Input(x)) => self.layer_forward(i, x, &bias, pass)?.1,
+                None => unreachable!("forward kept one state a layer"),
+            };
+            let site = i * SITES_PER_LAYER;
+            dx = feed_forward.backward(&dx, &second, pass.rows, pass.sites(site + 1))?;
+            dx = attention.backward(&dx, &first, &spec(&bias, pass), pass.sites(site))?;
+        }
+        pass.sites(ENDS).drop(0, dx, pass.rows)
+    }
+}
+
+fn spec<'a>(bias: &'a PositionBias, pass: &Pass<'a>) -> Attention<'a> {
+    Attention {
+        queries: pass.rows,
+        keys: pass.rows,
+        heads: bias.heads(),
+        bias: Some(bias),
+        causal: false,
+        dropout: None,
+    }
+}

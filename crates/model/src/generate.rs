@@ -1,0 +1,275 @@
+//! Generation: greedy, by beams, or sampled from the nucleus, with a cache of keys and values.
+
+use candle_core::Tensor;
+use incipit_kernels::Segments;
+use incipit_kernels::rng::Philox;
+
+use crate::batch::Microbatch;
+use crate::beam::Beam;
+use crate::decoder::LayerCache;
+use crate::t5::T5;
+use crate::{Error, Result};
+
+/// How tokens are chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GenerateOptions {
+    /// Tokens at most, `</s>` included.
+    pub max_new_tokens: usize,
+    /// Hypotheses kept an example; 1 is greedy.
+    pub num_beams: usize,
+    /// A finished hypothesis' score is its log-probability over its length to this power.
+    pub length_penalty: f32,
+    /// Draw from the smallest set of tokens that has this probability (Holtzman et al. 2020); none: take the best.
+    pub top_p: Option<f32>,
+    /// Logits are divided by it before drawing.
+    pub temperature: f32,
+    /// Of the drawing; with an example's key it decides what is drawn for that example.
+    pub seed: u64,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        Self { max_new_tokens: 16, num_beams: 1, length_penalty: 1.0, top_p: None, temperature: 1.0, seed: 0 }
+    }
+}
+
+/// What was generated for an example.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Generated {
+    /// Token ids, without the start token and `</s>`.
+    pub tokens: Vec<u32>,
+    /// Sum of the tokens' log-probabilities, `</s>` included; with beams, over the length to the penalty's power.
+    pub score: f32,
+}
+
+impl GenerateOptions {
+    fn check(&self) -> Result<()> {
+        let refuse = |what: &str| Err(Error::Options { what: what.to_owned() });
+        if self.max_new_tokens == 0 || self.num_beams == 0 {
+            return refuse("max_new_tokens and num_beams must be at least 1");
+        }
+        if self.top_p.is_some_and(|p| !(p > 0.0 && p <= 1.0)) {
+            return refuse("top_p must be above 0 and at most 1");
+        }
+        if self.top_p.is_some() && self.num_beams > 1 {
+            return refuse("top_p draws tokens and num_beams searches for the best: give one of them");
+        }
+        if !(self.temperature > 0.0 && self.temperature.is_finite()) {
+            return refuse("temperature must be above 0");
+        }
+        Ok(())
+    }
+}
+
+impl T5 {
+    /// Generates for every example; targets are not read.
+    ///
+    /// # Errors
+    /// If the batch does not fit the model, or the options contradict each other.
+    pub fn generate(&self, batch: &Microbatch<'_>, options: &GenerateOptions) -> Result<Vec<Generated>> {
+        batch.check(self.config(), false)?;
+        options.check()?;
+        if batch.examples.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut decoding = Decoding::new(self, batch, options)?;
+        for place in 0..options.max_new_tokens {
+            decoding.step(place)?;
+            if decoding.searches.iter().all(|s| s.is_done()) {
+                break;
+            }
+        }
+        Ok(decoding.searches.into_iter().map(Search::finish).collect())
+    }
+}
+
+/// The state of a batch's decoding.
+struct Decoding<'a> {
+    model: &'a T5,
+    options: &'a GenerateOptions,
+    searches: Vec<Search>,
+    caches: Vec<LayerCache>,
+    keys: Segments,
+}
+
+impl<'a> Decoding<'a> {
+    fn new(model: &'a T5, batch: &Microbatch<'_>, options: &'a GenerateOptions) -> Result<Self> {
+        let keys = batch.encoder_rows();
+        let memory = model.memory(batch, &keys)?;
+        let eos = model.config().eos_token_id;
+        let search = |key: u64| match (options.top_p, options.num_beams) {
+            (None, beams) if beams > 1 => Search::Beams(Beam::new(eos, options)),
+            (top_p, _) => Search::Single(Single { tokens: Vec::new(), score: 0.0, done: false, top_p, key, eos }),
+        };
+        let searches = batch.examples.iter().map(|e| search(e.key)).collect();
+        Ok(Self { model, options, searches, caches: model.decoder.caches(&memory)?, keys })
+    }
+
+    /// Reads the newest token of every live hypothesis and chooses the next ones.
+    fn step(&mut self, place: usize) -> Result<()> {
+        let start = self.model.config().decoder_start_token_id;
+        let mut tokens = Vec::new();
+        let mut counts = Vec::with_capacity(self.searches.len());
+        for search in &self.searches {
+            let newest = search.newest(start);
+            counts.push(newest.len());
+            tokens.extend(newest);
+        }
+        let x = self.model.embedded(&tokens)?;
+        let queries = Segments::new(counts);
+        let (config, dtype) = (self.model.config(), self.model.dtype());
+        let rows =
+            self.model.decoder.step(config, x, &mut self.caches, (&queries, &self.keys), place, dtype)?;
+        let logits = self.model.head(&rows)?.to_vec2::<f32>()?;
+        let mut parents = Vec::with_capacity(tokens.len());
+        for (example, search) in self.searches.iter_mut().enumerate() {
+            let range = queries.range(example);
+            let chosen = search.choose(&logits[range.clone()], place, self.options);
+            parents.extend(chosen.into_iter().map(|parent| (range.start + parent) as u32));
+        }
+        self.follow(&parents)
+    }
+
+    /// Makes hypothesis `i`'s cache the one of `parents[i]`.
+    fn follow(&mut self, parents: &[u32]) -> Result<()> {
+        for cache in &mut self.caches {
+            if let Some((k, v)) = cache.own.take() {
+                let unchanged = parents.len() == k.dims()[0] && parents.iter().enumerate().all(|(i, p)| i == *p as usize);
+                let index = Tensor::new(parents, k.device())?;
+                let pick = |t: Tensor| if unchanged { Ok(t) } else { t.index_select(&index, 0) };
+                cache.own = Some((pick(k)?, pick(v)?));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The search for one example.
+enum Search {
+    Single(Single),
+    Beams(Beam),
+}
+
+/// One hypothesis: the best token each time, or a drawn one.
+struct Single {
+    tokens: Vec<u32>,
+    score: f32,
+    done: bool,
+    top_p: Option<f32>,
+    key: u64,
+    eos: u32,
+}
+
+impl Search {
+    fn is_done(&self) -> bool {
+        match self {
+            Search::Single(single) => single.done,
+            Search::Beams(beam) => beam.is_done(),
+        }
+    }
+
+    /// The newest token of each live hypothesis.
+    fn newest(&self, start: u32) -> Vec<u32> {
+        match self {
+            Search::Single(s) if s.done => Vec::new(),
+            Search::Single(s) => vec![s.tokens.last().copied().unwrap_or(start)],
+            Search::Beams(beam) => beam.newest(start),
+        }
+    }
+
+    /// Chooses the next tokens; returns each live hypothesis' parent among the former ones.
+    fn choose(&mut self, logits: &[Vec<f32>], place: usize, options: &GenerateOptions) -> Vec<usize> {
+        match self {
+            Search::Single(single) => match logits.first() {
+                Some(row) => single.choose(row, place, options),
+                None => Vec::new(),
+            },
+            Search::Beams(beam) => beam.choose(logits),
+        }
+    }
+
+    fn finish(self) -> Generated {
+        match self {
+            Search::Single(single) => Generated { tokens: single.tokens, score: single.score },
+            Search::Beams(beam) => beam.finish(),
+        }
+    }
+}
+
+impl Single {
+    fn choose(&mut self, logits: &[f32], place: usize, options: &GenerateOptions) -> Vec<usize> {
+        let token = match self.top_p {
+            None => best(logits),
+            Some(top_p) => {
+                let mut random = Philox::new(options.seed, &[self.key, place as u64]);
+                draw(logits, top_p, options.temperature, random.uniform())
+            }
+        };
+        self.score += logits[token] - log_normaliser(logits);
+        self.done = token as u32 == self.eos;
+        if self.done {
+            return Vec::new();
+        }
+        self.tokens.push(token as u32);
+        vec![0]
+    }
+}
+
+/// The first of the largest numbers.
+fn best(logits: &[f32]) -> usize {
+    let larger = |best: usize, i: usize| if logits[i] > logits[best] { i } else { best };
+    (0..logits.len()).fold(0, larger)
+}
+
+/// The token at which the cumulated probability of the nucleus, most probable first, passes `u` of it.
+fn draw(logits: &[f32], top_p: f32, temperature: f32, u: f32) -> usize {
+    let scaled: Vec<f32> = logits.iter().map(|x| x / temperature).collect();
+    let shift = log_normaliser(&scaled);
+    let mut order: Vec<(usize, f64)> =
+        scaled.iter().map(|x| f64::from(x - shift).exp()).enumerate().collect();
+    order.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    let mut total = 0.0;
+    let size = order.iter().position(|(_, p)| {
+        total += p;
+        total >= f64::from(top_p)
+    });
+    order.truncate(size.map_or(order.len(), |i| i + 1));
+    let mut left = f64::from(u) * total;
+    let found = order.iter().find(|(_, p)| {
+        left -= p;
+        left < 0.0
+    });
+    found.or(order.last()).map_or(0, |(token, _)| *token)
+}
+
+/// The logarithm of the sum of exponentials.
+pub(crate) fn log_normaliser(logits: &[f32]) -> f32 {
+    let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|x| f64::from(x - top).exp()).sum();
+    top + sum.ln() as f32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nucleus_holds_the_fewest_tokens_that_reach_top_p() {
+        let logits = [0.5f32, 0.3, 0.15, 0.05].map(f32::ln);
+        let drawn = |top_p: f32| (0..100).map(|i| draw(&logits, top_p, 1.0, i as f32 / 100.0)).collect::<Vec<_>>();
+        assert!(drawn(0.4).iter().all(|t| *t == 0));
+        assert_eq!(drawn(0.7).iter().max(), Some(&1));
+        assert_eq!(drawn(1.0).iter().filter(|t| **t == 0).count(), 50);
+    }
+
+    #[test]
+    fn a_low_temperature_draws_the_best() {
+        let logits = [1.0, 1.1, 0.9];
+        assert!((0..50).all(|i| draw(&logits, 1.0, 0.001, i as f32 / 50.0) == 1));
+    }
+
+    #[test]
+    fn greedy_takes_the_first_of_equals() {
+        assert_eq!(best(&[1.0, 3.0, 3.0]), 1);
+    }
+}

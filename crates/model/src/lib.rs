@@ -1,0 +1,20 @@
+//! A frozen T5 (Raffel et al. 2020) as a function of soft prompts (Lester et al. 2021): losses, prompt gradients, generation.
+//!
+//! The backward pass is written out layer by layer: what is frozen has no gradient, and what is kept for backward is what
+//! [`layers`](self) say. The crate does no input or output.
+
+mod batch;
+mod beam;
+mod config;
+mod decoder;
+mod encoder;
+mod error;
+mod generate;
+mod layers;
+mod t5;
+
+pub use batch::{Example, Microbatch};
+pub use config::Config;
+pub use error::{Error, Result};
+pub use generate::{GenerateOptions, Generated};
+pub use t5::{ExampleGradient, PassOptions, T5};

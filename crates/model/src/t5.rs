@@ -1,0 +1,246 @@
+//! The whole model: from token ids and prompts to losses and the prompts' gradients.
+
+use candle_core::{DType, Device, Tensor};
+use incipit_kernels::{
+    Dropout, Frozen, Rows, Segments, cross_entropy, cross_entropy_gradient, embed, linear, linear_gradient,
+};
+use incipit_weights::Source;
+
+use crate::batch::Microbatch;
+use crate::config::Config;
+use crate::decoder::{Decoder, Memory};
+use crate::encoder::{Encoder, Pass};
+use crate::{Error, Result};
+
+/// Target tokens whose logits are held at once.
+const HEAD_ROWS: usize = 256;
+
+/// A frozen T5.
+pub struct T5 {
+    config: Config,
+    dtype: DType,
+    shared: Frozen,
+    pub(crate) encoder: Encoder,
+    pub(crate) decoder: Decoder,
+    head: Frozen,
+}
+
+/// How a pass with gradients is made.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PassOptions {
+    /// Keep only the layers' inputs, and compute the layers' insides again in backward: a third more work, and a fraction
+    /// of the memory. The result is the same, bit for bit.
+    pub recompute: bool,
+    /// Probability with which numbers of the frozen model are dropped; 0 for none.
+    pub dropout: f32,
+    /// Weight of the squared logarithm of the normaliser; 0 for none.
+    pub z_loss: f32,
+}
+
+/// Loss and gradient of one example.
+#[derive(Clone, Debug)]
+pub struct ExampleGradient {
+    /// Sum of the target tokens' losses.
+    pub loss: f32,
+    /// Gradient of `scale * loss` to the example's prompt, `[P, D]` f32; `[0, D]` without a prompt.
+    pub prompt_gradient: Tensor,
+}
+
+impl T5 {
+    /// Takes the weights from `source`; activations are of type `dtype` (bf16 or f32), with an f32 residual stream.
+    ///
+    /// # Errors
+    /// If a tensor is missing or has another shape or type, or `dtype` is neither bf16 nor f32.
+    pub fn load(mut config: Config, source: &dyn Source, dtype: DType) -> Result<Self> {
+        if !matches!(dtype, DType::BF16 | DType::F32) {
+            let what = format!("a T5 computes in bf16 or f32, not {dtype:?}; f16 overflows in its feed-forward layers");
+            return Err(Error::Options { what });
+        }
+        let shape = [config.vocab_size, config.d_model];
+        // Checkpoints in the wild keep the shared table under one of these names, or under several.
+        let names = ["shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"];
+        let name = names.into_iter().find(|n| source.contains(n)).unwrap_or(names[0]);
+        let shared = source.frozen(name, &shape)?;
+        config.own_head = source.contains("lm_head.weight");
+        let head = if config.own_head { source.frozen("lm_head.weight", &shape)? } else { shared.clone() };
+        let logit_scale = if config.scale_logits { 1.0 / (config.d_model as f32).sqrt() } else { 1.0 };
+        let encoder = Encoder::load(&config, source)?;
+        let decoder = Decoder::load(&config, source, logit_scale)?;
+        Ok(Self { config, dtype, shared, encoder, decoder, head })
+    }
+
+    /// The model's shape.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The type of its activations.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Row `id` of the shared embedding, `D` numbers.
+    ///
+    /// # Errors
+    /// If `id` is outside of the vocabulary.
+    pub fn embedding_row(&self, id: u32) -> Result<Vec<f32>> {
+        if id as usize >= self.config.vocab_size {
+            let what = format!("token {id} is outside of the model's vocabulary of {}", self.config.vocab_size);
+            return Err(Error::Options { what });
+        }
+        let mut row = vec![0.0; self.config.d_model];
+        self.shared.copy_row(id as usize, &mut row);
+        Ok(row)
+    }
+
+    /// The encoder's result for all examples end to end, prompt rows first: `[T, D]` f32, each example's rows together.
+    ///
+    /// # Errors
+    /// If the batch does not fit the model.
+    pub fn encode(&self, batch: &Microbatch<'_>) -> Result<Tensor> {
+        batch.check(&self.config, false)?;
+        Ok(self.memory(batch, &batch.encoder_rows())?.to_dtype(DType::F32)?)
+    }
+
+    /// The logits of all target tokens end to end: `[sum of target lengths, V]` f32.
+    ///
+    /// # Errors
+    /// If the batch does not fit the model.
+    pub fn logits(&self, batch: &Microbatch<'_>) -> Result<Tensor> {
+        let rows = self.decoded(batch)?;
+        Ok(linear(&rows, &self.head, DType::F32)?)
+    }
+
+    /// Each example's sum of token losses, without dropout.
+    ///
+    /// # Errors
+    /// If the batch does not fit the model.
+    pub fn loss(&self, batch: &Microbatch<'_>) -> Result<Vec<f32>> {
+        let rows = self.decoded(batch)?;
+        let targets = batch.targets();
+        let mut losses = Vec::with_capacity(targets.len());
+        for (first, chunk) in chunks(&targets) {
+            let logits = linear(&rows.narrow(0, first, chunk.len())?, &self.head, DType::F32)?;
+            losses.extend(cross_entropy(&logits, chunk, 0.0)?);
+        }
+        Ok(sums(&losses, &batch.decoder_rows()))
+    }
+
+    /// Each example's loss, and the gradient of `scale[e] * loss of e` to its prompt.
+    ///
+    /// An example's result is the same bit for bit whatever is computed beside it.
+    ///
+    /// # Errors
+    /// If the batch does not fit the model, or there is not one scale an example.
+    pub fn loss_and_gradient(
+        &self,
+        batch: &Microbatch<'_>,
+        scale: &[f32],
+        options: &PassOptions,
+    ) -> Result<Vec<ExampleGradient>> {
+        batch.check(&self.config, true)?;
+        if scale.len() != batch.examples.len() {
+            let what = format!("{} scales for {} examples", scale.len(), batch.examples.len());
+            return Err(Error::Options { what });
+        }
+        let keys = || Dropout::new(options.dropout, batch.keys());
+        let dropout = (options.dropout != 0.0).then(keys).transpose()?;
+        let (encoder_rows, decoder_rows) = (batch.encoder_rows(), batch.decoder_rows());
+        let pass = Pass {
+            rows: &encoder_rows,
+            dropout: dropout.as_ref(),
+            dtype: self.dtype,
+            recompute: options.recompute,
+        };
+        let x = embed(&self.shared, batch.prompts, &batch.encoder_runs())?;
+        let (memory, encoder_state) = self.encoder.forward(&self.config, x, &pass)?;
+        let memory = Memory { rows: &memory, segments: &encoder_rows };
+        let decoder_pass = Pass { rows: &decoder_rows, ..pass };
+        let x = self.decoder_embedding(batch)?;
+        let (rows, decoder_state) = self.decoder.forward(&self.config, x, memory, &decoder_pass)?;
+        let (losses, d_rows) = self.head_gradient(&rows, batch, scale, options.z_loss)?;
+        drop(rows);
+        let d_memory = self.decoder.backward(d_rows, decoder_state, memory, &decoder_pass)?;
+        let dx = self.encoder.backward(d_memory, encoder_state, &pass)?;
+        let places = batch.prompt_rows(&encoder_rows);
+        let gradients = prompt_gradients(&dx, &places)?;
+        let pairs = sums(&losses, &decoder_rows).into_iter().zip(gradients);
+        Ok(pairs.map(|(loss, prompt_gradient)| ExampleGradient { loss, prompt_gradient }).collect())
+    }
+
+    /// The encoder's result in the model's type.
+    pub(crate) fn memory(&self, batch: &Microbatch<'_>, rows: &Segments) -> Result<Tensor> {
+        let x = embed(&self.shared, batch.prompts, &batch.encoder_runs())?;
+        let pass = Pass { rows, dropout: None, dtype: self.dtype, recompute: false };
+        self.encoder.infer(&self.config, x, &pass)
+    }
+
+    /// Embedded rows of these tokens, `[n, D]` f32.
+    pub(crate) fn embedded(&self, tokens: &[u32]) -> Result<Tensor> {
+        Ok(embed(&self.shared, &[], &[Rows::Tokens(tokens)])?)
+    }
+
+    /// The logits `[n, V]` f32 of the decoder's result `rows` `[n, D]`.
+    pub(crate) fn head(&self, rows: &Tensor) -> Result<Tensor> {
+        Ok(linear(rows, &self.head, DType::F32)?)
+    }
+
+    fn decoder_embedding(&self, batch: &Microbatch<'_>) -> Result<Tensor> {
+        self.embedded(&batch.decoder_inputs(self.config.decoder_start_token_id))
+    }
+
+    /// The decoder's result for all target tokens end to end.
+    fn decoded(&self, batch: &Microbatch<'_>) -> Result<Tensor> {
+        batch.check(&self.config, true)?;
+        let (encoder_rows, decoder_rows) = (batch.encoder_rows(), batch.decoder_rows());
+        let memory = self.memory(batch, &encoder_rows)?;
+        let memory = Memory { rows: &memory, segments: &encoder_rows };
+        let pass = Pass { rows: &decoder_rows, dropout: None, dtype: self.dtype, recompute: true };
+        Ok(self.decoder.forward(&self.config, self.decoder_embedding(batch)?, memory, &pass)?.0)
+    }
+
+    /// The token losses, and the gradient `[Td, D]` f32 to the decoder's result. Logits live a few rows at a time.
+    fn head_gradient(
+        &self,
+        rows: &Tensor,
+        batch: &Microbatch<'_>,
+        scale: &[f32],
+        z_loss: f32,
+    ) -> Result<(Vec<f32>, Tensor)> {
+        let targets = batch.targets();
+        let scales: Vec<f32> =
+            batch.examples.iter().zip(scale).flat_map(|(e, s)| std::iter::repeat_n(*s, e.target.len())).collect();
+        let (mut losses, mut gradients) = (Vec::with_capacity(targets.len()), Vec::new());
+        for (first, chunk) in chunks(&targets) {
+            let logits = linear(&rows.narrow(0, first, chunk.len())?, &self.head, DType::F32)?;
+            let scales = &scales[first..first + chunk.len()];
+            let (part, d_logits) = cross_entropy_gradient(&logits, chunk, scales, z_loss, self.dtype)?;
+            losses.extend(part);
+            gradients.push(linear_gradient(&[(&d_logits, &self.head)], DType::F32)?);
+        }
+        Ok((losses, Tensor::cat(&gradients, 0)?))
+    }
+}
+
+/// The targets a few at a time, each part with its place.
+fn chunks(targets: &[u32]) -> impl Iterator<Item = (usize, &[u32])> {
+    targets.chunks(HEAD_ROWS).enumerate().map(|(i, chunk)| (i * HEAD_ROWS, chunk))
+}
+
+/// Each example's sum.
+fn sums(losses: &[f32], rows: &Segments) -> Vec<f32> {
+    let sum = |e| losses[rows.range(e)].iter().map(|l| f64::from(*l)).sum::<f64>() as f32;
+    (0..rows.len()).map(sum).collect()
+}
+
+/// Copies of the rows of `dx` that are prompts', so that `dx` itself need not live on.
+fn prompt_gradients(dx: &Tensor, places: &[(usize, usize)]) -> Result<Vec<Tensor>> {
+    let width = dx.dims()[1];
+    let copy = |(first, count): &(usize, usize)| {
+        let values = if *count == 0 { Vec::new() } else { dx.narrow(0, *first, *count)?.flatten_all()?.to_vec1::<f32>()? };
+        Ok(Tensor::from_vec(values, (*count, width), &Device::Cpu)?)
+    };
+    places.iter().map(copy).collect()
+}

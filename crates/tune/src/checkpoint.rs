@@ -1,0 +1,209 @@
+//! Checkpoints of one job: `out/checkpoints/step-00001000/`, with `out/best` and `out/last` pointing to one
+//! each.
+//!
+//! A checkpoint holds `prompt.safetensors` (the tensor `prompt` `[P, D]`), `optimizer.safetensors`,
+//! `state.json` and, written last, `MANIFEST`: the BLAKE3 hash of each, in the form that `b3sum --check`
+//! reads. It appears by one rename or not at all, and nothing in it depends on threads, devices or the number
+//! of processes.
+
+use crate::{
+    Error, Result, atomic,
+    optimizer::{NamedTensor, OptimizerKind},
+    prompt::Prompt,
+    tensors,
+};
+use serde::{Deserialize, Serialize};
+use std::{fmt::Write as _, path::Path};
+
+mod store;
+pub use store::{Found, Store};
+
+/// The file that holds the hashes of the others.
+pub const MANIFEST: &str = "MANIFEST";
+/// The file that holds the prompt.
+pub const PROMPT: &str = "prompt.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const STATE: &str = "state.json";
+/// The version of the files written here.
+const FORMAT: u32 = 1;
+
+/// All that a job needs to go on as if nothing had happened.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Checkpoint {
+    /// The prompt after [`TrainState::step`] steps.
+    pub prompt: Prompt,
+    /// The optimizer's tensors.
+    pub optimizer: Vec<NamedTensor>,
+    /// Everything else.
+    pub state: TrainState,
+}
+
+/// Where a job stands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainState {
+    /// How many steps were made.
+    pub step: u64,
+    /// How often the data was gone through to its end.
+    pub epoch: u64,
+    /// How many batches of this epoch were used.
+    pub batch: u64,
+    /// The job's seed.
+    pub seed: u64,
+    /// Hash of the part of the specification that the result depends on.
+    pub spec: String,
+    /// Fingerprint of the backbone.
+    pub backbone: String,
+    /// The optimizer, whose tensors lie beside this.
+    pub optimizer: OptimizerKind,
+    /// How many steps the optimizer made.
+    pub optimizer_steps: u64,
+    /// The best evaluation so far, if there was one.
+    pub best: Option<Best>,
+    /// How many evaluations came after the best one.
+    pub evaluations_since_best: u64,
+    /// After how many steps the last evaluation was made; 0 before the first.
+    pub evaluated: u64,
+    /// BLAKE3 hash of the file of training examples.
+    pub train_data: String,
+    /// BLAKE3 hash of the file of evaluation examples, if there is one.
+    pub eval_data: Option<String>,
+}
+
+/// An evaluation.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Best {
+    /// After how many steps.
+    pub step: u64,
+    /// What it gave: the mean of the metrics, finite.
+    pub score: f64,
+}
+
+/// `state.json`: the version comes first, so that a later one is told from a damaged one.
+#[derive(Serialize, Deserialize)]
+struct StateFile<S> {
+    format: u32,
+    written_by: String,
+    state: S,
+}
+
+impl Checkpoint {
+    /// The three files and their contents.
+    fn files(&self) -> Result<[(&'static str, Vec<u8>); 3], String> {
+        let prompt = encode_prompt(&self.prompt)?;
+        let optimizer: Vec<_> = self.optimizer.iter().map(|t| (&*t.name, &*t.shape, &*t.data)).collect();
+        let state = StateFile {
+            format: FORMAT,
+            written_by: concat!("incipit ", env!("CARGO_PKG_VERSION")).to_owned(),
+            state: &self.state,
+        };
+        let mut state = serde_json::to_vec_pretty(&state).map_err(|e| e.to_string())?;
+        state.push(b'\n');
+        Ok([(PROMPT, prompt), (OPTIMIZER, tensors::encode(&optimizer)?), (STATE, state)])
+    }
+}
+
+/// Writes a checkpoint directory: it is at `path` whole, or not at all. One that is there is replaced.
+///
+/// # Errors
+/// If the system refuses.
+pub fn save(path: &Path, checkpoint: &Checkpoint) -> Result<()> {
+    let files = checkpoint.files().map_err(|what| Error::Checkpoint { path: path.to_owned(), what })?;
+    atomic::write_dir(path, |staged| {
+        let mut manifest = String::new();
+        for (name, bytes) in &files {
+            atomic::write_synced(&staged.join(name), bytes)?;
+            let _ = writeln!(manifest, "{}  {name}", blake3::hash(bytes)); // Writing to a string cannot fail.
+        }
+        atomic::write_synced(&staged.join(MANIFEST), manifest.as_bytes())
+    })
+}
+
+/// Reads a checkpoint directory, or a link to one, and verifies it against its `MANIFEST`.
+///
+/// # Errors
+/// If a file is missing, or its hash is not the one written down; the message names it.
+pub fn load(path: &Path) -> Result<Checkpoint> {
+    let refuse = |what| Error::Checkpoint { path: path.to_owned(), what };
+    if !path.join(MANIFEST).exists() {
+        let what = if path.exists() {
+            "it has no MANIFEST; it was not written to the end"
+        } else {
+            "it is not there"
+        };
+        return Err(refuse(what.to_owned()));
+    }
+    let manifest = read(path, MANIFEST)?;
+    let verified = |name| -> Result<Vec<u8>> {
+        let bytes = read(path, name)?;
+        verify(&manifest, name, &bytes).map_err(refuse)?;
+        Ok(bytes)
+    };
+    let (prompt, optimizer, state) = (verified(PROMPT)?, verified(OPTIMIZER)?, verified(STATE)?);
+    let within = |name: &'static str| move |what| refuse(format!("{name}: {what}"));
+    Ok(Checkpoint {
+        prompt: decode_prompt(&prompt).map_err(within(PROMPT))?,
+        optimizer: tensors::decode(&optimizer).map_err(within(OPTIMIZER))?,
+        state: decode_state(&state).map_err(within(STATE))?,
+    })
+}
+
+/// Writes a prompt alone, as a checkpoint's `prompt.safetensors`, atomically. [`Prompt::read`] reads it.
+///
+/// # Errors
+/// If the system refuses.
+pub fn write_prompt(path: &Path, prompt: &Prompt) -> Result<()> {
+    let bytes = encode_prompt(prompt).map_err(|what| Error::PromptFile { path: path.to_owned(), what })?;
+    atomic::write_file(path, &bytes)
+}
+
+fn encode_prompt(prompt: &Prompt) -> Result<Vec<u8>, String> {
+    tensors::encode(&[("prompt", &[prompt.length(), prompt.width()], prompt.values())])
+}
+
+/// The prompt in the bytes of a `prompt.safetensors`.
+pub(crate) fn decode_prompt(bytes: &[u8]) -> Result<Prompt, String> {
+    let tensors = tensors::decode(bytes)?;
+    let names: Vec<String> = tensors.iter().map(|t| t.name.clone()).collect();
+    let Some(prompt) = tensors.into_iter().find(|t| t.name == "prompt") else {
+        return Err(format!("it has no tensor \"prompt\", but {names:?}"));
+    };
+    let [length, width] = prompt.shape[..] else {
+        return Err(format!("the prompt has the shape {:?} and should have two dimensions", prompt.shape));
+    };
+    Prompt::new(length, width, prompt.data).map_err(|e| e.to_string())
+}
+
+fn decode_state(bytes: &[u8]) -> Result<TrainState, String> {
+    let file: StateFile<serde_json::Value> = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+    if file.format != FORMAT {
+        return Err(format!(
+            "it has the format {} of {}, and this is {FORMAT}; use that version",
+            file.format, file.written_by
+        ));
+    }
+    serde_json::from_value(file.state).map_err(|e| e.to_string())
+}
+
+fn read(path: &Path, name: &str) -> Result<Vec<u8>> {
+    let file = path.join(name);
+    std::fs::read(&file).map_err(Error::io("read", file))
+}
+
+/// Checks `bytes` against the line of the file `name`.
+fn verify(manifest: &[u8], name: &str, bytes: &[u8]) -> Result<(), String> {
+    let manifest = String::from_utf8_lossy(manifest);
+    let line = manifest.lines().find_map(|line| line.split_once("  ").filter(|(_, n)| *n == name));
+    let Some((expected, _)) = line else {
+        return Err(format!("its {MANIFEST} does not name {name}; it is damaged"));
+    };
+    let found = blake3::hash(bytes).to_hex();
+    if found.as_str() == expected {
+        return Ok(());
+    }
+    Err(format!("{name} is damaged: its BLAKE3 hash is {found}, and {MANIFEST} says {expected}"))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,286 @@
+//! The step engine: batches of many jobs, each with a prompt of its own, through one frozen backbone.
+//!
+//! Examples of all jobs lie side by side in microbatches. What an example gives depends on itself and its prompt alone, and
+//! a job's sum over its examples does not depend on their order, so that a job's gradient is the same bits whatever the
+//! microbatches, the neighbours and the threads.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use candle_core::Tensor;
+use incipit_data::TokenizedExample;
+use incipit_model::{Example, ExampleGradient, Microbatch, PassOptions, T5};
+
+use crate::{
+    choice::choices,
+    microbatch::{self, TokenMemory},
+    recipe::LossReduction,
+    reduce,
+};
+
+choices! {
+    /// Whether a layer's inside is computed again in the backward pass instead of kept. Results do not depend on it.
+    Recompute, "recompute" {
+        /// Kept where the free memory allows.
+        Auto => "auto",
+        /// Computed again: about half as much time more, far less memory.
+        On => "on",
+        /// Kept.
+        Off => "off",
+    }
+}
+
+/// How the backbone is run; no result depends on it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct EngineOptions {
+    /// Tokens (inputs, prompt rows and targets) that go through the backbone at once. Where none are given: what the free
+    /// memory holds, up to 2,048.
+    pub microbatch_tokens: Option<usize>,
+    /// Whether a layer's inside is kept.
+    pub recompute: Recompute,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self { microbatch_tokens: None, recompute: Recompute::Auto }
+    }
+}
+
+/// What is made smaller.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Objective {
+    /// How the token losses of a batch become one number.
+    pub reduction: LossReduction,
+    /// Dropout inside the backbone.
+    pub dropout: f32,
+    /// Weight of the squared logarithm of the softmax's denominator.
+    pub z_loss: f32,
+}
+
+/// One job's part of a step.
+#[derive(Clone, Debug)]
+pub struct JobBatch<'a> {
+    /// `[P, D]` f32.
+    pub prompt: &'a Tensor,
+    /// The examples, in the order of the batch.
+    pub examples: Vec<&'a TokenizedExample>,
+    /// One an example: names its random numbers.
+    pub keys: Vec<u64>,
+    /// What is made smaller.
+    pub objective: Objective,
+}
+
+/// What a step gives one job.
+#[derive(Clone, Debug, PartialEq)]
+pub struct JobGradient {
+    /// Mean cross-entropy over the batch's target tokens, in nats, whatever the objective.
+    pub loss: f64,
+    /// Target tokens of the batch.
+    pub num_targets: usize,
+    /// All tokens of the batch: inputs, prompt rows and targets.
+    pub num_tokens: usize,
+    /// Gradient of the objective, `[P, D]` row-major.
+    pub gradient: Vec<f32>,
+}
+
+/// Why a job got no gradient. Its neighbours did.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum JobFault {
+    /// An example's loss is infinite or not a number.
+    #[error("the loss of example {example} of the batch is {loss}")]
+    Loss {
+        /// Place in the batch.
+        example: usize,
+        /// The loss.
+        loss: f32,
+    },
+    /// An example's gradient has an infinite element, or one that is not a number.
+    #[error("the gradient of example {example} of the batch is not finite")]
+    Gradient {
+        /// Place in the batch.
+        example: usize,
+    },
+    /// The batch cannot go through the backbone.
+    #[error("{what}")]
+    Refused {
+        /// What the model, or the sum, said.
+        what: String,
+    },
+}
+
+/// A frozen backbone, ready for batches of many jobs.
+pub struct Engine {
+    model: Arc<T5>,
+    budget: usize,
+    recompute: bool,
+}
+
+/// An example of a step, and where it comes from.
+#[derive(Clone, Copy)]
+struct Row {
+    job: usize,
+    example: usize,
+}
+
+/// What the examples of a job gave, in the order of its batch.
+type Gathered = Vec<Option<ExampleGradient>>;
+
+impl Engine {
+    /// An engine over `model`.
+    #[must_use]
+    pub fn new(model: Arc<T5>, options: EngineOptions) -> Self {
+        let memory = TokenMemory::of(model.config(), model.dtype());
+        let recompute = match options.recompute {
+            Recompute::Auto => None,
+            Recompute::On => Some(true),
+            Recompute::Off => Some(false),
+        };
+        let free = microbatch::free_memory();
+        let (budget, recompute) = microbatch::plan(memory, free, options.microbatch_tokens, recompute);
+        tracing::debug!(budget, recompute, free, "planned microbatches");
+        Self { model, budget, recompute }
+    }
+
+    /// The backbone.
+    #[must_use]
+    pub fn model(&self) -> &T5 {
+        &self.model
+    }
+
+    /// Most tokens of a microbatch.
+    #[must_use]
+    pub fn microbatch_tokens(&self) -> usize {
+        self.budget
+    }
+
+    /// Each job's loss and gradient. A job with a number that is not finite, or with a batch that the model refuses, gets a
+    /// fault, and the others get what they would have got without it.
+    #[must_use]
+    pub fn gradients(&self, jobs: &[JobBatch<'_>]) -> Vec<Result<JobGradient, JobFault>> {
+        let mut gathered: Vec<Result<Gathered, JobFault>> =
+            jobs.iter().map(|job| Ok(vec![None; job.examples.len()])).collect();
+        for (options, rows) in self.passes(jobs) {
+            let costs: Vec<usize> = rows.iter().map(|row| cost(&jobs[row.job], row.example)).collect();
+            for run in microbatch::cut(&costs, self.budget) {
+                self.pass(jobs, &rows[run], &options, &mut gathered);
+            }
+        }
+        jobs.iter().zip(gathered).map(|(job, gathered)| summed(job, gathered?)).collect()
+    }
+
+    /// The step's examples, those that can share a microbatch together: dropout and z-loss are of a whole pass.
+    fn passes(&self, jobs: &[JobBatch<'_>]) -> Vec<(PassOptions, Vec<Row>)> {
+        let mut passes: BTreeMap<(u32, u32), Vec<Row>> = BTreeMap::new();
+        for (job, batch) in jobs.iter().enumerate() {
+            let rows = passes
+                .entry((batch.objective.dropout.to_bits(), batch.objective.z_loss.to_bits()))
+                .or_default();
+            rows.extend((0..batch.examples.len()).map(|example| Row { job, example }));
+        }
+        let options = |dropout, z_loss| PassOptions {
+            recompute: self.recompute,
+            dropout: f32::from_bits(dropout),
+            z_loss: f32::from_bits(z_loss),
+        };
+        passes.into_iter().map(|((dropout, z_loss), rows)| (options(dropout, z_loss), rows)).collect()
+    }
+
+    /// Sends one microbatch through the backbone. If the model refuses one of several jobs, each goes alone.
+    fn pass(
+        &self,
+        jobs: &[JobBatch<'_>],
+        rows: &[Row],
+        options: &PassOptions,
+        gathered: &mut [Result<Gathered, JobFault>],
+    ) {
+        let scales: Vec<f32> = rows.iter().map(|row| scale(&jobs[row.job])).collect();
+        let (prompts, examples) = assemble(jobs, rows);
+        let batch = Microbatch { prompts: &prompts, examples: &examples };
+        let error = match self.model.loss_and_gradient(&batch, &scales, options) {
+            Ok(gradients) => {
+                for (row, gradient) in rows.iter().zip(gradients) {
+                    if let Ok(gathered) = &mut gathered[row.job] {
+                        gathered[row.example] = Some(gradient);
+                    }
+                }
+                return;
+            }
+            Err(error) => error,
+        };
+        if prompts.len() == 1 {
+            gathered[rows[0].job] = Err(JobFault::Refused { what: error.to_string() });
+            return;
+        }
+        for alone in rows.chunk_by(|a, b| a.job == b.job) {
+            self.pass(jobs, alone, options, gathered);
+        }
+    }
+}
+
+/// Tokens that an example takes of a microbatch.
+fn cost(job: &JobBatch<'_>, example: usize) -> usize {
+    let example = job.examples[example];
+    job.prompt.dims()[0] + example.input.len() + example.target.len()
+}
+
+/// d objective / d (sum of an example's token losses): known before the pass, so that no cut of the batch can change it.
+fn scale(job: &JobBatch<'_>) -> f32 {
+    match job.objective.reduction {
+        LossReduction::Sum => 1.0,
+        LossReduction::Mean => 1.0 / num_targets(job) as f32,
+    }
+}
+
+fn num_targets(job: &JobBatch<'_>) -> usize {
+    job.examples.iter().map(|example| example.target.len()).sum()
+}
+
+/// The prompts of the jobs that the rows name, and the examples with their prompts. Rows of a job lie together.
+fn assemble<'a>(jobs: &[JobBatch<'a>], rows: &[Row]) -> (Vec<Tensor>, Vec<Example<'a>>) {
+    let (mut prompts, mut examples, mut last) = (Vec::new(), Vec::new(), None);
+    for row in rows {
+        let job = &jobs[row.job];
+        if last != Some(row.job) {
+            prompts.push(job.prompt.clone());
+            last = Some(row.job);
+        }
+        let TokenizedExample { input, target, .. } = job.examples[row.example];
+        examples.push(Example { prompt: Some(prompts.len() - 1), input, target, key: job.keys[row.example] });
+    }
+    (prompts, examples)
+}
+
+/// The sum over a job's examples, once all of them are there.
+fn summed(job: &JobBatch<'_>, gathered: Gathered) -> Result<JobGradient, JobFault> {
+    let mut loss = 0.0;
+    let mut terms = Vec::with_capacity(gathered.len());
+    let mut exponent = reduce::ZERO_EXPONENT;
+    for (example, gradient) in gathered.into_iter().enumerate() {
+        let gradient = gradient.ok_or_else(|| refused(&"the model gave no gradient"))?;
+        if !gradient.loss.is_finite() {
+            return Err(JobFault::Loss { example, loss: gradient.loss });
+        }
+        let term: Vec<f32> = gradient
+            .prompt_gradient
+            .flatten_all()
+            .and_then(|g| g.to_vec1())
+            .map_err(|error| refused(&error))?;
+        exponent = exponent.max(reduce::max_exponent(&term).map_err(|_| JobFault::Gradient { example })?);
+        loss += f64::from(gradient.loss);
+        terms.push(term);
+    }
+    let mut sum = vec![0i64; job.prompt.elem_count()];
+    for term in &terms {
+        reduce::quantize(term, exponent, &mut sum).map_err(|error| refused(&error))?;
+    }
+    let gradient = reduce::dequantize(&sum, exponent);
+    if !gradient.iter().all(|g| g.is_finite()) {
+        return Err(refused(&"the sum of the batch's gradients is beyond f32"));
+    }
+    let num_targets = num_targets(job);
+    let num_tokens = (0..job.examples.len()).map(|example| cost(job, example)).sum();
+    Ok(JobGradient { loss: loss / num_targets as f64, num_targets, num_tokens, gradient })
+}
+
+fn refused(error: &impl ToString) -> JobFault {
+    JobFault::Refused { what: error.to_string() }
+}

@@ -1,0 +1,273 @@
+//! What this crate refuses, and how to mend it.
+
+use std::{io, path::PathBuf};
+
+/// Why a step of tuning, or a file that it reads or writes, failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The system refused to read or write something.
+    #[error("cannot {action} {}: {source}{}", path.display(), mend(source))]
+    Io {
+        /// What was tried: a verb, such as "write".
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A file that holds a prompt cannot be used.
+    #[error("{}: {what}", path.display())]
+    PromptFile {
+        /// The file or directory.
+        path: PathBuf,
+        /// What is wrong with it, and how to mend it.
+        what: String,
+    },
+    /// A prompt that cannot be.
+    #[error("{what}")]
+    Prompt {
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A prompt does not fit the model.
+    #[error(
+        "{}: its rows have {found} columns and the model's have {expected}; it was trained for another model, \
+         give that one with --model",
+        path.display()
+    )]
+    PromptWidth {
+        /// Where the prompt came from.
+        path: PathBuf,
+        /// `d_model` of the model.
+        expected: usize,
+        /// Columns of the prompt.
+        found: usize,
+    },
+    /// A prompt cannot be initialised as asked.
+    #[error("prompt initialisation {init}: {what}")]
+    Init {
+        /// The initialisation, as it was given.
+        init: String,
+        /// What is missing, and how to mend it.
+        what: String,
+    },
+    /// The embedding of a piece could not be read.
+    #[error("prompt initialisation: the embedding of piece {id} cannot be read")]
+    Embedding {
+        /// The piece's number in the vocabulary.
+        id: u32,
+        /// What the model said.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A word that names no choice.
+    #[error("unknown {what} {given:?}; choose one of {choices}")]
+    Choice {
+        /// What is chosen, such as "schedule".
+        what: &'static str,
+        /// What was given.
+        given: String,
+        /// What can be given.
+        choices: &'static str,
+    },
+    /// A checkpoint is damaged, or was written by something else.
+    #[error("checkpoint {}: {what}", path.display())]
+    Checkpoint {
+        /// Its directory.
+        path: PathBuf,
+        /// Which file of it, and what differs.
+        what: String,
+    },
+    /// Another process writes to the same training directory.
+    #[error("another process is training in {}; wait for it, or pass another --out", path.display())]
+    OutInUse {
+        /// The training directory.
+        path: PathBuf,
+    },
+    /// The optimizer state that was read does not belong to the optimizer.
+    #[error("optimizer state: {what}")]
+    OptimizerState {
+        /// Which tensor, what was expected and what was found.
+        what: String,
+    },
+    /// A sum of gradients cannot be formed.
+    #[error("sum of gradients: {what}")]
+    Sum {
+        /// Which element, and why.
+        what: String,
+    },
+    /// A line of `metrics.jsonl` is none of ours.
+    #[error("{}, line {line}: {source}; was the file changed?", path.display())]
+    MetricsLine {
+        /// The file.
+        path: PathBuf,
+        /// Its line, from 1.
+        line: usize,
+        /// What was expected there.
+        source: serde_json::Error,
+    },
+    /// A flag, or a key of a configuration file, has a value that cannot be.
+    #[error("--{flag} {what}")]
+    Spec {
+        /// The flag, without its dashes.
+        flag: &'static str,
+        /// What is wrong with the value, and how to mend it.
+        what: String,
+    },
+    /// A configuration file is no TOML, or a value in it is of the wrong kind.
+    #[error("configuration {}: {source}", path.display())]
+    ConfigFile {
+        /// The file.
+        path: PathBuf,
+        /// Line, column and what was expected there.
+        source: Box<toml::de::Error>,
+    },
+    /// A configuration file has a key that means nothing.
+    #[error(
+        "configuration {}: there is no key `{key}`{}",
+        path.display(),
+        near.as_ref().map_or("; `incipit train --help` lists them, without the dashes".to_owned(), |near| format!("; is `{near}` meant?"))
+    )]
+    ConfigKey {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// The key that is probably meant.
+        near: Option<String>,
+    },
+    /// A run's directory holds something already.
+    #[error("{} is not empty; pass --resume to go on with the run in it, or another --out", path.display())]
+    OutNotEmpty {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A directory holds something, and no run.
+    #[error("{} holds no run that could go on (there is no run.toml); pass another --out", path.display())]
+    NoRun {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A run cannot go on with another specification.
+    #[error(
+        "the run began with --{flag} {was} and would go on with {now}; pass what it began with, or another --out"
+    )]
+    OtherSpec {
+        /// The flag, without its dashes.
+        flag: String,
+        /// Its value when the run began.
+        was: String,
+        /// Its value now.
+        now: String,
+    },
+    /// A run cannot go on with other data.
+    #[error("{} has changed since the run began; restore it, or start anew with another --out", path.display())]
+    OtherData {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A run cannot go on with another backbone.
+    #[error(
+        "the run began on the backbone {was} and {model} is {now}; pass that one with --model, \
+         or --allow-other-backbone if they are meant to differ"
+    )]
+    OtherBackbone {
+        /// The model given.
+        model: String,
+        /// Fingerprint of the one with which the run began.
+        was: String,
+        /// Fingerprint of the one given.
+        now: String,
+    },
+    /// A number went out of range in the pass over an example; the prompt was not updated.
+    #[error(
+        "step {step} was stopped before the update: {what} for the example with index {index}, on line {line} of the \
+         training file; look at that record, or pass a smaller --lr"
+    )]
+    NonFinite {
+        /// The step, from 1.
+        step: u64,
+        /// Which number, and what it is.
+        what: String,
+        /// Which record of its file, from 0.
+        index: usize,
+        /// Its line, from 1.
+        line: usize,
+    },
+    /// A number went out of range in the pass over an example of an evaluation.
+    #[error(
+        "{what} for the example with index {index}, on line {line} of its file; look at that record and at the prompt"
+    )]
+    NonFiniteEvaluation {
+        /// Which number, and what it is.
+        what: String,
+        /// Which record of its file, from 0.
+        index: usize,
+        /// Its line, from 1.
+        line: usize,
+    },
+    /// A step could not be made; the prompt was not updated.
+    #[error("step {step} was stopped before the update: {what}")]
+    Stopped {
+        /// The step, from 1.
+        step: u64,
+        /// Why, and how to mend it.
+        what: String,
+    },
+    /// Someone asked to stop.
+    #[error("stopped as asked")]
+    Interrupted,
+    /// The tokenizer cannot turn ids into text.
+    #[error("the tokenizer failed: {cause}; use the tokenizer that came with the model")]
+    Tokenizer {
+        /// What it said.
+        cause: String,
+    },
+    /// The worker threads could not be started.
+    #[error("cannot start the threads: {cause}; pass a smaller --threads")]
+    Threads {
+        /// What the system said.
+        cause: String,
+    },
+    /// The data were refused.
+    #[error(transparent)]
+    Data(#[from] incipit_data::Error),
+    /// The files of the backbone were refused.
+    #[error(transparent)]
+    Weights(#[from] incipit_weights::Error),
+    /// The backbone refused something.
+    #[error(transparent)]
+    Model(#[from] incipit_model::Error),
+    /// An error of the tensor library.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}
+
+/// `Result` with this crate's [`enum@Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// A value of a flag that cannot be.
+    pub(crate) fn spec(flag: &'static str, what: &impl ToString) -> Self {
+        Self::Spec { flag, what: what.to_string() }
+    }
+
+    /// Gives an error of the system its place: `map_err(Error::io("write", path))`.
+    pub(crate) fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { action, path, source }
+    }
+}
+
+/// What a person can do about an error of the system, where that is known.
+fn mend(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "; free some space there or choose another directory"
+        }
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            "; choose a directory that you may write to, or change its permissions"
+        }
+        io::ErrorKind::NotADirectory => "; a part of that path is a file, choose another directory",
+        _ => "",
+    }
+}

@@ -1,0 +1,234 @@
+//! A job: one prompt being trained.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use incipit_data::TokenizedSet;
+
+use crate::{
+    Error, Result,
+    engine::{Engine, JobBatch, JobFault, JobGradient, Objective},
+    optimizer::{NamedTensor, Optimizer, OptimizerKind},
+    order::{DataOrder, dropout_key},
+    prompt::Prompt,
+    schedule::Schedule,
+    spec::TrainSpec,
+};
+
+/// What a job is told. Together with its data, its first prompt and the backbone it decides the prompt after every step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct JobSpec {
+    /// What turns gradients into updates.
+    pub optimizer: OptimizerKind,
+    /// Learning rate, at its highest.
+    pub lr: f32,
+    /// How the learning rate changes.
+    pub schedule: Schedule,
+    /// Steps over which the learning rate rises.
+    pub warmup_steps: u64,
+    /// Steps in all.
+    pub num_steps: u64,
+    /// Examples an update.
+    pub batch_size: usize,
+    /// Whether each epoch has a random order of its own.
+    pub shuffle: bool,
+    /// Of the data's order and of dropout.
+    pub seed: u64,
+    /// What is made smaller.
+    pub objective: Objective,
+}
+
+impl From<&TrainSpec> for JobSpec {
+    fn from(spec: &TrainSpec) -> Self {
+        Self {
+            optimizer: spec.optimizer_kind(),
+            lr: spec.lr as f32,
+            schedule: spec.schedule,
+            warmup_steps: spec.warmup_steps,
+            num_steps: spec.steps,
+            batch_size: spec.batch_size,
+            shuffle: spec.shuffle,
+            seed: spec.seed,
+            objective: spec.objective(),
+        }
+    }
+}
+
+/// What one step did.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Update {
+    /// Steps made, this one included.
+    pub step: u64,
+    /// Epoch of its data, from 0.
+    pub epoch: u64,
+    /// Mean cross-entropy over the batch's target tokens before the update, in nats.
+    pub loss: f64,
+    /// Learning rate of the update.
+    pub lr: f32,
+    /// Euclidean norm of the objective's gradient.
+    pub gradient_norm: f64,
+    /// Examples of the batch.
+    pub num_examples: usize,
+    /// Its inputs, prompt rows and targets, in tokens.
+    pub num_tokens: usize,
+}
+
+/// One prompt being trained. Its data lie in memory, and its whole state is the prompt, the optimizer's tensors and the
+/// number of steps: the data's order and dropout are functions of the seed and that number.
+pub struct Job {
+    spec: JobSpec,
+    data: Arc<TokenizedSet>,
+    order: DataOrder,
+    prompt: Prompt,
+    /// The same, as the model takes it.
+    rows: Tensor,
+    optimizer: Optimizer,
+}
+
+impl Job {
+    /// A job before its first step.
+    ///
+    /// # Errors
+    /// If the data are less than one batch.
+    pub fn new(spec: JobSpec, data: Arc<TokenizedSet>, prompt: Prompt) -> Result<Self> {
+        let optimizer = Optimizer::new(&spec.optimizer, prompt.length(), prompt.width());
+        Self::with_optimizer(spec, data, prompt, optimizer)
+    }
+
+    /// A job that has made `num_steps` steps, from what a checkpoint kept of it.
+    ///
+    /// # Errors
+    /// As [`Self::new`]; also if the optimizer's tensors belong to another kind of optimizer.
+    pub fn restore(
+        spec: JobSpec,
+        data: Arc<TokenizedSet>,
+        prompt: Prompt,
+        num_steps: u64,
+        optimizer: &[NamedTensor],
+    ) -> Result<Self> {
+        let (length, width) = (prompt.length(), prompt.width());
+        let optimizer = Optimizer::restore(&spec.optimizer, length, width, num_steps, optimizer)?;
+        Self::with_optimizer(spec, data, prompt, optimizer)
+    }
+
+    fn with_optimizer(
+        spec: JobSpec,
+        data: Arc<TokenizedSet>,
+        prompt: Prompt,
+        optimizer: Optimizer,
+    ) -> Result<Self> {
+        if data.examples.len() < spec.batch_size {
+            let (have, need) = (data.examples.len(), spec.batch_size);
+            let what = format!("is {need}, and there are {have} training examples; pass at most {have}");
+            return Err(Error::spec("batch-size", &what));
+        }
+        let mut order =
+            DataOrder::new(data.examples.len(), spec.batch_size, spec.shuffle.then_some(spec.seed));
+        order.seek(optimizer.num_steps());
+        let rows = prompt_rows(&prompt)?;
+        Ok(Self { spec, data, order, prompt, rows, optimizer })
+    }
+
+    /// What it was told.
+    #[must_use]
+    pub fn spec(&self) -> &JobSpec {
+        &self.spec
+    }
+
+    /// The prompt as it is now.
+    #[must_use]
+    pub fn prompt(&self) -> &Prompt {
+        &self.prompt
+    }
+
+    /// A copy of the optimizer's state.
+    pub fn optimizer_state(&mut self) -> Vec<NamedTensor> {
+        self.optimizer.state()
+    }
+
+    /// Steps made.
+    #[must_use]
+    pub fn num_steps(&self) -> u64 {
+        self.optimizer.num_steps()
+    }
+
+    /// Where the next step's data lie: the epoch, and the batch in it, both from 0.
+    #[must_use]
+    pub fn cursor(&self) -> (u64, u64) {
+        (self.order.epoch(self.num_steps()), self.order.place(self.num_steps()))
+    }
+
+    /// The next step's batch, for [`Engine::gradients`].
+    #[must_use]
+    pub fn batch(&self) -> JobBatch<'_> {
+        let step = self.num_steps();
+        let places = self.order.batch(step);
+        JobBatch {
+            prompt: &self.rows,
+            examples: places.iter().map(|place| &self.data.examples[*place]).collect(),
+            keys: places.iter().map(|place| dropout_key(self.spec.seed, step, *place)).collect(),
+            objective: self.spec.objective,
+        }
+    }
+
+    /// Updates the prompt by what the engine gave for [`Self::batch`].
+    ///
+    /// # Errors
+    /// If the engine found a fault, or the updated prompt would have a number that is not finite. The message names the step
+    /// and, where there is one, the example. The prompt stays as it was, and the job is over.
+    pub fn update(&mut self, gradient: Result<JobGradient, JobFault>) -> Result<Update> {
+        let step = self.num_steps();
+        let gradient = gradient.map_err(|fault| self.fault(step, &fault))?;
+        let lr = self.spec.schedule.lr(self.spec.lr, step, self.spec.num_steps, self.spec.warmup_steps);
+        let mut values = self.prompt.values().to_vec();
+        self.optimizer.step(&mut values, &gradient.gradient, lr);
+        if !values.iter().all(|x| x.is_finite()) {
+            let what = format!("the update with learning rate {lr} leaves f32; pass a smaller --lr");
+            return Err(Error::Stopped { step: step + 1, what });
+        }
+        self.prompt = Prompt::new(self.prompt.length(), self.prompt.width(), values)?;
+        self.rows = prompt_rows(&self.prompt)?;
+        let update = Update {
+            step: step + 1,
+            epoch: self.order.epoch(step),
+            loss: gradient.loss,
+            lr,
+            gradient_norm: norm(&gradient.gradient),
+            num_examples: self.spec.batch_size,
+            num_tokens: gradient.num_tokens,
+        };
+        self.order.seek(step + 1);
+        Ok(update)
+    }
+
+    /// One step alone on the backbone.
+    ///
+    /// # Errors
+    /// As [`Self::update`].
+    pub fn step(&mut self, engine: &Engine) -> Result<Update> {
+        let [gradient] = <[_; 1]>::try_from(engine.gradients(&[self.batch()])).expect("one result a job");
+        self.update(gradient)
+    }
+
+    fn fault(&self, step: u64, fault: &JobFault) -> Error {
+        let (example, what) = match fault {
+            JobFault::Loss { example, loss } => (*example, format!("the loss is {loss}")),
+            JobFault::Gradient { example } => (*example, "the gradient is not finite".to_owned()),
+            JobFault::Refused { what } => return Error::Stopped { step: step + 1, what: what.clone() },
+        };
+        let text = &self.data.texts[self.order.batch(step)[example]];
+        Error::NonFinite { step: step + 1, what, index: text.index, line: text.line }
+    }
+}
+
+/// The prompt as the model takes it: `[P, D]` f32.
+///
+/// # Errors
+/// None on a CPU.
+pub fn prompt_rows(prompt: &Prompt) -> Result<Tensor> {
+    Ok(Tensor::from_slice(prompt.values(), (prompt.length(), prompt.width()), &Device::Cpu)?)
+}
+
+fn norm(values: &[f32]) -> f64 {
+    values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt()
+}

@@ -1,0 +1,150 @@
+//! How much goes through the backbone at once. Only time and memory depend on it: a row's numbers do not depend on the rows
+//! beside it, and gradients are summed without regard to order.
+
+use std::ops::Range;
+
+use candle_core::DType;
+use incipit_model::Config;
+
+/// Tokens at which wide products run at full speed on a CPU; more would only need more memory.
+const COMFORTABLE_TOKENS: usize = 2048;
+
+/// Below this, reading the weights takes longer than the products, and a step gets slower.
+const LEAST_TOKENS: usize = 256;
+
+/// The automatic budget's share of the free memory. The rest is for the operating system's cache of the mapped weights.
+const MEMORY_SHARE: f64 = 0.25;
+
+/// Cuts examples of `costs` tokens, in their order, into as few runs as the budget allows, all of about the same size. An
+/// example that alone exceeds the budget gets a run of its own.
+pub(crate) fn cut(costs: &[usize], budget: usize) -> Vec<Range<usize>> {
+    let total: usize = costs.iter().sum();
+    let even = total.div_ceil(total.div_ceil(budget).max(1));
+    let mut runs = Vec::new();
+    let (mut start, mut tokens, mut before) = (0, 0, 0);
+    for (i, cost) in costs.iter().enumerate() {
+        // The run ends where it is full, or where the examples so far fill the runs so far.
+        if i > start && (tokens + cost > budget || before >= even * (runs.len() + 1)) {
+            runs.push(start..i);
+            (start, tokens) = (i, 0);
+        }
+        tokens += cost;
+        before += cost;
+    }
+    if start < costs.len() {
+        runs.push(start..costs.len());
+    }
+    runs
+}
+
+/// Bytes that a training pass keeps for each token of a microbatch.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct TokenMemory {
+    /// If every layer keeps its inside until the backward pass.
+    pub(crate) kept: usize,
+    /// If a layer's inside is computed again: one `[T, D]` a layer, and the inside of one.
+    pub(crate) recomputed: usize,
+}
+
+impl TokenMemory {
+    /// An estimate from above: residual stream in f32; queries, keys, values, the attention's output and the
+    /// feed-forward's inside in the type of the products.
+    pub(crate) fn of(config: &Config, dtype: DType) -> Self {
+        let heads = config.num_heads * config.d_kv;
+        let feed_forward = config.d_ff * if config.gated { 3 } else { 2 };
+        let stream = 4 * config.d_model;
+        let inside = 3 * stream + dtype.size_in_bytes().max(2) * (4 * heads + feed_forward);
+        // A decoder layer keeps keys and values of the encoder's tokens; its own tokens are few.
+        let crossed = dtype.size_in_bytes().max(2) * 2 * heads * config.num_decoder_layers;
+        let layers = config.num_layers + 1;
+        Self { kept: layers * inside + crossed, recomputed: layers * stream + 2 * inside + crossed }
+    }
+}
+
+/// The tokens of a microbatch and whether layers are recomputed, for what is asked and the memory that is free.
+pub(crate) fn plan(
+    memory: TokenMemory,
+    free_bytes: Option<u64>,
+    tokens: Option<usize>,
+    recompute: Option<bool>,
+) -> (usize, bool) {
+    // Where the system does not tell, a small machine is assumed.
+    let bytes = free_bytes.unwrap_or(4 << 30) as f64 * MEMORY_SHARE;
+    let fitting = |per_token: usize| (bytes / per_token as f64) as usize;
+    let recompute = recompute.unwrap_or_else(|| fitting(memory.kept) < tokens.unwrap_or(COMFORTABLE_TOKENS));
+    let per_token = if recompute { memory.recomputed } else { memory.kept };
+    (tokens.unwrap_or_else(|| fitting(per_token).clamp(LEAST_TOKENS, COMFORTABLE_TOKENS)), recompute)
+}
+
+/// Bytes of memory that a process can still get: the system's estimate, and no more than its control group is allowed.
+pub(crate) fn free_memory() -> Option<u64> {
+    let read = |path: &str| std::fs::read_to_string(path).ok();
+    let available = read("/proc/meminfo").as_deref().and_then(mem_available);
+    let number = |path: &str| read(path)?.trim().parse::<u64>().ok();
+    let group = number("/sys/fs/cgroup/memory.max")
+        .map(|max| max.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or(0)));
+    match (available, group) {
+        (Some(system), Some(group)) => Some(system.min(group)),
+        (system, group) => system.or(group),
+    }
+}
+
+/// The line `MemAvailable: 12345 kB`, in bytes.
+fn mem_available(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn runs_hold_each_example_once_within_the_budget(
+            costs in prop::collection::vec(1usize..300, 0..60),
+            budget in 1usize..1000,
+        ) {
+            let runs = cut(&costs, budget);
+            prop_assert_eq!(runs.iter().cloned().flatten().collect::<Vec<_>>(), (0..costs.len()).collect::<Vec<_>>());
+            for run in runs {
+                let tokens: usize = costs[run.clone()].iter().sum();
+                prop_assert!(!run.is_empty() && (tokens <= budget || run.len() == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn runs_are_of_about_the_same_size() {
+        let runs = cut(&[10; 9], 50);
+        assert_eq!(runs, [0..5, 5..9]);
+        assert_eq!(cut(&[10; 9], 1000), vec![0..9]);
+        assert_eq!(cut(&[70, 10, 10], 50), [0..1, 1..3]);
+    }
+
+    #[test]
+    fn little_memory_turns_recomputation_on_and_then_shrinks_the_budget() {
+        let memory = TokenMemory { kept: 400_000, recomputed: 40_000 };
+        assert_eq!(plan(memory, Some(64 << 30), None, None), (2048, false));
+        assert_eq!(plan(memory, Some(1 << 30), None, None), (2048, true));
+        assert_eq!(plan(memory, Some(100 << 20), None, None), (655, true));
+        assert_eq!(plan(memory, Some(1 << 20), None, None), (256, true));
+        assert_eq!(plan(memory, Some(1 << 20), Some(77), Some(false)), (77, false));
+    }
+
+    #[test]
+    fn a_base_model_needs_kilobytes_a_token_and_layer() {
+        let base = Config::preset("base").expect("a known shape");
+        let memory = TokenMemory::of(&base, DType::BF16);
+        assert!((150_000..800_000).contains(&memory.kept), "{memory:?}");
+        assert!(memory.recomputed < memory.kept / 2, "{memory:?}");
+    }
+
+    #[test]
+    fn the_systems_estimate_is_read() {
+        assert_eq!(mem_available("MemTotal: 9 kB\nMemAvailable:   12345 kB\n"), Some(12_641_280));
+        assert_eq!(mem_available("MemTotal: 9 kB\n"), None);
+    }
+}

@@ -1,0 +1,96 @@
+//! The directory of a run: who may write to it, what it holds, and what it shows to others.
+
+use std::path::{Path, PathBuf};
+
+use crate::{
+    Error, Result, atomic,
+    checkpoint::{self, Checkpoint, Store},
+    npy,
+    peft::{self, BaseModel},
+    spec::{RUN_FILE, TrainSpec},
+};
+
+/// The prompt, as google-research/prompt-tuning reads it.
+pub(crate) const PROMPT_FILE: &str = "prompt.npy";
+/// The prompt, as PEFT reads it.
+pub(crate) const ADAPTER_DIR: &str = "adapter";
+
+/// The directory of a run, while this process writes to it.
+pub(crate) struct RunDir {
+    out: PathBuf,
+    pub(crate) store: Store,
+}
+
+impl RunDir {
+    /// Takes the directory for a run: an empty one, or with `--resume` one in which the same run has begun.
+    pub(crate) fn open(spec: &TrainSpec) -> Result<Self> {
+        let out = &spec.out;
+        let run = out.join(RUN_FILE);
+        let begun = run.exists();
+        if !spec.resume && (begun || holds_something_else(out)?) {
+            return Err(Error::OutNotEmpty { path: out.clone() });
+        }
+        if begun {
+            spec.continues(&TrainSpec::read(&run)?)?;
+        } else if holds_something_else(out)? {
+            return Err(Error::NoRun { path: out.clone() });
+        }
+        let store = Store::open(out)?;
+        Ok(Self { out: out.clone(), store })
+    }
+
+    /// Writes the specification down.
+    pub(crate) fn begin(&self, spec: &TrainSpec) -> Result<()> {
+        atomic::write_file(&self.out.join(RUN_FILE), spec.to_toml().as_bytes())
+    }
+
+    /// The newest checkpoint that can be used, with `best` and `last` pointing where its state says. Those that cannot be
+    /// used are told as warnings; if there are no others, the newest one's error is returned.
+    pub(crate) fn newest(&self, warnings: &mut Vec<String>) -> Result<Option<Checkpoint>> {
+        let found = self.store.newest_valid()?;
+        let Some((_, checkpoint)) = found.checkpoint else {
+            return found.damaged.into_iter().next().map_or(Ok(None), Err);
+        };
+        warnings.extend(found.damaged.iter().map(|error| format!("{error}; going on from an earlier one")));
+        if let Some(best) = checkpoint.state.best.filter(|best| self.store.path(best.step).is_dir()) {
+            self.store.mark_best(best.step)?;
+        }
+        Ok(Some(checkpoint))
+    }
+
+    /// Shows the best prompt, or the last one where nothing was evaluated, to other programs.
+    pub(crate) fn publish(&self, base: &BaseModel) -> Result<()> {
+        let Some(step) = self.store.best().or(self.store.last()) else { return Ok(()) };
+        let prompt = checkpoint::load(&self.store.path(step))?.prompt;
+        npy::write(&self.out.join(PROMPT_FILE), &prompt)?;
+        peft::write(&self.out.join(ADAPTER_DIR), &prompt, base)
+    }
+}
+
+/// A run that was refused before it began leaves no empty directories.
+impl Drop for RunDir {
+    fn drop(&mut self) {
+        // Both only succeed on what is empty, and nothing is lost where they do not.
+        let _ = std::fs::remove_dir(self.out.join("checkpoints"));
+        let _ = std::fs::remove_dir(&self.out);
+    }
+}
+
+fn entries(dir: &Path) -> Result<Vec<String>> {
+    match std::fs::read_dir(dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        entries => entries
+            .and_then(|entries| entries.map(|e| Ok(e?.file_name().to_string_lossy().into_owned())).collect())
+            .map_err(Error::io("read", dir)),
+    }
+}
+
+fn is_empty(dir: &Path) -> Result<bool> {
+    Ok(entries(dir)?.is_empty())
+}
+
+/// Whether a directory without a specification holds more than a run that died in its first moment leaves.
+fn holds_something_else(dir: &Path) -> Result<bool> {
+    let ours = |name: &String| name == "checkpoints" || name.starts_with(".tmp-");
+    Ok(!entries(dir)?.iter().all(ours) || !is_empty(&dir.join("checkpoints"))?)
+}

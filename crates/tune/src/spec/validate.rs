@@ -1,0 +1,223 @@
+//! From layers to a whole: what is missing, impossible or not built.
+
+use std::path::{Path, PathBuf};
+
+use super::{PartialSpec, TrainSpec};
+use crate::{Error, Result, init::PromptInit, recipe::Recipe, schedule::Schedule};
+
+/// Longest sequence that an encoder is given, prompt rows included. T5 has no limit of its own, but attention's work grows with
+/// the square, and a length beyond this has so far always been a slip of the keyboard.
+const MAX_SEQUENCE: usize = 16_384;
+
+/// Seeds are written to TOML and JSON, whose integers are signed.
+const MAX_SEED: u64 = i64::MAX as u64;
+
+pub(super) fn whole(layers: PartialSpec, resume: bool) -> Result<TrainSpec> {
+    refuse_what_is_not_built(&layers)?;
+    let recipe = given(layers.recipe, "recipe", "pass --recipe paper")?;
+    let spec = TrainSpec {
+        model: model(given(
+            layers.model,
+            "model",
+            "pass the directory of a T5 model, or its name on the Hugging Face hub",
+        )?)?,
+        train: absolute(
+            "train",
+            &given(layers.train, "train", "pass a file of examples (.jsonl, .csv, .tsv or .parquet)")?,
+        )?,
+        eval: layers.eval.map(|eval| absolute("eval", &eval)).transpose()?,
+        out: absolute("out", &given(layers.out, "out", "pass a directory for what the run writes")?)?,
+        inputs: layers.inputs,
+        targets: layers.targets,
+        labels: layers.labels,
+        prompt_length: defaulted(layers.prompt_length),
+        prompt_init: prompt_init(&defaulted(layers.prompt_init), recipe)?,
+        method: defaulted(layers.method),
+        recipe,
+        optimizer: defaulted(layers.optimizer),
+        lr: defaulted(layers.lr),
+        schedule: defaulted(layers.schedule),
+        warmup_steps: defaulted(layers.warmup_steps),
+        weight_decay: defaulted(layers.weight_decay),
+        batch_size: defaulted(layers.batch_size),
+        steps: defaulted(layers.steps),
+        max_input_length: defaulted(layers.max_input_length),
+        max_target_length: defaulted(layers.max_target_length),
+        dropout: defaulted(layers.dropout),
+        z_loss: defaulted(layers.z_loss),
+        loss: defaulted(layers.loss),
+        shuffle: defaulted(layers.shuffle),
+        seed: defaulted(layers.seed),
+        eval_every: defaulted(layers.eval_every),
+        checkpoint_every: defaulted(layers.checkpoint_every),
+        keep: defaulted(layers.keep),
+        patience: layers.patience,
+        metrics: defaulted(layers.metrics),
+        device: defaulted(layers.device),
+        dtype: defaulted(layers.dtype),
+        tp: defaulted(layers.tp),
+        dp: defaulted(layers.dp),
+        microbatch_tokens: layers.microbatch_tokens,
+        recompute: defaulted(layers.recompute),
+        skip_bad_records: defaulted(layers.skip_bad_records),
+        allow_other_backbone: defaulted(layers.allow_other_backbone),
+        threads: layers.threads,
+        resume,
+    };
+    check_counts(&spec)?;
+    check_numbers(&spec)?;
+    check_texts(&spec)?;
+    Ok(spec)
+}
+
+fn refused<T>(
+    flag: &'static str,
+    problem: impl std::fmt::Display,
+    mend: impl std::fmt::Display,
+) -> Result<T> {
+    Err(Error::spec(flag, &format!("{problem}; {mend}")))
+}
+
+fn given<T>(value: Option<T>, flag: &'static str, mend: &str) -> Result<T> {
+    value.map_or_else(|| refused(flag, "is missing", mend), Ok)
+}
+
+/// A path that means the same when the run goes on from another directory.
+fn absolute(flag: &'static str, path: &Path) -> Result<PathBuf> {
+    if path.as_os_str().is_empty() {
+        return refused(flag, "is empty", "pass a path");
+    }
+    if path.to_str().is_none() {
+        let problem =
+            format!("{} is not UTF-8, and cannot be written to a configuration file", path.display());
+        return refused(flag, problem, "rename it");
+    }
+    std::path::absolute(path).map_err(Error::io("find", path))
+}
+
+/// A directory as an absolute path; another name is one of the hub.
+fn model(name: String) -> Result<String> {
+    if !Path::new(&name).is_dir() {
+        return Ok(name);
+    }
+    Ok(absolute("model", Path::new(&name))?.display().to_string())
+}
+
+/// A field that [`PartialSpec::defaults`] or a recipe always gives.
+fn defaulted<T>(value: Option<T>) -> T {
+    value.expect("the lowest layers give every field that has a default")
+}
+
+/// What later versions will do is refused in plain words; it is never left out silently.
+fn refuse_what_is_not_built(layers: &PartialSpec) -> Result<()> {
+    match layers.device.as_deref() {
+        None | Some("cpu") => {}
+        Some(device) if device == "cuda" || device.starts_with("cuda:") => {
+            return refused(
+                "device",
+                format!("{device} is not built into this version"),
+                "pass --device cpu",
+            )?;
+        }
+        Some(device) => return refused("device", format!("{device} is unknown"), "pass --device cpu")?,
+    }
+    let one_process = "this version trains in one process: pass 1, or leave it out";
+    if layers.tp.is_some_and(|tp| tp != 1) {
+        return refused("tp", "other than 1 is not built into this version", one_process);
+    }
+    if layers.dp.is_some_and(|dp| dp != 1) {
+        return refused("dp", "other than 1 is not built into this version", one_process);
+    }
+    if let Some(collective) = &layers.collective {
+        let problem = format!("{collective} is not built into this version");
+        return refused("collective", problem, "one process exchanges nothing: leave it out");
+    }
+    Ok(())
+}
+
+fn prompt_init(text: &str, recipe: Recipe) -> Result<PromptInit> {
+    if text == "uniform" {
+        return Ok(recipe.uniform_init());
+    }
+    text.parse()
+}
+
+fn check_counts(spec: &TrainSpec) -> Result<()> {
+    let counts: [(&'static str, Option<u64>); 11] = [
+        ("prompt-length", Some(spec.prompt_length as u64)),
+        ("batch-size", Some(spec.batch_size as u64)),
+        ("steps", Some(spec.steps)),
+        ("max-input-length", Some(spec.max_input_length as u64)),
+        ("max-target-length", Some(spec.max_target_length as u64)),
+        ("eval-every", Some(spec.eval_every)),
+        ("checkpoint-every", Some(spec.checkpoint_every)),
+        ("keep", Some(spec.keep as u64)),
+        ("patience", spec.patience.map(u64::from)),
+        ("microbatch-tokens", spec.microbatch_tokens.map(|n| n as u64)),
+        ("threads", spec.threads.map(|n| n as u64)),
+    ];
+    if let Some((flag, _)) = counts.into_iter().find(|(_, count)| *count == Some(0)) {
+        return refused(flag, "is 0", "pass at least 1, or leave it out");
+    }
+    if spec.steps > MAX_SEED {
+        return refused("steps", format!("{} is too many", spec.steps), format!("pass at most {MAX_SEED}"));
+    }
+    if spec.seed > MAX_SEED {
+        return refused("seed", format!("{} is too large", spec.seed), format!("pass at most {MAX_SEED}"));
+    }
+    if spec.prompt_length.saturating_add(spec.max_input_length) > MAX_SEQUENCE {
+        let (rows, tokens) = (spec.prompt_length, spec.max_input_length);
+        let problem = format!(
+            "{rows} does not fit: with inputs of up to {tokens} tokens a sequence may be longer than {MAX_SEQUENCE}"
+        );
+        return refused("prompt-length", problem, "pass a smaller --prompt-length or --max-input-length");
+    }
+    if spec.patience.is_some() && spec.eval.is_none() {
+        return refused(
+            "patience",
+            "counts evaluations, and there are none",
+            "pass a file with --eval as well",
+        );
+    }
+    Ok(())
+}
+
+fn check_numbers(spec: &TrainSpec) -> Result<()> {
+    if !(spec.lr.is_finite() && spec.lr > 0.0) {
+        return refused(
+            "lr",
+            format!("{} is no learning rate", spec.lr),
+            "pass a number above 0; the paper has 0.3",
+        );
+    }
+    if !(0.0..1.0).contains(&spec.dropout) {
+        return refused(
+            "dropout",
+            format!("{} is no share", spec.dropout),
+            "pass at least 0 and less than 1",
+        );
+    }
+    for (flag, value) in [("z-loss", spec.z_loss), ("weight-decay", spec.weight_decay)] {
+        if !(0.0..1.0).contains(&value) {
+            return refused(flag, format!("{value} is out of range"), "pass at least 0 and less than 1");
+        }
+    }
+    if spec.schedule != Schedule::Constant && spec.warmup_steps >= spec.steps {
+        let problem = format!("{} leaves no step for the {} schedule", spec.warmup_steps, spec.schedule);
+        return refused("warmup-steps", problem, "pass less than --steps");
+    }
+    Ok(())
+}
+
+/// Templates and labels are read here too, so that a slip in them is found before a backbone is loaded.
+fn check_texts(spec: &TrainSpec) -> Result<()> {
+    if spec.metrics.is_empty() {
+        return refused("metrics", "is empty", "name at least one, such as accuracy");
+    }
+    for (i, metric) in spec.metrics.iter().enumerate() {
+        if spec.metrics[..i].contains(metric) {
+            return refused("metrics", format!("names {metric} twice"), "name each metric once");
+        }
+    }
+    spec.task_format().map(drop)
+}

@@ -1,0 +1,8 @@
+//! What must hold of whole steps and whole runs, on a tiny random backbone.
+#![allow(clippy::unwrap_used, reason = "a helper that cannot go on fails its test")]
+
+mod engine;
+mod evaluation;
+mod refusals;
+mod support;
+mod training;

@@ -1,0 +1,298 @@
+//! Models by name: a directory, or a repository on the Hugging Face Hub.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+
+use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
+use hf_hub::{Cache, Repo, RepoType};
+
+use crate::checkpoint::CONFIG_FILE;
+use crate::error::{Error, Result};
+use crate::{layout, tokenizer};
+
+/// The directory of a model: `model` itself, or the cached files of that id on the Hugging Face Hub
+/// (`google/t5-v1_1-xxl`), which are downloaded first if they are not there yet.
+///
+/// Only the configuration, the tokenizer and one set of weights are downloaded, safetensors where there are any. The
+/// cache is that of Hugging Face's own tools (`HF_HOME`); `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` are respected.
+/// What is in the cache is used without asking whether the Hub has a newer revision.
+///
+/// # Errors
+/// If there is no such directory and no such model, or the Hub cannot be reached.
+pub fn resolve(model: &str) -> Result<PathBuf> {
+    if Path::new(model).is_dir() {
+        return Ok(PathBuf::from(model));
+    }
+    if !is_hub_id(model) {
+        return Err(Error::NotAModel(model.to_owned()));
+    }
+    let cache = Cache::from_env();
+    if let Some(dir) = cached(&cache, model) {
+        return Ok(dir);
+    }
+    if std::env::var("HF_HUB_OFFLINE").is_ok_and(|value| is_set(&value)) {
+        let detail =
+            format!("HF_HUB_OFFLINE is set and the cache has no complete copy; {}", fetch_elsewhere(model));
+        return Err(hub_error(model, "the files", detail));
+    }
+    download(model)
+}
+
+/// `name` or `owner/name`, in the characters that the Hub allows.
+fn is_hub_id(text: &str) -> bool {
+    let parts: Vec<&str> = text.split('/').collect();
+    let is_name = |part: &&str| {
+        part.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+            && !part.contains("..")
+            && part.len() <= 96
+    };
+    parts.len() <= 2 && parts.iter().all(is_name)
+}
+
+/// Hugging Face's tools take these for yes.
+fn is_set(value: &str) -> bool {
+    matches!(value.to_ascii_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE")
+}
+
+/// The snapshot of `model` in the cache, if it is complete.
+fn cached(cache: &Cache, model: &str) -> Option<PathBuf> {
+    let config = cache.model(model.to_owned()).get(CONFIG_FILE)?;
+    let dir = config.parent()?;
+    let complete = layout::find(dir).is_ok() && tokenizer::is_present(dir);
+    complete.then(|| dir.to_owned())
+}
+
+fn download(model: &str) -> Result<PathBuf> {
+    let mut builder = ApiBuilder::from_env().with_progress(std::io::stderr().is_terminal()).with_retries(3);
+    if let Ok(token) = std::env::var("HF_TOKEN") {
+        builder = builder.with_token(Some(token));
+    }
+    let api = builder.build().map_err(|error| api_error(model, "the files", &error))?;
+    let repo = api.repo(Repo::new(model.to_owned(), RepoType::Model));
+    let info = repo.info().map_err(|error| api_error(model, "the list of files", &error))?;
+    let names: Vec<String> = info.siblings.into_iter().map(|file| file.rfilename).collect();
+    let wanted = choose_files(model, &names)?;
+    // If an older revision was cached in part, the first pass moves the cache to the newer one as soon as it downloads a
+    // file, and leaves the earlier files behind: the second pass gets those.
+    for _ in 0..2 {
+        let dirs = fetch(&repo, model, &wanted)?;
+        if let Some(first) = dirs.first().filter(|first| dirs.iter().all(|dir| dir == *first)) {
+            return Ok(first.clone());
+        }
+    }
+    Err(hub_error(model, "the files", "the repository changed during the download; run again".to_owned()))
+}
+
+/// The directory in which each file came to lie.
+fn fetch(repo: &ApiRepo, model: &str, wanted: &[String]) -> Result<Vec<PathBuf>> {
+    let mut dirs = Vec::with_capacity(wanted.len());
+    for name in wanted {
+        let path = repo.get(name).map_err(|error| api_error(model, name, &error))?;
+        dirs.extend(path.parent().map(Path::to_owned));
+    }
+    Ok(dirs)
+}
+
+/// Of the files of a repository, those that are needed.
+fn choose_files(model: &str, names: &[String]) -> Result<Vec<String>> {
+    let has = |name: &str| names.iter().any(|n| n == name);
+    if !has(CONFIG_FILE) {
+        let detail = "the repository has none; choose the id of a T5 model".to_owned();
+        return Err(hub_error(model, CONFIG_FILE, detail));
+    }
+    let mut wanted = vec![CONFIG_FILE.to_owned()];
+    wanted.extend(tokenizer::FILES.iter().filter(|name| has(name)).map(|name| (*name).to_owned()));
+    for (stem, extension) in [("model", "safetensors"), ("pytorch_model", "bin")] {
+        let single = format!("{stem}.{extension}");
+        if has(&single) {
+            wanted.push(single);
+            return Ok(wanted);
+        }
+        let index = format!("{stem}.{extension}.index.json");
+        let is_shard = |name: &&String| is_shard(name, stem, extension);
+        if has(&index) && names.iter().any(|name| is_shard(&name)) {
+            wanted.push(index);
+            wanted.extend(names.iter().filter(is_shard).cloned());
+            return Ok(wanted);
+        }
+    }
+    Err(Error::NoHubWeights { model: model.to_owned(), found: layout::summary(names) })
+}
+
+/// `model-00001-of-00003.safetensors`, in the repository's root.
+fn is_shard(name: &str, stem: &str, extension: &str) -> bool {
+    let number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    name.strip_prefix(stem)
+        .and_then(|rest| rest.strip_prefix('-'))
+        .and_then(|rest| rest.strip_suffix(extension))
+        .and_then(|rest| rest.strip_suffix('.'))
+        .and_then(|rest| rest.split_once("-of-"))
+        .is_some_and(|(shard, of)| number(shard) && number(of))
+}
+
+fn hub_error(model: &str, what: &str, detail: String) -> Error {
+    Error::Hub { model: model.to_owned(), what: what.to_owned(), detail }
+}
+
+fn api_error(model: &str, what: &str, error: &ApiError) -> Error {
+    let text = error.to_string();
+    hub_error(model, what, explain(model, &text))
+}
+
+/// What went wrong and what to do, from the words of the client (its errors do not tell the causes apart by type).
+fn explain(model: &str, text: &str) -> String {
+    let is_status = |status: &[&str]| status.iter().any(|code| text.contains(&format!("status: {code}")));
+    if is_status(&["401", "403", "404"]) {
+        format!(
+            "there is no public model of that name ({text}); check the spelling, and for a \
+             private or gated model set HF_TOKEN"
+        )
+    } else if text.starts_with("I/O error") || text.starts_with("Lock acquisition") {
+        format!("{text}; see that HF_HOME is on a disk with room that you may write to")
+    } else {
+        format!("{text}; if this machine has no network, {}", fetch_elsewhere(model))
+    }
+}
+
+fn fetch_elsewhere(model: &str) -> String {
+    format!("run `hf download {model}` where there is one, copy the files here, and give their directory")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn strings(names: &[&str]) -> Vec<String> {
+        names.iter().map(|name| (*name).to_owned()).collect()
+    }
+
+    fn chosen(names: &[&str]) -> Vec<String> {
+        choose_files("owner/model", &strings(names)).expect("a model that can be used")
+    }
+
+    #[test]
+    fn a_directory_is_itself() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = dir.path().to_str().expect("a path in UTF-8");
+        assert_eq!(resolve(path).expect("a directory"), dir.path());
+    }
+
+    #[test]
+    fn ids_of_the_hub_are_told_from_paths() {
+        for id in ["t5-small", "google/t5-v1_1-xxl", "google/flan-t5-small", "a.b/c_d"] {
+            assert!(is_hub_id(id), "{id}");
+        }
+        for path in
+            ["", "/models/t5", "./t5", "../t5", "a/b/c", "a/", "models/..", "a b", "~/t5", "C:\\t5", "a/é"]
+        {
+            assert!(!is_hub_id(path), "{path}");
+            assert!(matches!(resolve(path), Err(Error::NotAModel(_))), "{path}");
+        }
+    }
+
+    #[test]
+    fn safetensors_are_chosen_and_other_weights_left() {
+        let names = [
+            ".gitattributes",
+            "README.md",
+            "config.json",
+            "flax_model.msgpack",
+            "generation_config.json",
+            "model.safetensors",
+            "pytorch_model.bin",
+            "spiece.model",
+            "tf_model.h5",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ];
+        let expected =
+            ["config.json", "tokenizer.json", "spiece.model", "tokenizer_config.json", "model.safetensors"];
+        assert_eq!(chosen(&names), expected);
+    }
+
+    #[test]
+    fn shards_are_chosen_with_their_index() {
+        let names = [
+            "config.json",
+            "pytorch_model-00001-of-00002.bin",
+            "pytorch_model-00002-of-00002.bin",
+            "pytorch_model.bin.index.json",
+            "spiece.model",
+            "onnx/model-00001-of-00002.safetensors",
+        ];
+        let expected = [
+            "config.json",
+            "spiece.model",
+            "pytorch_model.bin.index.json",
+            "pytorch_model-00001-of-00002.bin",
+            "pytorch_model-00002-of-00002.bin",
+        ];
+        assert_eq!(chosen(&names), expected);
+        let both =
+            [&names[..], &["model.safetensors.index.json", "model-00001-of-00001.safetensors"]].concat();
+        let weights = ["model.safetensors.index.json", "model-00001-of-00001.safetensors"];
+        assert_eq!(chosen(&both)[2..], weights);
+    }
+
+    #[test]
+    fn only_shards_are_taken_for_shards() {
+        assert!(is_shard("model-00001-of-00002.safetensors", "model", "safetensors"));
+        for name in [
+            "model.safetensors",
+            "model-of-2.safetensors",
+            "model-1-of-.safetensors",
+            "model-1-of-2safetensors",
+        ] {
+            assert!(!is_shard(name, "model", "safetensors"), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_repository_without_usable_weights_is_refused_with_its_files() {
+        let refusal = |names: &[&str]| {
+            choose_files("owner/model", &strings(names)).expect_err("no weights").to_string()
+        };
+        let text = refusal(&["config.json", "tf_model.h5", "flax_model.msgpack"]);
+        assert!(
+            text.contains("no weights in safetensors or PyTorch format") && text.contains("tf_model.h5"),
+            "{text}"
+        );
+        let text = refusal(&["README.md", "model.safetensors"]);
+        assert!(text.contains("owner/model is no directory here, and could not get config.json"), "{text}");
+    }
+
+    #[test]
+    fn causes_are_told_apart() {
+        let missing = explain("owner/model", "request error: http status: 404");
+        assert!(missing.contains("check the spelling") && missing.contains("HF_TOKEN"), "{missing}");
+        let offline = explain("owner/model", "request error: io: failed to lookup address information");
+        assert!(offline.contains("hf download owner/model"), "{offline}");
+        let disk = explain("owner/model", "I/O error No space left on device");
+        assert!(disk.contains("HF_HOME"), "{disk}");
+    }
+
+    #[test]
+    fn a_complete_snapshot_in_the_cache_is_used_and_a_partial_one_is_not() {
+        let home = tempfile::tempdir().expect("a temporary directory");
+        let cache = Cache::new(home.path().to_owned());
+        let repo = home.path().join("models--owner--model");
+        let snapshot = repo.join("snapshots/abc");
+        for dir in [&snapshot, &repo.join("refs")] {
+            fs::create_dir_all(dir).expect("a writable directory");
+        }
+        fs::write(repo.join("refs/main"), "abc").expect("a writable directory");
+        for (name, expected) in [
+            ("spiece.model", None),
+            ("config.json", None),
+            ("model.safetensors.index.json", None),
+            ("model-00001-of-00001.safetensors", Some(snapshot.clone())),
+        ] {
+            let content = r#"{"weight_map": {"a": "model-00001-of-00001.safetensors"}}"#;
+            fs::write(snapshot.join(name), content).expect("a writable directory");
+            assert_eq!(cached(&cache, "owner/model"), expected, "with {name}");
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! Checkpoints, fingerprints, tokenizers and writing, each on small files.
+#![expect(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
+
+mod bad_files;
+mod checkpoints;
+mod fingerprints;
+mod random;
+mod support;
+mod tokenizers;
+mod writing;

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# What must hold besides the tests: format, lints, documentation, licences and sources of dependencies.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/setup.sh
+
+DENY_VERSION=0.20.2
+if ! cargo deny --version 2>/dev/null | grep -q "$DENY_VERSION"; then
+  [ "${INCIPIT_NO_INSTALL:-0}" = 1 ] && { echo "check: cargo-deny $DENY_VERSION is missing" >&2; exit 1; }
+  cargo install --quiet --locked cargo-deny --version "$DENY_VERSION"
+fi
+
+cargo fmt --all --check
+cargo clippy --workspace --all-targets --locked -- -D warnings
+RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet
+# Advisories need a database from the network: `cargo deny check advisories` where there is one.
+cargo deny --locked check bans licenses sources

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Installs what building and testing Incipit needs and this machine lacks. Sourced by the other scripts; safe to run alone.
+#
+# Needed: a C compiler and linker, and rustup's cargo (rust-toolchain.toml says which version). Everything else comes from
+# the crate registry. With INCIPIT_NO_INSTALL=1 nothing is installed, and what is missing is an error.
+set -euo pipefail
+
+have() { command -v "$1" >/dev/null 2>&1; }
+
+install_packages() {
+  if [ "${INCIPIT_NO_INSTALL:-0}" = 1 ]; then
+    echo "setup: missing: $* (INCIPIT_NO_INSTALL=1 forbids installing it)" >&2
+    exit 1
+  fi
+  local sudo=""
+  [ "$(id -u)" = 0 ] || sudo="sudo"
+  echo "setup: installing $*" >&2
+  if have apt-get; then
+    $sudo apt-get update -qq && $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$@" >/dev/null
+  elif have dnf; then
+    $sudo dnf install -y -q "${@/libc6-dev/glibc-devel}"
+  elif have brew; then
+    brew install "${@/libc6-dev/}"
+  else
+    echo "setup: no apt-get, dnf or brew here; install by hand: $*" >&2
+    exit 1
+  fi
+}
+
+if [ -d "$HOME/.cargo/bin" ]; then
+  export PATH="$HOME/.cargo/bin:$PATH"
+fi
+have cc || install_packages gcc libc6-dev
+if ! have cargo; then
+  echo "setup: cargo is missing; install rustup from your package manager or https://rustup.rs, then run this again" >&2
+  exit 1
+fi

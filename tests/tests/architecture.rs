@@ -1,0 +1,76 @@
+//! The house rules that a program can check: which crate uses which, where `unsafe` is, how long files are.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// What each crate may use of ours (`ARCHITECTURE.md`). Development dependencies do not count.
+const ALLOWED: [(&str, &[&str]); 6] = [
+    ("kernels", &[]),
+    ("weights", &["kernels"]),
+    ("model", &["kernels", "weights"]),
+    ("data", &[]),
+    ("tune", &["kernels", "weights", "model", "data"]),
+    ("cli", &["kernels", "weights", "model", "data", "tune"]),
+];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap()
+}
+
+fn sources() -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    let mut folders = vec![root().join("crates"), root().join("tests")];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                files.push(path);
+            }
+        }
+    }
+    assert!(files.len() > 50, "the sources were not found");
+    files
+}
+
+#[test]
+fn crates_use_each_other_in_one_direction() {
+    let allowed = BTreeMap::from(ALLOWED);
+    for entry in fs::read_dir(root().join("crates")).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        let text = fs::read_to_string(path.join("Cargo.toml")).unwrap();
+        let dependencies = text.split("[dependencies]").nth(1).unwrap().split("\n[").next().unwrap();
+        let used = dependencies.lines().filter_map(|l| l.strip_prefix("incipit-")?.split('.').next());
+        let allowed =
+            allowed.get(name.as_str()).unwrap_or_else(|| panic!("{name} is not in ARCHITECTURE.md"));
+        for other in used {
+            assert!(allowed.contains(&other), "{name} uses {other}, which turns an arrow round");
+        }
+    }
+}
+
+#[test]
+fn unsafe_code_is_in_kernels_and_in_the_memory_map_alone() {
+    let permission = format!("allow({}_code", "unsafe");
+    for path in sources() {
+        let text = fs::read_to_string(&path).unwrap();
+        let place = path.strip_prefix(root()).unwrap();
+        let known = place.starts_with("crates/kernels") || place == Path::new("crates/weights/src/mapped.rs");
+        if text.contains(&permission) {
+            assert!(known, "{} allows unsafe code", place.display());
+        }
+    }
+}
+
+#[test]
+fn files_stay_readable() {
+    for path in sources() {
+        let text = fs::read_to_string(&path).unwrap();
+        let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap();
+        let (lines, place) = (code.lines().count(), path.strip_prefix(root()).unwrap().display());
+        assert!(lines <= 500, "{place} has {lines} lines; cut it where its parts are");
+    }
+}
