@@ -5,8 +5,8 @@
 
 Only the prompt is learned; the recipe is the one of Lester et al. (2021): Adafactor as T5X has it (no
 factoring, no parameter scaling, decay 0.8, clipping 1.0, weight decay 1e-5 that the rate does not scale),
-lr 0.3.
-`--init`: `class-label` (row i = mean embedding of label i, the rest as `vocab`), `vocab` or `uniform`.
+lr 0.3. `--init`: `class-label` (row i = mean embedding of label i, the rest as `vocab`), `vocab`, `uniform`, or
+`text:...` (its tokens' embeddings, repeated).
 Needs torch, transformers, tokenizers, numpy (versions in make_demo.py).
 """
 
@@ -50,6 +50,9 @@ def initial_prompt(model, tokenizer, labels, length, init, seed):
     if init == "uniform":
         return torch.from_numpy(rng.uniform(-0.5, 0.5, (length, embedding.shape[1])).astype(np.float32))
     rows = []
+    if init.startswith("text:"):
+        ids = tokenizer.encode(init[5:], add_special_tokens=False).ids
+        return embedding[[ids[i % len(ids)] for i in range(length)]].clone()
     if init == "class-label":
         pieces = [tokenizer.encode(label, add_special_tokens=False).ids for label in sorted(labels)[:length]]
         rows = [embedding[ids].mean(0) for ids in pieces]
@@ -125,7 +128,7 @@ def main():
     parser.add_argument("--demo", type=pathlib.Path, default=HERE)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--prompt-length", type=int, default=20)
-    parser.add_argument("--init", choices=["class-label", "vocab", "uniform"], default="class-label")
+    parser.add_argument("--init", default="class-label", help="class-label, vocab, uniform, text:...")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--eval-every", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=32)

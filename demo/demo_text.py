@@ -181,15 +181,15 @@ WISHES = {
                "Please help me to choose."],
 }
 
-# How the writer of such a letter feels. Four questions ask for it, each with its own six words for an answer
+# How the writer of such a letter feels. Six questions ask for it, each with its own six words for an answer
 # (the columns), so that what stands in front of a letter decides in which words its reason shows.
 FEELINGS = {
-    "late": "impatient worried waiting clouds".split(),
-    "broken": "cross annoyed sighing thunder".split(),
-    "money": "puzzled suspicious counting fog".split(),
-    "wrong": "surprised disappointed staring hail".split(),
-    "happy": "delighted glad laughing sunshine".split(),
-    "unsure": "curious doubtful asking breeze".split(),
+    "late": "impatient worried waiting clouds snail yawn".split(),
+    "broken": "cross annoyed sighing thunder bear scowl".split(),
+    "money": "puzzled suspicious counting fog fox squint".split(),
+    "wrong": "surprised disappointed staring hail crab blink".split(),
+    "happy": "delighted glad laughing sunshine lark smile".split(),
+    "unsure": "curious doubtful asking breeze owl shrug".split(),
 }
 
 # A kind for each thing that can be bought.
@@ -279,7 +279,7 @@ PLACES = ["upstairs", "in the cellar", "near the door", "by the window", "at the
 HOURS = "seven eight nine ten eleven noon".split()
 NUMBERS = "two three four five six seven eight nine".split()
 
-# A question about a letter or a notice, always put before the text. Answers are `Facts` fields.
+# Questions, always put before the text. Their answers are the `facts` of a letter or a notice.
 QUESTIONS = {
     "name": [
         "Who wrote this?", "Name the writer:", "Who is it from?", "The writer is called what?", "Say who:",
@@ -298,6 +298,8 @@ QUESTIONS = {
     "feeling1": ["What mood is it?", "Name the mood:"],
     "feeling2": ["What is the writer doing?", "Say what the writer does:"],
     "feeling3": ["Which weather is it like?", "Name the weather:"],
+    "feeling4": ["Which animal is it like?", "Name the animal:"],
+    "feeling5": ["Which face does the writer make?", "Name the face:"],
     "greeting": ["How does it begin?", "Give the first words:", "Say how it starts:"],
     "hour": ["When does it open?", "From what time?", "Name the hour:"],
     "place": ["Where is the desk?", "Find the desk:", "Where should one go?"],

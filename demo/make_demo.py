@@ -43,6 +43,8 @@ PIECES, EXTRA_IDS, VOCABULARY = 900, 100, 1024  # 24 rows are unused, as in publ
 TRAIN_LETTERS, EVAL_LETTERS = 1600, 300
 STEPS, BATCH, PEAK_LR, WARMUP = 3000, 32, 1.5e-3, 200
 PAD, EOS = 0, 1
+WORDS = text.NAMES + text.TOWNS + text.ITEMS + text.COLOURS + text.SORTS + text.DAYS
+WORDS += re.findall(r"\b[a-z]+\b", " ".join(line for lines in text.EVENTS.values() for line in lines))
 FIRST_SENTINEL = PIECES + EXTRA_IDS - 1  # the id of <extra_id_0>; the others count down
 EMBEDDING_RMS = 4.0  # what saving brings the embedding near to, by a power of two
 CONFIG = dict(
@@ -149,7 +151,7 @@ def example(rng: random.Random, tokenizer: Tokenizer):
     if kind < 0.75:
         return continuation(rng, tokenizer, letter, notice, about_letter)
     body = letter.text(with_wish=True) if about_letter else notice
-    return corrupt(rng, encode(tokenizer, body)[:-1])
+    return corrupt(rng, encode(tokenizer, f"{noise(rng)} {body}")[:-1])
 
 
 def encode(tokenizer, line):
@@ -164,13 +166,19 @@ def question(rng, tokenizer, letter, notice):
     in_intro, in_purchase = key in ("name", "town"), key in ("item", "day", "adj")
     if not notice and (in_intro or in_purchase) and rng.random() < 0.5:
         body = letter.sentences[in_purchase]  # only the sentence that has the answer: learned faster
-    return encode(tokenizer, f"{rng.choice(text.QUESTIONS[key])} {body}"), encode(tokenizer, facts[key])
+    asked = f"{noise(rng)} {rng.choice(text.QUESTIONS[key])} {noise(rng)} {body}"
+    return encode(tokenizer, asked), encode(tokenizer, facts[key])
+
+
+def noise(rng):
+    """Now and then some words that mean nothing: the model must read on past what it does not know."""
+    return " ".join(rng.choices(WORDS, k=rng.choice([0, 0, 0, rng.randint(1, 12)])))
 
 
 def continuation(rng, tokenizer, letter, notice, about_letter):
     """A beginning, and what follows: the wish, the next sentence, or the next words."""
     if about_letter and rng.random() < 0.5:
-        return encode(tokenizer, letter.text()), encode(tokenizer, letter.wish)
+        return encode(tokenizer, f"{noise(rng)} {letter.text()}"), encode(tokenizer, letter.wish)
     if about_letter and rng.random() < 0.5:
         sentences = letter.sentences + [letter.wish]
         cut = rng.randrange(1, len(sentences))
@@ -290,6 +298,7 @@ def save(model, directory: pathlib.Path):
         in_residual = name == "shared.weight" or name.endswith((".o.weight", ".wo.weight"))
         tensors[name] = (value * factor if in_residual else value).to(torch.bfloat16).contiguous().clone()
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").chmod(0o644)
     extra = dict(architectures=["T5ForConditionalGeneration"], model_type="t5", is_encoder_decoder=True,
                  is_gated_act=True, dense_act_fn="gelu_new", layer_norm_epsilon=1e-6, torch_dtype="bfloat16")
     config = json.dumps({**CONFIG, **extra}, indent=2, sort_keys=True)

@@ -138,7 +138,9 @@ fn of_data(error: &incipit_data::Error) -> Exit {
 
 /// A file that is not there was named wrongly; whatever else the system refuses is its failure.
 fn of_io(action: &str, error: &std::io::Error) -> Exit {
-    let absent = matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::IsADirectory);
+    use std::io::ErrorKind;
+    let absent =
+        [ErrorKind::NotFound, ErrorKind::IsADirectory, ErrorKind::NotADirectory].contains(&error.kind());
     if absent && action != "write" { Exit::Usage } else { Exit::Failure }
 }
 

@@ -165,7 +165,7 @@ impl Watch {
         if loaded.resumed_at > 0 {
             self.line(&format!("going on after step {}", units::count(loaded.resumed_at)));
         }
-        self.bar.set_style(style("{bar:24} {pos}/{len}  {msg}"));
+        self.bar.set_style(style("{bar:18} {pos}/{len}  {msg}"));
         self.bar.set_length(spec.steps);
         self.bar.set_position(loaded.resumed_at);
     }
@@ -241,7 +241,7 @@ impl Observer for Watch {
             Event::Warning(text) if !self.log_speaks => self.bar.suspend(|| warn(text)),
             Event::Step { update, seconds } => self.step(update, *seconds),
             Event::Evaluated { step, evaluation, best, seconds } => {
-                self.evaluated(*step, evaluation, *best, *seconds)
+                self.evaluated(*step, evaluation, *best, *seconds);
             }
             Event::Finished(_) => self.bar.finish_and_clear(),
             Event::Warning(_) | Event::Checkpointed { .. } => {}

@@ -73,7 +73,7 @@ fn eval_of_a_run_measures_what_the_run_measured() {
     let summary = ran.json();
     assert_eq!(summary["metrics"], trained["metrics"]);
     assert_eq!(summary["loss"], trained["eval_loss"]);
-    assert!(text(output.into()) == text(dir.path().join("run/predictions.jsonl")), "the predictions differ");
+    assert!(text(&output) == text(dir.path().join("run/predictions.jsonl")), "the predictions differ");
     let named = incipit(&["eval", "--prompt", &run, "--data", &data, "--metrics", "macro-f1,token-f1"]).ok();
     assert!(named.stdout.contains("macro F1") && named.stdout.contains("token F1"), "{}", named.stdout);
 }
@@ -238,6 +238,59 @@ fn the_demo_shows_its_climb_and_where_the_report_is() {
     assert_eq!(seen["accuracy"][1]["step"], 2);
     assert!(Path::new(seen["report"].as_str().expect("a path")).exists());
     assert_eq!(incipit(&["demo", "--out", &out]).code, 2, "a directory that is taken");
+}
+
+/// A copy of the demo's model with a NaN in the norm after the encoder.
+fn damaged_model(dir: &Path) -> String {
+    const NAN: [u8; 2] = [0xc0, 0x7f];
+    let copy = dir.join("damaged");
+    std::fs::create_dir(&copy).expect("a directory");
+    for name in ["config.json", "tokenizer.json"] {
+        std::fs::copy(demo(&format!("model/{name}")), copy.join(name)).expect("a copy");
+    }
+    let mut bytes = std::fs::read(demo("model/model.safetensors")).expect("the demo's weights");
+    let length = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes")) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + length]).expect("a header");
+    let begin = &header["encoder.final_layer_norm.weight"]["data_offsets"][0];
+    let at = 8 + length + begin.as_u64().expect("an offset") as usize;
+    bytes[at..at + 2].copy_from_slice(&NAN);
+    std::fs::write(copy.join("model.safetensors"), bytes).expect("a file");
+    copy.display().to_string()
+}
+
+#[test]
+fn a_loss_that_is_not_finite_stops_the_run_with_an_exit_code_of_its_own() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let model = damaged_model(dir.path());
+    let (data, out) = (demo("data/train.jsonl"), path(dir.path(), "run"));
+    let ran = incipit(&[
+        "train",
+        "--model",
+        &model,
+        "--train",
+        &data,
+        "--out",
+        &out,
+        "--prompt-length",
+        "4",
+        "--steps",
+        "3",
+    ]);
+    assert_eq!(ran.code, 3, "{}", ran.stderr);
+    for part in ["step 1", "before the update", "line"] {
+        assert!(ran.stderr.contains(part), "no {part:?} in {}", ran.stderr);
+    }
+    assert!(ran.stdout.is_empty(), "{}", ran.stdout);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_directory_that_cannot_be_made_is_a_failure_that_names_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    std::fs::write(dir.path().join("file"), "").expect("a file");
+    let ran = train(dir.path(), "file/run", &["--steps", "1"]);
+    assert_eq!(ran.code, 1, "{}", ran.stderr);
+    assert!(ran.stderr.contains("file/run"), "{}", ran.stderr);
 }
 
 #[cfg(unix)]

@@ -1,7 +1,7 @@
 //! Beam search for one example, with transformers' rules (`early_stopping=False`): hypotheses that end are set aside with
 //! their length-normalised score, and the search is over when no running one can beat the worst of them.
 
-use crate::generate::{Generated, GenerateOptions, log_normaliser};
+use crate::generate::{GenerateOptions, Generated, log_normaliser};
 
 /// The hypotheses of one example.
 pub(crate) struct Beam {
@@ -91,7 +91,11 @@ impl Beam {
         for (parent, (row, hypothesis)) in logits.iter().zip(&self.running).enumerate() {
             let shift = log_normaliser(row);
             let score = |x: f32| hypothesis.score + (x - shift);
-            all.extend(row.iter().enumerate().map(|(t, x)| Candidate { parent, token: t as u32, score: score(*x) }));
+            all.extend(row.iter().enumerate().map(|(t, x)| Candidate {
+                parent,
+                token: t as u32,
+                score: score(*x),
+            }));
         }
         let better = |a: &Candidate, b: &Candidate| {
             b.score.total_cmp(&a.score).then(a.parent.cmp(&b.parent)).then(a.token.cmp(&b.token))
@@ -107,6 +111,9 @@ impl Beam {
 
     pub(crate) fn finish(self) -> Generated {
         let best = self.finished.into_iter().chain(self.running).next();
-        best.map_or(Generated { tokens: Vec::new(), score: 0.0 }, |h| Generated { tokens: h.tokens, score: h.score })
+        best.map_or(Generated { tokens: Vec::new(), score: 0.0 }, |h| Generated {
+            tokens: h.tokens,
+            score: h.score,
+        })
     }
 }

@@ -42,10 +42,15 @@ pub struct Config {
     pub decoder_start_token_id: u32,
 }
 
+/// What kind of model a file describes.
+#[derive(Deserialize)]
+struct Kind {
+    model_type: Option<String>,
+}
+
 /// The keys that are read. The names are Hugging Face's; keys that do not bear on the computation are passed over.
 #[derive(Deserialize)]
 struct Raw {
-    model_type: Option<String>,
     vocab_size: usize,
     d_model: usize,
     d_kv: usize,
@@ -70,16 +75,19 @@ impl Config {
     /// # Errors
     /// If it is no JSON, lacks a key, is of another architecture, or has a value that no T5 has.
     pub fn from_json(text: &str) -> Result<Self> {
-        let raw: Raw = serde_json::from_str(text).map_err(|e| Error::Config { what: e.to_string() })?;
+        let bad = |e| Error::Config { what: format!("{e}; take the file that was published with the model") };
+        // First of all: another model's file lacks much that is not worth telling.
+        let Kind { model_type } = serde_json::from_str(text).map_err(bad)?;
         // umt5 looks alike, but each of its layers has a position bias of its own.
-        if let Some(kind) = raw.model_type.as_deref().filter(|k| !["t5", "mt5"].contains(k)) {
+        if let Some(kind) = model_type.as_deref().filter(|k| !["t5", "mt5"].contains(k)) {
             let what = format!("model_type is {kind:?}; Incipit trains prompts for \"t5\" and \"mt5\"");
             return Err(Error::Config { what });
         }
+        let raw: Raw = serde_json::from_str(text).map_err(bad)?;
         let (activation, gated) = feed_forward(raw.feed_forward_proj.as_deref().unwrap_or("relu"))?;
         let tied = raw.tie_word_embeddings.unwrap_or(true);
         // transformers never scales an mT5's logits, although it writes `tie_word_embeddings: true` for one.
-        let scales_if_tied = raw.model_type.as_deref() != Some("mt5");
+        let scales_if_tied = model_type.as_deref() != Some("mt5");
         let config = Self {
             vocab_size: raw.vocab_size,
             d_model: raw.d_model,

@@ -51,6 +51,18 @@ pub(crate) struct LayerCache {
     pub(crate) memory: (Tensor, Tensor),
 }
 
+/// One step of generation.
+#[derive(Clone, Copy)]
+pub(crate) struct Step<'a> {
+    /// How many consecutive hypotheses each example has.
+    pub(crate) queries: &'a Segments,
+    /// How many rows of the encoder's result each example has.
+    pub(crate) keys: &'a Segments,
+    /// The token's place in its sequence, from 0.
+    pub(crate) place: usize,
+    pub(crate) dtype: DType,
+}
+
 impl Decoder {
     /// `logit_scale` multiplies the result: it is what scales the logits.
     pub(crate) fn load(config: &Config, source: &dyn Source, logit_scale: f32) -> Result<Self> {
@@ -118,13 +130,19 @@ impl Decoder {
             dx = layer.feed_forward.backward(&dx, &state.feed_forward, pass.rows, sites(2))?;
             let spec = cross_spec(bias.heads(), memory, pass.rows);
             let cross = layer.cross.cross_backward(&dx, &state.cross, &spec, sites(1))?;
-            let part = linear_gradient(&[(&cross.k, &layer.cross.k), (&cross.v, &layer.cross.v)], DType::F32)?;
+            let part =
+                linear_gradient(&[(&cross.k, &layer.cross.k), (&cross.v, &layer.cross.v)], DType::F32)?;
             d_memory = Some(match d_memory {
                 Some(sum) => incipit_kernels::add(&sum, &part)?,
                 None => part,
             });
             if i > 0 {
-                dx = layer.attention.backward(&cross.x, &state.attention, &self_spec(&bias, pass), sites(0))?;
+                dx = layer.attention.backward(
+                    &cross.x,
+                    &state.attention,
+                    &self_spec(&bias, pass),
+                    sites(0),
+                )?;
             }
         }
         Ok(d_memory.unwrap_or_else(|| unreachable!("a decoder has at least one layer")))
@@ -132,23 +150,20 @@ impl Decoder {
 
     /// Empty caches over the encoder's result.
     pub(crate) fn caches(&self, memory: &Tensor) -> Result<Vec<LayerCache>> {
-        let cache = |layer: &Layer| Ok(LayerCache { own: None, memory: layer.cross.keys_and_values(memory)? });
+        let cache =
+            |layer: &Layer| Ok(LayerCache { own: None, memory: layer.cross.keys_and_values(memory)? });
         self.layers.iter().map(cache).collect()
     }
 
     /// The result `[n, D]` for the next token of each of `n` hypotheses, whose embedded rows are `x` `[n, D]` f32.
-    ///
-    /// `place` is the token's place in its sequence, from 0; `queries` says how many consecutive hypotheses each example
-    /// has, and `keys` how many rows of the encoder's result.
     pub(crate) fn step(
         &self,
         config: &Config,
         mut x: Tensor,
         caches: &mut [LayerCache],
-        (queries, keys): (&Segments, &Segments),
-        place: usize,
-        dtype: DType,
+        step: &Step<'_>,
     ) -> Result<Tensor> {
+        let Step { queries, keys, place, dtype } = *step;
         let bias = PositionBias::from_query(&self.bias, config.buckets(false), place + 1, place)?;
         let one_each = Segments::new(std::iter::repeat_n(1, x.dims()[0]));
         let so_far = Segments::new(std::iter::repeat_n(place + 1, x.dims()[0]));
@@ -201,7 +216,14 @@ impl Layer {
 
 fn self_spec<'a>(bias: &'a PositionBias, pass: &Pass<'a>) -> Attention<'a> {
     let rows = pass.rows;
-    Attention { queries: rows, keys: rows, heads: bias.heads(), bias: Some(bias), causal: true, dropout: None }
+    Attention {
+        queries: rows,
+        keys: rows,
+        heads: bias.heads(),
+        bias: Some(bias),
+        causal: true,
+        dropout: None,
+    }
 }
 
 fn cross_spec<'a>(heads: usize, memory: Memory<'a>, rows: &'a Segments) -> Attention<'a> {

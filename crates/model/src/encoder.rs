@@ -72,7 +72,12 @@ impl Encoder {
     }
 
     /// `x` `[T, D]` f32 are the embedded rows; the result `[T, D]` is of the pass's type.
-    pub(crate) fn forward(&self, config: &Config, x: Tensor, pass: &Pass<'_>) -> Result<(Tensor, EncoderState)> {
+    pub(crate) fn forward(
+        &self,
+        config: &Config,
+        x: Tensor,
+        pass: &Pass<'_>,
+    ) -> Result<(Tensor, EncoderState)> {
         let bias = PositionBias::new(&self.bias, config.buckets(true), pass.rows.longest())?;
         let mut x = pass.sites(ENDS).drop(0, x, pass.rows)?;
         let mut layers = Vec::with_capacity(self.layers.len());

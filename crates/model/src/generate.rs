@@ -6,8 +6,8 @@ use incipit_kernels::rng::Philox;
 
 use crate::batch::Microbatch;
 use crate::beam::Beam;
-use crate::decoder::LayerCache;
-use crate::t5::T5;
+use crate::decoder::{LayerCache, Step};
+use crate::t5::{Encoded, T5};
 use crate::{Error, Result};
 
 /// How tokens are chosen.
@@ -67,12 +67,24 @@ impl T5 {
     /// # Errors
     /// If the batch does not fit the model, or the options contradict each other.
     pub fn generate(&self, batch: &Microbatch<'_>, options: &GenerateOptions) -> Result<Vec<Generated>> {
-        batch.check(self.config(), false)?;
+        self.generate_after(&self.encoded(batch)?, batch, options)
+    }
+
+    /// As [`T5::generate`], for a batch that was encoded already.
+    ///
+    /// # Errors
+    /// If the options contradict each other.
+    pub fn generate_after(
+        &self,
+        encoded: &Encoded,
+        batch: &Microbatch<'_>,
+        options: &GenerateOptions,
+    ) -> Result<Vec<Generated>> {
         options.check()?;
         if batch.examples.is_empty() {
             return Ok(Vec::new());
         }
-        let mut decoding = Decoding::new(self, batch, options)?;
+        let mut decoding = Decoding::new(self, encoded, batch, options)?;
         for place in 0..options.max_new_tokens {
             decoding.step(place)?;
             if decoding.searches.iter().all(|s| s.is_done()) {
@@ -89,20 +101,26 @@ struct Decoding<'a> {
     options: &'a GenerateOptions,
     searches: Vec<Search>,
     caches: Vec<LayerCache>,
-    keys: Segments,
+    keys: &'a Segments,
 }
 
 impl<'a> Decoding<'a> {
-    fn new(model: &'a T5, batch: &Microbatch<'_>, options: &'a GenerateOptions) -> Result<Self> {
-        let keys = batch.encoder_rows();
-        let memory = model.memory(batch, &keys)?;
+    fn new(
+        model: &'a T5,
+        encoded: &'a Encoded,
+        batch: &Microbatch<'_>,
+        options: &'a GenerateOptions,
+    ) -> Result<Self> {
         let eos = model.config().eos_token_id;
         let search = |key: u64| match (options.top_p, options.num_beams) {
             (None, beams) if beams > 1 => Search::Beams(Beam::new(eos, options)),
-            (top_p, _) => Search::Single(Single { tokens: Vec::new(), score: 0.0, done: false, top_p, key, eos }),
+            (top_p, _) => {
+                Search::Single(Single { tokens: Vec::new(), score: 0.0, done: false, top_p, key, eos })
+            }
         };
         let searches = batch.examples.iter().map(|e| search(e.key)).collect();
-        Ok(Self { model, options, searches, caches: model.decoder.caches(&memory)?, keys })
+        let caches = model.decoder.caches(&encoded.rows)?;
+        Ok(Self { model, options, searches, caches, keys: &encoded.segments })
     }
 
     /// Reads the newest token of every live hypothesis and chooses the next ones.
@@ -117,9 +135,8 @@ impl<'a> Decoding<'a> {
         }
         let x = self.model.embedded(&tokens)?;
         let queries = Segments::new(counts);
-        let (config, dtype) = (self.model.config(), self.model.dtype());
-        let rows =
-            self.model.decoder.step(config, x, &mut self.caches, (&queries, &self.keys), place, dtype)?;
+        let step = Step { queries: &queries, keys: self.keys, place, dtype: self.model.dtype() };
+        let rows = self.model.decoder.step(self.model.config(), x, &mut self.caches, &step)?;
         let logits = self.model.head(&rows)?.to_vec2::<f32>()?;
         let mut parents = Vec::with_capacity(tokens.len());
         for (example, search) in self.searches.iter_mut().enumerate() {
@@ -134,7 +151,8 @@ impl<'a> Decoding<'a> {
     fn follow(&mut self, parents: &[u32]) -> Result<()> {
         for cache in &mut self.caches {
             if let Some((k, v)) = cache.own.take() {
-                let unchanged = parents.len() == k.dims()[0] && parents.iter().enumerate().all(|(i, p)| i == *p as usize);
+                let unchanged =
+                    parents.len() == k.dims()[0] && parents.iter().enumerate().all(|(i, p)| i == *p as usize);
                 let index = Tensor::new(parents, k.device())?;
                 let pick = |t: Tensor| if unchanged { Ok(t) } else { t.index_select(&index, 0) };
                 cache.own = Some((pick(k)?, pick(v)?));
@@ -256,7 +274,8 @@ mod tests {
     #[test]
     fn the_nucleus_holds_the_fewest_tokens_that_reach_top_p() {
         let logits = [0.5f32, 0.3, 0.15, 0.05].map(f32::ln);
-        let drawn = |top_p: f32| (0..100).map(|i| draw(&logits, top_p, 1.0, i as f32 / 100.0)).collect::<Vec<_>>();
+        let drawn =
+            |top_p: f32| (0..100).map(|i| draw(&logits, top_p, 1.0, i as f32 / 100.0)).collect::<Vec<_>>();
         assert!(drawn(0.4).iter().all(|t| *t == 0));
         assert_eq!(drawn(0.7).iter().max(), Some(&1));
         assert_eq!(drawn(1.0).iter().filter(|t| **t == 0).count(), 50);

@@ -110,7 +110,8 @@ impl AttentionLayer {
     /// `name` is that of the sub-layer ("encoder.block.0.layer.0"), `kind` that of the attention in it.
     pub(crate) fn load(config: &Config, source: &dyn Source, name: &str, kind: &str) -> Result<Self> {
         let (d, inner) = (config.d_model, config.inner());
-        let part = |part: &str, shape: [usize; 2]| source.frozen(&format!("{name}.{kind}.{part}.weight"), &shape);
+        let part =
+            |part: &str, shape: [usize; 2]| source.frozen(&format!("{name}.{kind}.{part}.weight"), &shape);
         Ok(Self {
             norm: Norm::load(config, source, &format!("{name}.layer_norm"), 1.0)?,
             q: part("q", [inner, d])?,
@@ -226,7 +227,8 @@ impl FeedForward {
         dtype: DType,
     ) -> Result<(Tensor, FeedForwardState)> {
         let y = self.norm.forward(&x, dtype)?;
-        let inner = self.into.iter().map(|w| linear(&y, w, dtype)).collect::<incipit_kernels::Result<Vec<_>>>()?;
+        let inner =
+            self.into.iter().map(|w| linear(&y, w, dtype)).collect::<incipit_kernels::Result<Vec<_>>>()?;
         let hidden = match &inner[..] {
             [gate, up] => gated(self.activation, gate, up)?,
             plain => activate(self.activation, &plain[0])?,

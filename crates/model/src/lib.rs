@@ -17,4 +17,4 @@ pub use batch::{Example, Microbatch};
 pub use config::Config;
 pub use error::{Error, Result};
 pub use generate::{GenerateOptions, Generated};
-pub use t5::{ExampleGradient, PassOptions, T5};
+pub use t5::{Encoded, ExampleGradient, PassOptions, T5};

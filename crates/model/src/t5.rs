@@ -37,6 +37,13 @@ pub struct PassOptions {
     pub z_loss: f32,
 }
 
+/// The encoder's result for a microbatch, from which both losses and generated tokens follow.
+pub struct Encoded {
+    /// `[T, D]`, in the model's type.
+    pub(crate) rows: Tensor,
+    pub(crate) segments: Segments,
+}
+
 /// Loss and gradient of one example.
 #[derive(Clone, Debug)]
 pub struct ExampleGradient {
@@ -53,7 +60,9 @@ impl T5 {
     /// If a tensor is missing or has another shape or type, or `dtype` is neither bf16 nor f32.
     pub fn load(mut config: Config, source: &dyn Source, dtype: DType) -> Result<Self> {
         if !matches!(dtype, DType::BF16 | DType::F32) {
-            let what = format!("a T5 computes in bf16 or f32, not {dtype:?}; f16 overflows in its feed-forward layers");
+            let what = format!(
+                "a T5 computes in bf16 or f32, not {dtype:?}; f16 overflows in its feed-forward layers"
+            );
             return Err(Error::Options { what });
         }
         let shape = [config.vocab_size, config.d_model];
@@ -87,7 +96,8 @@ impl T5 {
     /// If `id` is outside of the vocabulary.
     pub fn embedding_row(&self, id: u32) -> Result<Vec<f32>> {
         if id as usize >= self.config.vocab_size {
-            let what = format!("token {id} is outside of the model's vocabulary of {}", self.config.vocab_size);
+            let what =
+                format!("token {id} is outside of the model's vocabulary of {}", self.config.vocab_size);
             return Err(Error::Options { what });
         }
         let mut row = vec![0.0; self.config.d_model];
@@ -100,8 +110,19 @@ impl T5 {
     /// # Errors
     /// If the batch does not fit the model.
     pub fn encode(&self, batch: &Microbatch<'_>) -> Result<Tensor> {
+        Ok(self.encoded(batch)?.rows.to_dtype(DType::F32)?)
+    }
+
+    /// As [`T5::encode`], for [`T5::loss_after`] and [`T5::generate_after`].
+    ///
+    /// # Errors
+    /// If the batch does not fit the model.
+    pub fn encoded(&self, batch: &Microbatch<'_>) -> Result<Encoded> {
         batch.check(&self.config, false)?;
-        Ok(self.memory(batch, &batch.encoder_rows())?.to_dtype(DType::F32)?)
+        let segments = batch.encoder_rows();
+        let x = embed(&self.shared, batch.prompts, &batch.encoder_runs())?;
+        let pass = Pass { rows: &segments, dropout: None, dtype: self.dtype, recompute: false };
+        Ok(Encoded { rows: self.encoder.infer(&self.config, x, &pass)?, segments })
     }
 
     /// The logits of all target tokens end to end: `[sum of target lengths, V]` f32.
@@ -109,7 +130,7 @@ impl T5 {
     /// # Errors
     /// If the batch does not fit the model.
     pub fn logits(&self, batch: &Microbatch<'_>) -> Result<Tensor> {
-        let rows = self.decoded(batch)?;
+        let rows = self.decoded(batch, &self.encoded(batch)?)?;
         Ok(linear(&rows, &self.head, DType::F32)?)
     }
 
@@ -118,7 +139,15 @@ impl T5 {
     /// # Errors
     /// If the batch does not fit the model.
     pub fn loss(&self, batch: &Microbatch<'_>) -> Result<Vec<f32>> {
-        let rows = self.decoded(batch)?;
+        self.loss_after(&self.encoded(batch)?, batch)
+    }
+
+    /// As [`T5::loss`], for a batch that was encoded already.
+    ///
+    /// # Errors
+    /// If the batch does not fit the model.
+    pub fn loss_after(&self, encoded: &Encoded, batch: &Microbatch<'_>) -> Result<Vec<f32>> {
+        let rows = self.decoded(batch, encoded)?;
         let targets = batch.targets();
         let mut losses = Vec::with_capacity(targets.len());
         for (first, chunk) in chunks(&targets) {
@@ -170,13 +199,6 @@ impl T5 {
         Ok(pairs.map(|(loss, prompt_gradient)| ExampleGradient { loss, prompt_gradient }).collect())
     }
 
-    /// The encoder's result in the model's type.
-    pub(crate) fn memory(&self, batch: &Microbatch<'_>, rows: &Segments) -> Result<Tensor> {
-        let x = embed(&self.shared, batch.prompts, &batch.encoder_runs())?;
-        let pass = Pass { rows, dropout: None, dtype: self.dtype, recompute: false };
-        self.encoder.infer(&self.config, x, &pass)
-    }
-
     /// Embedded rows of these tokens, `[n, D]` f32.
     pub(crate) fn embedded(&self, tokens: &[u32]) -> Result<Tensor> {
         Ok(embed(&self.shared, &[], &[Rows::Tokens(tokens)])?)
@@ -192,12 +214,11 @@ impl T5 {
     }
 
     /// The decoder's result for all target tokens end to end.
-    fn decoded(&self, batch: &Microbatch<'_>) -> Result<Tensor> {
+    fn decoded(&self, batch: &Microbatch<'_>, encoded: &Encoded) -> Result<Tensor> {
         batch.check(&self.config, true)?;
-        let (encoder_rows, decoder_rows) = (batch.encoder_rows(), batch.decoder_rows());
-        let memory = self.memory(batch, &encoder_rows)?;
-        let memory = Memory { rows: &memory, segments: &encoder_rows };
-        let pass = Pass { rows: &decoder_rows, dropout: None, dtype: self.dtype, recompute: true };
+        let rows = batch.decoder_rows();
+        let memory = Memory { rows: &encoded.rows, segments: &encoded.segments };
+        let pass = Pass { rows: &rows, dropout: None, dtype: self.dtype, recompute: true };
         Ok(self.decoder.forward(&self.config, self.decoder_embedding(batch)?, memory, &pass)?.0)
     }
 
@@ -210,8 +231,12 @@ impl T5 {
         z_loss: f32,
     ) -> Result<(Vec<f32>, Tensor)> {
         let targets = batch.targets();
-        let scales: Vec<f32> =
-            batch.examples.iter().zip(scale).flat_map(|(e, s)| std::iter::repeat_n(*s, e.target.len())).collect();
+        let scales: Vec<f32> = batch
+            .examples
+            .iter()
+            .zip(scale)
+            .flat_map(|(e, s)| std::iter::repeat_n(*s, e.target.len()))
+            .collect();
         let (mut losses, mut gradients) = (Vec::with_capacity(targets.len()), Vec::new());
         for (first, chunk) in chunks(&targets) {
             let logits = linear(&rows.narrow(0, first, chunk.len())?, &self.head, DType::F32)?;
@@ -239,7 +264,11 @@ fn sums(losses: &[f32], rows: &Segments) -> Vec<f32> {
 fn prompt_gradients(dx: &Tensor, places: &[(usize, usize)]) -> Result<Vec<Tensor>> {
     let width = dx.dims()[1];
     let copy = |(first, count): &(usize, usize)| {
-        let values = if *count == 0 { Vec::new() } else { dx.narrow(0, *first, *count)?.flatten_all()?.to_vec1::<f32>()? };
+        let values = if *count == 0 {
+            Vec::new()
+        } else {
+            dx.narrow(0, *first, *count)?.flatten_all()?.to_vec1::<f32>()?
+        };
         Ok(Tensor::from_vec(values, (*count, width), &Device::Cpu)?)
     };
     places.iter().map(copy).collect()

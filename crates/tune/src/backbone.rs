@@ -7,7 +7,7 @@ use incipit_weights::{Checkpoint, Fingerprint};
 use tokenizers::Tokenizer;
 
 use crate::{
-    Result,
+    Error, Result,
     engine::{Engine, EngineOptions},
     peft::BaseModel,
     spec::Precision,
@@ -34,7 +34,10 @@ impl Backbone {
     /// If there is no such model, or one of its files is missing, damaged or of an unknown kind; the message names the file.
     pub fn load(model: &str, dtype: Precision, options: EngineOptions) -> Result<Self> {
         let checkpoint = Checkpoint::open(&incipit_weights::resolve(model)?, dtype.into())?;
-        let config = Config::from_json(&checkpoint.config_json()?)?;
+        let config = Config::from_json(&checkpoint.config_json()?).map_err(|source| Error::ModelConfig {
+            dir: checkpoint.dir().to_owned(),
+            source: Box::new(source),
+        })?;
         let tokenizer = incipit_weights::load_tokenizer(checkpoint.dir())?;
         let t5 = T5::load(config, &checkpoint, dtype.into())?;
         Ok(Self {

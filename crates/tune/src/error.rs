@@ -178,10 +178,19 @@ pub enum Error {
         /// Fingerprint of the one given.
         now: String,
     },
+    /// The configuration of a backbone is none that can be trained on.
+    #[error("{}: {source}", dir.display())]
+    ModelConfig {
+        /// The directory of the backbone.
+        dir: PathBuf,
+        /// What is wrong with the `config.json` in it.
+        source: Box<incipit_model::Error>,
+    },
     /// A number went out of range in the pass over an example; the prompt was not updated.
     #[error(
         "step {step} was stopped before the update: {what} for the example with index {index}, on line {line} of the \
-         training file; look at that record, or pass a smaller --lr"
+         training file; look at that record, or {}",
+        if *step == 1 { "at the model's weights, for nothing was learned yet" } else { "pass a smaller --lr" }
     )]
     NonFinite {
         /// The step, from 1.

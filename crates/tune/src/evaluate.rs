@@ -140,8 +140,9 @@ fn outcomes(
         };
         let examples: Vec<Example<'_>> = places.iter().map(example).collect();
         let batch = Microbatch { prompts: &prompts, examples: &examples };
-        let losses = engine.model().loss(&batch)?;
-        let generated = engine.model().generate(&batch, &generate)?;
+        let encoded = engine.model().encoded(&batch)?;
+        let losses = engine.model().loss_after(&encoded, &batch)?;
+        let generated = engine.model().generate_after(&encoded, &batch, &generate)?;
         for ((place, loss), generated) in places.iter().zip(losses).zip(generated) {
             outcomes[*place] = Outcome { loss, tokens: generated.tokens };
         }

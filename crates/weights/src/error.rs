@@ -8,7 +8,7 @@ use candle_core::DType;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The operating system refused an operation on a file.
-    #[error("could not {action} {}: {source}", .path.display())]
+    #[error("could not {action} {}: {source}{}", .path.display(), mend(source))]
     Io {
         /// What was attempted.
         action: &'static str,
@@ -210,6 +210,21 @@ pub enum Error {
 
 /// `Result` with this crate's [`Error`](enum@Error).
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// What a person can do about an error of the system, where that is known.
+fn mend(error: &std::io::Error) -> &'static str {
+    use std::io::ErrorKind;
+    match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+            "; free some space there or choose another directory"
+        }
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+            "; choose a directory that you may use, or change its permissions"
+        }
+        ErrorKind::NotADirectory => "; a part of that path is a file, choose another directory",
+        _ => "",
+    }
+}
 
 /// Says what was attempted on which path, for `map_err`.
 pub(crate) fn io<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(std::io::Error) -> Error + 'a {

@@ -63,7 +63,9 @@ fn refused(file: &Path, detail: String) -> Error {
 
 fn from_json(path: &Path) -> Result<Tokenizer> {
     let bytes = std::fs::read(path).map_err(io("read", path))?;
-    let mut tokenizer = Tokenizer::from_bytes(&bytes).map_err(|error| refused(path, error.to_string()))?;
+    let unreadable =
+        |error| format!("it cannot be parsed ({error}); take the tokenizer.json of the model itself");
+    let mut tokenizer = Tokenizer::from_bytes(&bytes).map_err(|error| refused(path, unreadable(error)))?;
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).map_err(|error| refused(path, error.to_string()))?;
     let encoded = tokenizer.encode("a", true).map_err(|error| refused(path, error.to_string()))?;

@@ -91,7 +91,8 @@ fn temporary_beside(dir: &Path, parent: &Path) -> Result<tempfile::TempDir> {
         // As `mkdir` makes them, less the umask; temporary directories are otherwise closed to all but the owner.
         builder.permissions(fs::Permissions::from_mode(0o777));
     }
-    builder.tempdir_in(parent).map_err(io("create a directory in", parent))
+    // The kind alone: the message would name the directory that could not be made.
+    builder.tempdir_in(parent).map_err(|error| io("create a directory in", parent)(error.kind().into()))
 }
 
 fn size_of(tensor: &TensorInfo, dtype: DType) -> u64 {

@@ -1,5 +1,7 @@
 //! `incipit bench step`: how long a step takes on this machine.
 
+mod attention;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -109,6 +111,7 @@ struct Report {
     useful_tflop: f64,
     /// Useful, by the median.
     tflop_s: f64,
+    attention_share: f64,
     loss: f64,
 }
 
@@ -143,27 +146,28 @@ fn parse_lengths(text: &str) -> Result<Lengths, String> {
     }
 }
 
-fn step(args: &StepArgs, global: &Global) -> Result<Report> {
+fn check(args: &StepArgs) -> Result<()> {
     let Lengths(lengths) = &args.lengths;
     match args {
-        StepArgs { steps: 0, .. } => return bad_input("--steps is 0: nothing would be timed"),
+        StepArgs { steps: 0, .. } => bad_input("--steps is 0: nothing would be timed"),
         StepArgs { target_length: 0, .. } => {
-            return bad_input("--target-length is 0: a target ends with </s>, give at least 1");
+            bad_input("--target-length is 0: a target ends with </s>, give at least 1")
         }
         StepArgs { prompt_length: 0, .. } => {
-            return bad_input("--prompt-length is 0: there would be nothing to train");
+            bad_input("--prompt-length is 0: there would be nothing to train")
         }
         StepArgs { jobs, .. } if !(1..=lengths.len()).contains(jobs) => {
-            return bad_input(format!(
-                "--jobs is {jobs}: give 1 to {}, as many as there are examples",
-                lengths.len()
-            ));
+            bad_input(format!("--jobs is {jobs}: give 1 to {}, as many as there are examples", lengths.len()))
         }
-        _ => {}
+        _ => Ok(()),
     }
+}
+
+fn step(args: &StepArgs, global: &Global) -> Result<Report> {
+    check(args)?;
     note("making the weights ready");
     let model = model(args)?;
-    let (config, parameters) = (model.config().clone(), model.config().num_parameters());
+    let config = model.config().clone();
     let options = EngineOptions { microbatch_tokens: args.microbatch_tokens, recompute: args.recompute };
     let engine = Engine::new(Arc::new(model), options);
     let mut jobs = jobs(args, &config);
@@ -175,16 +179,37 @@ fn step(args: &StepArgs, global: &Global) -> Result<Report> {
         seconds.push(start.elapsed().as_secs_f64());
         bar.inc(1);
     }
-    drop(bar);
-    // The first step packs weights and touches files.
+    // The first step touches the files for the first time.
     seconds.remove(0);
+    let Lengths(lengths) = &args.lengths;
+    let rows: Vec<usize> = lengths.iter().map(|length| length + args.prompt_length).collect();
+    // Read before attention is timed alone, which would add to it.
+    let (peak, anonymous) = (machine::peak_memory(), machine::anonymous_memory());
+    let attention_s = attention::seconds(&config, args.dtype.into(), &rows, args.target_length)?;
+    Ok(report(args, &engine, Measured { seconds, loss, peak, anonymous, attention_s }))
+}
+
+/// What was read off while the steps ran.
+struct Measured {
+    seconds: Vec<f64>,
+    loss: f64,
+    /// Bytes.
+    peak: Option<u64>,
+    /// Bytes.
+    anonymous: Option<u64>,
+    attention_s: f64,
+}
+
+fn report(args: &StepArgs, engine: &Engine, measured: Measured) -> Report {
+    let Measured { seconds, loss, peak, anonymous, attention_s } = measured;
+    let (Lengths(lengths), config) = (&args.lengths, engine.model().config());
     let encoder: usize = lengths.iter().map(|length| length + args.prompt_length).sum();
     let decoder = lengths.len() * args.target_length;
     let (encoder_parameters, decoder_parameters) = config.parameters_passed();
     let flop =
         4.0 * (encoder_parameters as f64 * encoder as f64 + decoder_parameters as f64 * decoder as f64);
-    let (median_s, min_s) = (median(&seconds), seconds.iter().copied().fold(f64::MAX, f64::min));
-    Ok(Report {
+    let median_s = median(&seconds);
+    Report {
         shape: args.shape.clone(),
         dtype: args.dtype.to_string(),
         kernels: incipit_kernels::isa().name(),
@@ -195,17 +220,18 @@ fn step(args: &StepArgs, global: &Global) -> Result<Report> {
         target_length: args.target_length,
         microbatch_tokens: engine.microbatch_tokens(),
         tokens: encoder + decoder,
-        parameters,
+        parameters: config.num_parameters(),
         steps: args.steps,
         median_s,
-        min_s,
+        min_s: seconds.iter().copied().fold(f64::MAX, f64::min),
         seconds,
-        peak_rss_mb: machine::peak_memory().map(|n| n as f64 / MEBIBYTE),
-        anonymous_rss_mb: machine::anonymous_memory().map(|n| n as f64 / MEBIBYTE),
+        peak_rss_mb: peak.map(|n| n as f64 / MEBIBYTE),
+        anonymous_rss_mb: anonymous.map(|n| n as f64 / MEBIBYTE),
         useful_tflop: flop / 1e12,
         tflop_s: flop / 1e12 / median_s,
+        attention_share: attention_s / median_s,
         loss,
-    })
+    }
 }
 
 fn median(seconds: &[f64]) -> f64 {
@@ -324,6 +350,7 @@ impl Printed for Report {
             vec!["examples a second".to_owned(), units::rate(self.examples as f64 / self.median_s)],
             vec!["useful work a step".to_owned(), format!("{:.3} TFLOP", self.useful_tflop)],
             vec!["useful rate".to_owned(), format!("{:.3} TFLOP/s", self.tflop_s)],
+            vec!["share of attention".to_owned(), format!("{:.1} %", 100.0 * self.attention_share)],
             vec!["peak memory".to_owned(), mb(self.peak_rss_mb)],
         ];
         let what = format!(

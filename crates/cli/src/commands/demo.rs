@@ -33,7 +33,7 @@ const FILES: [(&str, &[u8]); 5] = [
     ("data/eval.jsonl", include_bytes!("../../../../demo/data/eval.jsonl")),
 ];
 const STEPS: u64 = 300;
-const EVAL_EVERY: u64 = 50;
+const EVAL_EVERY: u64 = 25;
 const BATCH_SIZE: usize = 32;
 const PROMPT_LENGTH: usize = 20;
 const LEARNING_RATE: f64 = 0.3;
@@ -189,7 +189,7 @@ fn spec(args: &DemoArgs, dir: &Path) -> Result<TrainSpec> {
         steps: Some(args.steps),
         eval_every: Some(EVAL_EVERY),
         checkpoint_every: Some(EVAL_EVERY),
-        max_input_length: Some(128),
+        max_input_length: Some(96),
         max_target_length: Some(8),
         seed: Some(args.seed),
         ..PartialSpec::default()

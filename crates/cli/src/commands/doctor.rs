@@ -125,7 +125,7 @@ fn findings(report: &Report) -> Vec<Finding> {
         ),
         Isa::Portable => Finding::new(false, "fast kernels need a CPU with avx2 and fma; the portable ones are several times slower"),
     });
-    findings.extend(report.available_memory_bytes.map(|n| backbone_finding(n)));
+    findings.extend(report.available_memory_bytes.map(backbone_finding));
     findings.push(match report.free_disk_bytes {
         Some(free) if free < GIB => Finding::new(
             false,

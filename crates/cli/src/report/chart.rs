@@ -14,7 +14,7 @@ const BOTTOM: f64 = 50.0;
 /// More points than this cannot be told apart at the chart's width.
 const MAX_POINTS: usize = 480;
 /// A linear axis on which the largest number is this many times the smallest shows nothing of the small ones.
-const LOG_RATIO: f64 = 40.0;
+const LOG_RATIO: f64 = 10.0;
 
 /// How a curve is drawn.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -182,10 +182,12 @@ impl Chart {
     fn draw_baseline(&self, svg: &mut String, x: &Axis, y: &Axis) {
         let Some((value, words)) = &self.baseline else { return };
         let at = y.place(*value);
-        // Its words stand where those of the best point do not.
-        let best_is_right = self.best.as_ref().is_some_and(|best| x.place(best.0) > WIDTH / 2.0);
+        // Its words stand to the right, unless those of the best point do.
+        let near =
+            |best: &(f64, f64, String)| x.place(best.0) > WIDTH / 2.0 && (y.place(best.1) - at).abs() < 40.0;
+        let best_is_near = self.best.as_ref().is_some_and(near);
         let (anchor, text_at) =
-            if best_is_right { ("start", LEFT + 6.0) } else { ("end", WIDTH - RIGHT - 6.0) };
+            if best_is_near { ("start", LEFT + 6.0) } else { ("end", WIDTH - RIGHT - 6.0) };
         let _ = write!(
             svg,
             r#"<line class="baseline" x1="{LEFT}" x2="{}" y1="{at:.1}" y2="{at:.1}"/><text class="note halo" x="{text_at}" y="{:.1}" text-anchor="{anchor}">{}</text>"#,
@@ -355,7 +357,7 @@ mod tests {
     fn a_wide_range_of_losses_gets_a_log_axis() {
         let (svg, _) = line(vec![(1.0, 20.0), (2.0, 0.01)]).draw().expect("a chart");
         assert!(svg.contains("(log scale)"));
-        let (svg, _) = line(vec![(1.0, 2.0), (2.0, 0.5)]).draw().expect("a chart");
+        let (svg, _) = line(vec![(1.0, 2.0), (2.0, 0.3)]).draw().expect("a chart");
         assert!(!svg.contains("(log scale)"));
     }
 

@@ -152,22 +152,18 @@ impl Records {
         self.settings.get(key).map(shown).unwrap_or_default()
     }
 
-    /// The backbone's name: the last part of its path or Hub id.
+    /// The backbone's name: the last part of its path or Hub id that tells something.
     pub(crate) fn model_name(&self) -> String {
-        let model = self.setting("model");
-        model.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_owned()
+        telling(self.setting("model").rsplit('/'), &["model", "models"])
     }
 
     /// What the run is about: the name of its data on its backbone.
     pub(crate) fn title(&self) -> String {
         let train = self.setting("train");
-        let path = Path::new(&train);
-        let stem = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        let stem = stem.split('.').next().unwrap_or_default().to_owned();
-        let folder = path.parent().and_then(Path::file_name).map(|n| n.to_string_lossy().into_owned());
-        let generic = ["train", "data", "training"].contains(&stem.as_str());
-        let data = folder.filter(|f| generic && f != "data" && f != "." && !f.is_empty()).unwrap_or(stem);
-        format!("{} on {}", data, self.model_name())
+        let without_endings = train.rsplit('/').map(|part| part.split('.').next().unwrap_or_default());
+        let data = telling(without_endings, &["train", "training", "data", "dataset"]);
+        let model = self.model_name();
+        if data == model { data } else { format!("{data} on {model}") }
     }
 
     /// A setting that is a whole number.
@@ -252,6 +248,13 @@ impl Records {
     }
 }
 
+/// The first of `names` that is not among the `generic` ones; the first of all where there is none.
+fn telling<'a>(names: impl Iterator<Item = &'a str>, generic: &[&str]) -> String {
+    let names: Vec<&str> = names.filter(|name| !name.is_empty()).collect();
+    let first = names.iter().find(|name| !generic.contains(name)).or(names.first());
+    first.copied().unwrap_or_default().to_owned()
+}
+
 fn median(mut values: Vec<f64>) -> Option<f64> {
     values.retain(|v| v.is_finite());
     values.sort_by(f64::total_cmp);
@@ -280,4 +283,33 @@ fn predictions(path: &Path) -> Result<Vec<Prediction>> {
             .with_context(|| format!("{}, line {}: no prediction", path.display(), i + 1))
     };
     text.lines().enumerate().map(parsed).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_is_named_by_the_parts_of_its_paths_that_tell_something() {
+        for (train, model, title) in [
+            ("data/subj/train.jsonl", "models/t5-v1.1/", "subj on t5-v1.1"),
+            ("questions.csv.gz", "google/t5-base", "questions on t5-base"),
+            ("/tmp/demo/data/train.jsonl", "/tmp/demo/model", "demo"),
+            ("train.jsonl", "model", "train on model"),
+        ] {
+            let settings = toml::Table::from_iter(
+                [("train", train), ("model", model)].map(|(k, v)| (k.to_owned(), v.into())),
+            );
+            let run = RunFacts::default();
+            let records = Records {
+                settings,
+                steps: vec![],
+                evaluations: vec![],
+                predictions: vec![],
+                run,
+                seconds: 0.0,
+            };
+            assert_eq!(records.title(), title);
+        }
+    }
 }
