@@ -2,10 +2,12 @@
 """Accuracies of prompt tuning on real tasks, beside those of a plain PyTorch loop with the same recipe.
 
     python reference_tasks.py SHARED_FOLDER [--incipit target/release/incipit] [--tasks trec subj] [--seeds 0 1 2] [--out FILE.jsonl]
+        [--reference FILE.jsonl ...]
 
 The folder has the model (`models/t5-mini-lm` with `reference_results.json`) and the data (`data/trec`, `data/subj`). Each run takes some minutes:
 20 rows, 1,000 steps of 32 examples, learning rate 0.3, bf16, inputs of up to 128 tokens, an evaluation every 250 steps. The prompt that is
-best on `dev` is then measured on `test`. Runs that `--out` holds already are not made again. Prints a table in Markdown; needs nothing but Python.
+best on `dev` is then measured on `test`. Runs that `--out` holds already are not made again. `--reference` adds runs of the PyTorch loop, as its own
+`--out` has them, to those in `reference_results.json`. Prints a table in Markdown; needs nothing but Python.
 """
 
 import argparse
@@ -59,40 +61,46 @@ def run(a: argparse.Namespace, task: str, seed: int) -> dict:
     }
 
 
-def reference_runs(shared: pathlib.Path, tasks: list[str]) -> list[dict]:
-    """The reference's runs with as many rows, in the form of ours."""
-    results = json.loads((shared / "models" / "t5-mini-lm" / "reference_results.json").read_text(encoding="utf-8"))
-    same = lambda r: r["task"] in tasks and r["mode"] == "prompt" and r["prompt_length"] == PROMPT_LENGTH
-    return [
-        {
-            "task": r["task"],
-            "seed": r["seed"],
-            "steps": r["steps"],
-            "majority": r["majority_dev_acc"],
-            "dev": [e["dev_acc"] for e in r["evals"]],
-            "legal": r["dev_legal_last"],
-            "test_of_best": r["test_acc_of_best"],
-            "last_loss": r["evals"][-1]["train_loss"],
-        }
-        for r in results["runs"]
-        if same(r)
-    ]
+def reference_runs(shared: pathlib.Path, tasks: list[str], more: list[pathlib.Path]) -> list[dict]:
+    """The reference's runs with as many rows, in the form of ours: those beside the model, and in `more` what
+    `reference_prompt_tuning.py --out` wrote. Of two with one seed the longer one."""
+    runs = json.loads((shared / "models" / "t5-mini-lm" / "reference_results.json").read_text(encoding="utf-8"))["runs"]
+    runs += [json.loads(line) for path in more for line in path.open(encoding="utf-8")]
+    found = {}
+    for r in sorted(runs, key=lambda r: r["steps"]):
+        if r["task"] in tasks and r["mode"] == "prompt" and r["prompt_length"] == PROMPT_LENGTH:
+            found[r["task"], r["seed"]] = {
+                "task": r["task"],
+                "seed": r["seed"],
+                "steps": r["steps"],
+                "majority": r["majority_dev_acc"],
+                "dev": [e["dev_acc"] for e in r["evals"]],
+                "legal": r["dev_legal_last"],
+                "test_of_best": r["test_acc_of_best"],
+                "last_loss": r["evals"][-1]["train_loss"],
+            }
+    return [found[key] for key in sorted(found)]
 
 
 def table(ours: list[dict], reference: list[dict]) -> str:
     rows = [
-        "| task | program | seed | steps | dev accuracy after each quarter | best on dev | that one on test | legal | training loss, last quarter |",
+        "| task | program | seed | steps | dev accuracy at each evaluation | best on dev | that one on test | legal | last training loss |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    by_task = {r["task"] for r in ours}
-    for task in sorted(by_task, reverse=True):
-        both = [("incipit", r) for r in ours if r["task"] == task] + [("reference", r) for r in reference if r["task"] == task]
-        for program, r in both:
-            dev = ", ".join(f"{100 * x:.1f}" for x in r["dev"])
-            rows.append(
-                f"| {task} | {program} | {r['seed']} | {r.get('steps', STEPS):,} | {dev} | {100 * max(r['dev']):.1f} "
-                f"| {100 * r['test_of_best']:.1f} | {100 * r['legal']:.1f} | {r['last_loss']:.3f} |"
-            )
+    percent = lambda share: f"{100 * share:.1f}"
+    mean = lambda values: sum(values) / len(values)
+    for task in [t for t in TEMPLATES if any(r["task"] == t for r in ours)]:
+        for program, runs in (("Incipit", ours), ("reference", reference)):
+            runs = [r for r in runs if r["task"] == task]
+            for r in runs:
+                rows.append(
+                    f"| {task} | {program} | {r['seed']} | {r.get('steps', STEPS):,} | {', '.join(map(percent, r['dev']))} | {percent(max(r['dev']))} "
+                    f"| {percent(r['test_of_best'])} | {percent(r['legal'])} | {r['last_loss']:.3f} |"
+                )
+            if runs:
+                best, test = (mean([max(r["dev"]) for r in runs]), mean([r["test_of_best"] for r in runs]))
+                loss = mean([r["last_loss"] for r in runs])
+                rows.append(f"| {task} | **{program}, mean** | | | | **{percent(best)}** | **{percent(test)}** | | {loss:.3f} |")
     return "\n".join(rows)
 
 
@@ -104,6 +112,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--reference", nargs="+", type=pathlib.Path, default=[], metavar="FILE.jsonl")
     a = parser.parse_args()
     made = []
     if a.out and a.out.exists():
@@ -117,7 +126,7 @@ def main() -> None:
             if a.out:
                 with a.out.open("a", encoding="utf-8") as out:
                     out.write(json.dumps(made[-1]) + "\n")
-    print(table(made, reference_runs(a.shared, a.tasks)))
+    print(table(made, reference_runs(a.shared, a.tasks, a.reference)))
 
 
 if __name__ == "__main__":

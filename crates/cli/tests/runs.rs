@@ -285,11 +285,11 @@ fn a_loss_that_is_not_finite_stops_the_run_with_an_exit_code_of_its_own() {
 
 #[cfg(unix)]
 #[test]
-fn a_directory_that_cannot_be_made_is_a_failure_that_names_it() {
+fn a_directory_below_a_file_is_bad_input_and_named() {
     let dir = tempfile::tempdir().expect("a directory");
     std::fs::write(dir.path().join("file"), "").expect("a file");
     let ran = train(dir.path(), "file/run", &["--steps", "1"]);
-    assert_eq!(ran.code, 1, "{}", ran.stderr);
+    assert_eq!(ran.code, 2, "{}", ran.stderr);
     assert!(ran.stderr.contains("file/run"), "{}", ran.stderr);
 }
 

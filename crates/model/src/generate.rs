@@ -274,8 +274,9 @@ mod tests {
     #[test]
     fn the_nucleus_holds_the_fewest_tokens_that_reach_top_p() {
         let logits = [0.5f32, 0.3, 0.15, 0.05].map(f32::ln);
-        let drawn =
-            |top_p: f32| (0..100).map(|i| draw(&logits, top_p, 1.0, i as f32 / 100.0)).collect::<Vec<_>>();
+        let drawn = |top_p: f32| {
+            (0..100).map(|i| draw(&logits, top_p, 1.0, (i as f32 + 0.5) / 100.0)).collect::<Vec<_>>()
+        };
         assert!(drawn(0.4).iter().all(|t| *t == 0));
         assert_eq!(drawn(0.7).iter().max(), Some(&1));
         assert_eq!(drawn(1.0).iter().filter(|t| **t == 0).count(), 50);

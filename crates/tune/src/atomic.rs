@@ -14,11 +14,17 @@ use std::{
 /// What temporary names begin with.
 const TEMPORARY: &str = ".tmp-";
 
-/// Writes `bytes` at `path`: afterwards it holds what it held before, or all of `bytes`.
+/// Writes `bytes` at `path`: afterwards it holds what it held before, or all of `bytes`. A link stays one, and the file that it
+/// points to is written; a device or a pipe is not replaced by a file, but written to.
 ///
 /// # Errors
 /// If the system refuses (a full disk, an unwritable directory); then `path` holds what it held before.
 pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    if std::fs::metadata(path).is_ok_and(|there| !there.is_file() && !there.is_dir()) {
+        return std::fs::write(path, bytes).map_err(Error::io("write", path));
+    }
+    let linked = if path.is_symlink() { std::fs::canonicalize(path).ok() } else { None };
+    let path = linked.as_deref().unwrap_or(path);
     let staged = temporary(path);
     let written = write_synced(&staged, bytes).and_then(|()| replace(&staged, path));
     if written.is_err() {

@@ -56,6 +56,32 @@ fn a_file_is_flushed_before_and_its_directory_after_the_rename() {
     );
 }
 
+/// A link to the device stands for the device: the machine's own would be lost if this failed.
+#[cfg(unix)]
+#[test]
+fn what_is_no_file_is_written_to_and_links_stay_links() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, to_file, to_device) = (dir.path().join("a"), dir.path().join("b"), dir.path().join("c"));
+    fs::write(&file, b"old").unwrap();
+    std::os::unix::fs::symlink("a", &to_file).unwrap();
+    std::os::unix::fs::symlink("/dev/null", &to_device).unwrap();
+    write_file(&to_file, b"new").unwrap();
+    write_file(&to_device, b"lost").unwrap();
+    assert!(to_file.is_symlink() && to_device.is_symlink());
+    assert_eq!(fs::read(&file).unwrap(), b"new");
+    assert_eq!(names(dir.path()), ["a", "b", "c"]);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_device_that_is_full_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let link = dir.path().join("full");
+    std::os::unix::fs::symlink("/dev/full", &link).unwrap();
+    let message = write_file(&link, b"much").unwrap_err().to_string();
+    assert!(message.contains("free some space") && link.is_symlink(), "{message}");
+}
+
 #[test]
 fn a_failed_write_leaves_no_temporary_names() {
     let dir = tempfile::tempdir().unwrap();
