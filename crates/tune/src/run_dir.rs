@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::{
     Error, Result, atomic,
+    checkpoint::TrainState,
     checkpoint::{self, Checkpoint, Store},
     npy,
     peft::{self, BaseModel},
@@ -44,18 +45,26 @@ impl RunDir {
         atomic::write_file(&self.out.join(RUN_FILE), spec.to_toml().as_bytes())
     }
 
-    /// The newest checkpoint that can be used, with `best` and `last` pointing where its state says. Those that cannot be
-    /// used are told as warnings; if there are no others, the newest one's error is returned.
+    /// The newest checkpoint that can be used. Those that cannot be used are told as warnings; if there are no others, the
+    /// newest one's error is returned.
     pub(crate) fn newest(&self, warnings: &mut Vec<String>) -> Result<Option<Checkpoint>> {
         let found = self.store.newest_valid()?;
         let Some((_, checkpoint)) = found.checkpoint else {
             return found.damaged.into_iter().next().map_or(Ok(None), Err);
         };
         warnings.extend(found.damaged.iter().map(|error| format!("{error}; going on from an earlier one")));
-        if let Some(best) = checkpoint.state.best.filter(|best| self.store.path(best.step).is_dir()) {
+        Ok(Some(checkpoint))
+    }
+
+    /// Finishes what a run that died just after writing the checkpoint of `state` had still to do: `best` and `last` point
+    /// where the state says, and of the older checkpoints `keep` are left.
+    pub(crate) fn settle(&self, state: &TrainState, keep: usize) -> Result<()> {
+        if let Some(best) = state.best.filter(|best| self.store.path(best.step).is_dir()) {
             self.store.mark_best(best.step)?;
         }
-        Ok(Some(checkpoint))
+        self.store.mark_last(state.step)?;
+        self.store.prune(keep)?;
+        Ok(())
     }
 
     /// Shows the best prompt, or the last one where nothing was evaluated, to other programs.

@@ -187,6 +187,9 @@ impl<'a> Run<'a> {
         }
         dir.begin(spec)?;
         let state = earlier.map(|earlier| earlier.state);
+        if let Some(state) = &state {
+            dir.settle(state, spec.keep)?;
+        }
         let evaluated = state.as_ref().map_or(0, |state| state.evaluated);
         let log = MetricsLog::open(&spec.out, job.num_steps(), evaluated)?;
         for warning in &warnings {

@@ -57,8 +57,16 @@ impl Store {
     pub fn save(&self, checkpoint: &Checkpoint) -> Result<PathBuf> {
         let step = checkpoint.state.step;
         save(&self.path(step), checkpoint)?;
-        atomic::relink(&self.out.join("last"), &relative(step))?;
+        self.mark_last(step)?;
         Ok(self.path(step))
+    }
+
+    /// Points `last` to the checkpoint after `step` steps.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn mark_last(&self, step: u64) -> Result<()> {
+        atomic::relink(&self.out.join("last"), &relative(step))
     }
 
     /// Points `best` to the checkpoint after `step` steps.
