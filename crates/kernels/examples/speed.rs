@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 use incipit_kernels::{
-    Activation, Attention, Buckets, Dropout, Frozen, PositionBias, Result, Segments, attention,
-    attention_gradient, cross_entropy_gradient, dropout, gated, gated_gradient, isa, linear, linear_gradient,
-    rms_norm, rms_norm_gradient,
+    Activation, Attention, Buckets, Dropout, Frozen, LossSlope, PositionBias, Result, Segments, Softmax,
+    Targets, Vocabulary, attention, attention_gradient, cross_entropy_gradient, dropout, gated,
+    gated_gradient, isa, linear, linear_gradient, rms_norm, rms_norm_gradient,
 };
 
 /// Width of the model, and number and width of its heads.
@@ -142,6 +142,9 @@ fn elementwise(dtype: DType, report: Report<'_>) -> Result<()> {
     let (logits, targets) = (random(&[128, 32_128], DType::F32)?, vec![7; 128]);
     let size = (128 * 32_128 * (4 + dtype.size_in_bytes())) as f64;
     report("cross_entropy_gradient 128 x 32128", "GB/s", size, &mut || {
-        cross_entropy_gradient(&logits, &targets, &[1.0; 128], 0.0, dtype).map(|y| drop(black_box(y)))
+        let targets = Targets { ids: &targets, vocabulary: Vocabulary::whole(32_128) };
+        let normalisers = Softmax::new(&logits, targets)?.normalisers();
+        let slope = LossSlope { normalisers: &normalisers, scale: &[1.0; 128], z_loss: 0.0 };
+        cross_entropy_gradient(&logits, targets, slope, dtype).map(|y| drop(black_box(y)))
     })
 }

@@ -18,6 +18,16 @@ pub struct Dropout {
     rate: f32,
     keys: Vec<u64>,
     site: u64,
+    part: Part,
+}
+
+/// What of a layer is here, when several ranks share it: each drops what all of it would have dropped there.
+#[derive(Clone, Copy, Debug, Default)]
+struct Part {
+    /// First head.
+    head: usize,
+    /// First column, and columns in all; none: the operand has all of them.
+    columns: Option<(usize, usize)>,
 }
 
 impl Dropout {
@@ -27,7 +37,7 @@ impl Dropout {
     /// If `rate` is not in `[0, 1)`.
     pub fn new(rate: f32, keys: Vec<u64>) -> Result<Self> {
         if (0.0..1.0).contains(&rate) {
-            return Ok(Self { rate, keys, site: 0 });
+            return Ok(Self { rate, keys, site: 0, part: Part::default() });
         }
         Err(Error::Shape { op: "dropout", what: format!("the rate {rate} is not in [0, 1)") })
     }
@@ -38,12 +48,31 @@ impl Dropout {
         Self { site, ..self.clone() }
     }
 
+    /// The same for an operand that begins with column `first` of `total`.
+    #[must_use]
+    pub fn of_columns(mut self, first: usize, total: usize) -> Self {
+        self.part.columns = Some((first, total));
+        self
+    }
+
+    /// The same for an attention that begins with head `first`.
+    #[must_use]
+    pub fn of_heads(mut self, first: usize) -> Self {
+        self.part.head = first;
+        self
+    }
+
     /// Number of examples that there are masks for.
     pub(crate) fn examples(&self) -> usize {
         self.keys.len()
     }
 
-    pub(crate) fn masks(&self, example: usize, part: u64) -> Masks {
+    /// The masks of the probabilities of head `head` of those that are here.
+    pub(crate) fn head_masks(&self, example: usize, head: usize) -> Masks {
+        self.masks(example, 1 + (self.part.head + head) as u64)
+    }
+
+    fn masks(&self, example: usize, part: u64) -> Masks {
         // The rate in steps of 2^-16; not all of them, so that what is kept can be scaled up.
         let threshold = ((f64::from(self.rate) * 65536.0).round() as u32).min(65535);
         let generator = Philox::new(self.keys[example], &[self.site, part]);
@@ -67,7 +96,27 @@ impl Masks {
     /// The factors of row `row`, each 0 or `1 / (1 - rate)`; all rows must have the width of `out`.
     #[inline(always)]
     pub(crate) fn row(&self, row: usize, out: &mut [f32]) {
-        let first = row as u64 * out.len().div_ceil(Self::BLOCK) as u64;
+        self.blocks(row * out.len().div_ceil(Self::BLOCK), out);
+    }
+
+    /// The factors of the columns from `first` on of row `row`, whose rows have `total` of them.
+    #[inline(always)]
+    fn part_of_row(&self, row: usize, (first, total): (usize, usize), out: &mut [f32]) {
+        let block = row * total.div_ceil(Self::BLOCK) + first / Self::BLOCK;
+        match first % Self::BLOCK {
+            0 => self.blocks(block, out),
+            skipped => {
+                let mut longer = vec![0.0; skipped + out.len()];
+                self.blocks(block, &mut longer);
+                out.copy_from_slice(&longer[skipped..]);
+            }
+        }
+    }
+
+    /// The factors from block `first` of the random numbers on.
+    #[inline(always)]
+    fn blocks(&self, first: usize, out: &mut [f32]) {
+        let first = first as u64;
         for (i, out) in out.chunks_mut(Self::BLOCK * Self::LANES).enumerate() {
             let words = self.generator.blocks_at::<{ Self::LANES }>(first + (i * Self::LANES) as u64);
             let mut factors = [[0.0; Self::BLOCK]; Self::LANES];
@@ -128,7 +177,10 @@ fn apply<T: Element>(isa: Isa, x: &Tensor, segments: &Segments, dropout: &Dropou
                 isa.vectorize(
                     #[inline(always)]
                     || {
-                        masks.row(row - first, factors);
+                        match dropout.part.columns {
+                            None => masks.row(row - first, factors),
+                            Some(columns) => masks.part_of_row(row - first, columns, factors),
+                        }
                         for (o, (x, factor)) in out.iter_mut().zip(x[row * d..].iter().zip(&*factors)) {
                             o.write(T::narrow(x.widen() * factor));
                         }

@@ -10,20 +10,52 @@ use crate::{Error, Result};
 /// A run of consecutive rows of an embedded input.
 #[derive(Clone, Copy, Debug)]
 pub enum Rows<'a> {
-    /// The table's rows of these token ids.
+    /// The rows of these token ids.
     Tokens(&'a [u32]),
     /// All rows of the prompt with this index.
     Prompt(usize),
+    /// So many rows of zeros: another rank's, in a sum over ranks.
+    Zeros(usize),
 }
 
-/// The runs' rows, one after another, in f32.
+/// Which part of a vocabulary a table's rows, or a head's columns, are: those from `first` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Vocabulary {
+    /// Id of the first one.
+    pub first: usize,
+    /// Ids in all.
+    pub size: usize,
+}
+
+impl Vocabulary {
+    /// All of a vocabulary of `size`.
+    #[must_use]
+    pub fn whole(size: usize) -> Self {
+        Self { first: 0, size }
+    }
+
+    /// Where among `held` consecutive ones the token `id` is, if it is there.
+    #[inline]
+    #[must_use]
+    pub fn place(self, id: u32, held: usize) -> Option<usize> {
+        (id as usize).checked_sub(self.first).filter(|place| *place < held)
+    }
+}
+
+/// The runs' rows, one after another, in f32. A token whose row is not in the table gets zeros.
 ///
 /// # Shapes
-/// `table` `[V, D]`; each prompt `[P, D]` f32 with a `P` of its own; the result is `[T, D]` f32.
+/// `table` `[n, D]`, the vocabulary's rows from `vocabulary.first` on; each prompt `[P, D]` f32 with a `P` of its own; the
+/// result is `[T, D]` f32.
 ///
 /// # Errors
-/// If a token id is not below `V`, a prompt's index is not among `prompts`, or a prompt has another `D`.
-pub fn embed(table: &Frozen, prompts: &[Tensor], runs: &[Rows<'_>]) -> Result<Tensor> {
+/// If a token id is outside of the vocabulary, a prompt's index is not among `prompts`, or a prompt has another `D`.
+pub fn embed(
+    table: &Frozen,
+    vocabulary: Vocabulary,
+    prompts: &[Tensor],
+    runs: &[Rows<'_>],
+) -> Result<Tensor> {
     let op = "embed";
     let d = table.cols();
     let mut views = Vec::with_capacity(prompts.len());
@@ -38,7 +70,15 @@ pub fn embed(table: &Frozen, prompts: &[Tensor], runs: &[Rows<'_>]) -> Result<Te
     let mut sources = Vec::new();
     for run in runs {
         match run {
-            Rows::Tokens(ids) => sources.extend(ids.iter().map(|id| Source::Token(*id as usize))),
+            Rows::Tokens(ids) => {
+                if let Some(id) = ids.iter().find(|id| **id as usize >= vocabulary.size) {
+                    let what = format!("token {id} is outside of a vocabulary of {}", vocabulary.size);
+                    return Err(Error::Shape { op, what });
+                }
+                let place = |id: &u32| vocabulary.place(*id, table.rows());
+                sources.extend(ids.iter().map(|id| place(id).map_or(Source::Zeros, Source::Token)));
+            }
+            Rows::Zeros(count) => sources.extend((0..*count).map(|_| Source::Zeros)),
             Rows::Prompt(index) => {
                 let Some(view) = views.get(*index) else {
                     return Err(Error::Shape { op, what: format!("there is no prompt {index}") });
@@ -49,20 +89,13 @@ pub fn embed(table: &Frozen, prompts: &[Tensor], runs: &[Rows<'_>]) -> Result<Te
             }
         }
     }
-    let outside = sources.iter().find_map(|s| match s {
-        Source::Token(id) if *id >= table.rows() => Some(*id),
-        _ => None,
-    });
-    if let Some(id) = outside {
-        let what = format!("token {id} is outside of a vocabulary of {}", table.rows());
-        return Err(Error::Shape { op, what });
-    }
     gather(table, &sources)
 }
 
 enum Source<'a> {
     Token(usize),
     Row(&'a [f32]),
+    Zeros,
 }
 
 fn gather(table: &Frozen, sources: &[Source<'_>]) -> Result<Tensor> {
@@ -75,6 +108,7 @@ fn gather(table: &Frozen, sources: &[Source<'_>]) -> Result<Tensor> {
         match source {
             Source::Token(id) => table.copy_row(*id, out),
             Source::Row(values) => out.copy_from_slice(values),
+            Source::Zeros => {} // as they were made
         }
     });
     tensor(values, &[sources.len(), d])

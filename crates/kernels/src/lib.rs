@@ -25,11 +25,11 @@ pub use activation::{Activation, activate, activate_gradient, gated, gated_gradi
 pub use attention::{Attended, Attention, Buckets, PositionBias, attention, attention_gradient};
 pub use cast::{add, rounded};
 pub use dropout::{Dropout, dropout};
-pub use embed::{Rows, embed};
+pub use embed::{Rows, Vocabulary, embed};
 pub use error::{Error, Result};
 pub use frozen::{ByteOwner, Frozen, FrozenSlice};
 pub use isa::{Isa, isa};
 pub use linear::{linear, linear_add, linear_gradient};
-pub use loss::{cross_entropy, cross_entropy_gradient};
+pub use loss::{LossSlope, Softmax, Targets, cross_entropy_gradient};
 pub use norm::{rms_norm, rms_norm_gradient};
 pub use segments::Segments;

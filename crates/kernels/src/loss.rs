@@ -1,139 +1,202 @@
-//! Cross-entropy over the vocabulary.
+//! Cross-entropy over the vocabulary, whole or in parts: whoever holds some columns of the logits gives a [`Softmax`] of
+//! them, and several of these together are one of all columns.
 
 use candle_core::{DType, Tensor};
 use half::bf16;
 use rayon::prelude::*;
 
 use crate::element::Element;
+use crate::embed::Vocabulary;
 use crate::isa::{Isa, isa};
 use crate::math::{exp, max, sum};
 use crate::tensor::{SharedMut, View, dims2, expect_activation, tensor};
 use crate::{Error, Result};
 
-/// The token losses `logsumexp(logits) - logits[target] + z_loss logsumexp(logits)^2`, row by row.
-///
-/// The second part pulls the logarithm of the normaliser to 0 (Shazeer et al. 2018; T5X calls it z-loss).
-///
-/// # Shapes
-/// `logits` `[T, V]` f32; `targets` and the result `T`.
-///
-/// # Errors
-/// If the shapes or types do not fit, or a target is not below `V`.
-pub fn cross_entropy(logits: &Tensor, targets: &[u32], z_loss: f32) -> Result<Vec<f32>> {
-    cross_entropy_on(isa(), logits, targets, z_loss)
+/// The tokens that logits should have chosen, one a row, and which columns of the vocabulary the logits are.
+#[derive(Clone, Copy, Debug)]
+pub struct Targets<'a> {
+    /// Token ids.
+    pub ids: &'a [u32],
+    /// Of the logits' columns.
+    pub vocabulary: Vocabulary,
 }
 
-pub(crate) fn cross_entropy_on(isa: Isa, logits: &Tensor, targets: &[u32], z_loss: f32) -> Result<Vec<f32>> {
-    let op = "cross_entropy";
-    let v = check(op, logits, targets)?;
-    let logits = View::new(op, logits)?;
-    let x = logits.slice::<f32>()?;
-    let losses = targets.par_iter().enumerate().map(|(row, target)| {
-        isa.vectorize(
-            #[inline(always)]
-            || token_loss(&x[row * v..(row + 1) * v], *target as usize, z_loss).0,
-        )
-    });
-    Ok(losses.collect())
+/// What a softmax over the vocabulary needs of each row of logits; all have `T` numbers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Softmax {
+    /// The largest logit.
+    pub top: Vec<f32>,
+    /// Sum of `exp(logit - top)`.
+    pub total: Vec<f32>,
+    /// The target's logit; 0 where it is not among the columns.
+    pub target: Vec<f32>,
 }
 
-/// The losses of [`cross_entropy`] and the gradient to the logits of `sum(scale * loss)`.
+impl Softmax {
+    /// Of the columns that `logits` holds.
+    ///
+    /// # Shapes
+    /// `logits` `[T, n]` f32, `n` columns of the vocabulary from the first of `targets.vocabulary` on; `T` targets.
+    ///
+    /// # Errors
+    /// If the shapes or types do not fit, or a target is outside of the vocabulary.
+    pub fn new(logits: &Tensor, targets: Targets<'_>) -> Result<Self> {
+        Self::new_on(isa(), logits, targets)
+    }
+
+    pub(crate) fn new_on(isa: Isa, logits: &Tensor, targets: Targets<'_>) -> Result<Self> {
+        let op = "softmax";
+        let n = check(op, logits, targets)?;
+        let view = View::new(op, logits)?;
+        let x = view.slice::<f32>()?;
+        let rows = targets.ids.par_iter().enumerate().map(|(row, id)| {
+            let x = &x[row * n..(row + 1) * n];
+            let target = targets.vocabulary.place(*id, n).map_or(0.0, |place| x[place]);
+            isa.vectorize(
+                #[inline(always)]
+                || {
+                    let top = max(x);
+                    let total = sum(
+                        [x],
+                        #[inline(always)]
+                        |[x]| exp(x - top),
+                    );
+                    (top, (total, target))
+                },
+            )
+        });
+        let (top, (total, target)) = rows.unzip();
+        Ok(Self { top, total, target })
+    }
+
+    /// The same with totals in relation to `top`, which is nowhere below the own one: as others have them.
+    ///
+    /// # Panics
+    /// If there is not one `top` a row.
+    #[must_use]
+    pub fn relative_to(mut self, top: Vec<f32>) -> Self {
+        assert_eq!(top.len(), self.top.len(), "one number a row");
+        for (total, (own, top)) in self.total.iter_mut().zip(self.top.iter().zip(&top)) {
+            *total *= (own - top).exp();
+        }
+        self.top = top;
+        self
+    }
+
+    /// The logarithms of the normalisers.
+    #[must_use]
+    pub fn normalisers(&self) -> Vec<f32> {
+        self.top.iter().zip(&self.total).map(|(top, total)| top + total.ln()).collect()
+    }
+
+    /// The token losses `logsumexp(logits) - logits[target] + z_loss logsumexp(logits)^2`, once all columns are in it.
+    ///
+    /// The second part pulls the logarithm of the normaliser to 0 (Shazeer et al. 2018; T5X calls it z-loss).
+    #[must_use]
+    pub fn losses(&self, z_loss: f32) -> Vec<f32> {
+        let loss = |(lse, target): (f32, &f32)| lse - target + z_loss * lse * lse;
+        self.normalisers().into_iter().zip(&self.target).map(loss).collect()
+    }
+}
+
+/// What of a loss its gradient depends on, row by row.
+#[derive(Clone, Copy, Debug)]
+pub struct LossSlope<'a> {
+    /// Logarithms of the normalisers over all columns, `T`.
+    pub normalisers: &'a [f32],
+    /// Factors of the losses, `T`.
+    pub scale: &'a [f32],
+    /// See [`Softmax::losses`].
+    pub z_loss: f32,
+}
+
+/// The gradient to the logits of `sum(scale * loss)`, for the columns that `logits` holds.
 ///
 /// # Shapes
-/// `logits` `[T, V]` f32; `targets`, `scale` and the losses `T`; the gradient is `[T, V]` of type `out` (bf16 or f32).
+/// `logits` `[T, n]` f32, as for [`Softmax::new`]; the gradient is `[T, n]` of type `out` (bf16 or f32).
 ///
 /// # Errors
-/// If the shapes or types do not fit, or a target is not below `V`.
+/// If the shapes or types do not fit, or a target is outside of the vocabulary.
 pub fn cross_entropy_gradient(
     logits: &Tensor,
-    targets: &[u32],
-    scale: &[f32],
-    z_loss: f32,
+    targets: Targets<'_>,
+    slope: LossSlope<'_>,
     out: DType,
-) -> Result<(Vec<f32>, Tensor)> {
-    cross_entropy_gradient_on(isa(), logits, (targets, scale), z_loss, out)
+) -> Result<Tensor> {
+    cross_entropy_gradient_on(isa(), logits, targets, slope, out)
 }
 
 pub(crate) fn cross_entropy_gradient_on(
     isa: Isa,
     logits: &Tensor,
-    (targets, scale): (&[u32], &[f32]),
-    z_loss: f32,
+    targets: Targets<'_>,
+    slope: LossSlope<'_>,
     out: DType,
-) -> Result<(Vec<f32>, Tensor)> {
+) -> Result<Tensor> {
     expect_activation("cross_entropy_gradient", out)?;
     match out {
-        DType::BF16 => gradient::<bf16>(isa, logits, targets, scale, z_loss),
-        _ => gradient::<f32>(isa, logits, targets, scale, z_loss),
+        DType::BF16 => gradient::<bf16>(isa, logits, targets, slope),
+        _ => gradient::<f32>(isa, logits, targets, slope),
     }
 }
 
 fn gradient<O: Element>(
     isa: Isa,
     logits: &Tensor,
-    targets: &[u32],
-    scale: &[f32],
-    z_loss: f32,
-) -> Result<(Vec<f32>, Tensor)> {
+    targets: Targets<'_>,
+    slope: LossSlope<'_>,
+) -> Result<Tensor> {
     let op = "cross_entropy_gradient";
-    let v = check(op, logits, targets)?;
-    if scale.len() != targets.len() {
-        let what = format!("{} scales for {} tokens", scale.len(), targets.len());
+    let n = check(op, logits, targets)?;
+    let LossSlope { normalisers, scale, z_loss } = slope;
+    if scale.len() != targets.ids.len() || normalisers.len() != targets.ids.len() {
+        let (scales, normalisers, ids) = (scale.len(), normalisers.len(), targets.ids.len());
+        let what = format!("{scales} scales and {normalisers} normalisers for {ids} tokens");
         return Err(Error::Shape { op, what });
     }
     let logits = View::new(op, logits)?;
     let x = logits.slice::<f32>()?;
     let mut values: Vec<O> = Vec::with_capacity(x.len());
     let out = SharedMut::uninit(&mut values);
-    let losses = targets.par_iter().zip(scale).enumerate().map(|(row, (target, scale))| {
-        let x = &x[row * v..(row + 1) * v];
+    targets.ids.par_iter().enumerate().for_each(|(row, id)| {
+        let (x, lse, scale) = (&x[row * n..(row + 1) * n], normalisers[row], scale[row]);
         // SAFETY: each row of the result is written by one thread.
-        let out = unsafe { out.range(row * v, v) };
+        let out = unsafe { out.range(row * n, n) };
         isa.vectorize(
             #[inline(always)]
             || {
-                let target = *target as usize;
-                let (loss, lse) = token_loss(x, target, z_loss);
                 // d lse / dx = p = exp(x - lse);  d(lse - x_target + z lse^2) / dx = (1 + 2 z lse) p - [target].
                 let weight = scale * (1.0 + 2.0 * z_loss * lse);
                 for (o, x) in out.iter_mut().zip(x) {
                     o.write(O::narrow(weight * exp(x - lse)));
                 }
-                out[target].write(O::narrow(weight * exp(x[target] - lse) - scale));
-                loss
+                if let Some(place) = targets.vocabulary.place(*id, n) {
+                    out[place].write(O::narrow(weight * exp(x[place] - lse) - scale));
+                }
             },
-        )
+        );
     });
-    let losses = losses.collect();
     // SAFETY: the rows cover the result.
     unsafe { values.set_len(x.len()) };
-    Ok((losses, tensor(values, &[targets.len(), v])?))
+    tensor(values, &[targets.ids.len(), n])
 }
 
-/// The loss of one token, and the logarithm of the normaliser.
-#[inline(always)]
-fn token_loss(x: &[f32], target: usize, z_loss: f32) -> (f32, f32) {
-    let top = max(x);
-    let total = sum(
-        [x],
-        #[inline(always)]
-        |[x]| exp(x - top),
-    );
-    let lse = top + total.ln();
-    (lse - x[target] + z_loss * lse * lse, lse)
-}
-
-/// The size of the vocabulary.
-fn check(op: &'static str, logits: &Tensor, targets: &[u32]) -> Result<usize> {
-    let (rows, v) = dims2(op, logits)?;
-    if rows != targets.len() {
-        return Err(Error::Shape {
-            op,
-            what: format!("{rows} rows of logits for {} targets", targets.len()),
-        });
+/// The number of columns.
+fn check(op: &'static str, logits: &Tensor, targets: Targets<'_>) -> Result<usize> {
+    let (rows, n) = dims2(op, logits)?;
+    let Targets { ids, vocabulary } = targets;
+    let refuse = |what: String| Err(Error::Shape { op, what });
+    if rows != ids.len() {
+        return refuse(format!("{rows} rows of logits for {} targets", ids.len()));
     }
-    match targets.iter().find(|t| **t as usize >= v) {
-        Some(t) => Err(Error::Shape { op, what: format!("target {t} is outside of a vocabulary of {v}") }),
-        None => Ok(v),
+    if vocabulary.first + n > vocabulary.size {
+        return refuse(format!(
+            "{n} columns from {} on of a vocabulary of {}",
+            vocabulary.first, vocabulary.size
+        ));
+    }
+    match ids.iter().find(|t| **t as usize >= vocabulary.size) {
+        Some(t) => refuse(format!("target {t} is outside of a vocabulary of {}", vocabulary.size)),
+        None => Ok(n),
     }
 }

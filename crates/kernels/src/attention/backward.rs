@@ -73,7 +73,7 @@ pub(super) fn run<M: Micro, O: Element>(
         let one = Head {
             spec,
             head,
-            masks: spec.dropout.map(|dropout| dropout.masks(example, 1 + head as u64)),
+            masks: spec.dropout.map(|dropout| dropout.head_masks(example, head)),
             q: part(0, &queries),
             k: part(1, &keys),
             v: part(2, &keys),

@@ -74,7 +74,7 @@ fn one_head<M: Micro>(
     let Scratch { keys, values, scores, factors, probabilities, sums } = scratch;
     keys.columns(&k);
     values.contracted(&v);
-    let masks = spec.dropout.map(|dropout| dropout.masks(example, 1 + head as u64));
+    let masks = spec.dropout.map(|dropout| dropout.head_masks(example, head));
     let n = k.rows;
     factors.clear();
     factors.resize(padded(n), 1.0);

@@ -130,7 +130,7 @@ impl Case {
         let (example, head) = (place / self.heads, place % self.heads);
         let (queries, keys) = self.lengths[example];
         let Some(dropout) = &data.dropout else { return Vec::new() };
-        let masks = dropout.masks(example, 1 + head as u64);
+        let masks = dropout.head_masks(example, head);
         let mut factors = vec![0.0; queries * keys];
         factors.chunks_exact_mut(keys).enumerate().for_each(|(row, out)| masks.row(row, out));
         factors

@@ -3,14 +3,14 @@
 use candle_core::{DType, Tensor};
 
 use super::{
-    F32_ROUNDING, TYPES, assert_close, bits, frozen, generator, matrix, normal, numbers, paths, reference,
-    rounding, vector, wide,
+    F32_ROUNDING, TYPES, assert_close, bits, cross_entropy, frozen, generator, matrix, normal, numbers,
+    paths, reference, rounding, vector, wide,
 };
 use crate::activation::{activate_gradient_on, activate_on, gated_gradient_on, gated_on};
 use crate::dropout::dropout_on;
-use crate::loss::{cross_entropy_gradient_on, cross_entropy_on};
+use crate::loss::{LossSlope, Softmax, Targets, cross_entropy_gradient_on};
 use crate::norm::{rms_norm_gradient_on, rms_norm_on};
-use crate::{Activation, Dropout, Isa, Rows, Segments, add, embed, rounded};
+use crate::{Activation, Dropout, Isa, Rows, Segments, Vocabulary, add, embed, rounded};
 
 const ACTIVATIONS: [Activation; 3] = [Activation::Relu, Activation::GeluNew, Activation::Silu];
 
@@ -43,9 +43,7 @@ fn elementwise_operations_give_the_same_bits_on_every_path() {
         let targets: Vec<u32> = (0..rows).map(|_| g.below(d as u64) as u32).collect();
         let scale = normal(&mut g, rows, DType::F32);
         same_on_every_path("cross_entropy", |isa| {
-            let alone = cross_entropy_on(isa, &x, &targets, 1e-4).unwrap();
-            let (loss, dx) = cross_entropy_gradient_on(isa, &x, (&targets, &scale), 1e-4, dtype).unwrap();
-            assert_eq!(alone, loss);
+            let (loss, dx) = cross_entropy(isa, &x, (&targets, &scale), 1e-4, dtype);
             vec![vector(&loss), dx]
         });
         let [gate, up, dy] = [0; 3].map(|_| matrix(&normal(&mut g, rows * d, dtype), rows, d, dtype));
@@ -105,17 +103,93 @@ fn cross_entropy_is_that_of_f64_and_survives_large_logits() {
         let targets: Vec<u32> = (0..4).map(|_| g.below(v as u64) as u32).collect();
         let expected = reference::cross_entropy(&wide(&logits), &targets, 0.01);
         let x = matrix(&logits, 4, v, DType::F32);
-        let found = cross_entropy_on(Isa::Portable, &x, &targets, 0.01).unwrap();
+        let (found, _) = cross_entropy(Isa::Portable, &x, (&targets, &[1.0; 4]), 0.01, DType::F32);
         assert_close("cross_entropy", &found, &expected, |i| 1e-6 * (40.0 + expected[i].abs()));
     }
     let large = matrix(&[3e4, -3e4, 0.0], 1, 3, DType::F32);
-    assert_eq!(cross_entropy_on(Isa::Portable, &large, &[1], 0.0).unwrap(), [6e4]);
-    let none = matrix(&[], 0, 0, DType::F32);
-    assert!(cross_entropy_on(Isa::Portable, &none, &[], 0.0).unwrap().is_empty());
-    assert_eq!(
-        cross_entropy_gradient_on(Isa::Portable, &none, (&[], &[]), 0.0, DType::F32).unwrap().1.dims(),
-        [0, 0]
-    );
+    assert_eq!(cross_entropy(Isa::Portable, &large, (&[1], &[1.0]), 0.0, DType::F32).0, [6e4]);
+    let (losses, dx) =
+        cross_entropy(Isa::Portable, &matrix(&[], 0, 0, DType::F32), (&[], &[]), 0.0, DType::F32);
+    assert!(losses.is_empty());
+    assert_eq!(dx.dims(), [0, 0]);
+}
+
+#[test]
+fn parts_of_a_vocabulary_make_the_same_loss_and_the_same_gradient() {
+    let (rows, v) = (6, 48);
+    let mut g = generator(206);
+    let logits: Vec<f32> = normal(&mut g, rows * v, DType::F32).iter().map(|x| 8.0 * x).collect();
+    let targets: Vec<u32> = (0..rows).map(|_| g.below(v as u64) as u32).collect();
+    let scale = normal(&mut g, rows, DType::F32);
+    for isa in paths() {
+        let whole = matrix(&logits, rows, v, DType::F32);
+        let (losses, dx) = cross_entropy(isa, &whole, (&targets, &scale), 0.02, DType::F32);
+        for parts in [1, 2, 4, 3] {
+            let n = v / parts;
+            let logits: Vec<Tensor> =
+                (0..parts).map(|i| whole.narrow(1, i * n, n).unwrap().contiguous().unwrap()).collect();
+            let target = |i| Targets { ids: &targets, vocabulary: Vocabulary { first: i * n, size: v } };
+            let own: Vec<Softmax> =
+                logits.iter().enumerate().map(|(i, x)| Softmax::new_on(isa, x, target(i)).unwrap()).collect();
+            let top: Vec<f32> =
+                (0..rows).map(|r| own.iter().map(|s| s.top[r]).fold(f32::MIN, f32::max)).collect();
+            let mut all = Softmax { top: top.clone(), total: vec![0.0; rows], target: vec![0.0; rows] };
+            for part in own {
+                let part = part.relative_to(top.clone());
+                all.total.iter_mut().zip(&part.total).for_each(|(sum, x)| *sum += x);
+                all.target.iter_mut().zip(&part.target).for_each(|(sum, x)| *sum += x);
+            }
+            let expected = wide(&losses);
+            assert_close("losses of parts", &all.losses(0.02), &expected, |i| {
+                1e-6 * (40.0 + expected[i].abs())
+            });
+            let normalisers = all.normalisers();
+            let slope = LossSlope { normalisers: &normalisers, scale: &scale, z_loss: 0.02 };
+            let parts: Vec<Tensor> = logits
+                .iter()
+                .enumerate()
+                .map(|(i, x)| cross_entropy_gradient_on(isa, x, target(i), slope, DType::F32).unwrap())
+                .collect();
+            let found = numbers(&Tensor::cat(&parts, 1).unwrap());
+            assert_close("gradient of parts", &found, &wide(&numbers(&dx)), |_| 1e-5);
+        }
+    }
+}
+
+#[test]
+fn parts_of_an_embedding_add_up_to_the_whole() {
+    let mut g = generator(207);
+    let (v, d) = (12, 5);
+    let table = normal(&mut g, v * d, DType::F32);
+    let ids = [0, 11, 3, 6, 5, 3];
+    let whole = embed(&frozen(&table, v, d, DType::F32), Vocabulary::whole(v), &[], &[Rows::Tokens(&ids)]);
+    for parts in [2, 3, 4] {
+        let n = v / parts;
+        let mut sum = vec![0.0; ids.len() * d];
+        for i in 0..parts {
+            let table = frozen(&table[i * n * d..(i + 1) * n * d], n, d, DType::F32);
+            let vocabulary = Vocabulary { first: i * n, size: v };
+            let part = embed(&table, vocabulary, &[], &[Rows::Tokens(&ids), Rows::Zeros(0)]).unwrap();
+            sum.iter_mut().zip(numbers(&part)).for_each(|(sum, x)| *sum += x);
+        }
+        assert_eq!(sum, numbers(whole.as_ref().unwrap()));
+    }
+}
+
+#[test]
+fn parts_of_a_layer_drop_what_the_whole_drops_there() {
+    let (rows, d) = (5, 44);
+    let whole = matrix(&vec![1.0; rows * d], rows, d, DType::F32);
+    let segments = Segments::new([2, 3]);
+    let masks = Dropout::new(0.4, vec![9, 4]).unwrap().at(3);
+    for isa in paths() {
+        let all = dropout_on(isa, &whole, &segments, &masks).unwrap();
+        for (first, n) in [(0, 22), (22, 22), (11, 11), (33, 11), (8, 16)] {
+            let part = whole.narrow(1, first, n).unwrap().contiguous().unwrap();
+            let found = dropout_on(isa, &part, &segments, &masks.clone().of_columns(first, d)).unwrap();
+            assert_eq!(numbers(&found), numbers(&all.narrow(1, first, n).unwrap().contiguous().unwrap()));
+        }
+    }
 }
 
 #[test]
@@ -128,12 +202,12 @@ fn embedded_rows_are_copies() {
         let tensors = prompts.each_ref().map(|p| matrix(p, p.len() / d, d, DType::F32));
         let runs =
             [Rows::Prompt(2), Rows::Tokens(&[3, 10, 3]), Rows::Tokens(&[]), Rows::Prompt(1), Rows::Prompt(0)];
-        let x = embed(&frozen(&table, v, d, dtype), &tensors, &runs).unwrap();
+        let x = embed(&frozen(&table, v, d, dtype), Vocabulary::whole(v), &tensors, &runs).unwrap();
         let rows = [3, 10, 3].map(|id| table[id * d..(id + 1) * d].to_vec()).concat();
         assert_eq!(numbers(&x), [&prompts[2][..], &rows, &prompts[0]].concat());
     }
-    let empty =
-        embed(&frozen(&[], 5, 0, DType::F32), &[matrix(&[], 2, 0, DType::F32)], &[Rows::Prompt(0)]).unwrap();
+    let (empty, none) = (frozen(&[], 5, 0, DType::F32), matrix(&[], 2, 0, DType::F32));
+    let empty = embed(&empty, Vocabulary::whole(5), &[none], &[Rows::Prompt(0)]).unwrap();
     assert_eq!(empty.dims(), [2, 0]);
 }
 

@@ -3,11 +3,12 @@
 use candle_core::DType;
 
 use super::reference::{self, dot, slopes};
-use super::{assert_close, frozen, generator, largest, matrix, normal, numbers, paths, vector, wide};
+use super::{
+    assert_close, cross_entropy, frozen, generator, largest, matrix, normal, numbers, paths, vector, wide,
+};
 use crate::Activation;
 use crate::activation::{activate_gradient_on, gated_gradient_on};
 use crate::linear::{linear_add_on, linear_gradient_on};
-use crate::loss::cross_entropy_gradient_on;
 use crate::norm::rms_norm_gradient_on;
 
 /// What an f32 gradient may differ by from the differences, as a share of its largest number: a hundred roundings.
@@ -135,8 +136,7 @@ fn cross_entropy_gradient_is_the_slope_of_the_scaled_losses() {
         });
         for isa in paths() {
             let x = matrix(&logits, rows, v, DType::F32);
-            let (_, dx) =
-                cross_entropy_gradient_on(isa, &x, (&targets, &scale), z_loss as f32, DType::F32).unwrap();
+            let (_, dx) = cross_entropy(isa, &x, (&targets, &scale), z_loss as f32, DType::F32);
             // The probabilities' own rounding stays where the slope is 0.
             let bound = TOLERANCE * largest(&expected).max(largest(&wide(&scale)));
             assert_close(&format!("{isa:?} {v}"), &numbers(&dx), &expected, |_| bound);

@@ -11,8 +11,9 @@ mod refusals;
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
 
+use crate::loss::cross_entropy_gradient_on;
 use crate::rng::Philox;
-use crate::{Frozen, Isa};
+use crate::{Frozen, Isa, LossSlope, Softmax, Targets, Vocabulary};
 
 const TYPES: [DType; 2] = [DType::BF16, DType::F32];
 
@@ -23,6 +24,20 @@ const BF16_ROUNDING: f64 = 1.0 / 256.0;
 /// The paths that this machine has.
 fn paths() -> impl Iterator<Item = Isa> {
     Isa::ALL.into_iter().filter(|isa| isa.is_available())
+}
+
+/// The token losses over a whole vocabulary, and the gradient of their scaled sum to the logits.
+fn cross_entropy(
+    isa: Isa,
+    logits: &Tensor,
+    (ids, scale): (&[u32], &[f32]),
+    z_loss: f32,
+    out: DType,
+) -> (Vec<f32>, Tensor) {
+    let targets = Targets { ids, vocabulary: Vocabulary::whole(logits.dims()[1]) };
+    let softmax = Softmax::new_on(isa, logits, targets).unwrap();
+    let slope = LossSlope { normalisers: &softmax.normalisers(), scale, z_loss };
+    (softmax.losses(z_loss), cross_entropy_gradient_on(isa, logits, targets, slope, out).unwrap())
 }
 
 /// A generator of a test's numbers; says its seed, so that a failure can be repeated.

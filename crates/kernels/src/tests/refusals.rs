@@ -6,9 +6,10 @@ use candle_core::{DType, Device, Tensor};
 
 use super::{frozen, matrix, vector};
 use crate::{
-    Activation, Attention, Buckets, Dropout, Frozen, PositionBias, Result, Rows, Segments, activate, add,
-    attention, attention_gradient, cross_entropy, cross_entropy_gradient, dropout, embed, gated,
-    gated_gradient, linear, linear_add, linear_gradient, rms_norm, rms_norm_gradient, rounded,
+    Activation, Attention, Buckets, Dropout, Frozen, LossSlope, PositionBias, Result, Rows, Segments,
+    Softmax, Targets, Vocabulary, activate, add, attention, attention_gradient, cross_entropy_gradient,
+    dropout, embed, gated, gated_gradient, linear, linear_add, linear_gradient, rms_norm, rms_norm_gradient,
+    rounded,
 };
 
 /// The message of an error; fails if there is none.
@@ -77,28 +78,32 @@ fn elementwise_operations_refuse_other_shapes_and_types() {
 #[test]
 fn losses_refuse_targets_outside_of_the_vocabulary() {
     let logits = ones(2, 3, DType::F32);
-    assert_eq!(
-        refusal(cross_entropy(&logits, &[0, 3], 0.0)),
-        "cross_entropy: target 3 is outside of a vocabulary of 3"
-    );
-    assert!(refusal(cross_entropy(&logits, &[0], 0.0)).contains("2 rows of logits for 1 targets"));
-    refusal(cross_entropy(&logits.to_dtype(DType::BF16).unwrap(), &[0, 1], 0.0));
-    refusal(cross_entropy_gradient(&logits, &[0, 1], &[1.0], 0.0, DType::F32));
-    refusal(cross_entropy_gradient(&logits, &[0, 1], &[1.0; 2], 0.0, DType::F16));
+    let of = |ids: &'static [u32]| Targets { ids, vocabulary: Vocabulary::whole(3) };
+    let outside = refusal(Softmax::new(&logits, of(&[0, 3])));
+    assert_eq!(outside, "softmax: target 3 is outside of a vocabulary of 3");
+    assert!(refusal(Softmax::new(&logits, of(&[0]))).contains("2 rows of logits for 1 targets"));
+    refusal(Softmax::new(&logits.to_dtype(DType::BF16).unwrap(), of(&[0, 1])));
+    let beyond = Targets { ids: &[0, 1], vocabulary: Vocabulary { first: 1, size: 3 } };
+    assert!(refusal(Softmax::new(&logits, beyond)).contains("3 columns from 1 on"));
+    let slope = |scale| LossSlope { normalisers: &[0.0; 2], scale, z_loss: 0.0 };
+    refusal(cross_entropy_gradient(&logits, of(&[0, 1]), slope(&[1.0]), DType::F32));
+    refusal(cross_entropy_gradient(&logits, of(&[0, 1]), slope(&[1.0; 2]), DType::F16));
 }
 
 #[test]
 fn embeddings_refuse_what_is_not_there() {
-    let table = frozen(&[1.0; 8], 4, 2, DType::F32);
+    let (table, all) = (frozen(&[1.0; 8], 4, 2, DType::F32), Vocabulary::whole(4));
     let prompt = ones(3, 2, DType::F32);
-    assert!(refusal(embed(&table, &[], &[Rows::Tokens(&[0, 4])])).contains("token 4 is outside"));
+    assert!(refusal(embed(&table, all, &[], &[Rows::Tokens(&[0, 4])])).contains("token 4 is outside"));
     assert!(
-        refusal(embed(&table, std::slice::from_ref(&prompt), &[Rows::Prompt(1)])).contains("no prompt 1")
+        refusal(embed(&table, all, std::slice::from_ref(&prompt), &[Rows::Prompt(1)]))
+            .contains("no prompt 1")
     );
     assert!(
-        refusal(embed(&table, &[ones(3, 3, DType::F32)], &[Rows::Prompt(0)])).contains("rows of 3 numbers")
+        refusal(embed(&table, all, &[ones(3, 3, DType::F32)], &[Rows::Prompt(0)]))
+            .contains("rows of 3 numbers")
     );
-    refusal(embed(&table, &[ones(3, 2, DType::BF16)], &[Rows::Prompt(0)]));
+    refusal(embed(&table, all, &[ones(3, 2, DType::BF16)], &[Rows::Prompt(0)]));
 }
 
 #[test]
