@@ -1,0 +1,66 @@
+//! The trait that every backend has.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use candle_core::Tensor;
+
+use crate::Result;
+use crate::alone::Alone;
+
+/// How numbers of several ranks become one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Reduce {
+    /// Their sum, added by ascending rank. `bf16` is summed in f32 and rounded once; `i64` wraps around.
+    Sum,
+    /// The largest. NaN if one of them is NaN.
+    Max,
+}
+
+/// A group of ranks, from the side of one of them. Every rank of the group makes the same calls in the same order; one
+/// that does not is an error on all of them. After an error the group stays failed, with that error.
+///
+/// Calls wait for the other ranks on the thread that makes them, and never longer than the deadline with which the
+/// group was made.
+pub trait Collective: Send + Sync + Debug {
+    /// This rank's number in the group.
+    fn rank(&self) -> usize;
+
+    /// How many ranks there are in the group.
+    fn size(&self) -> usize;
+
+    /// Every rank's `x` (f32, bf16 or i64, any shape, the same on all ranks) reduced number by number. All ranks get the
+    /// same bits; those of one number depend neither on its place nor on the other numbers, nor on the backend.
+    ///
+    /// # Errors
+    /// If `x` cannot be reduced, the ranks do not agree on what they do, or one of them is lost or late.
+    fn all_reduce(&self, x: &Tensor, reduce: Reduce) -> Result<Tensor>;
+
+    /// Every rank's `x` (f32, bf16, i64 or u8, of the same shape `[n, ...]`), one after the other by rank:
+    /// `[size * n, ...]`.
+    ///
+    /// # Errors
+    /// As [`all_reduce`](Self::all_reduce).
+    fn all_gather(&self, x: &Tensor) -> Result<Tensor>;
+
+    /// `root`'s `x` (f32, bf16, i64 or u8). The other ranks give a tensor of the same shape and type.
+    ///
+    /// # Errors
+    /// As [`all_reduce`](Self::all_reduce), and if there is no rank `root`.
+    fn broadcast(&self, x: &Tensor, root: usize) -> Result<Tensor>;
+
+    /// Returns when every rank has called it.
+    ///
+    /// # Errors
+    /// If the ranks do not agree on what they do, or one of them is lost or late.
+    fn barrier(&self) -> Result<()>;
+
+    /// Makes every rank's present and later calls fail with `reason`. It does not wait.
+    fn abort(&self, reason: &str);
+}
+
+/// A group of one.
+#[must_use]
+pub fn alone() -> Arc<dyn Collective> {
+    Arc::new(Alone::default())
+}
