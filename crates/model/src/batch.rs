@@ -59,11 +59,13 @@ impl<'a> Microbatch<'a> {
         Segments::new(self.examples.iter().map(|e| self.prompt_length(e) + e.input.len()))
     }
 
-    pub(crate) fn encoder_runs(&self) -> Vec<Rows<'a>> {
-        let runs = self.examples.iter().flat_map(|e| {
-            e.prompt.map(Rows::Prompt).into_iter().chain(std::iter::once(Rows::Tokens(e.input)))
-        });
-        runs.collect()
+    /// What the encoder reads. Of ranks whose embeddings are added up, one has `with_prompts`.
+    pub(crate) fn encoder_runs(&self, with_prompts: bool) -> Vec<Rows<'a>> {
+        let prompt = |e: &Example<'a>| match e.prompt {
+            Some(prompt) if with_prompts => Rows::Prompt(prompt),
+            _ => Rows::Zeros(self.prompt_length(e)),
+        };
+        self.examples.iter().flat_map(|e| [prompt(e), Rows::Tokens(e.input)]).collect()
     }
 
     /// Place and number of the prompt's rows of each example among the encoder's rows.

@@ -1,6 +1,7 @@
 //! A T5's configuration, as Hugging Face's `config.json` has it.
 
 use incipit_kernels::{Activation, Buckets};
+use incipit_weights::RandomTensor;
 use serde::Deserialize;
 
 use crate::{Error, Result};
@@ -206,6 +207,23 @@ impl Config {
             all.push(("lm_head.weight".to_owned(), vec![v, d]));
         }
         all
+    }
+
+    /// Every tensor as random numbers of the size that T5's own initialisation gives them, so that activations stay in range.
+    #[must_use]
+    pub fn random_tensors(&self) -> Vec<RandomTensor> {
+        let tensor = |(name, shape): (String, Vec<usize>)| {
+            let norm = name.contains("layer_norm");
+            let deviation = match name.as_str() {
+                _ if norm => 0.0,
+                "shared.weight" => 1.0,
+                n if n.ends_with(".q.weight") => ((self.d_model * self.d_kv) as f32).powf(-0.5),
+                n if n.ends_with("relative_attention_bias.weight") => 0.1,
+                _ => (shape[shape.len() - 1] as f32).powf(-0.5),
+            };
+            RandomTensor { name, shape, mean: if norm { 1.0 } else { 0.0 }, deviation }
+        };
+        self.tensors().into_iter().map(tensor).collect()
     }
 
     fn block(&self, stack: &str, layer: usize) -> Vec<(String, Vec<usize>)> {

@@ -2,15 +2,17 @@
 
 use candle_core::{DType, Tensor};
 use incipit_kernels::{Attention, Frozen, PositionBias, Segments, linear_gradient};
-use incipit_weights::Source;
 
 use crate::Result;
+use crate::axis::TensorAxis;
 use crate::config::Config;
 use crate::encoder::{DECODER_SITES, ENDS, Kept, Pass, SITES_PER_LAYER};
 use crate::layers::{AttentionLayer, AttentionState, FeedForward, FeedForwardState, Norm, Sites};
+use crate::sharding::Slices;
 
 /// The frozen decoder.
 pub(crate) struct Decoder {
+    axis: TensorAxis,
     layers: Vec<Layer>,
     bias: Frozen,
     norm: Norm,
@@ -65,18 +67,24 @@ pub(crate) struct Step<'a> {
 
 impl Decoder {
     /// `logit_scale` multiplies the result: it is what scales the logits.
-    pub(crate) fn load(config: &Config, source: &dyn Source, logit_scale: f32) -> Result<Self> {
+    pub(crate) fn load(
+        config: &Config,
+        source: Slices<'_>,
+        axis: &TensorAxis,
+        logit_scale: f32,
+    ) -> Result<Self> {
         let layers = (0..config.num_decoder_layers).map(|i| {
-            let name = format!("decoder.block.{i}.layer");
+            let name = |part: usize| format!("decoder.block.{i}.layer.{part}");
             Ok(Layer {
-                attention: AttentionLayer::load(config, source, &format!("{name}.0"), "SelfAttention")?,
-                cross: AttentionLayer::load(config, source, &format!("{name}.1"), "EncDecAttention")?,
-                feed_forward: FeedForward::load(config, source, &format!("{name}.2"))?,
+                attention: AttentionLayer::load(config, source, axis, &name(0), "SelfAttention")?,
+                cross: AttentionLayer::load(config, source, axis, &name(1), "EncDecAttention")?,
+                feed_forward: FeedForward::load(config, source, axis, &name(2))?,
             })
         });
         let bias = "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
         let shape = [config.relative_attention_num_buckets, config.num_heads];
         Ok(Self {
+            axis: axis.clone(),
             layers: layers.collect::<Result<_>>()?,
             bias: source.frozen(bias, &shape)?,
             norm: Norm::load(config, source, "decoder.final_layer_norm", logit_scale)?,
@@ -123,29 +131,26 @@ impl Decoder {
         for (i, layer) in self.layers.iter().enumerate().rev() {
             let state = match layers.pop() {
                 Some(Kept::State(state)) => state,
-                Some(Kept::Input(x)) => layer.forward(i, x, memory, &bias, pass)?.1,
+                Some(Kept::Input(x)) => layer.inside(i, x, memory, &bias, pass)?,
                 None => unreachable!("forward kept one state a layer"),
             };
             let sites = |part| pass.sites(DECODER_SITES + i * SITES_PER_LAYER + part);
             dx = layer.feed_forward.backward(&dx, &state.feed_forward, pass.rows, sites(2))?;
             let spec = cross_spec(bias.heads(), memory, pass.rows);
-            let cross = layer.cross.cross_backward(&dx, &state.cross, &spec, sites(1))?;
-            let part =
-                linear_gradient(&[(&cross.k, &layer.cross.k), (&cross.v, &layer.cross.v)], DType::F32)?;
+            let [dq, dk, dv] = layer.cross.inner_backward(&dx, &state.cross, &spec, sites(1))?;
+            let part = linear_gradient(&[(&dk, &layer.cross.k), (&dv, &layer.cross.v)], DType::F32)?;
             d_memory = Some(match d_memory {
                 Some(sum) => incipit_kernels::add(&sum, &part)?,
                 None => part,
             });
             if i > 0 {
-                dx = layer.attention.backward(
-                    &cross.x,
-                    &state.attention,
-                    &self_spec(&bias, pass),
-                    sites(0),
-                )?;
+                dx = layer.cross.cross_backward(&dq, &dx, &state.cross)?;
+                dx = layer.attention.backward(&dx, &state.attention, &self_spec(&bias, pass), sites(0))?;
             }
         }
-        Ok(d_memory.unwrap_or_else(|| unreachable!("a decoder has at least one layer")))
+        // Every layer's part comes from the heads that are here: they are added up over the ranks once, for all layers.
+        let d_memory = d_memory.unwrap_or_else(|| unreachable!("a decoder has at least one layer"));
+        self.axis.reduce_gradient(&d_memory)
     }
 
     /// Empty caches over the encoder's result.
@@ -170,7 +175,7 @@ impl Decoder {
         let own = Attention {
             queries: &one_each,
             keys: &so_far,
-            heads: config.num_heads,
+            heads: bias.heads(),
             bias: Some(&bias),
             causal: false,
             dropout: None,
@@ -189,7 +194,8 @@ impl Decoder {
             cache.own = Some(grown);
             x = layer.attention.forward(x, Some(flat), &own, Sites::NONE, dtype)?.0;
             x = layer.cross.forward(x, Some(cache.memory.clone()), &cross, Sites::NONE, dtype)?.0;
-            x = layer.feed_forward.forward(x, &one_each, Sites::NONE, dtype)?.0;
+            let inside = layer.feed_forward.inside(x, dtype)?;
+            x = layer.feed_forward.output(&inside, &one_each, Sites::NONE)?;
         }
         self.norm.forward(&x, dtype)
     }
@@ -204,13 +210,27 @@ impl Layer {
         bias: &PositionBias,
         pass: &Pass<'_>,
     ) -> Result<(Tensor, LayerState)> {
+        let state = self.inside(i, x, memory, bias, pass)?;
+        let sites = pass.sites(DECODER_SITES + i * SITES_PER_LAYER + 2);
+        Ok((self.feed_forward.output(&state.feed_forward, pass.rows, sites)?, state))
+    }
+
+    /// All of the layer but its last product: what backward needs.
+    fn inside(
+        &self,
+        i: usize,
+        x: Tensor,
+        memory: Memory<'_>,
+        bias: &PositionBias,
+        pass: &Pass<'_>,
+    ) -> Result<LayerState> {
         let sites = |part| pass.sites(DECODER_SITES + i * SITES_PER_LAYER + part);
         let (x, attention) = self.attention.forward(x, None, &self_spec(bias, pass), sites(0), pass.dtype)?;
         let given = self.cross.keys_and_values(memory.rows)?;
         let spec = cross_spec(bias.heads(), memory, pass.rows);
         let (x, cross) = self.cross.forward(x, Some(given), &spec, sites(1), pass.dtype)?;
-        let (x, feed_forward) = self.feed_forward.forward(x, pass.rows, sites(2), pass.dtype)?;
-        Ok((x, LayerState { attention, cross, feed_forward }))
+        let feed_forward = self.feed_forward.inside(x, pass.dtype)?;
+        Ok(LayerState { attention, cross, feed_forward })
     }
 }
 

@@ -2,11 +2,12 @@
 
 use candle_core::{DType, Tensor};
 use incipit_kernels::{Attention, Dropout, Frozen, PositionBias, Segments};
-use incipit_weights::Source;
 
 use crate::Result;
+use crate::axis::TensorAxis;
 use crate::config::Config;
 use crate::layers::{AttentionLayer, AttentionState, FeedForward, FeedForwardState, Norm, Sites};
+use crate::sharding::Slices;
 
 /// The frozen encoder.
 pub(crate) struct Encoder {
@@ -56,11 +57,11 @@ pub(crate) const DECODER_SITES: usize = 1 << 20;
 pub(crate) const ENDS: usize = SITES_PER_LAYER * (1 << 16);
 
 impl Encoder {
-    pub(crate) fn load(config: &Config, source: &dyn Source) -> Result<Self> {
+    pub(crate) fn load(config: &Config, source: Slices<'_>, axis: &TensorAxis) -> Result<Self> {
         let layers = (0..config.num_layers).map(|i| {
-            let name = format!("encoder.block.{i}.layer");
-            let attention = AttentionLayer::load(config, source, &format!("{name}.0"), "SelfAttention")?;
-            Ok((attention, FeedForward::load(config, source, &format!("{name}.1"))?))
+            let name = |part: usize| format!("encoder.block.{i}.layer.{part}");
+            let attention = AttentionLayer::load(config, source, axis, &name(0), "SelfAttention")?;
+            Ok((attention, FeedForward::load(config, source, axis, &name(1))?))
         });
         let bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
         let shape = [config.relative_attention_num_buckets, config.num_heads];
@@ -108,11 +109,17 @@ impl Encoder {
         bias: &PositionBias,
         pass: &Pass<'_>,
     ) -> Result<(Tensor, LayerState)> {
+        let state = self.layer_inside(i, x, bias, pass)?;
+        let sites = pass.sites(i * SITES_PER_LAYER + 1);
+        Ok((self.layers[i].1.output(&state.1, pass.rows, sites)?, state))
+    }
+
+    /// All of a layer but its last product: what backward needs.
+    fn layer_inside(&self, i: usize, x: Tensor, bias: &PositionBias, pass: &Pass<'_>) -> Result<LayerState> {
         let (attention, feed_forward) = &self.layers[i];
-        let site = i * SITES_PER_LAYER;
-        let (x, first) = attention.forward(x, None, &spec(bias, pass), pass.sites(site), pass.dtype)?;
-        let (x, second) = feed_forward.forward(x, pass.rows, pass.sites(site + 1), pass.dtype)?;
-        Ok((x, (first, second)))
+        let sites = pass.sites(i * SITES_PER_LAYER);
+        let (x, first) = attention.forward(x, None, &spec(bias, pass), sites, pass.dtype)?;
+        Ok((first, feed_forward.inside(x, pass.dtype)?))
     }
 
     /// The gradient `[T, D]` f32 to the embedded rows; `dy` `[T, D]` f32 is the one to the result.
@@ -124,7 +131,7 @@ impl Encoder {
         for (i, (attention, feed_forward)) in self.layers.iter().enumerate().rev() {
             let (first, second) = match layers.pop() {
                 Some(Kept::State(state)) => state,
-                Some(Kept::Input(x)) => self.layer_forward(i, x, &bias, pass)?.1,
+                Some(Kept::Input(x)) => self.layer_inside(i, x, &bias, pass)?,
                 None => unreachable!("forward kept one state a layer"),
             };
             let site = i * SITES_PER_LAYER;

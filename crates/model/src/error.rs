@@ -12,6 +12,12 @@ pub enum Error {
     /// A weight that could not be read.
     #[error(transparent)]
     Weights(#[from] incipit_weights::Error),
+    /// A model that cannot be cut as asked.
+    #[error(transparent)]
+    Mesh(#[from] incipit_mesh::Error),
+    /// An exchange between ranks that failed.
+    #[error(transparent)]
+    Collective(#[from] incipit_collective::Error),
     /// An operation that refused its operands.
     #[error(transparent)]
     Kernel(#[from] incipit_kernels::Error),

@@ -10,10 +10,11 @@ use incipit_kernels::{
     attention_gradient, dropout, gated, gated_gradient, linear, linear_add, linear_gradient, rms_norm,
     rms_norm_gradient, rounded,
 };
-use incipit_weights::Source;
 
 use crate::Result;
+use crate::axis::TensorAxis;
 use crate::config::Config;
+use crate::sharding::Slices;
 
 /// RMSNorm with its frozen weight.
 pub(crate) struct Norm {
@@ -24,7 +25,7 @@ pub(crate) struct Norm {
 
 impl Norm {
     /// `scale` multiplies the weight.
-    pub(crate) fn load(config: &Config, source: &dyn Source, name: &str, scale: f32) -> Result<Self> {
+    pub(crate) fn load(config: &Config, source: Slices<'_>, name: &str, scale: f32) -> Result<Self> {
         let frozen = source.frozen(&format!("{name}.weight"), &[config.d_model])?;
         let weight: Vec<f32> = frozen.to_f32().iter().map(|w| w * scale).collect();
         let weight = Tensor::from_vec(weight, config.d_model, &Device::Cpu)?;
@@ -66,12 +67,18 @@ impl Sites<'_> {
         }
     }
 
-    /// `x + w y`, with `w y` dropped at `place` first.
-    fn residual(&self, place: u64, x: &Tensor, y: &Tensor, w: &Frozen, rows: &Segments) -> Result<Tensor> {
-        if self.dropout.is_none() {
+    /// `x + w y`, with `w y`, to which every rank has a part, dropped at [`OUTPUT`] first.
+    fn residual(
+        &self,
+        x: &Tensor,
+        (y, w): (&Tensor, &Frozen),
+        axis: &TensorAxis,
+        rows: &Segments,
+    ) -> Result<Tensor> {
+        if self.dropout.is_none() && axis.is_whole() {
             return Ok(linear_add(x, y, w)?);
         }
-        let y = self.drop(place, linear(y, w, DType::F32)?, rows)?;
+        let y = self.drop(OUTPUT, axis.reduce(&linear(y, w, DType::F32)?)?, rows)?;
         Ok(incipit_kernels::add(x, &y)?)
     }
 }
@@ -81,8 +88,10 @@ const PROBABILITIES: u64 = 0;
 const INNER: u64 = 1;
 const OUTPUT: u64 = 2;
 
-/// The frozen weights of an attention sub-layer: q, k, v `[H K, D]`, o `[D, H K]`.
+/// The frozen weights of an attention sub-layer: q, k, v `[H K, D]`, o `[D, H K]`, with the heads that are here.
 pub(crate) struct AttentionLayer {
+    axis: TensorAxis,
+    first_head: usize,
     pub(crate) norm: Norm,
     pub(crate) q: Frozen,
     pub(crate) k: Frozen,
@@ -99,20 +108,21 @@ pub(crate) struct AttentionState {
     attended: Attended,
 }
 
-/// Gradients to the input of a cross-attention sub-layer and to its keys and values.
-pub(crate) struct CrossGradient {
-    pub(crate) x: Tensor,
-    pub(crate) k: Tensor,
-    pub(crate) v: Tensor,
-}
-
 impl AttentionLayer {
     /// `name` is that of the sub-layer ("encoder.block.0.layer.0"), `kind` that of the attention in it.
-    pub(crate) fn load(config: &Config, source: &dyn Source, name: &str, kind: &str) -> Result<Self> {
+    pub(crate) fn load(
+        config: &Config,
+        source: Slices<'_>,
+        axis: &TensorAxis,
+        name: &str,
+        kind: &str,
+    ) -> Result<Self> {
         let (d, inner) = (config.d_model, config.inner());
         let part =
             |part: &str, shape: [usize; 2]| source.frozen(&format!("{name}.{kind}.{part}.weight"), &shape);
         Ok(Self {
+            axis: axis.clone(),
+            first_head: axis.first(config.num_heads),
             norm: Norm::load(config, source, &format!("{name}.layer_norm"), 1.0)?,
             q: part("q", [inner, d])?,
             k: part("k", [inner, d])?,
@@ -138,14 +148,19 @@ impl AttentionLayer {
         let y = self.norm.forward(&x, dtype)?;
         let q = linear(&y, &self.q, dtype)?;
         let (k, v) = given.map_or_else(|| self.keys_and_values(&y), Ok)?;
-        let masks = sites.at(PROBABILITIES);
+        let masks = self.masks(sites);
         let attended = attention(&Attention { dropout: masks.as_ref(), ..*spec }, &q, &k, &v)?;
-        let out = sites.residual(OUTPUT, &x, &attended.output, &self.o, spec.queries)?;
+        let out = sites.residual(&x, (&attended.output, &self.o), &self.axis, spec.queries)?;
         Ok((out, AttentionState { x, q, k, v, attended }))
     }
 
+    /// Of the probabilities of the heads that are here.
+    fn masks(&self, sites: Sites<'_>) -> Option<Dropout> {
+        sites.at(PROBABILITIES).map(|masks| masks.of_heads(self.first_head))
+    }
+
     /// The gradients to `q`, `k` and `v`.
-    fn inner_backward(
+    pub(crate) fn inner_backward(
         &self,
         dy: &Tensor,
         state: &AttentionState,
@@ -155,7 +170,7 @@ impl AttentionLayer {
         let dtype = state.q.dtype();
         let dy = rounded(&sites.drop(OUTPUT, dy.clone(), spec.queries)?, dtype)?;
         let d_attended = linear_gradient(&[(&dy, &self.o)], dtype)?;
-        let masks = sites.at(PROBABILITIES);
+        let masks = self.masks(sites);
         let spec = Attention { dropout: masks.as_ref(), ..*spec };
         Ok(attention_gradient(&spec, [&state.q, &state.k, &state.v], &state.attended, &d_attended)?)
     }
@@ -169,26 +184,30 @@ impl AttentionLayer {
         sites: Sites<'_>,
     ) -> Result<Tensor> {
         let [dq, dk, dv] = self.inner_backward(dy, state, spec, sites)?;
-        let d_normed = linear_gradient(&[(&dq, &self.q), (&dk, &self.k), (&dv, &self.v)], DType::F32)?;
-        self.norm.backward(&d_normed, &state.x, Some(dy))
+        self.input_backward(&[(&dq, &self.q), (&dk, &self.k), (&dv, &self.v)], dy, state)
     }
 
-    /// The gradients to `x` and to the given keys and values.
-    pub(crate) fn cross_backward(
+    /// The gradient to `x` of cross-attention, whose keys and values were given, from the one to its queries.
+    pub(crate) fn cross_backward(&self, dq: &Tensor, dy: &Tensor, state: &AttentionState) -> Result<Tensor> {
+        self.input_backward(&[(dq, &self.q)], dy, state)
+    }
+
+    fn input_backward(
         &self,
+        terms: &[(&Tensor, &Frozen)],
         dy: &Tensor,
         state: &AttentionState,
-        spec: &Attention<'_>,
-        sites: Sites<'_>,
-    ) -> Result<CrossGradient> {
-        let [dq, k, v] = self.inner_backward(dy, state, spec, sites)?;
-        let d_normed = linear_gradient(&[(&dq, &self.q)], DType::F32)?;
-        Ok(CrossGradient { x: self.norm.backward(&d_normed, &state.x, Some(dy))?, k, v })
+    ) -> Result<Tensor> {
+        let d_normed = self.axis.reduce_gradient(&linear_gradient(terms, DType::F32)?)?;
+        self.norm.backward(&d_normed, &state.x, Some(dy))
     }
 }
 
-/// The frozen weights of a feed-forward sub-layer: into it `[F, D]`, out of it `[D, F]`.
+/// The frozen weights of a feed-forward sub-layer: into it `[F, D]`, out of it `[D, F]`, with the columns that are here.
 pub(crate) struct FeedForward {
+    axis: TensorAxis,
+    /// The first column that is here, and how many there are in all.
+    columns: (usize, usize),
     norm: Norm,
     activation: Activation,
     /// The gate's weight first, if there is one.
@@ -204,7 +223,7 @@ pub(crate) struct FeedForwardState {
 }
 
 impl FeedForward {
-    pub(crate) fn load(config: &Config, source: &dyn Source, name: &str) -> Result<Self> {
+    pub(crate) fn load(config: &Config, source: Slices<'_>, axis: &TensorAxis, name: &str) -> Result<Self> {
         let (d, f) = (config.d_model, config.d_ff);
         let names: &[&str] = if config.gated { &["wi_0", "wi_1"] } else { &["wi"] };
         let part = |part: &str, shape: [usize; 2]| {
@@ -213,29 +232,43 @@ impl FeedForward {
         Ok(Self {
             norm: Norm::load(config, source, &format!("{name}.layer_norm"), 1.0)?,
             activation: config.activation,
-            into: names.iter().map(|n| part(n, [f, d])).collect::<incipit_weights::Result<_>>()?,
+            into: names.iter().map(|n| part(n, [f, d])).collect::<Result<_>>()?,
+            axis: axis.clone(),
+            columns: (axis.first(f), f),
             out: part("wo", [d, f])?,
         })
     }
 
-    /// `x + feed_forward(norm(x))`: `x` `[T, D]` f32.
-    pub(crate) fn forward(
-        &self,
-        x: Tensor,
-        rows: &Segments,
-        sites: Sites<'_>,
-        dtype: DType,
-    ) -> Result<(Tensor, FeedForwardState)> {
+    /// The inside for `x` `[T, D]` f32: all that backward needs, and what [`FeedForward::output`] goes on from.
+    pub(crate) fn inside(&self, x: Tensor, dtype: DType) -> Result<FeedForwardState> {
         let y = self.norm.forward(&x, dtype)?;
         let inner =
             self.into.iter().map(|w| linear(&y, w, dtype)).collect::<incipit_kernels::Result<Vec<_>>>()?;
-        let hidden = match &inner[..] {
+        Ok(FeedForwardState { x, inner })
+    }
+
+    /// `x + feed_forward(norm(x))`, from the inside.
+    pub(crate) fn output(
+        &self,
+        state: &FeedForwardState,
+        rows: &Segments,
+        sites: Sites<'_>,
+    ) -> Result<Tensor> {
+        let hidden = match &state.inner[..] {
             [gate, up] => gated(self.activation, gate, up)?,
             plain => activate(self.activation, &plain[0])?,
         };
-        let hidden = sites.drop(INNER, hidden, rows)?;
-        let out = sites.residual(OUTPUT, &x, &hidden, &self.out, rows)?;
-        Ok((out, FeedForwardState { x, inner }))
+        let hidden = self.drop_inner(sites, hidden, rows)?;
+        sites.residual(&state.x, (&hidden, &self.out), &self.axis, rows)
+    }
+
+    /// The columns that are here, as dropped; serves forward and backward alike.
+    fn drop_inner(&self, sites: Sites<'_>, x: Tensor, rows: &Segments) -> Result<Tensor> {
+        let (first, total) = self.columns;
+        match sites.at(INNER) {
+            Some(d) => Ok(dropout(&x, rows, &d.of_columns(first, total))?),
+            None => Ok(x),
+        }
     }
 
     /// The gradient to `x`.
@@ -248,7 +281,7 @@ impl FeedForward {
     ) -> Result<Tensor> {
         let dtype = state.inner[0].dtype();
         let d_out = rounded(&sites.drop(OUTPUT, dy.clone(), rows)?, dtype)?;
-        let d_hidden = sites.drop(INNER, linear_gradient(&[(&d_out, &self.out)], dtype)?, rows)?;
+        let d_hidden = self.drop_inner(sites, linear_gradient(&[(&d_out, &self.out)], dtype)?, rows)?;
         let d_normed = match &state.inner[..] {
             [gate, up] => {
                 let (dg, du) = gated_gradient(self.activation, &d_hidden, gate, up)?;
@@ -259,6 +292,6 @@ impl FeedForward {
                 linear_gradient(&[(&d_inner, &self.into[0])], DType::F32)?
             }
         };
-        self.norm.backward(&d_normed, &state.x, Some(dy))
+        self.norm.backward(&self.axis.reduce_gradient(&d_normed)?, &state.x, Some(dy))
     }
 }

@@ -3,6 +3,7 @@
 //! The backward pass is written out layer by layer: what is frozen has no gradient, and what is kept for backward is what
 //! [`layers`](self) say. The crate does no input or output.
 
+mod axis;
 mod batch;
 mod beam;
 mod config;
@@ -11,8 +12,10 @@ mod encoder;
 mod error;
 mod generate;
 mod layers;
+pub mod sharding;
 mod t5;
 
+pub use axis::TensorAxis;
 pub use batch::{Example, Microbatch};
 pub use config::Config;
 pub use error::{Error, Result};

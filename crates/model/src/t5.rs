@@ -2,23 +2,30 @@
 
 use candle_core::{DType, Device, Tensor};
 use incipit_kernels::{
-    Dropout, Frozen, Rows, Segments, cross_entropy, cross_entropy_gradient, embed, linear, linear_gradient,
+    Dropout, Frozen, LossSlope, Rows, Segments, Softmax, Targets, Vocabulary, cross_entropy_gradient, embed,
+    linear, linear_gradient,
 };
 use incipit_weights::Source;
 
+use crate::axis::TensorAxis;
 use crate::batch::Microbatch;
 use crate::config::Config;
 use crate::decoder::{Decoder, Memory};
 use crate::encoder::{Encoder, Pass};
+use crate::sharding::{self, Slices};
 use crate::{Error, Result};
 
 /// Target tokens whose logits are held at once.
 const HEAD_ROWS: usize = 256;
 
-/// A frozen T5.
+/// A frozen T5, or what a rank of the tensor axis has of it: then every method is a step that all ranks make together, and
+/// its result is the same on each.
 pub struct T5 {
     config: Config,
     dtype: DType,
+    axis: TensorAxis,
+    vocabulary: Vocabulary,
+    /// `[V, D]`, the rows that are here; so is the head.
     shared: Frozen,
     pub(crate) encoder: Encoder,
     pub(crate) decoder: Decoder,
@@ -58,24 +65,35 @@ impl T5 {
     ///
     /// # Errors
     /// If a tensor is missing or has another shape or type, or `dtype` is neither bf16 nor f32.
-    pub fn load(mut config: Config, source: &dyn Source, dtype: DType) -> Result<Self> {
+    pub fn load(config: Config, source: &dyn Source, dtype: DType) -> Result<Self> {
+        Self::load_on(config, source, dtype, &TensorAxis::whole())
+    }
+
+    /// As [`T5::load`], of each tensor only what this rank of the tensor axis has.
+    ///
+    /// # Errors
+    /// As [`T5::load`]; also if heads, feed-forward width or vocabulary cannot be divided by the number of ranks.
+    pub fn load_on(mut config: Config, source: &dyn Source, dtype: DType, axis: &TensorAxis) -> Result<Self> {
         if !matches!(dtype, DType::BF16 | DType::F32) {
             let what = format!(
                 "a T5 computes in bf16 or f32, not {dtype:?}; f16 overflows in its feed-forward layers"
             );
             return Err(Error::Options { what });
         }
+        sharding::check(&config, axis.shard())?;
+        let parts = Slices { source, shard: axis.shard() };
         let shape = [config.vocab_size, config.d_model];
         // Checkpoints in the wild keep the shared table under one of these names, or under several.
         let names = ["shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"];
         let name = names.into_iter().find(|n| source.contains(n)).unwrap_or(names[0]);
-        let shared = source.frozen(name, &shape)?;
+        let shared = parts.frozen(name, &shape)?;
         config.own_head = source.contains("lm_head.weight");
-        let head = if config.own_head { source.frozen("lm_head.weight", &shape)? } else { shared.clone() };
+        let head = if config.own_head { parts.frozen("lm_head.weight", &shape)? } else { shared.clone() };
         let logit_scale = if config.scale_logits { 1.0 / (config.d_model as f32).sqrt() } else { 1.0 };
-        let encoder = Encoder::load(&config, source)?;
-        let decoder = Decoder::load(&config, source, logit_scale)?;
-        Ok(Self { config, dtype, shared, encoder, decoder, head })
+        let encoder = Encoder::load(&config, parts, axis)?;
+        let decoder = Decoder::load(&config, parts, axis, logit_scale)?;
+        let vocabulary = axis.vocabulary(config.vocab_size);
+        Ok(Self { config, dtype, axis: axis.clone(), vocabulary, shared, encoder, decoder, head })
     }
 
     /// The model's shape.
@@ -100,9 +118,7 @@ impl T5 {
                 format!("token {id} is outside of the model's vocabulary of {}", self.config.vocab_size);
             return Err(Error::Options { what });
         }
-        let mut row = vec![0.0; self.config.d_model];
-        self.shared.copy_row(id as usize, &mut row);
-        Ok(row)
+        Ok(self.embedded(&[id])?.flatten_all()?.to_vec1()?)
     }
 
     /// The encoder's result for all examples end to end, prompt rows first: `[T, D]` f32, each example's rows together.
@@ -120,7 +136,7 @@ impl T5 {
     pub fn encoded(&self, batch: &Microbatch<'_>) -> Result<Encoded> {
         batch.check(&self.config, false)?;
         let segments = batch.encoder_rows();
-        let x = embed(&self.shared, batch.prompts, &batch.encoder_runs())?;
+        let x = self.encoder_embedding(batch)?;
         let pass = Pass { rows: &segments, dropout: None, dtype: self.dtype, recompute: false };
         Ok(Encoded { rows: self.encoder.infer(&self.config, x, &pass)?, segments })
     }
@@ -130,8 +146,7 @@ impl T5 {
     /// # Errors
     /// If the batch does not fit the model.
     pub fn logits(&self, batch: &Microbatch<'_>) -> Result<Tensor> {
-        let rows = self.decoded(batch, &self.encoded(batch)?)?;
-        Ok(linear(&rows, &self.head, DType::F32)?)
+        self.head(&self.decoded(batch, &self.encoded(batch)?)?)
     }
 
     /// Each example's sum of token losses, without dropout.
@@ -151,8 +166,8 @@ impl T5 {
         let targets = batch.targets();
         let mut losses = Vec::with_capacity(targets.len());
         for (first, chunk) in chunks(&targets) {
-            let logits = linear(&rows.narrow(0, first, chunk.len())?, &self.head, DType::F32)?;
-            losses.extend(cross_entropy(&logits, chunk, 0.0)?);
+            let (_, softmax) = self.softmax(&rows.narrow(0, first, chunk.len())?, chunk)?;
+            losses.extend(softmax.losses(0.0));
         }
         Ok(sums(&losses, &batch.decoder_rows()))
     }
@@ -183,7 +198,7 @@ impl T5 {
             dtype: self.dtype,
             recompute: options.recompute,
         };
-        let x = embed(&self.shared, batch.prompts, &batch.encoder_runs())?;
+        let x = self.encoder_embedding(batch)?;
         let (memory, encoder_state) = self.encoder.forward(&self.config, x, &pass)?;
         let memory = Memory { rows: &memory, segments: &encoder_rows };
         let decoder_pass = Pass { rows: &decoder_rows, ..pass };
@@ -201,12 +216,28 @@ impl T5 {
 
     /// Embedded rows of these tokens, `[n, D]` f32.
     pub(crate) fn embedded(&self, tokens: &[u32]) -> Result<Tensor> {
-        Ok(embed(&self.shared, &[], &[Rows::Tokens(tokens)])?)
+        self.axis.reduce(&embed(&self.shared, self.vocabulary, &[], &[Rows::Tokens(tokens)])?)
     }
 
     /// The logits `[n, V]` f32 of the decoder's result `rows` `[n, D]`.
     pub(crate) fn head(&self, rows: &Tensor) -> Result<Tensor> {
-        Ok(linear(rows, &self.head, DType::F32)?)
+        self.axis.gather_columns(linear(rows, &self.head, DType::F32)?)
+    }
+
+    fn encoder_embedding(&self, batch: &Microbatch<'_>) -> Result<Tensor> {
+        let runs = batch.encoder_runs(self.axis.shard().index() == 0);
+        self.axis.reduce(&embed(&self.shared, self.vocabulary, batch.prompts, &runs)?)
+    }
+
+    /// The logits `[n, V]` f32 that are here, and the softmax over all.
+    fn softmax(&self, rows: &Tensor, targets: &[u32]) -> Result<(Tensor, Softmax)> {
+        let logits = linear(rows, &self.head, DType::F32)?;
+        let own = Softmax::new(&logits, self.targets(targets))?;
+        Ok((logits, self.axis.softmax(own)?))
+    }
+
+    fn targets<'a>(&self, ids: &'a [u32]) -> Targets<'a> {
+        Targets { ids, vocabulary: self.vocabulary }
     }
 
     fn decoder_embedding(&self, batch: &Microbatch<'_>) -> Result<Tensor> {
@@ -239,11 +270,14 @@ impl T5 {
             .collect();
         let (mut losses, mut gradients) = (Vec::with_capacity(targets.len()), Vec::new());
         for (first, chunk) in chunks(&targets) {
-            let logits = linear(&rows.narrow(0, first, chunk.len())?, &self.head, DType::F32)?;
-            let scales = &scales[first..first + chunk.len()];
-            let (part, d_logits) = cross_entropy_gradient(&logits, chunk, scales, z_loss, self.dtype)?;
-            losses.extend(part);
-            gradients.push(linear_gradient(&[(&d_logits, &self.head)], DType::F32)?);
+            let (logits, softmax) = self.softmax(&rows.narrow(0, first, chunk.len())?, chunk)?;
+            losses.extend(softmax.losses(z_loss));
+            let normalisers = softmax.normalisers();
+            let scale = &scales[first..first + chunk.len()];
+            let slope = LossSlope { normalisers: &normalisers, scale, z_loss };
+            let d_logits = cross_entropy_gradient(&logits, self.targets(chunk), slope, self.dtype)?;
+            let partial = linear_gradient(&[(&d_logits, &self.head)], DType::F32)?;
+            gradients.push(self.axis.reduce_gradient(&partial)?);
         }
         Ok((losses, Tensor::cat(&gradients, 0)?))
     }

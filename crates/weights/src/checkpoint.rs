@@ -2,20 +2,25 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::DType;
-use half::{bf16, f16};
-use incipit_kernels::{ByteOwner, Frozen};
+use half::f16;
+use incipit_kernels::Frozen;
 use rayon::prelude::*;
 
+use crate::digests::{Cut, Digests};
 use crate::error::{Error, Result, io};
-use crate::fingerprint::{Fingerprint, Tensor};
+use crate::fingerprint::{Fingerprint, SHARED, uses_shared};
 use crate::layout::{self, Layout};
+use crate::mapped::Mapped;
 use crate::readers::{self, Entry};
+use crate::reads::Reads;
+use crate::slice::{Slice, bf16_from_f32, f16_numbers, gather};
 use crate::source::{Source, TensorInfo, matrix, missing, round};
-use crate::{mapped, tokenizer};
+use crate::tokenizer;
 
 /// The file with the model's configuration.
 pub(crate) const CONFIG_FILE: &str = "config.json";
@@ -27,8 +32,11 @@ pub(crate) const CONFIG_FILE: &str = "config.json";
 pub struct Checkpoint {
     dir: PathBuf,
     dtype: DType,
-    files: Vec<(PathBuf, ByteOwner)>,
+    files: Vec<(PathBuf, Mapped)>,
     entries: BTreeMap<String, Entry>,
+    /// Bytes of the files' tables of contents.
+    table_bytes: u64,
+    reads: Reads,
 }
 
 impl Checkpoint {
@@ -47,19 +55,22 @@ impl Checkpoint {
         let layout = layout::find(dir)?;
         let mut files = Vec::new();
         let mut entries: BTreeMap<String, Entry> = BTreeMap::new();
+        let mut table_bytes = 0;
         for path in &layout.files {
-            let content = mapped::map(path)?;
-            for (name, entry) in readers::entries(layout.format, path, (*content).as_ref(), files.len())? {
+            let file = Mapped::open(path)?;
+            let contents = readers::contents(layout.format, path, file.bytes(), files.len())?;
+            table_bytes += contents.num_bytes;
+            for (name, entry) in contents.entries {
                 if let Some(first) = entries.get(&name) {
                     let first = layout.files[first.file].clone();
                     return Err(Error::DuplicateTensor { name, first, second: path.clone() });
                 }
                 entries.insert(name, entry);
             }
-            files.push((path.clone(), content));
+            files.push((path.clone(), file));
         }
         check_index(&layout, &entries)?;
-        Ok(Self { dir: dir.to_owned(), dtype, files, entries })
+        Ok(Self { dir: dir.to_owned(), dtype, files, entries, table_bytes, reads: Reads::default() })
     }
 
     /// The directory.
@@ -103,21 +114,66 @@ impl Checkpoint {
         own.map(|(_, entry)| entry.num_elements() as u64).sum()
     }
 
-    /// What identifies the weights and the architecture, whatever files they are in.
+    /// Bytes of the files that were asked for so far: the tables of contents, the tensors and slices that were handed out,
+    /// and what was hashed. A number that was asked for twice counts once.
+    #[must_use]
+    pub fn bytes_read(&self) -> u64 {
+        self.table_bytes + self.reads.bytes()
+    }
+
+    /// What identifies the weights and the architecture, whatever files they are in. `dim` names the dim along which the
+    /// ranks of a replica share a tensor, if they do; it must be the same wherever fingerprints are compared.
     ///
     /// Reads every number once, so this takes as long as reading the files does.
     ///
     /// # Errors
     /// If `config.json` is missing or is not a JSON object.
-    pub fn fingerprint(&self) -> Result<Fingerprint> {
+    pub fn fingerprint(&self, dim: &dyn Fn(&str) -> Option<usize>) -> Result<Fingerprint> {
+        self.fingerprint_of(&self.fingerprint_parts(dim, &|parts| 0..parts))
+    }
+
+    /// Hashes a share of the weights: of a tensor that is cut into n parts, the parts `share(n)`. A tensor is cut along its
+    /// dim `dim(name)` into the largest power of two that divides it, 64 at most, and is one part without such a dim. With
+    /// `|n| rank * n / ranks..(rank + 1) * n / ranks` at each of 1, 2, 4, ... ranks, a rank hashes its own slices.
+    ///
+    /// # Panics
+    /// If `share` names parts that there are not.
+    pub fn fingerprint_parts(
+        &self,
+        dim: &dyn Fn(&str) -> Option<usize>,
+        share: &dyn Fn(usize) -> Range<usize>,
+    ) -> Digests {
+        let mut digests = Digests::default();
+        let has_shared = self.contains(SHARED);
+        for (name, entry) in &self.entries {
+            // A copy of the embedding is cut as the embedding is, so that it is known as one.
+            let role = if has_shared && uses_shared(name) { SHARED } else { name.as_str() };
+            let cut = Cut::new(&entry.shape, dim(role));
+            let range = share(cut.parts());
+            if range.is_empty() {
+                continue;
+            }
+            let slice = cut.slice(range.clone());
+            self.reads.add(name, entry, &slice);
+            // Of a tensor that is cut by columns, each task gathers the part that it hashes.
+            let hash = |part: usize| {
+                let bytes = self.numbers(entry, &cut.slice(part..part + 1));
+                *blake3::Hasher::new().update_rayon(&bytes).finalize().as_bytes()
+            };
+            let all = || range.clone().into_par_iter().map(hash).collect::<Vec<_>>();
+            let parts = self.reading(entry, &slice, all);
+            digests.add(name, entry, (&cut, range.start), &parts);
+        }
+        digests
+    }
+
+    /// The fingerprint of the weights of which these are the digests: what [`Checkpoint::fingerprint`] gives.
+    ///
+    /// # Errors
+    /// If a part's digest is missing or two differ, or `config.json` is missing or is not a JSON object.
+    pub fn fingerprint_of(&self, digests: &Digests) -> Result<Fingerprint> {
         let config = self.config_json()?;
-        let tensors = self.entries.iter().map(|(name, entry)| Tensor {
-            name,
-            dtype: entry.dtype,
-            shape: &entry.shape,
-            bytes: self.contiguous(entry),
-        });
-        Fingerprint::of(&config, tensors)
+        Fingerprint::of(&config, &digests.of_tensors(self.entries.iter())?)
             .map_err(|detail| Error::Config { file: self.dir.join(CONFIG_FILE), detail })
     }
 
@@ -141,23 +197,55 @@ impl Checkpoint {
         Ok(entry)
     }
 
-    /// The bytes of a tensor in row-major order.
-    fn contiguous(&self, entry: &Entry) -> Cow<'_, [u8]> {
-        let bytes = &(*self.files[entry.file].1).as_ref()[entry.bytes.clone()];
-        match &entry.strides {
-            None => Cow::Borrowed(bytes),
-            Some(strides) => Cow::Owned(gather(bytes, entry.dtype.size_in_bytes(), &entry.shape, strides)),
+    fn bytes(&self, entry: &Entry) -> &[u8] {
+        &self.files[entry.file].1.bytes()[entry.bytes.clone()]
+    }
+
+    /// Runs `read`, which reads this slice, without its reading what lies around the slice.
+    fn reading<T>(&self, entry: &Entry, slice: &Slice, read: impl FnOnce() -> T) -> T {
+        /// The least that a system reads. With smaller gaps between the rows, it is all read in any case.
+        const PAGE: usize = 4096;
+        let count = slice.num_elements();
+        if entry.strides.is_some() || count == 0 || count == entry.num_elements() {
+            return read();
+        }
+        let ((_, width), size) = (matrix(&entry.shape), entry.dtype.size_in_bytes());
+        let bytes = |row: usize, cols: &Range<usize>| {
+            let row = entry.bytes.start + row * width * size;
+            row + cols.start * size..row + cols.end * size
+        };
+        let (rows, file) = (slice.rows.clone(), &self.files[entry.file].1);
+        let span = bytes(rows.start, &(0..width)).start..bytes(rows.end, &(0..0)).end;
+        if (width - slice.cols.len()) * size < PAGE {
+            file.reading(span.clone(), std::iter::once(span), read)
+        } else {
+            file.reading(span, rows.map(|row| bytes(row, &slice.cols)), read)
         }
     }
 
-    /// The tensor as it is stored, without a copy where its numbers follow one another.
-    fn as_stored(&self, entry: &Entry) -> Result<Frozen> {
-        let (rows, cols) = matrix(&entry.shape);
-        let (owner, offset) = match self.contiguous(entry) {
-            Cow::Borrowed(_) => (self.files[entry.file].1.clone(), entry.bytes.start),
-            Cow::Owned(bytes) => (Arc::new(bytes) as ByteOwner, 0),
-        };
-        Ok(Frozen::mapped(owner, offset, entry.dtype, rows, cols)?)
+    /// The bytes of a slice in row-major order.
+    fn numbers(&self, entry: &Entry, slice: &Slice) -> Cow<'_, [u8]> {
+        let (bytes, (_, width)) = (self.bytes(entry), matrix(&entry.shape));
+        if entry.strides.is_none() && slice.cols.len() == width {
+            let row = width * entry.dtype.size_in_bytes();
+            return Cow::Borrowed(&bytes[slice.rows.start * row..slice.rows.end * row]);
+        }
+        Cow::Owned(gather(bytes, entry, slice))
+    }
+
+    /// The slice as it is stored: a view of the file, unless its rows are not regular or not aligned there.
+    fn as_stored(&self, entry: &Entry, slice: &Slice) -> Result<Frozen> {
+        let ((_, width), size) = (matrix(&entry.shape), entry.dtype.size_in_bytes());
+        let (rows, cols) = (slice.rows.len(), slice.cols.len());
+        let aligned = self.bytes(entry).as_ptr().addr().is_multiple_of(size);
+        if entry.strides.is_none() && aligned {
+            let offset = entry.bytes.start + slice.rows.start * width * size;
+            let owner = self.files[entry.file].1.owner();
+            let rows_of_file = Frozen::mapped(owner, offset, entry.dtype, rows, width)?;
+            return Ok(rows_of_file.part((0, rows), (slice.cols.start, cols)));
+        }
+        let own = self.reading(entry, slice, || Arc::new(self.numbers(entry, slice).into_owned()));
+        Ok(Frozen::mapped(own, 0, entry.dtype, rows, cols)?)
     }
 
     fn unsupported(&self, name: &str, entry: &Entry) -> Error {
@@ -184,10 +272,24 @@ impl Source for Checkpoint {
     }
 
     fn frozen(&self, name: &str, shape: &[usize]) -> Result<Frozen> {
+        let (rows, cols) = matrix(shape);
+        self.part(name, shape, 0..rows, 0..cols)
+    }
+
+    fn part(&self, name: &str, shape: &[usize], rows: Range<usize>, cols: Range<usize>) -> Result<Frozen> {
         let entry = self.entry(name, shape)?;
+        let slice = Slice::new(shape, rows, cols);
         match (entry.dtype, self.dtype) {
-            (DType::BF16, _) | (DType::F32, DType::F32) => self.as_stored(entry),
-            (DType::F32, _) => Ok(bf16_from_f32(&self.contiguous(entry), &entry.shape)),
+            (DType::BF16, _) | (DType::F32, DType::F32) => {
+                self.reads.add(name, entry, &slice);
+                self.as_stored(entry, &slice)
+            }
+            (DType::F32, _) => {
+                self.reads.add(name, entry, &slice);
+                let convert =
+                    || bf16_from_f32(&self.numbers(entry, &slice), slice.rows.len(), slice.cols.len());
+                Ok(self.reading(entry, &slice, convert))
+            }
             _ => Err(self.unsupported(name, entry)),
         }
     }
@@ -198,7 +300,9 @@ impl Source for Checkpoint {
             return self.frozen(name, shape);
         }
         let (rows, cols) = matrix(&entry.shape);
-        let numbers = f16_numbers(&self.contiguous(entry));
+        let whole = Slice::whole(shape);
+        self.reads.add(name, entry, &whole);
+        let numbers = f16_numbers(&self.numbers(entry, &whole));
         Ok(match self.dtype {
             DType::BF16 => {
                 Frozen::from_bf16(numbers.into_par_iter().map(|x| round(x.to_f32())).collect(), rows, cols)
@@ -236,41 +340,4 @@ fn check_index(layout: &Layout, entries: &BTreeMap<String, Entry>) -> Result<()>
         }
     }
     Ok(())
-}
-
-/// Copies a strided tensor into row-major order.
-fn gather(bytes: &[u8], size: usize, shape: &[usize], strides: &[usize]) -> Vec<u8> {
-    let count: usize = shape.iter().product();
-    let mut out = Vec::with_capacity(count * size);
-    let mut at = vec![0usize; shape.len()];
-    for _ in 0..count {
-        let from = size * at.iter().zip(strides).map(|(i, stride)| i * stride).sum::<usize>();
-        out.extend_from_slice(&bytes[from..from + size]);
-        for dim in (0..shape.len()).rev() {
-            at[dim] += 1;
-            if at[dim] < shape[dim] {
-                break;
-            }
-            at[dim] = 0;
-        }
-    }
-    out
-}
-
-/// Numbers that one task converts at a time.
-const SLICE: usize = 1 << 18;
-
-fn bf16_from_f32(bytes: &[u8], shape: &[usize]) -> Frozen {
-    let (rows, cols) = matrix(shape);
-    let mut out = vec![bf16::ZERO; rows * cols];
-    out.par_chunks_mut(SLICE).zip(bytes.par_chunks(4 * SLICE)).for_each(|(out, bytes)| {
-        for (to, from) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-            *to = round(f32::from_le_bytes([from[0], from[1], from[2], from[3]]));
-        }
-    });
-    Frozen::from_bf16(out, rows, cols)
-}
-
-fn f16_numbers(bytes: &[u8]) -> Vec<f16> {
-    bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect()
 }

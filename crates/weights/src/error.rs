@@ -157,6 +157,12 @@ pub enum Error {
     /// A text that is not a fingerprint.
     #[error("{0:?} is not a fingerprint: 64 hexadecimal digits were expected")]
     NotAFingerprint(String),
+    /// Digests of parts that are not those of the whole.
+    #[error(
+        "the digests of the ranks do not make up the fingerprint of a model: {0}; let all ranks open the same model and hash \
+         every part of every tensor between them"
+    )]
+    Digests(String),
     /// Neither a directory nor a Hub id.
     #[error(
         "{0:?} is neither a directory nor the id of a model on the Hugging Face Hub (such as google/t5-v1_1-small); \

@@ -1,34 +1,24 @@
 //! A name for the numbers of a backbone.
 
-use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 
-use candle_core::DType;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::Error;
 
-/// BLAKE3 over the architecture and, in the order of their names, each tensor's name, type, shape and digest.
+/// BLAKE3 over the architecture and, in the order of their names, each tensor's name, type, shape and digest. A tensor that
+/// ranks share is hashed in parts, so that each can hash its own.
 ///
-/// It is the same for one file or many shards, for safetensors or `.bin`, and whether or not the file repeats the shared
-/// embedding under the names of its users; it differs between an f32 model and its bf16 copy.
+/// It is the same for one file or many shards, for safetensors or `.bin`, for any number of ranks, and whether or not the
+/// file repeats the shared embedding under the names of its users; it differs between an f32 model and its bf16 copy.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Fingerprint([u8; 32]);
 
-/// One tensor, to be hashed.
-pub(crate) struct Tensor<'a> {
-    pub(crate) name: &'a str,
-    pub(crate) dtype: DType,
-    pub(crate) shape: &'a [usize],
-    /// Its numbers, row-major, little-endian.
-    pub(crate) bytes: Cow<'a, [u8]>,
-}
-
 /// What this hash is used for; the number changes with what goes into it.
-const CONTEXT: &str = "incipit backbone fingerprint, version 1";
+const CONTEXT: &str = "incipit backbone fingerprint, version 2";
 
 /// The keys of `config.json` that decide what is computed, with what a missing key stands for (`num_decoder_layers`: as many
 /// as the encoder has).
@@ -52,33 +42,30 @@ const ARCHITECTURE: [(&str, &str); 17] = [
     ("vocab_size", "null"),
 ];
 
-const SHARED: &str = "shared.weight";
+/// The embedding of encoder and decoder.
+pub(crate) const SHARED: &str = "shared.weight";
+
+/// Whether a tensor of this name may be a copy of the shared embedding, for one that uses it.
+pub(crate) fn uses_shared(name: &str) -> bool {
+    name.ends_with(".embed_tokens.weight") || name == "lm_head.weight"
+}
 
 impl Fingerprint {
-    /// The fingerprint of these tensors, which must come in the order of their names.
-    pub(crate) fn of<'a>(config: &str, tensors: impl Iterator<Item = Tensor<'a>>) -> Result<Self, String> {
+    /// The fingerprint of tensors of these names and digests, which must come in the order of their names.
+    pub(crate) fn of(config: &str, tensors: &[(&str, [u8; 32])]) -> Result<Self, String> {
         let config: Map<String, Value> = serde_json::from_str(config).map_err(|error| error.to_string())?;
-        let mut described = Vec::new();
-        let mut shared = None;
-        for tensor in tensors {
-            let description = describe(&tensor);
-            if tensor.name == SHARED {
-                shared = Some(description);
-            }
-            described.push((tensor.name, description));
-        }
+        let shared = tensors.iter().find(|(name, _)| *name == SHARED).map(|(_, digest)| digest);
         let mut hasher = blake3::Hasher::new_derive_key(CONTEXT);
         for (key, default) in ARCHITECTURE {
             field(&mut hasher, key.as_bytes());
             field(&mut hasher, architecture_value(&config, key, default).as_bytes());
         }
-        for (name, description) in described {
-            let is_user = name.ends_with(".embed_tokens.weight") || name == "lm_head.weight";
-            if is_user && shared == Some(description) {
+        for (name, digest) in tensors {
+            if uses_shared(name) && shared == Some(digest) {
                 continue;
             }
             field(&mut hasher, name.as_bytes());
-            field(&mut hasher, &description);
+            field(&mut hasher, digest);
         }
         Ok(Self(*hasher.finalize().as_bytes()))
     }
@@ -102,21 +89,8 @@ fn canonical(value: &Value) -> String {
     }
 }
 
-/// A digest of a tensor's type, shape and numbers.
-fn describe(tensor: &Tensor<'_>) -> [u8; 32] {
-    // All cores, below the length at which they pay inside.
-    let digest = blake3::Hasher::new().update_rayon(&tensor.bytes).finalize();
-    let mut hasher = blake3::Hasher::new();
-    field(&mut hasher, tensor.dtype.as_str().as_bytes());
-    for &n in tensor.shape {
-        hasher.update(&(n as u64).to_le_bytes());
-    }
-    hasher.update(digest.as_bytes());
-    *hasher.finalize().as_bytes()
-}
-
 /// Length and content, so that no two lists of fields run together.
-fn field(hasher: &mut blake3::Hasher, bytes: &[u8]) {
+pub(crate) fn field(hasher: &mut blake3::Hasher, bytes: &[u8]) {
     hasher.update(&(bytes.len() as u64).to_le_bytes());
     hasher.update(bytes);
 }

@@ -2,11 +2,14 @@
 //!
 //! * [`Checkpoint`] reads a model directory (safetensors or PyTorch `.bin`, single or sharded) without copying what need not
 //!   be copied; [`Random`] makes weights up. Both are a [`Source`].
-//! * [`Fingerprint`] names the numbers of a backbone, so that a prompt is never continued on another one.
+//! * [`Source::part`] gives a rank of a tensor-parallel replica its slice of a tensor, and reads nothing else.
+//! * [`Fingerprint`] names the numbers of a backbone, so that a prompt is never continued on another one. Ranks can share the
+//!   hashing and put their [`Digests`] together.
 //! * [`resolve`] turns a directory or a Hugging Face Hub id into a directory; [`load_tokenizer`] reads the tokenizer in it.
 //! * [`write_safetensors`] rewrites weights, tensor by tensor, into a directory that appears whole or not at all.
 
 mod checkpoint;
+mod digests;
 mod error;
 mod fingerprint;
 mod hub;
@@ -14,12 +17,15 @@ mod layout;
 mod mapped;
 mod random;
 mod readers;
+mod reads;
+mod slice;
 mod source;
 mod spiece;
 mod tokenizer;
 mod write;
 
 pub use checkpoint::Checkpoint;
+pub use digests::Digests;
 pub use error::{Error, Result};
 pub use fingerprint::Fingerprint;
 pub use hub::resolve;

@@ -1,12 +1,14 @@
 //! Made-up weights: for benchmarks of shapes that nobody wants to download, and for tests.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use candle_core::DType;
 use half::bf16;
 use incipit_kernels::Frozen;
 use rayon::prelude::*;
 
+use crate::slice::Slice;
 use crate::source::{Source, TensorInfo, matrix, missing, round};
 use crate::{Error, Result};
 
@@ -54,7 +56,7 @@ impl Random {
     }
 }
 
-/// Numbers that one task makes at a time: a multiple of [`BATCH`], and so of the four that come of one draw.
+/// Numbers that one task makes at a time: a multiple of [`BATCH`], so that no draw is made twice.
 const SLICE: usize = 1 << 18;
 
 /// The finaliser of splitmix64 over a Weyl sequence: any element of the stream, at once.
@@ -76,36 +78,46 @@ fn key(seed: u64, name: &str) -> u64 {
 /// Numbers that are drawn before any is turned into a weight: two loops that vectorise, where one would not.
 const BATCH: usize = 256;
 
-/// The tensor's numbers, each through `finish`.
+/// Makes the numbers of a stream from the `first`-th on, each through `finish`.
+#[inline(always)]
+fn fill<T>(out: &mut [T], key: u64, first: usize, finish: impl Fn(f32) -> T) {
+    let (mut out, mut at) = (out, first);
+    while !out.is_empty() {
+        // Four numbers come of one draw; the first wanted may be any of them.
+        let (next, skipped) = ((at / 4) as u64, at % 4);
+        let mut halves = [0u16; BATCH];
+        let wanted = (skipped + out.len()).next_multiple_of(4).min(BATCH);
+        for (four, n) in halves[..wanted].chunks_exact_mut(4).zip(next..) {
+            let bits = draw(key, n);
+            let words = [bits as u16, (bits >> 16) as u16, (bits >> 32) as u16, (bits >> 48) as u16];
+            four.copy_from_slice(&words);
+        }
+        let (batch, rest) = out.split_at_mut(out.len().min(BATCH - skipped));
+        for (to, half) in batch.iter_mut().zip(&halves[skipped..]) {
+            *to = finish(f32::from(*half as i16) + 0.5);
+        }
+        at += batch.len();
+        out = rest;
+    }
+}
+
+/// The numbers of a part of the tensor, each through `finish`.
 fn generate<T: Copy + Send>(
     key: u64,
     tensor: &RandomTensor,
+    slice: &Slice,
     zero: T,
     finish: impl Fn(f32) -> T + Sync,
 ) -> Vec<T> {
-    let count: usize = tensor.shape.iter().product();
     // A uniform number of variance 1 lies within the square root of 3 of 0.
     let (mean, step) = (tensor.mean, tensor.deviation * 3f32.sqrt() / 32768.0);
-    let mut out = vec![zero; count];
-    out.par_chunks_mut(SLICE).enumerate().for_each(|(slice, out)| {
-        let mut next = (slice * SLICE / 4) as u64;
-        for batch in out.chunks_mut(BATCH) {
-            let mut halves = [0u16; BATCH];
-            for four in halves.chunks_exact_mut(4) {
-                let bits = draw(key, next);
-                four.copy_from_slice(&[
-                    bits as u16,
-                    (bits >> 16) as u16,
-                    (bits >> 32) as u16,
-                    (bits >> 48) as u16,
-                ]);
-                next += 1;
-            }
-            for (to, half) in batch.iter_mut().zip(halves) {
-                let centred = f32::from(half as i16) + 0.5;
-                *to = finish(mean + step * centred);
-            }
-        }
+    let (_, width) = matrix(&tensor.shape);
+    let start = slice.rows.start * width + slice.cols.start;
+    // Rows in their full width are one run of the stream, and are cut where it is cheap.
+    let (run, pitch) = if slice.cols.len() == width { (SLICE, SLICE) } else { (slice.cols.len(), width) };
+    let mut out = vec![zero; slice.num_elements()];
+    out.par_chunks_mut(run.max(1)).enumerate().for_each(|(n, out)| {
+        fill(out, key, start + n * pitch, |centred| finish(mean + step * centred));
     });
     out
 }
@@ -125,6 +137,11 @@ impl Source for Random {
     }
 
     fn frozen(&self, name: &str, shape: &[usize]) -> Result<Frozen> {
+        let (rows, cols) = matrix(shape);
+        self.part(name, shape, 0..rows, 0..cols)
+    }
+
+    fn part(&self, name: &str, shape: &[usize], rows: Range<usize>, cols: Range<usize>) -> Result<Frozen> {
         let place = "the random weights";
         let Some(tensor) = self.tensors.get(name) else {
             return Err(missing(name, place.to_owned(), self.tensors.keys().map(String::as_str)));
@@ -137,11 +154,12 @@ impl Source for Random {
                 found: tensor.shape.clone(),
             });
         }
-        let (rows, cols) = matrix(shape);
+        let slice = Slice::new(shape, rows, cols);
+        let (rows, cols) = (slice.rows.len(), slice.cols.len());
         let key = key(self.seed, name);
         Ok(match self.dtype {
-            DType::BF16 => Frozen::from_bf16(generate(key, tensor, bf16::ZERO, round), rows, cols),
-            _ => Frozen::from_f32(generate(key, tensor, 0.0, |x| x), rows, cols),
+            DType::BF16 => Frozen::from_bf16(generate(key, tensor, &slice, bf16::ZERO, round), rows, cols),
+            _ => Frozen::from_f32(generate(key, tensor, &slice, 0.0, |x| x), rows, cols),
         })
     }
 

@@ -30,18 +30,21 @@ impl Entry {
     }
 }
 
+/// What a file's table of contents says.
+pub(crate) struct Contents {
+    /// The tensors in the file.
+    pub(crate) entries: Vec<(String, Entry)>,
+    /// Bytes of the table.
+    pub(crate) num_bytes: u64,
+}
+
 /// The tensors in the file at `path`, whose bytes are `content` and which is the `file`-th of its checkpoint.
-pub(crate) fn entries(
-    format: Format,
-    path: &Path,
-    content: &[u8],
-    file: usize,
-) -> Result<Vec<(String, Entry)>> {
+pub(crate) fn contents(format: Format, path: &Path, content: &[u8], file: usize) -> Result<Contents> {
     let found = match format {
-        Format::Safetensors => safetensors_entries(path, content, file)?,
-        Format::Pickle => pickle_entries(path, content, file)?,
+        Format::Safetensors => safetensors_contents(path, content, file)?,
+        Format::Pickle => pickle_contents(path, content, file)?,
     };
-    if found.is_empty() {
+    if found.entries.is_empty() {
         return Err(unreadable(path, "it holds no tensors; download the weights again"));
     }
     Ok(found)
@@ -55,7 +58,7 @@ fn truncated(file: &Path, detail: impl Into<String>) -> Error {
     Error::Truncated { file: file.to_owned(), detail: detail.into() }
 }
 
-fn safetensors_entries(path: &Path, content: &[u8], file: usize) -> Result<Vec<(String, Entry)>> {
+fn safetensors_contents(path: &Path, content: &[u8], file: usize) -> Result<Contents> {
     let (header, metadata) =
         SafeTensors::read_metadata(content).map_err(|e| header_error(path, content, &e))?;
     let data = 8 + header;
@@ -69,7 +72,7 @@ fn safetensors_entries(path: &Path, content: &[u8], file: usize) -> Result<Vec<(
         let bytes = data + info.data_offsets.0..data + info.data_offsets.1;
         found.push((name, Entry { file, bytes, dtype, shape: info.shape.clone(), strides: None }));
     }
-    Ok(found)
+    Ok(Contents { entries: found, num_bytes: data as u64 })
 }
 
 fn header_error(path: &Path, content: &[u8], error: &SafeTensorError) -> Error {
@@ -93,7 +96,7 @@ fn header_error(path: &Path, content: &[u8], error: &SafeTensorError) -> Error {
 /// The first bytes of what `torch.save` wrote before PyTorch 1.6: a pickle of protocol 2 that is a long integer.
 const LEGACY_TORCH: [u8; 4] = [0x80, 0x02, 0x8a, 0x0a];
 
-fn pickle_entries(path: &Path, content: &[u8], file: usize) -> Result<Vec<(String, Entry)>> {
+fn pickle_contents(path: &Path, content: &[u8], file: usize) -> Result<Contents> {
     if content.starts_with(&LEGACY_TORCH) {
         return Err(unreadable(
             path,
@@ -112,7 +115,16 @@ fn pickle_entries(path: &Path, content: &[u8], file: usize) -> Result<Vec<(Strin
         let storage = storage_range(path, &mut archive, &info)?;
         found.push((info.name.clone(), pickle_entry(path, &info, &storage, file)?));
     }
-    Ok(found)
+    Ok(Contents { entries: found, num_bytes: table_bytes(content, &mut archive) })
+}
+
+/// Bytes of the pickle, and of the archive's own table, which ends the file.
+fn table_bytes(content: &[u8], archive: &mut zip::ZipArchive<Cursor<&[u8]>>) -> u64 {
+    let pickle = (0..archive.len()).find_map(|i| {
+        let member = archive.by_index_raw(i).ok()?;
+        member.name().ok()?.ends_with("data.pkl").then(|| member.compressed_size())
+    });
+    (content.len() as u64).saturating_sub(archive.central_directory_start()) + pickle.unwrap_or(0)
 }
 
 /// The tensors that the pickle in the archive describes.

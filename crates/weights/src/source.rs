@@ -1,5 +1,7 @@
 //! Where a model's weights come from.
 
+use std::ops::Range;
+
 use candle_core::DType;
 use half::bf16;
 use incipit_kernels::Frozen;
@@ -30,6 +32,18 @@ pub trait Source: Send + Sync {
     /// # Errors
     /// If there is no such tensor, it has another shape, or its type is neither bf16 nor f32.
     fn frozen(&self, name: &str, shape: &[usize]) -> Result<Frozen>;
+
+    /// The rows `rows` and columns `cols` of what [`Source::frozen`] gives. A [`Checkpoint`](crate::Checkpoint) reads, and
+    /// [`Random`](crate::Random) makes, no other numbers; a source that does not say how makes the whole tensor first.
+    ///
+    /// # Errors
+    /// As [`Source::frozen`]; `shape` is that of the whole tensor.
+    ///
+    /// # Panics
+    /// If a tensor of this shape does not have these rows and columns.
+    fn part(&self, name: &str, shape: &[usize], rows: Range<usize>, cols: Range<usize>) -> Result<Frozen> {
+        Ok(self.frozen(name, shape)?.part((rows.start, rows.len()), (cols.start, cols.len())))
+    }
 
     /// Like [`Source::frozen`], for writing the numbers down in another type rather than computing with them: f16 is taken.
     ///

@@ -5,6 +5,7 @@ mod bad_files;
 mod checkpoints;
 mod fingerprints;
 mod random;
+mod slices;
 mod support;
 mod tokenizers;
 mod writing;
