@@ -1,9 +1,10 @@
 //! A backbone with what belongs to it: loaded once, for as many jobs as come.
 
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
-use incipit_model::{Config, T5};
-use incipit_weights::{Checkpoint, Fingerprint};
+use incipit_collective::{Axis, Ranks, gather_bytes};
+use incipit_model::{Config, T5, TensorAxis, sharding::sharded_dim};
+use incipit_weights::{Checkpoint, Digests, Fingerprint};
 use tokenizers::Tokenizer;
 
 use crate::{
@@ -28,22 +29,35 @@ pub struct Backbone {
 }
 
 impl Backbone {
-    /// Loads a directory, or a model of the Hugging Face hub.
+    /// Loads a directory, or a model of the Hugging Face hub, on one rank.
     ///
     /// # Errors
     /// If there is no such model, or one of its files is missing, damaged or of an unknown kind; the message names the file.
     pub fn load(model: &str, dtype: Precision, options: EngineOptions) -> Result<Self> {
-        let checkpoint = Checkpoint::open(&incipit_weights::resolve(model)?, dtype.into())?;
+        Self::load_on(model, dtype, options, &Arc::new(Ranks::alone()))
+    }
+
+    /// As [`Self::load`], of the weights only what is this rank's.
+    ///
+    /// # Errors
+    /// As [`Self::load`]; also if the model cannot be cut as the mesh says, or an exchange with other ranks fails.
+    pub fn load_on(
+        model: &str,
+        dtype: Precision,
+        options: EngineOptions,
+        ranks: &Arc<Ranks>,
+    ) -> Result<Self> {
+        let checkpoint = Checkpoint::open(&directory(model, ranks)?, dtype.into())?;
         let config = Config::from_json(&checkpoint.config_json()?).map_err(|source| Error::ModelConfig {
             dir: checkpoint.dir().to_owned(),
             source: Box::new(source),
         })?;
         let tokenizer = incipit_weights::load_tokenizer(checkpoint.dir())?;
-        let t5 = T5::load(config, &checkpoint, dtype.into())?;
+        let t5 = T5::load_on(config, &checkpoint, dtype.into(), &TensorAxis::of(ranks))?;
         Ok(Self {
-            engine: Engine::new(Arc::new(t5), options),
+            engine: Engine::on(Arc::new(t5), options, ranks.clone())?,
             tokenizer,
-            fingerprint: checkpoint.fingerprint()?,
+            fingerprint: fingerprint(&checkpoint, ranks)?,
             num_parameters: checkpoint.num_parameters(),
             name: model.to_owned(),
         })
@@ -61,4 +75,22 @@ impl Backbone {
         let config = self.config();
         BaseModel { name: self.name.clone(), num_layers: config.num_layers, num_heads: config.num_heads }
     }
+}
+
+/// Where the model's files lie. What is on the hub is fetched by one rank, and found in the cache by the others.
+fn directory(model: &str, ranks: &Ranks) -> Result<PathBuf> {
+    let fetched = if ranks.leads() { Some(incipit_weights::resolve(model)?) } else { None };
+    ranks.world().barrier()?;
+    Ok(fetched.map_or_else(|| incipit_weights::resolve(model), Ok)?)
+}
+
+/// The fingerprint of the whole checkpoint, of which each rank of a replica hashes what it reads anyway.
+fn fingerprint(checkpoint: &Checkpoint, ranks: &Ranks) -> Result<Fingerprint> {
+    let shard = ranks.shard(Axis::Tensor);
+    let own = checkpoint.fingerprint_parts(&sharded_dim, &|parts| shard.portion(parts));
+    let mut all = Digests::default();
+    for bytes in gather_bytes(&**ranks.tensor(), &own.to_bytes())? {
+        all.merge(Digests::from_bytes(&bytes)?);
+    }
+    Ok(checkpoint.fingerprint_of(&all)?)
 }

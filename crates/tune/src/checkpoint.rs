@@ -102,6 +102,33 @@ impl Checkpoint {
         state.push(b'\n');
         Ok([(PROMPT, prompt), (OPTIMIZER, tensors::encode(&optimizer)?), (STATE, state)])
     }
+
+    /// All of it as bytes, to be sent to another rank.
+    pub(crate) fn to_bytes(&self) -> Result<Vec<u8>> {
+        let files = self.files().map_err(|what| Error::Received { what })?;
+        let with_length =
+            |(_, bytes): &(_, Vec<u8>)| [&(bytes.len() as u64).to_le_bytes(), &bytes[..]].concat();
+        Ok(files.iter().flat_map(with_length).collect())
+    }
+
+    /// What [`Self::to_bytes`] made.
+    pub(crate) fn from_bytes(mut bytes: &[u8]) -> Result<Self> {
+        let mut next = || {
+            let (length, rest) = bytes.split_first_chunk()?;
+            let (file, rest) = rest.split_at_checked(usize::try_from(u64::from_le_bytes(*length)).ok()?)?;
+            bytes = rest;
+            Some(file)
+        };
+        let refuse = |what| Error::Received { what };
+        let (Some(prompt), Some(optimizer), Some(state)) = (next(), next(), next()) else {
+            return Err(refuse("it is cut short".to_owned()));
+        };
+        Ok(Self {
+            prompt: decode_prompt(prompt).map_err(refuse)?,
+            optimizer: tensors::decode(optimizer).map_err(refuse)?,
+            state: decode_state(state).map_err(refuse)?,
+        })
+    }
 }
 
 /// Writes a checkpoint directory: it is at `path` whole, or not at all. One that is there is replaced.

@@ -7,15 +7,19 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use candle_core::Tensor;
+use incipit_collective::{Axis, Ranks};
 use incipit_data::TokenizedExample;
 use incipit_model::{Example, ExampleGradient, Microbatch, PassOptions, T5};
 
 use crate::{
+    Result,
     choice::choices,
     microbatch::{self, TokenMemory},
+    ranks,
     recipe::LossReduction,
-    reduce,
 };
+
+mod sum;
 
 choices! {
     /// Whether a layer's inside is computed again in the backward pass instead of kept. Results do not depend on it.
@@ -92,12 +96,16 @@ pub enum JobFault {
         example: usize,
         /// The loss.
         loss: f32,
+        /// The rank that met it; of a replica the first.
+        rank: usize,
     },
     /// An example's gradient has an infinite element, or one that is not a number.
     #[error("the gradient of example {example} of the batch is not finite")]
     Gradient {
         /// Place in the batch.
         example: usize,
+        /// The rank that met it; of a replica the first.
+        rank: usize,
     },
     /// The batch cannot go through the backbone.
     #[error("{what}")]
@@ -107,9 +115,11 @@ pub enum JobFault {
     },
 }
 
-/// A frozen backbone, ready for batches of many jobs.
+/// A frozen backbone, ready for batches of many jobs. Where several ranks have one together, they make every call together,
+/// with the same arguments, and get the same results.
 pub struct Engine {
     model: Arc<T5>,
+    ranks: Arc<Ranks>,
     budget: usize,
     recompute: bool,
 }
@@ -121,13 +131,30 @@ struct Row {
     example: usize,
 }
 
-/// What the examples of a job gave, in the order of its batch.
+/// What the examples of a job gave that are this rank's, in the order of its batch.
 type Gathered = Vec<Option<ExampleGradient>>;
 
 impl Engine {
-    /// An engine over `model`.
+    /// An engine over `model`, on one rank.
     #[must_use]
     pub fn new(model: Arc<T5>, options: EngineOptions) -> Self {
+        let (budget, recompute) = Self::plan(&model, options);
+        Self { model, ranks: Arc::new(Ranks::alone()), budget, recompute }
+    }
+
+    /// An engine over `model`, which is this rank's part of it. Examples are dealt out to the replicas.
+    ///
+    /// # Errors
+    /// If the ranks cannot agree on the size of a microbatch.
+    pub fn on(model: Arc<T5>, options: EngineOptions, ranks: Arc<Ranks>) -> Result<Self> {
+        let (budget, recompute) = Self::plan(&model, options);
+        // Ranks that share a model go through it in step, so that they must cut alike, and the smallest decides.
+        let least = ranks::largest(&ranks, &[-(budget as i64), i64::from(recompute)])?;
+        let (budget, recompute) = (least[0].unsigned_abs() as usize, least[1] == 1);
+        Ok(Self { model, ranks, budget, recompute })
+    }
+
+    fn plan(model: &T5, options: EngineOptions) -> (usize, bool) {
         let memory = TokenMemory::of(model.config(), model.dtype());
         let recompute = match options.recompute {
             Recompute::Auto => None,
@@ -137,7 +164,13 @@ impl Engine {
         let free = microbatch::free_memory();
         let (budget, recompute) = microbatch::plan(memory, free, options.microbatch_tokens, recompute);
         tracing::debug!(budget, recompute, free, "planned microbatches");
-        Self { model, budget, recompute }
+        (budget, recompute)
+    }
+
+    /// The ranks that have the backbone together.
+    #[must_use]
+    pub fn ranks(&self) -> &Ranks {
+        &self.ranks
     }
 
     /// The backbone.
@@ -154,27 +187,42 @@ impl Engine {
 
     /// Each job's loss and gradient. A job with a number that is not finite, or with a batch that the model refuses, gets a
     /// fault, and the others get what they would have got without it.
-    #[must_use]
-    pub fn gradients(&self, jobs: &[JobBatch<'_>]) -> Vec<Result<JobGradient, JobFault>> {
-        let mut gathered: Vec<Result<Gathered, JobFault>> =
+    ///
+    /// # Errors
+    /// If an exchange with other ranks fails; then no job has a gradient.
+    pub fn gradients(&self, jobs: &[JobBatch<'_>]) -> Result<Vec<Result<JobGradient, JobFault>>> {
+        let mut gathered: Vec<Result<Gathered, String>> =
             jobs.iter().map(|job| Ok(vec![None; job.examples.len()])).collect();
-        for (options, rows) in self.passes(jobs) {
+        let replicas = self.replicas(jobs);
+        for (options, rows) in self.passes(jobs, &replicas) {
             let costs: Vec<usize> = rows.iter().map(|row| cost(&jobs[row.job], row.example)).collect();
             for run in microbatch::cut(&costs, self.budget) {
-                self.pass(jobs, &rows[run], &options, &mut gathered);
+                self.pass(jobs, &rows[run], &options, &mut gathered)?;
             }
         }
-        jobs.iter().zip(gathered).map(|(job, gathered)| summed(job, gathered?)).collect()
+        sum::over_replicas(&self.ranks, jobs, gathered, &replicas)
     }
 
-    /// The step's examples, those that can share a microbatch together: dropout and z-loss are of a whole pass.
-    fn passes(&self, jobs: &[JobBatch<'_>]) -> Vec<(PassOptions, Vec<Row>)> {
+    /// Which replica has which example, all jobs' in one row.
+    fn replicas(&self, jobs: &[JobBatch<'_>]) -> Vec<usize> {
+        let costs: Vec<usize> =
+            jobs.iter().flat_map(|job| (0..job.examples.len()).map(|example| cost(job, example))).collect();
+        microbatch::deal(&costs, self.ranks.mesh().dp())
+    }
+
+    /// This replica's examples, those that can share a microbatch together: dropout and z-loss are of a whole pass.
+    fn passes(&self, jobs: &[JobBatch<'_>], replicas: &[usize]) -> Vec<(PassOptions, Vec<Row>)> {
+        let own = self.ranks.shard(Axis::Data).index();
         let mut passes: BTreeMap<(u32, u32), Vec<Row>> = BTreeMap::new();
+        let mut rest = replicas;
         for (job, batch) in jobs.iter().enumerate() {
             let rows = passes
                 .entry((batch.objective.dropout.to_bits(), batch.objective.z_loss.to_bits()))
                 .or_default();
-            rows.extend((0..batch.examples.len()).map(|example| Row { job, example }));
+            let (of_job, later) = rest.split_at(batch.examples.len());
+            rest = later;
+            let mine = of_job.iter().enumerate().filter(|(_, replica)| **replica == own);
+            rows.extend(mine.map(|(example, _)| Row { job, example }));
         }
         let options = |dropout, z_loss| PassOptions {
             recompute: self.recompute,
@@ -190,8 +238,8 @@ impl Engine {
         jobs: &[JobBatch<'_>],
         rows: &[Row],
         options: &PassOptions,
-        gathered: &mut [Result<Gathered, JobFault>],
-    ) {
+        gathered: &mut [Result<Gathered, String>],
+    ) -> Result<()> {
         let scales: Vec<f32> = rows.iter().map(|row| scale(&jobs[row.job])).collect();
         let (prompts, examples) = assemble(jobs, rows);
         let batch = Microbatch { prompts: &prompts, examples: &examples };
@@ -202,17 +250,16 @@ impl Engine {
                         gathered[row.example] = Some(gradient);
                     }
                 }
-                return;
+                return Ok(());
             }
+            Err(error @ incipit_model::Error::Collective(_)) => return Err(error.into()),
             Err(error) => error,
         };
         if prompts.len() == 1 {
-            gathered[rows[0].job] = Err(JobFault::Refused { what: error.to_string() });
-            return;
+            gathered[rows[0].job] = Err(error.to_string());
+            return Ok(());
         }
-        for alone in rows.chunk_by(|a, b| a.job == b.job) {
-            self.pass(jobs, alone, options, gathered);
-        }
+        rows.chunk_by(|a, b| a.job == b.job).try_for_each(|alone| self.pass(jobs, alone, options, gathered))
     }
 }
 
@@ -247,40 +294,4 @@ fn assemble<'a>(jobs: &[JobBatch<'a>], rows: &[Row]) -> (Vec<Tensor>, Vec<Exampl
         examples.push(Example { prompt: Some(prompts.len() - 1), input, target, key: job.keys[row.example] });
     }
     (prompts, examples)
-}
-
-/// The sum over a job's examples, once all of them are there.
-fn summed(job: &JobBatch<'_>, gathered: Gathered) -> Result<JobGradient, JobFault> {
-    let mut loss = 0.0;
-    let mut terms = Vec::with_capacity(gathered.len());
-    let mut exponent = reduce::ZERO_EXPONENT;
-    for (example, gradient) in gathered.into_iter().enumerate() {
-        let gradient = gradient.ok_or_else(|| refused(&"the model gave no gradient"))?;
-        if !gradient.loss.is_finite() {
-            return Err(JobFault::Loss { example, loss: gradient.loss });
-        }
-        let term: Vec<f32> = gradient
-            .prompt_gradient
-            .flatten_all()
-            .and_then(|g| g.to_vec1())
-            .map_err(|error| refused(&error))?;
-        exponent = exponent.max(reduce::max_exponent(&term).map_err(|_| JobFault::Gradient { example })?);
-        loss += f64::from(gradient.loss);
-        terms.push(term);
-    }
-    let mut sum = vec![0i64; job.prompt.elem_count()];
-    for term in &terms {
-        reduce::quantize(term, exponent, &mut sum).map_err(|error| refused(&error))?;
-    }
-    let gradient = reduce::dequantize(&sum, exponent);
-    if !gradient.iter().all(|g| g.is_finite()) {
-        return Err(refused(&"the sum of the batch's gradients is beyond f32"));
-    }
-    let num_targets = num_targets(job);
-    let num_tokens = (0..job.examples.len()).map(|example| cost(job, example)).sum();
-    Ok(JobGradient { loss: loss / num_targets as f64, num_targets, num_tokens, gradient })
-}
-
-fn refused(error: &impl ToString) -> JobFault {
-    JobFault::Refused { what: error.to_string() }
 }

@@ -189,12 +189,14 @@ pub enum Error {
     /// A number went out of range in the pass over an example; the prompt was not updated.
     #[error(
         "step {step} was stopped before the update: {what} for the example with index {index}, on line {line} of the \
-         training file; look at that record, or {}",
+         training file (on rank {rank}); look at that record, or {}",
         if *step == 1 { "at the model's weights, for nothing was learned yet" } else { "pass a smaller --lr" }
     )]
     NonFinite {
         /// The step, from 1.
         step: u64,
+        /// The rank that met it; of a replica the first.
+        rank: usize,
         /// Which number, and what it is.
         what: String,
         /// Which record of its file, from 0.
@@ -237,6 +239,26 @@ pub enum Error {
         /// What the system said.
         cause: String,
     },
+    /// The ranks of a run were not told the same.
+    #[error("rank {rank} has {what} than rank 0; start all ranks with the same flags and the same files")]
+    RanksDiffer {
+        /// The rank that differs.
+        rank: usize,
+        /// In what, such as "another specification".
+        what: &'static str,
+    },
+    /// What another rank sent is none of ours.
+    #[error("what rank 0 sent of the checkpoint cannot be read: {what}")]
+    Received {
+        /// What is wrong with it.
+        what: String,
+    },
+    /// The ranks cannot be laid out as asked.
+    #[error(transparent)]
+    Mesh(#[from] incipit_mesh::Error),
+    /// An exchange between ranks failed.
+    #[error(transparent)]
+    Collective(#[from] incipit_collective::Error),
     /// The data were refused.
     #[error(transparent)]
     Data(#[from] incipit_data::Error),
@@ -255,6 +277,15 @@ pub enum Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
+    /// Whether this only tells that another rank has failed.
+    #[must_use]
+    pub fn is_echo(&self) -> bool {
+        match self {
+            Self::Collective(error) | Self::Model(incipit_model::Error::Collective(error)) => error.is_echo(),
+            _ => false,
+        }
+    }
+
     /// A value of a flag that cannot be.
     pub(crate) fn spec(flag: &'static str, what: &impl ToString) -> Self {
         Self::Spec { flag, what: what.to_string() }

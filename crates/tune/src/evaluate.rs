@@ -1,6 +1,7 @@
 //! Evaluation: greedy decoding over a set of examples, and what it is worth.
 
 use candle_core::Tensor;
+use incipit_collective::gather_bytes;
 use incipit_data::{
     TokenizedExample, TokenizedSet,
     metrics::{self, Metric},
@@ -9,7 +10,9 @@ use incipit_model::{Example, GenerateOptions, Microbatch};
 use serde::Serialize;
 use tokenizers::Tokenizer;
 
-use crate::{Error, Result, control::Control, engine::Engine, job::prompt_rows, microbatch, prompt::Prompt};
+use crate::{
+    Error, Result, control::Control, engine::Engine, job::prompt_rows, microbatch, prompt::Prompt, ranks,
+};
 
 /// What is measured, and how.
 #[derive(Clone, Debug, PartialEq)]
@@ -58,12 +61,12 @@ impl Evaluation {
     }
 }
 
-/// Evaluates the backbone, with a prompt or without, on `set`. The result does not depend on the engine's
-/// microbatches.
+/// Evaluates the backbone, with a prompt or without, on `set`. The result depends neither on the engine's microbatches nor on
+/// the number of replicas, to which the examples are dealt out; every rank gets all of it.
 ///
 /// # Errors
-/// If the model refuses an example, a loss is not finite (the message names the line), or `control` asks to stop
-/// ([`Error::Interrupted`]).
+/// If the model refuses an example, a loss is not finite (the message names the line), an exchange with other ranks fails, or
+/// `control` of any rank asks to stop ([`Error::Interrupted`]).
 pub fn evaluate(
     engine: &Engine,
     prompt: Option<&Prompt>,
@@ -123,17 +126,27 @@ fn outcomes(
 ) -> Result<Vec<Outcome>> {
     let rows = prompt.map_or(0, |prompt| prompt.dims()[0]);
     let cost = |e: &TokenizedExample| rows + e.input.len() + e.target.len().max(max_new_tokens);
-    let mut places: Vec<usize> = (0..set.examples.len()).collect();
-    places.sort_by_key(|place| std::cmp::Reverse(cost(&set.examples[*place])));
-    let costs: Vec<usize> = places.iter().map(|place| cost(&set.examples[*place])).collect();
+    let ranks = engine.ranks();
+    let costs: Vec<usize> = set.examples.iter().map(cost).collect();
+    let replicas = microbatch::deal(&costs, ranks.mesh().dp());
+    let own = |place: &usize| replicas[*place] == ranks.coordinates().data;
+    let mut places: Vec<usize> = (0..set.examples.len()).filter(own).collect();
+    places.sort_by_key(|place| std::cmp::Reverse(costs[*place]));
+    let costs: Vec<usize> = places.iter().map(|place| costs[*place]).collect();
     let generate = GenerateOptions { max_new_tokens, ..GenerateOptions::default() };
     let prompts: Vec<Tensor> = prompt.cloned().into_iter().collect();
-    let mut outcomes = vec![Outcome::default(); places.len()];
-    for run in microbatch::cut(&costs, engine.microbatch_tokens()) {
-        if control.stop_requested() {
+    let mut outcomes = vec![Outcome::default(); set.examples.len()];
+    let runs = microbatch::cut(&costs, engine.microbatch_tokens());
+    // Every replica goes through as many rounds as the one with the most microbatches, so that all can agree to stop.
+    let rounds = ranks::largest(ranks, &[runs.len() as i64])?[0];
+    for round in 0..rounds as usize {
+        if ranks::any(ranks, control.stop_requested())? {
             return Err(Error::Interrupted);
         }
-        let places = &places[run];
+        let places = runs.get(round).map_or(&[][..], |run| &places[run.clone()]);
+        if places.is_empty() {
+            continue;
+        }
         let example = |place: &usize| {
             let TokenizedExample { input, target, .. } = &set.examples[*place];
             Example { prompt: prompt.map(|_| 0), input, target, key: 0 }
@@ -145,6 +158,28 @@ fn outcomes(
         let generated = engine.model().generate_after(&encoded, &batch, &generate)?;
         for ((place, loss), generated) in places.iter().zip(losses).zip(generated) {
             outcomes[*place] = Outcome { loss, tokens: generated.tokens };
+        }
+    }
+    merged(engine, &places, outcomes)
+}
+
+/// The outcomes of all replicas, of which each has those of its `places`.
+fn merged(engine: &Engine, places: &[usize], mut outcomes: Vec<Outcome>) -> Result<Vec<Outcome>> {
+    let group = &**engine.ranks().data();
+    if group.size() == 1 {
+        return Ok(outcomes);
+    }
+    // An outcome is its place, its loss, the number of its tokens, and these.
+    let words = places.iter().flat_map(|place| {
+        let Outcome { loss, tokens } = &outcomes[*place];
+        [*place as u32, loss.to_bits(), tokens.len() as u32].into_iter().chain(tokens.iter().copied())
+    });
+    let bytes: Vec<u8> = words.flat_map(u32::to_le_bytes).collect();
+    for bytes in gather_bytes(group, &bytes)? {
+        let mut words = bytes.as_chunks().0.iter().map(|word| u32::from_le_bytes(*word));
+        while let (Some(place), Some(loss), Some(count)) = (words.next(), words.next(), words.next()) {
+            let tokens = words.by_ref().take(count as usize).collect();
+            outcomes[place as usize] = Outcome { loss: f32::from_bits(loss), tokens };
         }
     }
     Ok(outcomes)

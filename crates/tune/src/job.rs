@@ -206,18 +206,20 @@ impl Job {
     /// # Errors
     /// As [`Self::update`].
     pub fn step(&mut self, engine: &Engine) -> Result<Update> {
-        let [gradient] = <[_; 1]>::try_from(engine.gradients(&[self.batch()])).expect("one result a job");
+        let [gradient] = <[_; 1]>::try_from(engine.gradients(&[self.batch()])?).expect("one result a job");
         self.update(gradient)
     }
 
     fn fault(&self, step: u64, fault: &JobFault) -> Error {
-        let (example, what) = match fault {
-            JobFault::Loss { example, loss } => (*example, format!("the loss is {loss}")),
-            JobFault::Gradient { example } => (*example, "the gradient is not finite".to_owned()),
+        let (example, rank, what) = match fault {
+            JobFault::Loss { example, rank, loss } => (*example, *rank, format!("the loss is {loss}")),
+            JobFault::Gradient { example, rank } => {
+                (*example, *rank, "the gradient is not finite".to_owned())
+            }
             JobFault::Refused { what } => return Error::Stopped { step: step + 1, what: what.clone() },
         };
         let text = &self.data.texts[self.order.batch(step)[example]];
-        Error::NonFinite { step: step + 1, what, index: text.index, line: text.line }
+        Error::NonFinite { step: step + 1, rank, what, index: text.index, line: text.line }
     }
 }
 

@@ -18,6 +18,7 @@ pub mod optimizer;
 mod order;
 pub mod peft;
 pub mod prompt;
+pub mod ranks;
 pub mod recipe;
 pub mod reduce;
 mod run_dir;

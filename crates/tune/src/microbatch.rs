@@ -37,6 +37,20 @@ pub(crate) fn cut(costs: &[usize], budget: usize) -> Vec<Range<usize>> {
     runs
 }
 
+/// To which of `count` replicas each example goes, so that all have about as many tokens: the longest first, each to the one
+/// that has the fewest so far (Graham 1969).
+pub(crate) fn deal(costs: &[usize], count: usize) -> Vec<usize> {
+    let mut places: Vec<usize> = (0..costs.len()).collect();
+    places.sort_by_key(|place| std::cmp::Reverse(costs[*place]));
+    let (mut tokens, mut replicas) = (vec![0; count], vec![0; costs.len()]);
+    for place in places {
+        let fewest = (0..count).min_by_key(|replica| tokens[*replica]).unwrap_or_default();
+        tokens[fewest] += costs[place];
+        replicas[place] = fewest;
+    }
+    replicas
+}
+
 /// Bytes that a training pass keeps for each token of a microbatch.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct TokenMemory {
@@ -114,6 +128,35 @@ mod tests {
                 prop_assert!(!run.is_empty() && (tokens <= budget || run.len() == 1));
             }
         }
+    }
+
+    proptest! {
+        #[test]
+        fn replicas_have_about_as_many_tokens_each(
+            costs in prop::collection::vec(1usize..300, 0..60),
+            count in 1usize..9,
+        ) {
+            let replicas = deal(&costs, count);
+            let of = |replica| (0..costs.len()).filter(|i| replicas[*i] == replica).map(|i| costs[i]).sum::<usize>();
+            let tokens: Vec<usize> = (0..count).map(of).collect();
+            let (most, least) = (tokens.iter().max().unwrap(), tokens.iter().min().unwrap());
+            // The fullest had no more than the emptiest before it got its last example.
+            prop_assert!(most - least <= costs.iter().copied().max().unwrap_or(0), "{:?}", tokens);
+            prop_assert_eq!(tokens.iter().sum::<usize>(), costs.iter().sum::<usize>());
+        }
+    }
+
+    #[test]
+    fn the_benchmark_batch_is_dealt_evenly() {
+        let lengths = [
+            96, 82, 131, 95, 64, 111, 195, 158, 58, 41, 61, 91, 22, 78, 42, 57, 64, 74, 114, 167, 82, 203,
+            60, 110, 154, 94, 57, 51, 68, 102, 48, 79,
+        ];
+        let costs = lengths.map(|length| length + 104);
+        let replicas = deal(&costs, 2);
+        let first: usize = (0..32).filter(|i| replicas[*i] == 0).map(|i| costs[i]).sum();
+        let all: usize = costs.iter().sum();
+        assert!((2 * first).abs_diff(all) * 100 < all, "{first} of {all}");
     }
 
     #[test]

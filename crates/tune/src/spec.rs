@@ -36,6 +36,16 @@ choices! {
     }
 }
 
+choices! {
+    /// What carries numbers between ranks.
+    Backend, "collective" {
+        /// Ranks are threads of one process.
+        Local => "local",
+        /// Ranks are processes, on one machine or many.
+        Gloo => "gloo",
+    }
+}
+
 impl From<Precision> for DType {
     fn from(precision: Precision) -> Self {
         match precision {
@@ -109,7 +119,7 @@ partial_spec! {
     dtype: Precision,
     tp: usize,
     dp: usize,
-    collective: String,
+    collective: Backend,
     microbatch_tokens: usize,
     recompute: Recompute,
     skip_bad_records: bool,
@@ -162,6 +172,7 @@ impl PartialSpec {
             dtype: Some(Precision::Bf16),
             tp: Some(1),
             dp: Some(1),
+            collective: Some(Backend::Local),
             recompute: Some(Recompute::Auto),
             skip_bad_records: Some(false),
             allow_other_backbone: Some(false),
@@ -251,10 +262,12 @@ pub struct TrainSpec {
     pub device: String,
     /// Type of the backbone's weights.
     pub dtype: Precision,
-    /// Ranks that share a backbone: 1.
+    /// Ranks that share a backbone.
     pub tp: usize,
-    /// Replicas of the backbone: 1.
+    /// Replicas of the backbone.
     pub dp: usize,
+    /// What carries numbers between ranks.
+    pub collective: Backend,
     /// Tokens that go through the backbone at once; chosen from the model and the free memory where none are given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub microbatch_tokens: Option<usize>,
@@ -275,7 +288,8 @@ pub struct TrainSpec {
 /// The file in a run's directory that holds its specification.
 pub const RUN_FILE: &str = "run.toml";
 
-/// Fields that may differ when a run goes on: they change no number of it, or name things whose content is compared.
+/// Fields that may differ when a run goes on: they change no number of it (another `tp` rounds differently, and checkpoints
+/// are its all the same), or name things whose content is compared.
 const FREE_ON_RESUME: &[&str] = &[
     "model",
     "train",
@@ -284,6 +298,9 @@ const FREE_ON_RESUME: &[&str] = &[
     "checkpoint-every",
     "keep",
     "patience",
+    "tp",
+    "dp",
+    "collective",
     "microbatch-tokens",
     "recompute",
     "threads",

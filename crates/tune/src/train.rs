@@ -2,8 +2,11 @@
 
 use std::{
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
     time::Instant,
 };
+
+use incipit_collective::{Mesh, Options, Ranks, broadcast_bytes, gather_bytes};
 
 use crate::{
     Error, Result,
@@ -14,8 +17,9 @@ use crate::{
     init::{Sources, initial_prompt},
     job::{Job, JobSpec, Update},
     log::{Line, MetricsLog},
+    ranks,
     run_dir::{PROMPT_FILE, RunDir},
-    spec::TrainSpec,
+    spec::{Backend, TrainSpec},
     task::Task,
 };
 
@@ -115,26 +119,71 @@ pub struct Outcome {
     pub prompt: Option<PathBuf>,
 }
 
-/// Trains a prompt: loads the backbone and carries the run to its end, or on from where it was left.
+/// Trains a prompt: loads the backbone and carries the run to its end, or on from where it was left. Where `spec` asks for several
+/// ranks, they are threads of this process; `options` says how long they wait for each other.
 ///
 /// # Errors
 /// Whatever of the specification, the files and the numbers is wrong. Nothing half-written is left behind, and what was
 /// saved before stays.
-pub fn train(spec: &TrainSpec, control: &Control, observer: &mut dyn Observer) -> Result<Outcome> {
-    let Some(threads) = spec.threads else { return load_and_train(spec, control, observer) };
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-    let pool = pool.map_err(|cause| Error::Threads { cause: cause.to_string() })?;
-    pool.install(|| load_and_train(spec, control, observer))
+pub fn train(
+    spec: &TrainSpec,
+    options: &Options,
+    control: &Control,
+    observer: &mut dyn Observer,
+) -> Result<Outcome> {
+    if spec.collective != Backend::Local {
+        let what = "is for several processes, each of them one rank; start them with `incipit launch`";
+        return Err(Error::spec("collective", &format!("{} {what}", spec.collective)));
+    }
+    let mesh = Mesh::new(spec.tp, spec.dp, spec.tp.saturating_mul(spec.dp))?;
+    if mesh.world() == 1 && spec.threads.is_none() {
+        return train_as_rank(spec, Ranks::alone(), control, observer);
+    }
+    let observer = Mutex::new(observer);
+    let results = ranks::on_threads(mesh, spec.threads, options, |ranks| {
+        if !ranks.leads() {
+            return train_as_rank(spec, ranks, control, &mut ());
+        }
+        let mut observer = observer.lock().unwrap_or_else(PoisonError::into_inner);
+        train_as_rank(spec, ranks, control, &mut **observer)
+    });
+    Ok(ranks::first_cause(results, Error::is_echo)?.swap_remove(0))
 }
 
-fn load_and_train(spec: &TrainSpec, control: &Control, observer: &mut dyn Observer) -> Result<Outcome> {
+/// Trains a prompt as one of several ranks, which are all told the same. Rank 0 alone writes files and tells its observer what
+/// happens; a request to stop may come to any of them.
+///
+/// # Errors
+/// As [`train`]; also if an exchange with another rank fails ([`Error::is_echo`] if that one failed first).
+pub fn train_as_rank(
+    spec: &TrainSpec,
+    ranks: Ranks,
+    control: &Control,
+    observer: &mut dyn Observer,
+) -> Result<Outcome> {
+    let ranks = Arc::new(ranks);
+    let trained = load_and_train(spec, &ranks, control, observer);
+    if let Err(error) = &trained {
+        // So that the others can say why they end.
+        ranks.abort(&error.to_string());
+    }
+    trained
+}
+
+fn load_and_train(
+    spec: &TrainSpec,
+    ranks: &Arc<Ranks>,
+    control: &Control,
+    observer: &mut dyn Observer,
+) -> Result<Outcome> {
     // Before the backbone, which may take minutes.
-    let dir = RunDir::open(spec)?;
-    let backbone = Backbone::load(&spec.model, spec.dtype, spec.engine_options())?;
+    let dir = if ranks.leads() { Some(RunDir::open(spec)?) } else { None };
+    let backbone = Backbone::load_on(&spec.model, spec.dtype, spec.engine_options(), ranks)?;
     Run::begin(spec, &backbone, dir, control, observer)?.carry_on()
 }
 
 /// Trains a prompt on a backbone that is loaded already; `spec.model` and what says how to load and run it are not looked at.
+/// Where several ranks have the backbone, each makes this call.
 ///
 /// # Errors
 /// As [`train`].
@@ -144,7 +193,8 @@ pub fn train_on(
     control: &Control,
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
-    Run::begin(spec, backbone, RunDir::open(spec)?, control, observer)?.carry_on()
+    let dir = if backbone.engine.ranks().leads() { Some(RunDir::open(spec)?) } else { None };
+    Run::begin(spec, backbone, dir, control, observer)?.carry_on()
 }
 
 struct Run<'a> {
@@ -152,8 +202,8 @@ struct Run<'a> {
     backbone: &'a Backbone,
     control: &'a Control,
     observer: &'a mut dyn Observer,
-    dir: RunDir,
-    log: MetricsLog,
+    /// On rank 0.
+    files: Option<Files>,
     task: Task,
     job: Job,
     best: Option<Best>,
@@ -164,17 +214,24 @@ struct Run<'a> {
     saved: Option<u64>,
 }
 
+/// What a run writes.
+struct Files {
+    dir: RunDir,
+    log: MetricsLog,
+}
+
 impl<'a> Run<'a> {
     fn begin(
         spec: &'a TrainSpec,
         backbone: &'a Backbone,
-        dir: RunDir,
+        dir: Option<RunDir>,
         control: &'a Control,
         observer: &'a mut dyn Observer,
     ) -> Result<Self> {
         let mut task = Task::load(spec, &backbone.tokenizer, backbone.config().vocab_size)?;
         let mut warnings = std::mem::take(&mut task.warnings);
-        let earlier = dir.newest(&mut warnings)?;
+        agree(spec, backbone, &task)?;
+        let earlier = newest(dir.as_ref(), backbone.engine.ranks(), &mut warnings)?;
         let job = match &earlier {
             Some(earlier) => resumed(spec, backbone, &task, earlier)?,
             None => started(spec, backbone, &task, &mut warnings)?,
@@ -185,13 +242,9 @@ impl<'a> Run<'a> {
                 spec.out.display()
             ));
         }
-        dir.begin(spec)?;
         let state = earlier.map(|earlier| earlier.state);
-        if let Some(state) = &state {
-            dir.settle(state, spec.keep)?;
-        }
         let evaluated = state.as_ref().map_or(0, |state| state.evaluated);
-        let log = MetricsLog::open(&spec.out, job.num_steps(), evaluated)?;
+        let files = dir.map(|dir| Files::begin(dir, spec, job.num_steps(), state.as_ref())).transpose()?;
         for warning in &warnings {
             observer.on(&Event::Warning(warning));
         }
@@ -200,8 +253,7 @@ impl<'a> Run<'a> {
             backbone,
             control,
             observer,
-            dir,
-            log,
+            files,
             task,
             job,
             best: state.as_ref().and_then(|state| state.best),
@@ -227,7 +279,7 @@ impl<'a> Run<'a> {
     fn carry_on(mut self) -> Result<Outcome> {
         let end = loop {
             let evaluated = self.evaluate_if_due()?;
-            let end = self.end(evaluated);
+            let end = self.end(evaluated)?;
             if end.is_some() || self.checkpoint_due() {
                 self.checkpoint()?;
             }
@@ -236,7 +288,9 @@ impl<'a> Run<'a> {
             }
             self.step()?;
         };
-        self.dir.publish(&self.backbone.base_model())?;
+        if let Some(files) = &self.files {
+            files.dir.publish(&self.backbone.base_model())?;
+        }
         let prompt = self.spec.out.join(PROMPT_FILE);
         let outcome = Outcome {
             end,
@@ -250,24 +304,30 @@ impl<'a> Run<'a> {
     }
 
     /// Why the run ends here, if it does. `evaluated` is false if someone asked to stop in the middle of an evaluation.
-    fn end(&self, evaluated: bool) -> Option<End> {
+    fn end(&self, evaluated: bool) -> Result<Option<End>> {
         let patience = self.spec.patience.map_or(u64::MAX, u64::from);
-        if !evaluated {
+        let end = if !evaluated {
             Some(End::Requested)
         } else if self.job.num_steps() >= self.spec.steps {
             Some(End::Steps)
         } else if self.evaluations_since_best >= patience {
             Some(End::Patience)
         } else {
-            self.control.stop_requested().then_some(End::Requested)
-        }
+            // All ranks leave after the same step.
+            ranks::any(self.backbone.engine.ranks(), self.control.stop_requested())?.then_some(End::Requested)
+        };
+        Ok(end)
+    }
+
+    fn log(&mut self, line: &Line) -> Result<()> {
+        self.files.as_mut().map_or(Ok(()), |files| files.log.write(line))
     }
 
     fn step(&mut self) -> Result<()> {
         let start = Instant::now();
         let update = self.job.step(&self.backbone.engine)?;
         let seconds = start.elapsed().as_secs_f64();
-        self.log.write(&Line::update(&update, seconds))?;
+        self.log(&Line::update(&update, seconds))?;
         self.observer.on(&Event::Step { update: &update, seconds });
         Ok(())
     }
@@ -300,7 +360,7 @@ impl<'a> Run<'a> {
         self.evaluations_since_best = if best { 0 } else { self.evaluations_since_best + 1 };
         self.evaluated = step;
         self.saved = None;
-        self.log.write(&Line::evaluation(step, &evaluation, seconds))?;
+        self.log(&Line::evaluation(step, &evaluation, seconds))?;
         self.observer.on(&Event::Evaluated { step, evaluation: &evaluation, best, seconds });
         Ok(true)
     }
@@ -335,19 +395,59 @@ impl<'a> Run<'a> {
         };
         let optimizer = self.job.optimizer_state();
         let checkpoint = Checkpoint { prompt: self.job.prompt().clone(), optimizer, state };
-        self.log.sync()?;
-        let path = self.dir.store.save(&checkpoint)?;
-        if self.best.is_some_and(|best| best.step == step) {
-            self.dir.store.mark_best(step)?;
-        }
-        self.dir.store.prune(self.spec.keep)?;
-        if self.best.is_none_or(|best| best.step == step) {
-            self.dir.publish(&self.backbone.base_model())?;
-        }
         self.saved = Some(step);
+        let Some(Files { dir, log }) = &mut self.files else { return Ok(()) };
+        log.sync()?;
+        let path = dir.store.save(&checkpoint)?;
+        if self.best.is_some_and(|best| best.step == step) {
+            dir.store.mark_best(step)?;
+        }
+        dir.store.prune(self.spec.keep)?;
+        if self.best.is_none_or(|best| best.step == step) {
+            dir.publish(&self.backbone.base_model())?;
+        }
         self.observer.on(&Event::Checkpointed { step, path: &path });
         Ok(())
     }
+}
+
+impl Files {
+    fn begin(dir: RunDir, spec: &TrainSpec, num_steps: u64, state: Option<&TrainState>) -> Result<Self> {
+        dir.begin(spec)?;
+        if let Some(state) = state {
+            dir.settle(state, spec.keep)?;
+        }
+        let log = MetricsLog::open(&spec.out, num_steps, state.map_or(0, |state| state.evaluated))?;
+        Ok(Self { dir, log })
+    }
+}
+
+/// Checks that all ranks were told the same: what differs would otherwise spoil the sums that they make together.
+fn agree(spec: &TrainSpec, backbone: &Backbone, task: &Task) -> Result<()> {
+    let (fingerprint, identity) = (backbone.fingerprint.to_string(), spec.identity_hash());
+    let schedule =
+        format!("{} {} {} {:?}", spec.steps, spec.eval_every, spec.checkpoint_every, spec.patience);
+    let own = [
+        ("another specification", identity + &schedule),
+        ("other training data", task.train_hash.clone()),
+        ("other evaluation data", task.eval_hash.clone().unwrap_or_default()),
+        ("another backbone", fingerprint),
+    ];
+    for (what, value) in own {
+        let all = gather_bytes(&**backbone.engine.ranks().world(), value.as_bytes())?;
+        if let Some(rank) = all.iter().position(|other| *other != all[0]) {
+            return Err(Error::RanksDiffer { rank, what });
+        }
+    }
+    Ok(())
+}
+
+/// The checkpoint to go on from, which rank 0 reads and sends to the others.
+fn newest(dir: Option<&RunDir>, ranks: &Ranks, warnings: &mut Vec<String>) -> Result<Option<Checkpoint>> {
+    let found = dir.map(|dir| dir.newest(warnings)).transpose()?.flatten();
+    let bytes = found.as_ref().map(Checkpoint::to_bytes).transpose()?.unwrap_or_default();
+    let bytes = broadcast_bytes(&**ranks.world(), &bytes, 0)?;
+    if ranks.leads() || bytes.is_empty() { Ok(found) } else { Checkpoint::from_bytes(&bytes).map(Some) }
 }
 
 /// A job before its first step.

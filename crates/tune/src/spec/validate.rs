@@ -57,6 +57,7 @@ pub(super) fn whole(layers: PartialSpec, resume: bool) -> Result<TrainSpec> {
         dtype: defaulted(layers.dtype),
         tp: defaulted(layers.tp),
         dp: defaulted(layers.dp),
+        collective: defaulted(layers.collective),
         microbatch_tokens: layers.microbatch_tokens,
         recompute: defaulted(layers.recompute),
         skip_bad_records: defaulted(layers.skip_bad_records),
@@ -121,17 +122,6 @@ fn refuse_what_is_not_built(layers: &PartialSpec) -> Result<()> {
         }
         Some(device) => return refused("device", format!("{device} is unknown"), "pass --device cpu")?,
     }
-    let one_process = "this version trains in one process: pass 1, or leave it out";
-    if layers.tp.is_some_and(|tp| tp != 1) {
-        return refused("tp", "other than 1 is not built into this version", one_process);
-    }
-    if layers.dp.is_some_and(|dp| dp != 1) {
-        return refused("dp", "other than 1 is not built into this version", one_process);
-    }
-    if let Some(collective) = &layers.collective {
-        let problem = format!("{collective} is not built into this version");
-        return refused("collective", problem, "one process exchanges nothing: leave it out");
-    }
     Ok(())
 }
 
@@ -143,7 +133,7 @@ fn prompt_init(text: &str, recipe: Recipe) -> Result<PromptInit> {
 }
 
 fn check_counts(spec: &TrainSpec) -> Result<()> {
-    let counts: [(&'static str, Option<u64>); 11] = [
+    let counts: [(&'static str, Option<u64>); 13] = [
         ("prompt-length", Some(spec.prompt_length as u64)),
         ("batch-size", Some(spec.batch_size as u64)),
         ("steps", Some(spec.steps)),
@@ -155,6 +145,8 @@ fn check_counts(spec: &TrainSpec) -> Result<()> {
         ("patience", spec.patience.map(u64::from)),
         ("microbatch-tokens", spec.microbatch_tokens.map(|n| n as u64)),
         ("threads", spec.threads.map(|n| n as u64)),
+        ("tp", Some(spec.tp as u64)),
+        ("dp", Some(spec.dp as u64)),
     ];
     if let Some((flag, _)) = counts.into_iter().find(|(_, count)| *count == Some(0)) {
         return refused(flag, "is 0", "pass at least 1, or leave it out");

@@ -52,7 +52,7 @@ impl Owned {
 }
 
 fn alone(engine: &Engine, job: &Owned) -> Result<JobGradient, JobFault> {
-    engine.gradients(&[job.batch()]).pop().unwrap()
+    engine.gradients(&[job.batch()]).unwrap().pop().unwrap()
 }
 
 /// Bits, so that even the sign of a zero counts.
@@ -90,7 +90,7 @@ fn seven_neighbours_with_other_prompts_change_no_bit() {
             })
             .collect();
         let batches: Vec<JobBatch<'_>> = jobs.iter().map(Owned::batch).collect();
-        for (n, together) in engine.gradients(&batches).into_iter().enumerate() {
+        for (n, together) in engine.gradients(&batches).unwrap().into_iter().enumerate() {
             let together = together.unwrap();
             assert_eq!(bits(&together), bits(&alone(&engine, &jobs[n]).unwrap()), "job {n}");
         }
@@ -128,7 +128,7 @@ fn dropout_draws_by_key_and_nothing_else() {
     assert_eq!(bits(&alone(&engine, &job).unwrap()), bits(&first));
     let mut other = job.batch();
     other.keys.iter_mut().for_each(|key| *key += 1);
-    assert_ne!(bits(engine.gradients(&[other])[0].as_ref().unwrap()), bits(&first));
+    assert_ne!(bits(engine.gradients(&[other]).unwrap()[0].as_ref().unwrap()), bits(&first));
 }
 
 #[test]
@@ -139,9 +139,9 @@ fn a_number_that_is_none_ends_its_job_and_leaves_the_neighbours_bits() {
     let bad = vec![f32::INFINITY; 4 * config().d_model];
     jobs[2].prompt = Tensor::from_vec(bad, (4, config().d_model), &Device::Cpu).unwrap();
     let batches: Vec<JobBatch<'_>> = jobs.iter().map(Owned::batch).collect();
-    let results = engine.gradients(&batches);
+    let results = engine.gradients(&batches).unwrap();
     assert!(
-        matches!(results[1], Err(JobFault::Loss { example: 3, loss }) if loss.is_nan()),
+        matches!(results[1], Err(JobFault::Loss { example: 3, loss, rank: 0 }) if loss.is_nan()),
         "{:?}",
         results[1]
     );
@@ -158,7 +158,7 @@ fn an_example_that_the_model_refuses_ends_its_job_alone() {
     let mut jobs: Vec<Owned> = (0..3).map(|n| Owned::new(20 + n, 3, 4, PAPER)).collect();
     jobs[1].examples[2].input[0] = 999;
     let batches: Vec<JobBatch<'_>> = jobs.iter().map(Owned::batch).collect();
-    let results = engine.gradients(&batches);
+    let results = engine.gradients(&batches).unwrap();
     let fault = results[1].as_ref().unwrap_err().to_string();
     assert!(fault.contains("999"), "{fault}");
     for n in [0, 2] {
@@ -214,7 +214,7 @@ fn jobs_trained_together_get_the_prompts_that_they_get_alone() {
     let mut together: Vec<Job> = (0..4).map(job).collect();
     for _ in 0..12 {
         let batches: Vec<JobBatch<'_>> = together.iter().map(Job::batch).collect();
-        let gradients = engine.gradients(&batches);
+        let gradients = engine.gradients(&batches).unwrap();
         for (job, gradient) in together.iter_mut().zip(gradients) {
             job.update(gradient).unwrap();
         }

@@ -1,5 +1,6 @@
 //! Bad input: one clear message that names the thing and the mend, and nothing half-written.
 
+use incipit_collective::Options;
 use std::fs;
 
 use incipit_tune::{
@@ -43,7 +44,10 @@ fn a_run_that_was_refused_leaves_nothing_and_can_be_mended() {
     contains(&refusal(&backbone, &spec), &["--batch-size is 100", "44 training examples", "pass at most 44"]);
     assert!(!spec.out.exists());
     let missing = TrainSpec { model: files.path("no-such-model").display().to_string(), ..files.spec("out") };
-    contains(&train(&missing, &Control::new(), &mut ()).unwrap_err().to_string(), &["no-such-model"]);
+    contains(
+        &train(&missing, &Options::default(), &Control::new(), &mut ()).unwrap_err().to_string(),
+        &["no-such-model"],
+    );
     assert!(!spec.out.exists());
     train_on(&backbone, &files.spec("out"), &Control::new(), &mut ()).unwrap();
 }
