@@ -8,7 +8,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use incipit_tune::spec::Precision;
 
-use crate::commands::{bench, convert, demo, doctor, eval, generate, inspect, train};
+use crate::commands::{bench, convert, demo, doctor, eval, generate, inspect, launch, train};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Red.on_default().bold())
@@ -27,6 +27,7 @@ Exit codes:
   1    something failed: a file could not be written, memory ran out
   2    what was given cannot be used: flags, files, data (the message says what to change)
   3    training stopped at a loss or gradient that was not finite; nothing was updated by it
+  4    another rank failed first: its message tells why
   130  interrupted; `train` saved a checkpoint first, go on with --resume
 
 Results go to standard output, all else to standard error.";
@@ -60,7 +61,8 @@ pub(crate) struct Global {
     /// Print results as JSON instead of tables
     #[arg(long, global = true)]
     pub(crate) json: bool,
-    /// Threads to compute with (results do not depend on it) [default: all cores]
+    /// Threads of this process to compute with (results do not depend on it) [default: all cores, shared with the other
+    /// ranks on this machine]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Option<u16>,
     /// Say more on standard error (-vv: still more)
@@ -91,6 +93,8 @@ pub(crate) enum Command {
     /// Time the engine on this machine
     #[command(subcommand)]
     Bench(bench::BenchCommand),
+    /// Start the ranks of a command as processes, and see to it that they end together
+    Launch(launch::LaunchArgs),
     /// Say what this machine has, what this build uses of it, and what is missing
     Doctor(doctor::DoctorArgs),
 }

@@ -8,4 +8,5 @@ pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod generate;
 pub(crate) mod inspect;
+pub(crate) mod launch;
 pub(crate) mod train;

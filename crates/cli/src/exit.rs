@@ -14,6 +14,8 @@ pub(crate) enum Exit {
     Usage = 2,
     /// A loss or gradient was not finite, and training stopped before it did harm.
     NonFinite = 3,
+    /// Another rank failed first; this one could not go on without it.
+    OtherRank = 4,
     /// Stopped by Ctrl-C or a termination signal.
     Interrupted = 130,
 }
@@ -21,6 +23,14 @@ pub(crate) enum Exit {
 impl From<Exit> for ExitCode {
     fn from(exit: Exit) -> Self {
         ExitCode::from(exit as u8)
+    }
+}
+
+impl From<i32> for Exit {
+    /// What another process of this program meant by its exit code.
+    fn from(code: i32) -> Self {
+        let all = [Self::Ok, Self::Usage, Self::NonFinite, Self::OtherRank, Self::Interrupted];
+        all.into_iter().find(|exit| *exit as i32 == code).unwrap_or(Self::Failure)
     }
 }
 
@@ -58,12 +68,12 @@ pub(crate) fn report(error: &anyhow::Error) -> Exit {
     if error.downcast_ref::<OutputClosed>().is_some() {
         return Exit::Ok;
     }
-    eprintln!("error: {}", sentence(error));
+    crate::progress::tell(&format!("error: {}", sentence(error)));
     of(error)
 }
 
 /// The whole chain of causes as one line; a cause that the message before it already tells is left out.
-fn sentence(error: &anyhow::Error) -> String {
+pub(crate) fn sentence(error: &anyhow::Error) -> String {
     let mut text = String::new();
     for cause in error.chain().map(ToString::to_string) {
         if text.is_empty() {
@@ -77,7 +87,20 @@ fn sentence(error: &anyhow::Error) -> String {
 
 /// The exit code that an error deserves: that of the first cause which has one.
 fn of(error: &anyhow::Error) -> Exit {
+    if is_echo(error) {
+        return Exit::OtherRank;
+    }
     error.chain().find_map(of_cause).unwrap_or(Exit::Failure)
+}
+
+/// Whether the error only tells that another rank has failed.
+pub(crate) fn is_echo(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        let tune = cause.downcast_ref::<incipit_tune::Error>().map(incipit_tune::Error::is_echo);
+        let collective =
+            || cause.downcast_ref::<incipit_collective::Error>().map(incipit_collective::Error::is_echo);
+        tune.or_else(collective).unwrap_or(false)
+    })
 }
 
 fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
@@ -88,7 +111,8 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     let model = || cause.downcast_ref::<incipit_model::Error>().map(of_model);
     let weights = || cause.downcast_ref::<incipit_weights::Error>().map(of_weights);
     let data = || cause.downcast_ref::<incipit_data::Error>().map(of_data);
-    tune.or_else(model).or_else(weights).or_else(data)
+    let collective = || cause.downcast_ref::<incipit_collective::Error>().map(of_collective);
+    tune.or_else(model).or_else(weights).or_else(data).or_else(collective)
 }
 
 fn of_tune(error: &incipit_tune::Error) -> Exit {
@@ -105,7 +129,16 @@ fn of_tune(error: &incipit_tune::Error) -> Exit {
         Error::Data(error) => of_data(error),
         Error::Weights(error) => of_weights(error),
         Error::Model(error) => of_model(error),
+        Error::Collective(error) => of_collective(error),
         _ => Exit::Usage,
+    }
+}
+
+fn of_collective(error: &incipit_collective::Error) -> Exit {
+    match error {
+        incipit_collective::Error::Mesh(_) => Exit::Usage,
+        _ if error.is_echo() => Exit::OtherRank,
+        _ => Exit::Failure,
     }
 }
 
@@ -113,8 +146,9 @@ fn of_model(error: &incipit_model::Error) -> Exit {
     use incipit_model::Error;
     match error {
         Error::Weights(error) => of_weights(error),
+        Error::Collective(error) => of_collective(error),
         Error::Kernel(_) | Error::Tensor(_) => Exit::Failure,
-        Error::Config { .. } | Error::Example { .. } | Error::Options { .. } => Exit::Usage,
+        Error::Mesh(_) | Error::Config { .. } | Error::Example { .. } | Error::Options { .. } => Exit::Usage,
     }
 }
 
@@ -163,13 +197,26 @@ mod tests {
     }
 
     #[test]
+    fn a_rank_that_failed_after_another_says_so_by_its_exit_code() {
+        let aborted = incipit_collective::Error::Aborted { rank: Some(1), reason: "disk full".to_owned() };
+        let error = anyhow::Error::new(incipit_tune::Error::from(aborted.clone())).context("training");
+        assert_eq!((of(&error), of(&aborted.into())), (Exit::OtherRank, Exit::OtherRank));
+        let mesh = crate::ranks::local_mesh(0, 1).expect_err("no mesh");
+        assert_eq!((of(&mesh), of(&anyhow!("disk full"))), (Exit::Usage, Exit::Failure));
+        for code in [0, 1, 2, 3, 4, 130] {
+            assert_eq!(Exit::from(code) as i32, code);
+        }
+        assert_eq!(Exit::from(101), Exit::Failure);
+    }
+
+    #[test]
     fn an_absent_file_is_a_usage_error_and_a_full_disk_a_failure() {
         use std::io::{Error, ErrorKind};
         assert_eq!(of_io("read", &Error::from(ErrorKind::NotFound)), Exit::Usage);
         assert_eq!(of_io("write", &Error::from(ErrorKind::StorageFull)), Exit::Failure);
         assert_eq!(of(&incipit_tune::Error::Interrupted.into()), Exit::Interrupted);
         let what = "the loss is NaN".to_owned();
-        let error = incipit_tune::Error::NonFinite { step: 3, what, index: 0, line: 1 };
+        let error = incipit_tune::Error::NonFinite { step: 3, rank: 0, what, index: 0, line: 1 };
         assert_eq!(of(&anyhow::Error::new(error).context("training")), Exit::NonFinite);
     }
 }

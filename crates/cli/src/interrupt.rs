@@ -3,6 +3,7 @@
 use incipit_tune::control::Control;
 
 use crate::exit::Exit;
+use crate::progress::note;
 
 /// From now on the first Ctrl-C (or termination signal) asks through `control`, and the second ends the program.
 ///
@@ -11,11 +12,11 @@ use crate::exit::Exit;
 pub(crate) fn stop_on_ctrl_c(control: Control) -> anyhow::Result<()> {
     ctrlc::set_handler(move || {
         if control.stop_requested() {
-            eprintln!("left at once; the last checkpoint stands");
+            note("left at once; the last checkpoint stands");
             std::process::exit(i32::from(Exit::Interrupted as u8));
         }
         control.request_stop();
-        eprintln!("\nstopping: this step is finished and a checkpoint saved (Ctrl-C again leaves at once)");
+        note("\nstopping: this step is finished and a checkpoint saved (Ctrl-C again leaves at once)");
     })?;
     Ok(())
 }

@@ -69,6 +69,11 @@ pub(crate) fn anonymous_memory() -> Option<u64> {
     kib_field("/proc/self/status", "RssAnon")
 }
 
+/// Bytes that this process has had read from disks so far, views of files included, where the system tells it.
+pub(crate) fn bytes_read() -> Option<u64> {
+    field(&std::fs::read_to_string("/proc/self/io").ok()?, "read_bytes")?.parse().ok()
+}
+
 /// Free bytes on the disk that holds `path`, for those who may write there.
 pub(crate) fn free_disk(path: &Path) -> Option<u64> {
     let disk = rustix::fs::statvfs(path).ok()?;

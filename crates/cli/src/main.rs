@@ -7,7 +7,9 @@ mod interrupt;
 mod machine;
 mod output;
 mod progress;
+mod ranks;
 mod report;
+mod supervisor;
 mod units;
 
 use std::process::ExitCode;
@@ -23,6 +25,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    take_rank(&cli.command);
     start_tracing(&cli.global);
     if cli.global.quiet {
         progress::be_quiet();
@@ -31,9 +34,10 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> anyhow::Result<Exit> {
+    ranks::end_with_launcher()?;
     machine::check_isa()?;
     let global = cli.global;
-    start_threads(global.threads)?;
+    start_threads(global.threads.or_else(|| ranks::share_of_cores().filter(|_| can_be_ranks(&cli.command))))?;
     match cli.command {
         Command::Demo(args) => commands::demo::run(&args, &global),
         Command::Train(args) => commands::train::run(*args, &global),
@@ -42,7 +46,25 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
         Command::Inspect(command) => commands::inspect::run(&command, &global),
         Command::Convert(command) => commands::convert::run(&command, &global),
         Command::Bench(command) => commands::bench::run(&command, &global),
+        Command::Launch(args) => commands::launch::run(&args, &global),
         Command::Doctor(args) => commands::doctor::run(&args, &global),
+    }
+}
+
+/// Whether several processes can do the command together.
+fn can_be_ranks(command: &Command) -> bool {
+    matches!(command, Command::Train(_) | Command::Eval(_) | Command::Generate(_) | Command::Bench(_))
+}
+
+/// Of several ranks, rank 0 alone prints results and notes.
+fn take_rank(command: &Command) {
+    let Some(rank) = ranks::rank_of_process().filter(|rank| *rank > 0 && can_be_ranks(command)) else {
+        return;
+    };
+    output::be_silent();
+    progress::be_quiet();
+    if !ranks::launched() {
+        progress::speak_as(rank);
     }
 }
 
@@ -56,7 +78,7 @@ fn start_tracing(global: &Global) {
         _ => "trace",
     };
     let filter = EnvFilter::try_from_env("INCIPIT_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-    let log = tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter);
+    let log = tracing_subscriber::fmt().with_writer(|| progress::Marked).with_env_filter(filter);
     log.with_target(global.verbose > 1).without_time().init();
 }
 

@@ -1,11 +1,19 @@
 //! Standard output: results, as a table for people or as JSON for programs. Nothing else is ever written there.
 
 use std::io::{self, BufWriter, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, TableStyle};
 
 use crate::exit::OutputClosed;
+
+static SILENT: AtomicBool = AtomicBool::new(false);
+
+/// Prints nothing from now on: rank 0 prints what all ranks found.
+pub(crate) fn be_silent() {
+    SILENT.store(true, Ordering::Relaxed);
+}
 
 /// What can be printed either way.
 pub(crate) trait Printed: serde::Serialize {
@@ -27,6 +35,9 @@ pub(crate) fn print(result: &impl Printed, json: bool) -> Result<()> {
 /// # Errors
 /// If standard output is closed or cannot be written.
 pub(crate) fn line(text: &str) -> Result<()> {
+    if SILENT.load(Ordering::Relaxed) {
+        return Ok(());
+    }
     let mut out = BufWriter::new(io::stdout().lock());
     writeln!(out, "{text}").and_then(|()| out.flush()).map_err(|error| match error.kind() {
         io::ErrorKind::BrokenPipe => OutputClosed.into(),
@@ -73,9 +84,11 @@ pub(crate) struct Lines {
 }
 
 impl Lines {
-    /// Standard output.
-    pub(crate) fn stdout() -> Self {
-        Self { to: Box::new(BufWriter::new(io::stdout())), name: "standard output".to_owned() }
+    /// Standard output; of several ranks, that of the one which leads.
+    pub(crate) fn stdout(leads: bool) -> Self {
+        let to: Box<dyn Write> =
+            if leads { Box::new(BufWriter::new(io::stdout())) } else { Box::new(io::sink()) };
+        Self { to, name: "standard output".to_owned() }
     }
 
     /// Writes one value as a line of JSON.

@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::io::IsTerminal;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use incipit_tune::atomic;
@@ -16,6 +16,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use crate::args::Global;
 use crate::commands::eval::json_lines;
 use crate::report::words;
+use crate::supervisor::prefix;
 use crate::units;
 
 /// Steps over which rates and the loss are averaged.
@@ -26,10 +27,43 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 pub(crate) const PREDICTIONS_FILE: &str = "predictions.jsonl";
 
 static QUIET: AtomicBool = AtomicBool::new(false);
+/// What marks this process's lines; 0, which speaks for all, has no mark.
+static RANK: AtomicUsize = AtomicUsize::new(0);
 
 /// Leaves out all notes from now on.
 pub(crate) fn be_quiet() {
     QUIET.store(true, Ordering::Relaxed);
+}
+
+/// Marks warnings and errors as those of a rank from now on.
+pub(crate) fn speak_as(rank: usize) {
+    RANK.store(rank, Ordering::Relaxed);
+}
+
+/// Says a line, as this process's rank.
+pub(crate) fn tell(line: &str) {
+    eprintln!("{}{line}", mark());
+}
+
+fn mark() -> String {
+    match RANK.load(Ordering::Relaxed) {
+        0 => String::new(),
+        rank => prefix(rank),
+    }
+}
+
+/// Standard error, for the libraries' log: one write is one message.
+pub(crate) struct Marked;
+
+impl std::io::Write for Marked {
+    fn write(&mut self, message: &[u8]) -> std::io::Result<usize> {
+        std::io::stderr().lock().write_all(&[mark().as_bytes(), message].concat())?;
+        Ok(message.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        std::io::stderr().flush()
+    }
 }
 
 /// Says something that is good to know.
@@ -41,7 +75,7 @@ pub(crate) fn note(text: &str) {
 
 /// Says something that should be known.
 pub(crate) fn warn(text: &str) {
-    eprintln!("warning: {text}");
+    tell(&format!("warning: {text}"));
 }
 
 /// A mark that turns while something takes its time; it goes away when it is dropped.

@@ -5,7 +5,7 @@ mod common;
 use std::fmt::Write as _;
 use std::path::Path;
 
-const COMMANDS: [&[&str]; 13] = [
+const COMMANDS: [&[&str]; 15] = [
     &[],
     &["demo"],
     &["train"],
@@ -18,6 +18,8 @@ const COMMANDS: [&[&str]; 13] = [
     &["convert", "model"],
     &["convert", "prompt"],
     &["bench", "step"],
+    &["bench", "collective"],
+    &["launch"],
     &["doctor"],
 ];
 
@@ -34,10 +36,16 @@ Results go to standard output, all else to standard error. Where a command print
 | 1 | something failed: a file could not be written, memory ran out |
 | 2 | what was given cannot be used: flags, files, data |
 | 3 | training stopped at a loss or gradient that was not finite; nothing was updated by it |
+| 4 | another rank failed first: its message tells why |
 | 130 | interrupted; `train` saved a checkpoint first, `--resume` goes on |
 
 `INCIPIT_ISA` (`avx512bf16`, `avx512`, `avx2` or `portable`) chooses the kernels by hand; `INCIPIT_LOG` takes a filter for the log on
 standard error, such as `incipit_tune=debug`.
+
+With `--collective gloo` a process is one rank of several. `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` say which, as torchrun
+sets them (`SLURM_PROCID` and `SLURM_NTASKS` where the first two are absent); `INCIPIT_STORE` (`tcp://HOST:PORT` or `file:/DIRECTORY`)
+names another place to meet, and `INCIPIT_EPOCH` counts the starts at one place: ranks of an earlier start are refused.
+`incipit launch` sets all of them itself.
 ";
 
 #[test]
@@ -66,11 +74,11 @@ fn the_documented_help_is_the_programs() {
 #[test]
 fn help_names_no_command_that_is_not_there() {
     let help = common::incipit(&["--help"]).ok().stdout;
-    for absent in ["launch", "coordinator", "worker", "cuda", "nccl", "gloo"] {
+    for absent in ["coordinator", "worker", "cuda", "nccl"] {
         assert!(!help.contains(absent), "{absent}");
     }
     let train = common::incipit(&["train", "--help"]).ok().stdout;
-    for absent in ["--tp", "--dp", "--collective", "cuda", "nccl", "gloo"] {
+    for absent in ["cuda", "nccl"] {
         assert!(!train.contains(absent), "{absent}");
     }
 }

@@ -35,16 +35,37 @@ fn what_a_run_lacks_is_named() {
 #[test]
 fn what_is_not_built_is_refused_and_never_replaced() {
     let dir = tempfile::tempdir().expect("a directory");
-    for (flag, value) in [
-        ("--device", "cuda:0"),
-        ("--tp", "2"),
-        ("--dp", "2"),
-        ("--collective", "nccl"),
-        ("--collective", "gloo"),
-    ] {
+    for (flag, value) in [("--device", "cuda:0"), ("--collective", "nccl"), ("--collective", "mpi")] {
         refused(&train(dir.path(), "run", &[flag, value]), &[flag]);
     }
+    if !cfg!(feature = "gloo") {
+        let ran = train(dir.path(), "run", &["--collective", "gloo"]);
+        refused(&ran, &["without gloo", "--features gloo", "--collective local"]);
+        refused(&incipit(&["launch", "--nproc", "2", "--", "train"]), &["without gloo", "--features gloo"]);
+    }
     refused(&train(dir.path(), "run", &["--dtype", "f16"]), &["bf16", "f32"]);
+    assert!(!dir.path().join("run").exists(), "a refused run leaves nothing");
+}
+
+#[test]
+fn ranks_that_the_model_does_not_divide_by_are_refused_with_those_that_do() {
+    let dir = tempfile::tempdir().expect("a directory");
+    refused(&train(dir.path(), "run", &["--tp", "3"]), &["heads", "--tp of 1, 2 or 4"]);
+    refused(&train(dir.path(), "run", &["--dp", "0"]), &["--dp is 0"]);
+    let model = demo("model");
+    refused(&incipit(&["generate", "--model", &model, "--input", "x", "--tp", "0"]), &["--tp is 0"]);
+}
+
+#[test]
+fn one_of_several_processes_does_not_do_the_work_of_all() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let args = common::train_args(dir.path(), "run", &[]);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let ran = command(&args).envs([("RANK", "0"), ("WORLD_SIZE", "2")]).output().expect("the program starts");
+    refused(&ran.into(), &["RANK=0 and WORLD_SIZE=2", "--collective gloo"]);
+    let slurm = [("SLURM_PROCID", "1"), ("SLURM_NTASKS", "2")];
+    let ran: Ran = command(&args).envs(slurm).output().expect("the program starts").into();
+    refused(&ran, &["[rank 1] error: SLURM_PROCID=1 and SLURM_NTASKS=2"]);
     assert!(!dir.path().join("run").exists(), "a refused run leaves nothing");
 }
 

@@ -64,6 +64,49 @@ fn threads_do_not_change_the_bytes() {
 }
 
 #[test]
+fn replicas_do_not_change_the_bytes_and_a_run_goes_on_with_another_number_of_them() {
+    let dir = tempfile::tempdir().expect("a directory");
+    train(dir.path(), "one", &["--steps", "4", "--eval-every", "2"]).ok();
+    train(dir.path(), "two", &["--steps", "2", "--eval-every", "2", "--dp", "2"]).ok();
+    let two = path(dir.path(), "two");
+    incipit(&["train", "--out", &two, "--resume", "--steps", "4", "--dp", "3"]).ok();
+    for file in ["prompt.npy", "predictions.jsonl", "last/prompt.safetensors"] {
+        let bytes = |run: &str| std::fs::read(dir.path().join(run).join(file)).expect("a file");
+        assert!(bytes("one") == bytes("two"), "{file} differs");
+    }
+}
+
+#[test]
+fn a_model_in_parts_answers_as_in_one_piece() {
+    let model = demo("model");
+    let texts =
+        (0..5).map(|i| format!("I was charged {i} times for a red lamp.")).collect::<Vec<_>>().join("\n");
+    let answers = |more: &[&str]| {
+        let args = ["generate", "--json", "--model", &model, "--dtype", "f32", "--max-new-tokens", "5"];
+        let ran = with_stdin(&[&args[..], more].concat(), &texts).ok();
+        assert_eq!(ran.stdout.lines().count(), 5, "{}", ran.stdout);
+        let output =
+            |line: &str| serde_json::from_str::<serde_json::Value>(line).expect("JSON")["output"].clone();
+        ran.stdout.lines().map(output).collect::<Vec<_>>()
+    };
+    let whole = answers(&[]);
+    for more in [["--tp", "2", "--dp", "1"], ["--tp", "1", "--dp", "3"], ["--tp", "2", "--dp", "2"]] {
+        assert_eq!(answers(&more), whole, "{more:?}");
+    }
+}
+
+#[test]
+fn bench_times_what_ranks_exchange() {
+    let args = ["bench", "collective", "--json", "--sizes", "1KB..16KB", "--ranks", "3", "--steps", "2"];
+    let seen = incipit(&args).ok().json();
+    assert_eq!((&seen["collective"], &seen["ranks"]), (&"local".into(), &3.into()));
+    let rows = seen["operations"].as_array().expect("operations");
+    assert_eq!(rows.len(), 1 + 3 + 3, "{seen}");
+    assert!(rows.iter().all(|row| row["latency_us"].as_f64().expect("a time") > 0.0), "{seen}");
+    assert_eq!(rows[3]["bytes"], 16_384, "{seen}");
+}
+
+#[test]
 fn eval_of_a_run_measures_what_the_run_measured() {
     let dir = tempfile::tempdir().expect("a directory");
     let trained = train(dir.path(), "run", &["--steps", "2", "--eval-every", "2"]).ok().json();
@@ -209,7 +252,7 @@ fn doctor_tells_what_this_build_lacks() {
     let seen = incipit(&["doctor", "--json"]).ok().json();
     assert_eq!(
         seen["build"],
-        serde_json::json!({ "cpu": true, "cuda": false, "nccl": false, "gloo": false })
+        serde_json::json!({ "cpu": true, "cuda": false, "nccl": false, "gloo": cfg!(feature = "gloo") })
     );
     let told = incipit(&["doctor"]).ok().stdout;
     assert!(told.contains("no CUDA") && told.contains(seen["kernels"].as_str().expect("a name")), "{told}");

@@ -1,8 +1,10 @@
 //! What `eval` and `generate` begin with: a backbone, perhaps a prompt, and the settings of the run that made it.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::Result;
+use incipit_collective::Ranks;
 use incipit_data::metrics::Metric;
 use incipit_data::{TaskFormat, Template};
 use incipit_tune::backbone::Backbone;
@@ -27,11 +29,11 @@ pub(crate) struct Ready {
 }
 
 /// Loads what the flags name. What they leave open is taken from the run that made the prompt, where its `run.toml` lies beside it: a
-/// prompt works with the template that it was trained with.
+/// prompt works with the template that it was trained with. Of the backbone, `ranks` have a part or a copy each.
 ///
 /// # Errors
 /// If a file is missing or broken, the prompt is another model's, or no model is named.
-pub(crate) fn load(args: &BackboneArgs, format: &FormatArgs) -> Result<Ready> {
+pub(crate) fn load(args: &BackboneArgs, format: &FormatArgs, ranks: &Arc<Ranks>) -> Result<Ready> {
     let run = match &args.prompt {
         Some(path) => run_settings(path)?,
         None => None,
@@ -54,9 +56,11 @@ pub(crate) fn load(args: &BackboneArgs, format: &FormatArgs) -> Result<Ready> {
         .ok_or_else(|| BadInput("--model is missing: give the backbone".to_owned()))?;
     let prompt =
         args.prompt.as_deref().map(|path| Prompt::read(path).map(|prompt| (path, prompt))).transpose()?;
-    note(&format!("loading {model}"));
+    if ranks.leads() {
+        note(&format!("loading {model}"));
+    }
     let options = EngineOptions { microbatch_tokens: args.microbatch_tokens, recompute: Recompute::Auto };
-    let backbone = Backbone::load(model, settings.dtype.unwrap_or(Precision::Bf16), options)?;
+    let backbone = Backbone::load_on(model, settings.dtype.unwrap_or(Precision::Bf16), options, ranks)?;
     if let Some((path, prompt)) = &prompt {
         prompt.check_width(backbone.config().d_model, path)?;
     }
@@ -81,6 +85,13 @@ fn task_format(settings: &PartialSpec) -> Result<TaskFormat> {
     }
     format.labels = settings.labels.as_deref().map(str::parse).transpose()?;
     Ok(format)
+}
+
+impl Ready {
+    /// The ranks that work together.
+    pub(crate) fn ranks(&self) -> &Ranks {
+        self.backbone.engine.ranks()
+    }
 }
 
 /// The `run.toml` of the run that a prompt's path belongs to: in the directory itself, or up to two above a file or checkpoint in it.

@@ -1,6 +1,7 @@
-//! `incipit bench step`: how long a step takes on this machine.
+//! `incipit bench`: how long things take on this machine.
 
 mod attention;
+mod collective;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -9,21 +10,25 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow};
 use candle_core::{Device, Tensor};
 use clap::{Args, Subcommand};
+use incipit_collective::{Ranks, gather_bytes};
 use incipit_data::TokenizedExample;
 use incipit_kernels::rng::Philox;
-use incipit_model::{Config, T5};
+use incipit_model::{Config, T5, TensorAxis};
 use incipit_tune::engine::{Engine, EngineOptions, JobBatch, Objective, Recompute};
 use incipit_tune::optimizer::{Optimizer, OptimizerKind};
 use incipit_tune::recipe::LossReduction;
-use incipit_tune::spec::Precision;
-use incipit_weights::{Checkpoint, Random, RandomTensor, Source};
-use serde::Serialize;
+use incipit_tune::spec::{Backend, Precision};
+use incipit_weights::{Checkpoint, Random};
+use serde::{Deserialize, Serialize};
 
 use crate::args::{Global, choice, names};
 use crate::exit::{Exit, bad_input};
 use crate::output::{self, Printed};
 use crate::progress::{self, note};
+use crate::ranks::{self, RankArgs};
 use crate::{machine, units};
+
+pub(crate) use collective::CollectiveArgs;
 
 /// The random streams of prompts and tokens.
 const PROMPT_STREAM: u64 = 1;
@@ -36,6 +41,8 @@ const MEBIBYTE: f64 = 1024.0 * 1024.0;
 pub(crate) enum BenchCommand {
     /// One training step: forward, backward to the prompt, and the optimizer's update
     Step(StepArgs),
+    /// What ranks exchange: all-reduce, all-gather and barrier, by size
+    Collective(CollectiveArgs),
 }
 
 const AFTER_HELP: &str = "\
@@ -44,9 +51,11 @@ Weights are random, in the shape of a T5 1.1 or of the config.json in a director
 Examples:
   incipit bench step --shape base --lengths 8x128
   incipit bench step --shape base --lengths 96,82,131,95,64,111,195,158 --jobs 2 --json
+  incipit bench step --shape base --lengths 8x128 --dp 2
+  incipit launch --nproc 2 -- bench step --shape ./t5-xxl --lengths 2x64 --tp 2
 
-Useful floating-point operations of a step are 4 x the parameters that a token passes x the tokens: 2 forward, 2 backward to the
-input. Recomputation is not counted.";
+Useful floating-point operations of a step are 4 x the parameters that a token passes x the tokens: 2 forward, 2 backward to the \
+input. Recomputation is not counted. Memory and bytes from disk are those of the process that has most of them.";
 
 /// Flags of `bench step`.
 #[derive(Args)]
@@ -82,6 +91,8 @@ pub(crate) struct StepArgs {
     /// Seed of weights, prompts and tokens
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
+    #[command(flatten)]
+    pub(crate) ranks: RankArgs,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -92,6 +103,10 @@ struct Report {
     shape: String,
     dtype: String,
     kernels: &'static str,
+    tp: usize,
+    dp: usize,
+    collective: String,
+    /// Of each rank.
     threads: usize,
     jobs: usize,
     examples: usize,
@@ -111,7 +126,12 @@ struct Report {
     useful_tflop: f64,
     /// Useful, by the median.
     tflop_s: f64,
-    attention_share: f64,
+    /// Bytes from disk in a step, on average.
+    read_mb: Option<f64>,
+    /// Of one rank alone.
+    attention_share: Option<f64>,
+    /// Of the steps, what rank 0 spends in exchanges with other ranks, waiting for them included.
+    collective_share: f64,
     loss: f64,
 }
 
@@ -127,8 +147,10 @@ struct Job {
 /// # Errors
 /// If the shape or the lengths cannot be used, or a step fails.
 pub(crate) fn run(command: &BenchCommand, global: &Global) -> Result<Exit> {
-    let BenchCommand::Step(args) = command;
-    output::print(&step(args, global)?, global.json)?;
+    match command {
+        BenchCommand::Step(args) => output::print(&step(args, global)?, global.json)?,
+        BenchCommand::Collective(args) => output::print(&collective::measure(args, global)?, global.json)?,
+    }
     Ok(Exit::Ok)
 }
 
@@ -166,56 +188,91 @@ fn check(args: &StepArgs) -> Result<()> {
 fn step(args: &StepArgs, global: &Global) -> Result<Report> {
     check(args)?;
     note("making the weights ready");
-    let model = model(args)?;
-    let config = model.config().clone();
-    let options = EngineOptions { microbatch_tokens: args.microbatch_tokens, recompute: args.recompute };
-    let engine = Engine::new(Arc::new(model), options);
-    let mut jobs = jobs(args, &config);
-    let bar = progress::bar(args.steps as u64 + 1, "steps", global);
-    let (mut seconds, mut loss) = (Vec::new(), 0.0);
-    for _ in 0..=args.steps {
-        let start = Instant::now();
-        loss = one_step(&engine, &mut jobs, args.prompt_length, config.d_model)?;
-        seconds.push(start.elapsed().as_secs_f64());
-        bar.inc(1);
-    }
-    // The first step touches the files for the first time.
-    seconds.remove(0);
-    let Lengths(lengths) = &args.lengths;
-    let rows: Vec<usize> = lengths.iter().map(|length| length + args.prompt_length).collect();
-    // Read before attention is timed alone, which would add to it.
-    let (peak, anonymous) = (machine::peak_memory(), machine::anonymous_memory());
-    let attention_s = attention::seconds(&config, args.dtype.into(), &rows, args.target_length)?;
-    Ok(report(args, &engine, Measured { seconds, loss, peak, anonymous, attention_s }))
+    ranks::run(&args.ranks, global.threads, |ranks| on_rank(args, ranks, global))
+}
+
+/// What one process used, for the others to know.
+#[derive(Serialize, Deserialize)]
+struct Used {
+    /// Bytes.
+    peak: Option<u64>,
+    /// Bytes.
+    anonymous: Option<u64>,
+    /// Bytes from disk during the timed steps.
+    read: Option<u64>,
 }
 
 /// What was read off while the steps ran.
 struct Measured {
     seconds: Vec<f64>,
     loss: f64,
-    /// Bytes.
-    peak: Option<u64>,
-    /// Bytes.
-    anonymous: Option<u64>,
-    attention_s: f64,
+    used: Vec<Used>,
+    exchange_s: f64,
+    attention_s: Option<f64>,
+}
+
+fn on_rank(args: &StepArgs, ranks: &Arc<Ranks>, global: &Global) -> Result<Report> {
+    let model = model(args, &TensorAxis::of(ranks))?;
+    let config = model.config().clone();
+    let options = EngineOptions { microbatch_tokens: args.microbatch_tokens, recompute: args.recompute };
+    let engine = Engine::on(Arc::new(model), options, ranks.clone())?;
+    let mut jobs = jobs(args, &config);
+    let bar = ranks.leads().then(|| progress::bar(args.steps as u64 + 1, "steps", global));
+    let mut one = || -> Result<(f64, f64)> {
+        let start = Instant::now();
+        let loss = one_step(&engine, &mut jobs, args.prompt_length, config.d_model)?;
+        bar.iter().for_each(|bar| bar.inc(1));
+        Ok((start.elapsed().as_secs_f64(), loss))
+    };
+    // The first step touches the files for the first time.
+    one()?;
+    let (read, exchanged) = (machine::bytes_read(), ranks.seconds());
+    let steps: Vec<_> = (0..args.steps).map(|_| one()).collect::<Result<_>>()?;
+    let used = Used {
+        // Read before attention is timed alone, which would add to it.
+        peak: machine::peak_memory(),
+        anonymous: machine::anonymous_memory(),
+        read: machine::bytes_read().zip(read).map(|(now, before)| now.saturating_sub(before)),
+    };
+    let exchange_s = ranks.seconds() - exchanged;
+    let used = gather_bytes(&**ranks.world(), &serde_json::to_vec(&used)?)?;
+    let used = used.iter().map(|used| serde_json::from_slice(used)).collect::<Result<_, _>>()?;
+    let attention_s = match ranks.mesh().world() {
+        1 => Some(attention::seconds(&config, args.dtype.into(), &rows(args), args.target_length)?),
+        _ => None,
+    };
+    let (seconds, losses): (Vec<f64>, Vec<f64>) = steps.into_iter().unzip();
+    let loss = losses.last().copied().unwrap_or_default();
+    Ok(report(args, &engine, Measured { seconds, loss, used, exchange_s, attention_s }))
+}
+
+/// Rows of each example in the encoder.
+fn rows(args: &StepArgs) -> Vec<usize> {
+    let Lengths(lengths) = &args.lengths;
+    lengths.iter().map(|length| length + args.prompt_length).collect()
 }
 
 fn report(args: &StepArgs, engine: &Engine, measured: Measured) -> Report {
-    let Measured { seconds, loss, peak, anonymous, attention_s } = measured;
-    let (Lengths(lengths), config) = (&args.lengths, engine.model().config());
-    let encoder: usize = lengths.iter().map(|length| length + args.prompt_length).sum();
-    let decoder = lengths.len() * args.target_length;
+    let Measured { seconds, loss, used, exchange_s, attention_s } = measured;
+    let (config, mesh) = (engine.model().config(), engine.ranks().mesh());
+    let rows = rows(args);
+    let (encoder, decoder) = (rows.iter().sum::<usize>(), rows.len() * args.target_length);
     let (encoder_parameters, decoder_parameters) = config.parameters_passed();
     let flop =
         4.0 * (encoder_parameters as f64 * encoder as f64 + decoder_parameters as f64 * decoder as f64);
     let median_s = median(&seconds);
+    let most =
+        |of: &dyn Fn(&Used) -> Option<u64>| used.iter().filter_map(of).max().map(|n| n as f64 / MEBIBYTE);
     Report {
         shape: args.shape.clone(),
         dtype: args.dtype.to_string(),
         kernels: incipit_kernels::isa().name(),
+        tp: mesh.tp(),
+        dp: mesh.dp(),
+        collective: args.ranks.collective.unwrap_or(Backend::Local).to_string(),
         threads: rayon::current_num_threads(),
         jobs: args.jobs,
-        examples: lengths.len(),
+        examples: rows.len(),
         prompt_length: args.prompt_length,
         target_length: args.target_length,
         microbatch_tokens: engine.microbatch_tokens(),
@@ -224,12 +281,14 @@ fn report(args: &StepArgs, engine: &Engine, measured: Measured) -> Report {
         steps: args.steps,
         median_s,
         min_s: seconds.iter().copied().fold(f64::MAX, f64::min),
-        seconds,
-        peak_rss_mb: peak.map(|n| n as f64 / MEBIBYTE),
-        anonymous_rss_mb: anonymous.map(|n| n as f64 / MEBIBYTE),
+        peak_rss_mb: most(&|used| used.peak),
+        anonymous_rss_mb: most(&|used| used.anonymous),
+        read_mb: most(&|used| used.read).map(|mb| mb / args.steps as f64),
         useful_tflop: flop / 1e12,
         tflop_s: flop / 1e12 / median_s,
-        attention_share: attention_s / median_s,
+        attention_share: attention_s.map(|s| s / median_s),
+        collective_share: exchange_s / seconds.iter().sum::<f64>(),
+        seconds,
         loss,
     }
 }
@@ -241,10 +300,10 @@ fn median(seconds: &[f64]) -> f64 {
     if sorted.len().is_multiple_of(2) { f64::midpoint(sorted[half - 1], sorted[half]) } else { sorted[half] }
 }
 
-fn model(args: &StepArgs) -> Result<T5> {
+fn model(args: &StepArgs, axis: &TensorAxis) -> Result<T5> {
     let dtype = args.dtype.into();
     if let Some(config) = Config::preset(&args.shape) {
-        return Ok(T5::load(config.clone(), &random(&config, args)?, dtype)?);
+        return Ok(T5::load_on(config.clone(), &random(&config, args)?, dtype, axis)?);
     }
     let dir = Path::new(&args.shape);
     if !dir.is_dir() {
@@ -257,28 +316,16 @@ fn model(args: &StepArgs) -> Result<T5> {
     let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let config = Config::from_json(&text)?;
     match Checkpoint::open(dir, dtype) {
-        Ok(checkpoint) => Ok(T5::load(config, &checkpoint, dtype)?),
+        Ok(checkpoint) => Ok(T5::load_on(config, &checkpoint, dtype, axis)?),
         Err(incipit_weights::Error::NoWeights { .. }) => {
-            Ok(T5::load(config.clone(), &random(&config, args)?, dtype)?)
+            Ok(T5::load_on(config.clone(), &random(&config, args)?, dtype, axis)?)
         }
         Err(error) => Err(error.into()),
     }
 }
 
-/// Weights of the size that T5's own initialisation gives them, so that activations stay in range.
-fn random(config: &Config, args: &StepArgs) -> Result<impl Source> {
-    let tensor = |(name, shape): (String, Vec<usize>)| {
-        let norm = name.contains("layer_norm");
-        let deviation = match name.as_str() {
-            _ if norm => 0.0,
-            "shared.weight" => 1.0,
-            n if n.ends_with(".q.weight") => ((config.d_model * config.d_kv) as f32).powf(-0.5),
-            n if n.ends_with("relative_attention_bias.weight") => 0.1,
-            _ => (shape[shape.len() - 1] as f32).powf(-0.5),
-        };
-        RandomTensor { name, shape, mean: if norm { 1.0 } else { 0.0 }, deviation }
-    };
-    Ok(Random::new(config.tensors().into_iter().map(tensor).collect(), args.dtype.into(), args.seed)?)
+fn random(config: &Config, args: &StepArgs) -> Result<Random> {
+    Ok(Random::new(config.random_tensors(), args.dtype.into(), args.seed)?)
 }
 
 /// The examples in order, cut into as many parts as there are jobs.
@@ -325,7 +372,7 @@ fn one_step(engine: &Engine, jobs: &mut [Job], rows: usize, width: usize) -> Res
             objective,
         })
         .collect();
-    let gradients = engine.gradients(&batches);
+    let gradients = engine.gradients(&batches)?;
     drop(batches);
     let mut loss = 0.0;
     let count = jobs.len() as f64;
@@ -342,7 +389,7 @@ impl Printed for Report {
         let mb = |n: Option<f64>| {
             n.map_or_else(|| "not told by this system".to_owned(), |mb| format!("{} MiB", units::rate(mb)))
         };
-        let rows = vec![
+        let mut rows = vec![
             vec!["median of a step".to_owned(), format!("{:.3} s", self.median_s)],
             vec!["fastest step".to_owned(), format!("{:.3} s", self.min_s)],
             vec!["tokens a step".to_owned(), units::count(self.tokens as u64)],
@@ -350,11 +397,16 @@ impl Printed for Report {
             vec!["examples a second".to_owned(), units::rate(self.examples as f64 / self.median_s)],
             vec!["useful work a step".to_owned(), format!("{:.3} TFLOP", self.useful_tflop)],
             vec!["useful rate".to_owned(), format!("{:.3} TFLOP/s", self.tflop_s)],
-            vec!["share of attention".to_owned(), format!("{:.1} %", 100.0 * self.attention_share)],
             vec!["peak memory".to_owned(), mb(self.peak_rss_mb)],
+            vec!["of it no view of a file".to_owned(), mb(self.anonymous_rss_mb)],
+            vec!["read from disk a step".to_owned(), mb(self.read_mb)],
         ];
+        rows.extend(self.attention_share.map(|s| vec!["share of attention".to_owned(), units::percent(s)]));
+        if self.tp * self.dp > 1 {
+            rows.push(vec!["share of exchanges".to_owned(), units::percent(self.collective_share)]);
+        }
         let what = format!(
-            "{} in {}, {} parameters; {} examples of {} jobs, {} prompt rows, {} target tokens; kernels {}, {} threads",
+            "{} in {}, {} parameters; {} examples of {} jobs, {} prompt rows, {} target tokens; kernels {}, {}{} threads",
             self.shape,
             self.dtype,
             units::count(self.parameters),
@@ -363,6 +415,11 @@ impl Printed for Report {
             self.prompt_length,
             self.target_length,
             self.kernels,
+            if self.tp * self.dp > 1 {
+                format!("tp {} x dp {} ({}), each ", self.tp, self.dp, self.collective)
+            } else {
+                String::new()
+            },
             self.threads
         );
         format!("{what}\n{}", output::table(&["measure", "value"], &rows, true))

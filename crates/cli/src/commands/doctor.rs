@@ -89,7 +89,7 @@ fn examine(args: &DoctorArgs) -> Report {
         memory_bytes: machine::total_memory(),
         available_memory_bytes: machine::available_memory(),
         free_disk_bytes: machine::free_disk(&args.path),
-        build: Build { cpu: true, cuda: false, nccl: false, gloo: false },
+        build: Build { cpu: true, cuda: false, nccl: false, gloo: cfg!(feature = "gloo") },
         findings: Vec::new(),
         kernel_words: machine::kernel_path(),
         path: args.path.clone(),
@@ -145,7 +145,15 @@ fn findings(report: &Report) -> Vec<Finding> {
         ),
     });
     findings.push(Finding::new(false, "GPUs: this build runs on the CPU alone (no CUDA, no NCCL)"));
-    findings.push(Finding::new(false, "several processes or machines: not in this build (no Gloo, no NCCL)"));
+    findings.push(Finding::new(true, "several ranks as threads of one process (--tp, --dp)"));
+    findings.push(if report.build.gloo {
+        Finding::new(true, "several ranks as processes, on this machine or many (`incipit launch`, --collective gloo)")
+    } else {
+        Finding::new(
+            false,
+            "several ranks as processes: this program was built without gloo (`--features gloo`, with Debian's libgloo-dev)",
+        )
+    });
     findings
 }
 

@@ -2,10 +2,12 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Result, anyhow};
 use clap::Args;
+use incipit_collective::Ranks;
 use incipit_data::metrics::Metric;
 use incipit_data::{LoadOptions, TaskFormat, TextExample, TokenizedSet, labels_of, load_text, tokenize};
 use incipit_tune::atomic;
@@ -18,6 +20,7 @@ use crate::args::{BackboneArgs, FormatArgs, Global, choice, names};
 use crate::exit::Exit;
 use crate::output::{self, Printed};
 use crate::progress::{self, note, warn};
+use crate::ranks::{self, RankArgs};
 use crate::{report, units};
 
 /// More distinct targets than this are taken for free text.
@@ -54,6 +57,8 @@ pub(crate) struct EvalArgs {
     /// File to write the predictions to, one JSON object a line: index, inputs, target, prediction, loss
     #[arg(long, value_name = "FILE.jsonl")]
     output: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) ranks: RankArgs,
 }
 
 #[derive(Serialize)]
@@ -72,7 +77,16 @@ struct Summary {
 /// # Errors
 /// If something given cannot be used, a loss is not finite, or the predictions cannot be written.
 pub(crate) fn run(args: &EvalArgs, global: &Global) -> Result<Exit> {
-    let ready = backbone::load(&args.backbone, &args.format)?;
+    let summary = ranks::run(&args.ranks, global.threads, |ranks| on_rank(args, ranks, global))?;
+    output::print(&summary, global.json)?;
+    if let Some(path) = args.output.as_ref().filter(|_| !global.json) {
+        note(&format!("predictions are in {}", path.display()));
+    }
+    Ok(Exit::Ok)
+}
+
+fn on_rank(args: &EvalArgs, ranks: &Arc<Ranks>, global: &Global) -> Result<Summary> {
+    let ready = backbone::load(&args.backbone, &args.format, ranks)?;
     let set = examples(args, &ready)?;
     let labels = label_set(&ready.format, &set.texts);
     let options = EvalOptions {
@@ -80,39 +94,38 @@ pub(crate) fn run(args: &EvalArgs, global: &Global) -> Result<Exit> {
         max_new_tokens: max_new_tokens(&ready, labels.as_deref())?,
         labels,
     };
-    let spinner = progress::spinner(
-        &format!("evaluating {} examples", units::count(set.examples.len() as u64)),
-        global,
-    );
+    let what = || format!("evaluating {} examples", units::count(set.examples.len() as u64));
+    let leads = ready.ranks().leads();
+    let spinner = leads.then(|| progress::spinner(&what(), global));
     let start = Instant::now();
     let Ready { backbone, prompt, .. } = &ready;
     let evaluation =
         evaluate(&backbone.engine, prompt.as_ref(), &set, &backbone.tokenizer, &options, &Control::new())?;
     drop(spinner);
-    if let Some(path) = &args.output {
+    if let Some(path) = args.output.as_ref().filter(|_| leads) {
         atomic::write_file(path, &json_lines(&evaluation)?)?;
     }
-    output::print(&summary(&evaluation, start.elapsed().as_secs_f64(), args.output.clone()), global.json)?;
-    Ok(Exit::Ok)
+    Ok(summary(&evaluation, start.elapsed().as_secs_f64(), args.output.clone()))
 }
 
 fn examples(args: &EvalArgs, ready: &Ready) -> Result<TokenizedSet> {
     let options = LoadOptions { skip_bad_records: args.format.skip_bad_records };
     let loaded = load_text(&args.data, &ready.format, options)?;
-    if loaded.skipped > 0 {
+    let leads = ready.ranks().leads();
+    if leads && loaded.skipped > 0 {
         warn(&format!("{}: {} records do not fit and are left out", args.data.display(), loaded.skipped));
     }
     let Ready { backbone, max_input_length, max_target_length, .. } = ready;
     let vocabulary = backbone.config().vocab_size;
     let set =
         tokenize(&loaded.examples, &backbone.tokenizer, *max_input_length, *max_target_length, vocabulary)?;
-    if set.truncated_inputs > 0 {
+    if leads && set.truncated_inputs > 0 {
         let (cut, longest) = (set.truncated_inputs, set.longest_input);
         warn(&format!(
             "{cut} inputs are longer than {max_input_length} tokens and are cut; --max-input-length {longest} would cut none"
         ));
     }
-    if set.truncated_targets > 0 {
+    if leads && set.truncated_targets > 0 {
         let (cut, longest) = (set.truncated_targets, set.longest_target);
         warn(&format!(
             "{cut} targets are longer than {max_target_length} tokens and are cut; --max-target-length {longest} would cut none"
@@ -190,9 +203,6 @@ impl Printed for Summary {
         rows.push(vec!["loss per token".to_owned(), format!("{:.4}", self.loss)]);
         rows.push(vec!["examples".to_owned(), units::count(self.examples as u64)]);
         rows.push(vec!["examples a second".to_owned(), units::rate(self.examples as f64 / self.seconds)]);
-        if let Some(path) = &self.output {
-            note(&format!("predictions are in {}", path.display()));
-        }
         output::table(&["measure", "value"], &rows, true)
     }
 }

@@ -1,21 +1,27 @@
 //! `incipit generate`: the model answers.
 
+use std::borrow::Borrow;
 use std::io::{BufRead, IsTerminal};
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 use clap::Args;
+use incipit_collective::{Axis, Ranks, broadcast_bytes, gather_bytes};
 use incipit_data::{LoadOptions, Record, TextExample, TokenizedExample, load_inputs, tokenize};
 use incipit_model::{Example, GenerateOptions, Microbatch};
 use incipit_tune::prompt::Prompt;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::backbone::{self, Ready};
 use crate::args::{BackboneArgs, FormatArgs, Global};
 use crate::exit::{Exit, bad_input};
 use crate::output::Lines;
 use crate::progress::note;
+use crate::ranks::{self, RankArgs};
 
 /// Lines of a pipe that are answered together.
 const LINES_AT_ONCE: usize = 64;
@@ -71,6 +77,14 @@ pub(crate) struct GenerateArgs {
     /// Seed of the draws
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Decoding")]
     seed: u64,
+    #[command(flatten)]
+    pub(crate) ranks: RankArgs,
+}
+
+impl GenerateArgs {
+    pub(crate) fn reads_standard_input(&self) -> bool {
+        self.data.is_none() && self.input.is_empty()
+    }
 }
 
 #[derive(Serialize)]
@@ -88,6 +102,11 @@ struct Answer<'a> {
 /// If something given cannot be used, or standard output cannot be written.
 pub(crate) fn run(args: &GenerateArgs, global: &Global) -> Result<Exit> {
     check(args)?;
+    ranks::run(&args.ranks, global.threads, |ranks| on_rank(args, ranks, global))?;
+    Ok(Exit::Ok)
+}
+
+fn on_rank(args: &GenerateArgs, ranks: &Arc<Ranks>, global: &Global) -> Result<()> {
     let format = FormatArgs {
         inputs: args.inputs.clone(),
         targets: None,
@@ -96,23 +115,22 @@ pub(crate) fn run(args: &GenerateArgs, global: &Global) -> Result<Exit> {
         max_target_length: None,
         skip_bad_records: false,
     };
-    let ready = backbone::load(&args.backbone, &format)?;
+    let ready = backbone::load(&args.backbone, &format, ranks)?;
     let mut writer = Writer {
         ready: &ready,
         options: options(args, &ready),
-        lines: Lines::stdout(),
+        lines: Lines::stdout(ready.ranks().leads()),
         json: global.json,
         next: 0,
     };
     if let Some(path) = &args.data {
-        writer.answer(&load_inputs(path, &ready.format.inputs, LoadOptions::default())?.examples)?;
+        writer.answer(&load_inputs(path, &ready.format.inputs, LoadOptions::default())?.examples)
     } else if args.input.is_empty() {
-        answer_stdin(args, &mut writer)?;
+        answer_stdin(args, &mut writer)
     } else {
         let texts: Result<Vec<_>> = args.input.iter().map(|text| example(args, &ready, text)).collect();
-        writer.answer(&texts?)?;
+        writer.answer(&texts?)
     }
-    Ok(Exit::Ok)
 }
 
 fn check(args: &GenerateArgs) -> Result<()> {
@@ -164,20 +182,65 @@ fn rows(prompt: &Prompt) -> candle_core::Result<Tensor> {
     Tensor::from_slice(prompt.values(), (prompt.length(), prompt.width()), &Device::Cpu)
 }
 
+/// Lines of standard input, as rank 0 reads them for all.
+#[derive(Default, Serialize, Deserialize)]
+struct Read {
+    lines: Vec<String>,
+    /// Whether there may be more.
+    more: bool,
+}
+
 fn answer_stdin(args: &GenerateArgs, writer: &mut Writer<'_>) -> Result<()> {
-    let stdin = std::io::stdin();
-    let at_once = if stdin.is_terminal() { 1 } else { LINES_AT_ONCE };
-    if stdin.is_terminal() {
-        note("type a text and press Enter; Ctrl-D ends");
-    }
-    let mut waiting = Vec::new();
-    for line in stdin.lock().lines() {
-        waiting.push(example(args, writer.ready, &line.context("cannot read standard input")?)?);
-        if waiting.len() == at_once {
-            writer.answer(&std::mem::take(&mut waiting))?;
+    let ranks = writer.ready.ranks();
+    let stdin = ranks.leads().then(read_stdin);
+    let at_once = if std::io::stdin().is_terminal() { 1 } else { LINES_AT_ONCE };
+    // Other ranks must not think that rank 0 is lost while it waits for somebody to write.
+    let patience = Duration::from_secs(args.ranks.deadline) / 2;
+    loop {
+        let own = stdin.as_ref().map(|lines| next_lines(lines, at_once, patience)).transpose()?;
+        let told = broadcast_bytes(&**ranks.world(), &serde_json::to_vec(&own.unwrap_or_default())?, 0)?;
+        let Read { lines, more } = serde_json::from_slice(&told)?;
+        let texts: Result<Vec<_>> = lines.iter().map(|line| example(args, writer.ready, line)).collect();
+        writer.answer(&texts?)?;
+        if !more {
+            return Ok(());
         }
     }
-    writer.answer(&waiting)
+}
+
+/// The lines of standard input, as they come.
+fn read_stdin() -> Receiver<std::io::Result<String>> {
+    if std::io::stdin().is_terminal() {
+        note("type a text and press Enter; Ctrl-D ends");
+    }
+    let (sender, receiver) = sync_channel(LINES_AT_ONCE);
+    std::thread::spawn(move || {
+        // Nobody takes them any more once the answers have failed.
+        std::io::stdin().lock().lines().try_for_each(|line| sender.send(line))
+    });
+    receiver
+}
+
+/// The next lines: so many, or fewer at the end or when nobody writes more for so long.
+fn next_lines(from: &Receiver<std::io::Result<String>>, count: usize, patience: Duration) -> Result<Read> {
+    let mut lines = Vec::new();
+    while lines.len() < count {
+        match from.recv_timeout(patience) {
+            Ok(line) => lines.push(line.context("cannot read standard input")?),
+            Err(RecvTimeoutError::Timeout) => break,
+            Err(RecvTimeoutError::Disconnected) => return Ok(Read { lines, more: false }),
+        }
+    }
+    Ok(Read { lines, more: true })
+}
+
+/// What the model wrote, and for which example of a round.
+#[derive(Serialize, Deserialize)]
+struct Generated {
+    place: usize,
+    text: String,
+    /// As bits: JSON has no infinities.
+    score: u32,
 }
 
 /// Answers texts and writes the answers.
@@ -202,7 +265,8 @@ impl Writer<'_> {
             *max_target_length,
             backbone.config().vocab_size,
         )?;
-        if set.truncated_inputs > 0 {
+        let ranks = self.ready.ranks();
+        if set.truncated_inputs > 0 && ranks.leads() {
             note(&format!(
                 "{} texts are longer than {max_input_length} tokens and are cut",
                 set.truncated_inputs
@@ -211,22 +275,22 @@ impl Writer<'_> {
         let mut rest = &set.examples[..];
         let mut texts = texts.iter();
         while !rest.is_empty() {
-            let (batch, later) = rest.split_at(self.fitting(rest));
+            let (round, later) = rest.split_at(self.fitting(rest, ranks.mesh().dp()));
             rest = later;
-            for (answer, text) in self.generate(batch)?.into_iter().zip(texts.by_ref()) {
-                self.write(&text.inputs, &answer.0, answer.1)?;
+            for (answer, text) in self.round(round)?.into_iter().zip(texts.by_ref()) {
+                self.write(&text.inputs, &answer.text, f32::from_bits(answer.score))?;
             }
         }
         Ok(())
     }
 
-    /// How many of the examples go through the backbone together: at least one.
-    fn fitting(&self, examples: &[TokenizedExample]) -> usize {
+    /// How many of the examples go through so many replicas of the backbone together: at least one.
+    fn fitting(&self, examples: &[impl Borrow<TokenizedExample>], replicas: usize) -> usize {
         let rows = self.ready.prompt.as_ref().map_or(0, Prompt::length);
         let answer = self.options.max_new_tokens * self.options.num_beams;
-        let mut left = self.ready.backbone.engine.microbatch_tokens();
+        let mut left = self.ready.backbone.engine.microbatch_tokens() * replicas;
         let fits = examples.iter().take_while(|e| {
-            let cost = rows + e.input.len() + answer;
+            let cost = rows + (*e).borrow().input.len() + answer;
             let fits = cost <= left;
             left = left.saturating_sub(cost);
             fits
@@ -234,27 +298,55 @@ impl Writer<'_> {
         fits.count().max(1)
     }
 
-    fn generate(&self, examples: &[TokenizedExample]) -> Result<Vec<(String, f32)>> {
+    /// Answers examples that the replicas share between them.
+    fn round(&self, examples: &[TokenizedExample]) -> Result<Vec<Generated>> {
+        let ranks = self.ready.ranks();
+        let share = ranks.shard(Axis::Data);
+        let mine: Vec<usize> = (0..examples.len()).filter(|place| share.deals(*place)).collect();
+        let mut answers = Vec::with_capacity(mine.len());
+        let mut rest = &mine[..];
+        while !rest.is_empty() {
+            let waiting: Vec<&TokenizedExample> = rest.iter().map(|place| &examples[*place]).collect();
+            let (batch, later) = rest.split_at(self.fitting(&waiting, 1));
+            answers.extend(self.generate(examples, batch)?);
+            rest = later;
+        }
+        let mut all: Vec<Generated> = Vec::with_capacity(examples.len());
+        for part in gather_bytes(&**ranks.data(), &serde_json::to_vec(&answers)?)? {
+            all.extend(serde_json::from_slice::<Vec<Generated>>(&part)?);
+        }
+        all.sort_by_key(|answer| answer.place);
+        Ok(all)
+    }
+
+    /// Answers those of the examples that stand at `places`.
+    fn generate(&self, examples: &[TokenizedExample], places: &[usize]) -> Result<Vec<Generated>> {
         let prompts: Vec<Tensor> = self.ready.prompt.iter().map(rows).collect::<candle_core::Result<_>>()?;
         let prompt = (!prompts.is_empty()).then_some(0);
-        let one = |(i, e): (usize, &'_ TokenizedExample)| (prompt, e.input.clone(), (self.next + i) as u64);
-        let owned: Vec<_> = examples.iter().enumerate().map(one).collect();
-        let examples: Vec<Example<'_>> = owned
-            .iter()
-            .map(|(prompt, input, key)| Example { prompt: *prompt, input, target: &[], key: *key })
-            .collect();
+        let example = |place: &usize| Example {
+            prompt,
+            input: &examples[*place].input,
+            target: &[],
+            key: (self.next + place) as u64,
+        };
+        let batch: Vec<Example<'_>> = places.iter().map(example).collect();
         let backbone = &self.ready.backbone;
         let answers = backbone
             .engine
             .model()
-            .generate(&Microbatch { prompts: &prompts, examples: &examples }, &self.options)?;
+            .generate(&Microbatch { prompts: &prompts, examples: &batch }, &self.options)?;
         let text = |tokens: &[u32]| {
             backbone
                 .tokenizer
                 .decode(tokens, true)
                 .map_err(|error| anyhow::anyhow!("an answer cannot be decoded: {error}"))
         };
-        answers.into_iter().map(|answer| Ok((text(&answer.tokens)?, answer.score))).collect()
+        let answers = places.iter().zip(answers);
+        answers
+            .map(|(place, a)| {
+                Ok(Generated { place: *place, text: text(&a.tokens)?, score: a.score.to_bits() })
+            })
+            .collect()
     }
 
     fn write(&mut self, input: &str, output: &str, score: f32) -> Result<()> {

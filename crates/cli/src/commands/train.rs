@@ -6,13 +6,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use clap::{ArgAction, Args};
+use incipit_collective::Options;
 use incipit_data::metrics::Metric;
 use incipit_tune::control::Control;
 use incipit_tune::engine::Recompute;
 use incipit_tune::recipe::{LossReduction, OptimizerName, Recipe};
 use incipit_tune::schedule::Schedule;
-use incipit_tune::spec::{Method, PartialSpec, Precision, TrainSpec};
-use incipit_tune::train::{End, train};
+use incipit_tune::spec::{Backend, Method, PartialSpec, Precision, TrainSpec};
+use incipit_tune::train::{End, Observer, Outcome, train, train_as_rank};
 use serde::Serialize;
 
 use crate::args::{FormatArgs, Global, choice, names};
@@ -20,6 +21,7 @@ use crate::exit::Exit;
 use crate::interrupt::stop_on_ctrl_c;
 use crate::output::{self, Printed};
 use crate::progress::{Watch, note};
+use crate::ranks::{self, RankArgs};
 use crate::report::{self, Records};
 use crate::units;
 
@@ -80,6 +82,8 @@ pub(crate) struct TrainArgs {
     checks: CheckArgs,
     #[command(flatten)]
     machine: MachineArgs,
+    #[command(flatten)]
+    pub(crate) ranks: RankArgs,
 }
 
 #[derive(Args)]
@@ -178,13 +182,6 @@ struct MachineArgs {
     /// Whether activations are computed again in the backward pass instead of kept [default: auto]
     #[arg(long, value_parser = choice::<Recompute>(names::RECOMPUTES))]
     recompute: Option<Recompute>,
-    // One value each works in this build, so that there is nothing to tell a reader of --help.
-    #[arg(long, hide = true)]
-    tp: Option<usize>,
-    #[arg(long, hide = true)]
-    dp: Option<usize>,
-    #[arg(long, hide = true)]
-    collective: Option<String>,
 }
 
 impl TrainArgs {
@@ -196,7 +193,7 @@ impl TrainArgs {
     }
 
     fn flags(self, global: &Global) -> PartialSpec {
-        let Self { format, prompt, optimization, checks, machine, .. } = self;
+        let Self { format, prompt, optimization, checks, machine, ranks, .. } = self;
         PartialSpec {
             model: self.model,
             train: self.train,
@@ -230,9 +227,9 @@ impl TrainArgs {
             metrics: checks.metrics,
             device: machine.device,
             dtype: machine.dtype,
-            tp: machine.tp,
-            dp: machine.dp,
-            collective: machine.collective,
+            tp: ranks.tp,
+            dp: ranks.dp,
+            collective: ranks.collective,
             microbatch_tokens: machine.microbatch_tokens,
             recompute: machine.recompute,
             // Absent flags leave the word to the file.
@@ -248,13 +245,25 @@ impl TrainArgs {
 /// # Errors
 /// Whatever stops a run: see the exit codes.
 pub(crate) fn run(args: TrainArgs, global: &Global) -> Result<Exit> {
+    let options = args.ranks.options();
     let spec = args.resolve(global)?;
     let control = Control::new();
     stop_on_ctrl_c(control.clone())?;
-    let summary = carry_out(&spec, &control, global)?;
+    let mut watch = Watch::new(global);
+    let start = Instant::now();
+    let (outcome, leads) = outcome(&spec, &options, &control, &mut watch)?;
+    let interrupted = outcome.end == End::Requested;
+    if !leads {
+        return Ok(if interrupted { Exit::Interrupted } else { Exit::Ok });
+    }
+    if let Some(failure) = watch.failure {
+        return Err(failure.context("the run is done and its prompt is saved, but not its predictions"));
+    }
+    let summary = summary(&spec, outcome, start.elapsed())?;
     output::print(&summary, global.json)?;
-    if summary.end == Ending::Interrupted {
-        note(&format!("go on with: incipit train --out {} --resume", spec.out.display()));
+    if interrupted {
+        let how = ranks::launch_prefix(spec.tp * spec.dp);
+        note(&format!("go on with: {how}train --out {} --resume", spec.out.display()));
         return Ok(Exit::Interrupted);
     }
     note(&format!(
@@ -267,8 +276,8 @@ pub(crate) fn run(args: TrainArgs, global: &Global) -> Result<Exit> {
 
 /// What a run left, for people and programs.
 #[derive(Serialize)]
-pub(crate) struct Summary {
-    pub(crate) end: Ending,
+struct Summary {
+    end: Ending,
     steps: u64,
     best_step: Option<u64>,
     metrics: BTreeMap<String, f64>,
@@ -280,31 +289,42 @@ pub(crate) struct Summary {
     examples_per_s: Option<f64>,
     prompt: Option<PathBuf>,
     adapter: Option<PathBuf>,
-    pub(crate) report: PathBuf,
+    report: PathBuf,
 }
 
 /// Why a run ended.
 #[derive(Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum Ending {
+enum Ending {
     AllSteps,
     Patience,
     Interrupted,
 }
 
-/// Trains and makes the report.
-///
-/// # Errors
-/// Whatever stops a run, or keeps its report from being written.
-pub(crate) fn carry_out(spec: &TrainSpec, control: &Control, global: &Global) -> Result<Summary> {
-    note(&format!("loading {}", spec.model));
-    let mut watch = Watch::new(global);
-    let start = Instant::now();
-    let outcome = train(spec, control, &mut watch)?;
-    let seconds = start.elapsed().as_secs_f64();
-    if let Some(failure) = watch.failure {
-        return Err(failure.context("the run is done and its prompt is saved, but not its predictions"));
+/// Trains, and says what came of it and whether this process speaks for all ranks.
+fn outcome(
+    spec: &TrainSpec,
+    options: &Options,
+    control: &Control,
+    watch: &mut Watch,
+) -> Result<(Outcome, bool)> {
+    if spec.collective == Backend::Local {
+        ranks::refuse_several_processes()?;
+        note(&format!("loading {}", spec.model));
+        return Ok((train(spec, options, control, watch)?, true));
     }
+    let ranks = ranks::join(spec.tp, spec.dp, options)?;
+    note(&format!("loading {}", spec.model));
+    let leads = ranks.leads();
+    let observer: &mut dyn Observer = if leads { watch } else { &mut () };
+    let pool =
+        rayon::ThreadPoolBuilder::new().num_threads(spec.threads.unwrap_or_else(rayon::current_num_threads));
+    let outcome = pool.build()?.install(|| train_as_rank(spec, ranks, control, observer))?;
+    Ok((outcome, leads))
+}
+
+/// Makes the report, and sums the run up.
+fn summary(spec: &TrainSpec, outcome: Outcome, time: Duration) -> Result<Summary> {
     let records = Records::read(&spec.out)?;
     let report = report::write(&records, &spec.out)?;
     let best = records.best();
@@ -320,7 +340,7 @@ pub(crate) fn carry_out(spec: &TrainSpec, control: &Control, global: &Global) ->
         legal_share: best.and_then(|b| b.legal),
         eval_loss: best.map(|b| b.loss),
         train_loss: records.steps.last().map(|s| s.loss),
-        seconds,
+        seconds: time.as_secs_f64(),
         tokens_per_s: records.tokens_per_second(),
         examples_per_s: records.examples_per_second(),
         adapter: outcome.prompt.as_ref().map(|_| spec.out.join(ADAPTER_DIR)),

@@ -49,6 +49,13 @@ pub(crate) fn command(args: &[&str]) -> Command {
         .env("NO_COLOR", "1")
         .env_remove("INCIPIT_ISA")
         .env_remove("INCIPIT_LOG");
+    for (name, _) in std::env::vars_os() {
+        let name = name.to_string_lossy();
+        let of_ranks = ["RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "TORCHELASTIC_", "INCIPIT_"];
+        if of_ranks.iter().any(|start| name.starts_with(start)) {
+            command.env_remove(&*name);
+        }
+    }
     command.stdin(Stdio::null());
     command
 }
@@ -74,30 +81,20 @@ pub(crate) fn demo(path: &str) -> String {
 
 /// A training run on the demo's data: small, and evaluated on a part of it.
 pub(crate) fn train(dir: &Path, out: &str, more: &[&str]) -> Ran {
+    let args = train_args(dir, out, more);
+    incipit(&args.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
+/// The arguments of such a run.
+pub(crate) fn train_args(dir: &Path, out: &str, more: &[&str]) -> Vec<String> {
     let (model, train, eval) = (demo("model"), demo("data/train.jsonl"), few_examples(dir));
     let out = dir.join(out).display().to_string();
-    let mut args = vec![
-        "train",
-        "--json",
-        "--model",
-        &model,
-        "--train",
-        &train,
-        "--eval",
-        &eval,
-        "--out",
-        &out,
-        "--prompt-length",
-        "4",
-        "--batch-size",
-        "4",
-        "--max-input-length",
-        "32",
-        "--max-target-length",
-        "6",
-    ];
+    let mut args =
+        vec!["train", "--json", "--model", &model, "--train", &train, "--eval", &eval, "--out", &out];
+    args.extend(["--prompt-length", "4", "--batch-size", "4", "--max-input-length", "32"]);
+    args.extend(["--max-target-length", "6"]);
     args.extend(more);
-    incipit(&args)
+    args.into_iter().map(str::to_owned).collect()
 }
 
 /// The first of the demo's evaluation examples.

@@ -96,7 +96,11 @@ pub(super) fn examine(args: &ModelArgs) -> Result<Model> {
         files: files.collect(),
         parameters: checkpoint.num_parameters(),
         bytes: tensors.iter().map(bytes).sum(),
-        fingerprint: if args.no_fingerprint { None } else { Some(checkpoint.fingerprint()?.to_string()) },
+        fingerprint: if args.no_fingerprint {
+            None
+        } else {
+            Some(checkpoint.fingerprint(&incipit_model::sharding::sharded_dim)?.to_string())
+        },
         obstacle,
         config: shown(&config),
         tokenizer: match load_tokenizer(&path) {
