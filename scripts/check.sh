@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
+need_gloo
 
 DENY_VERSION=0.20.2
 if ! cargo deny --version 2>/dev/null | grep -q "$DENY_VERSION"; then
@@ -11,7 +12,7 @@ if ! cargo deny --version 2>/dev/null | grep -q "$DENY_VERSION"; then
 fi
 
 cargo fmt --all --check
-cargo clippy --workspace --all-targets --locked -- -D warnings
-RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet
+cargo clippy --workspace --all-targets --locked ${FEATURES[@]+"${FEATURES[@]}"} -- -D warnings
+RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet ${FEATURES[@]+"${FEATURES[@]}"}
 # Advisories need a database from the network: `cargo deny check advisories` where there is one.
 cargo deny --locked check bans licenses sources

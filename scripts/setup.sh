@@ -2,7 +2,8 @@
 # Installs what building and testing Incipit needs and this machine lacks. Sourced by the other scripts; safe to run alone.
 #
 # Needed: a C compiler and linker, and rustup's cargo (rust-toolchain.toml says which version). Everything else comes from
-# the crate registry. With INCIPIT_NO_INSTALL=1 nothing is installed, and what is missing is an error.
+# the crate registry. Ranks as processes (the feature `gloo`) need a C++ compiler and the Gloo library besides: `need_gloo`
+# installs them. With INCIPIT_NO_INSTALL=1 nothing is installed, and what is missing is an error.
 set -euo pipefail
 
 have() { command -v "$1" >/dev/null 2>&1; }
@@ -31,6 +32,20 @@ if [ -d "$HOME/.cargo/bin" ]; then
   export PATH="$HOME/.cargo/bin:$PATH"
 fi
 have cc || install_packages gcc libc6-dev
+
+# Sets FEATURES to what cargo is told so that Gloo is built and tested: nothing where no package of it is known.
+need_gloo() {
+  FEATURES=(--features incipit-cli/gloo,incipit-tests/gloo)
+  if [ -e /usr/include/gloo/config.h ] && have c++; then
+    return
+  fi
+  if have apt-get; then
+    install_packages g++ libgloo-dev
+  else
+    echo "setup: no package of Gloo is known here: ranks as processes are neither built nor tested" >&2
+    FEATURES=()
+  fi
+}
 if ! have cargo; then
   echo "setup: cargo is missing; install rustup from your package manager or https://rustup.rs, then run this again" >&2
   exit 1

@@ -10,14 +10,15 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
+need_gloo
 
 if [ -z "${INCIPIT_SHARED:-}" ] && [ -d ../shared/models ]; then
   INCIPIT_SHARED="$(cd ../shared && pwd)"
   export INCIPIT_SHARED
 fi
 
-cargo test --workspace --locked
+cargo test --workspace --locked ${FEATURES[@]+"${FEATURES[@]}"}
 if [ "${1:-all}" != quick ]; then
   # The long suites: tests that are marked `#[ignore = "long: ..."]`.
-  cargo test --workspace --locked -- --ignored
+  cargo test --workspace --locked ${FEATURES[@]+"${FEATURES[@]}"} -- --ignored
 fi

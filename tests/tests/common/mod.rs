@@ -57,7 +57,8 @@ impl Ran {
 pub(crate) fn command<S: AsRef<str>>(args: &[S]) -> Result<Command> {
     let mut command = Command::new(program()?);
     command.args(args.iter().map(AsRef::as_ref)).env("COLUMNS", "100").env("NO_COLOR", "1");
-    for variable in ["INCIPIT_ISA", "INCIPIT_LOG", "RAYON_NUM_THREADS"] {
+    for variable in ["INCIPIT_ISA", "INCIPIT_LOG", "RAYON_NUM_THREADS", "RANK", "WORLD_SIZE", "INCIPIT_STORE"]
+    {
         command.env_remove(variable);
     }
     command.stdin(Stdio::null());
@@ -90,6 +91,12 @@ fn build() -> Result<PathBuf> {
     let built = Command::new(cargo)
         .args(["build", "--workspace", "--bin", "incipit", "--offline", "--quiet"])
         .args(["--profile", if name == "debug" { "dev" } else { name }])
+        // As this test was built, or cargo would build the program anew.
+        .args(if cfg!(feature = "gloo") {
+            &["--features", "incipit-cli/gloo,incipit-tests/gloo"][..]
+        } else {
+            &[]
+        })
         .arg("--target-dir")
         .arg(target)
         .args(["--message-format", "json-render-diagnostics"])
@@ -147,7 +154,9 @@ pub(crate) fn copy(from: &Path, to: &Path) -> Result<()> {
     for entry in std::fs::read_dir(from)? {
         let path = entry?.path();
         let name = path.file_name().context("a name")?;
-        if path.is_dir() {
+        if path.is_symlink() {
+            std::os::unix::fs::symlink(std::fs::read_link(&path)?, to.join(name))?;
+        } else if path.is_dir() {
             copy(&path, &to.join(name))?;
         } else {
             std::fs::copy(&path, to.join(name))?;
