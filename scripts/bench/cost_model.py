@@ -51,8 +51,13 @@ LINKS = [
 
 
 def share(lengths: list[int], index: int, count: int) -> list[int]:
-    """The examples of one replica: a job's examples are dealt out in turn."""
-    return lengths[index::count]
+    """The examples of one replica, as crates/tune/src/microbatch.rs deals them: the longest first, each to the emptiest."""
+    tokens, shares = [0] * count, [[] for _ in range(count)]
+    for length in sorted(lengths, reverse=True):
+        fewest = tokens.index(min(tokens))
+        tokens[fewest] += PROMPT + length + TARGET
+        shares[fewest].append(length)
+    return shares[index]
 
 
 def cut(costs: list[int], budget: int) -> list[list[int]]:
