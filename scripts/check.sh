@@ -13,6 +13,8 @@ fi
 
 cargo fmt --all --check
 cargo clippy --workspace --all-targets --locked ${FEATURES[@]+"${FEATURES[@]}"} -- -D warnings
+# As it is built without Gloo, too.
+cargo clippy -p incipit-cli --all-targets --locked -- -D warnings
 RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet ${FEATURES[@]+"${FEATURES[@]}"}
 # Advisories need a database from the network: `cargo deny check advisories` where there is one.
 cargo deny --locked check bans licenses sources

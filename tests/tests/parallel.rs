@@ -13,7 +13,7 @@ use incipit_model::{
     Config, Example, ExampleGradient, GenerateOptions, Microbatch, PassOptions, T5, TensorAxis,
 };
 use incipit_tune::engine::{Engine, EngineOptions, JobBatch, JobFault, Objective, Recompute};
-use incipit_tune::ranks::on_threads;
+use incipit_tune::ranks::{agree, on_threads};
 use incipit_tune::recipe::LossReduction;
 use incipit_weights::{Random, Source, TensorInfo};
 
@@ -42,9 +42,9 @@ fn configs() -> Vec<(&'static str, Config)> {
         own_head: false,
         scale_logits: true,
         num_decoder_layers: 2,
-        ..v11.clone()
+        ..v11
     };
-    let narrow = Config { activation: Activation::Silu, d_kv: 5, num_heads: 4, num_layers: 2, ..v11.clone() };
+    let narrow = Config { activation: Activation::Silu, d_kv: 5, num_heads: 4, num_layers: 2, ..v11 };
     vec![("v1.1", v11), ("v1.0", v10), ("narrow", narrow)]
 }
 
@@ -78,13 +78,9 @@ impl Batch {
     }
 
     fn with<R>(&self, f: impl FnOnce(&Microbatch<'_>) -> R) -> R {
-        let example = |(key, (prompt, input, target)): (usize, &'_ (Option<usize>, Vec<u32>, Vec<u32>))| {
-            (*prompt, input.clone(), target.clone(), key as u64)
-        };
-        let owned: Vec<_> = self.examples.iter().enumerate().map(example).collect();
-        let examples: Vec<Example<'_>> = owned
-            .iter()
-            .map(|(prompt, input, target, key)| Example { prompt: *prompt, input, target, key: *key })
+        let examples = self.examples.iter().enumerate();
+        let examples: Vec<Example<'_>> = examples
+            .map(|(key, (prompt, input, target))| Example { prompt: *prompt, input, target, key: key as u64 })
             .collect();
         f(&Microbatch { prompts: &self.prompts, examples: &examples })
     }
@@ -110,16 +106,24 @@ fn compute(model: &T5, batch: &Batch, options: &PassOptions) -> Result<Computed>
     })
 }
 
-/// Largest difference of two tensors by the largest number of `b`.
+/// Largest difference of two tensors by the largest number of `b`, both of which are finite.
 fn apart(a: &Tensor, b: &Tensor) -> Result<f64> {
-    let numbers = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
-    let (a, b) = (numbers(a)?, numbers(b)?);
-    let largest = b.iter().fold(0f32, |m, x| m.max(x.abs()));
-    let difference = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
-    Ok(f64::from(difference) / f64::from(largest.max(f32::MIN_POSITIVE)))
+    ensure!(a.dims() == b.dims(), "{:?} and {:?}", a.dims(), b.dims());
+    let (a, b) = (bits(a)?, bits(b)?);
+    let (mut largest, mut difference) = (f32::MIN_POSITIVE, 0f32);
+    for (a, b) in a.into_iter().zip(b).map(|(a, b)| (f32::from_bits(a), f32::from_bits(b))) {
+        ensure!(a.is_finite() && b.is_finite(), "{a} and {b}");
+        (largest, difference) = (largest.max(b.abs()), difference.max((a - b).abs()));
+    }
+    Ok(f64::from(difference) / f64::from(largest))
+}
+
+fn bits(t: &Tensor) -> Result<Vec<u32>> {
+    Ok(t.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
 }
 
 fn same_within_rounding(what: &str, found: &Computed, expected: &Computed) -> Result<()> {
+    ensure!(found.gradients.len() == expected.gradients.len(), "{what}: {} gradients", found.gradients.len());
     for (i, (a, b)) in found.gradients.iter().zip(&expected.gradients).enumerate() {
         let loss = f64::from((a.loss - b.loss).abs() / b.loss);
         ensure!(loss <= LOSS, "{what}: loss of example {i}: {} and {}", a.loss, b.loss);
@@ -146,10 +150,8 @@ fn ladder(tp: usize, options: &PassOptions) -> Result<()> {
             same_within_rounding(&format!("{name}, tp {tp}, rank {rank}"), found, &alone)?;
             for (a, b) in found.gradients.iter().zip(&results[0].gradients) {
                 ensure!(a.loss.to_bits() == b.loss.to_bits(), "{name}: ranks differ in a loss");
-                ensure!(
-                    apart(&a.prompt_gradient, &b.prompt_gradient)? == 0.0,
-                    "{name}: ranks differ in a gradient"
-                );
+                let same = bits(&a.prompt_gradient)? == bits(&b.prompt_gradient)?;
+                ensure!(same, "{name}: ranks differ in a gradient");
             }
         }
     }
@@ -285,6 +287,19 @@ fn a_number_that_is_not_finite_ends_its_job_on_every_rank_and_no_other() -> Resu
         ensure!(matches!(fault, JobFault::Loss { example: 3, rank: 2, .. }), "{fault:?}");
     }
     Ok(())
+}
+
+#[test]
+fn a_rank_that_was_told_something_else_is_named_on_every_rank() -> Result<()> {
+    let results = on_threads(Mesh::new(1, 3, 3)?, None, &Options::default(), |ranks| -> Result<()> {
+        let things = |own: &str| [("another model", "t5".to_owned()), ("other data", own.to_owned())];
+        agree(&ranks, &things("same"))?;
+        let own = if ranks.rank() == 2 { "b" } else { "a" };
+        let message = agree(&ranks, &things(own)).expect_err("rank 2 differs").to_string();
+        ensure!(message.contains("rank 2 has other data than rank 0"), "{message}");
+        Ok(())
+    });
+    results.into_iter().collect()
 }
 
 #[test]

@@ -97,9 +97,14 @@ fn of(error: &anyhow::Error) -> Exit {
 pub(crate) fn is_echo(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         let tune = cause.downcast_ref::<incipit_tune::Error>().map(incipit_tune::Error::is_echo);
-        let collective =
-            || cause.downcast_ref::<incipit_collective::Error>().map(incipit_collective::Error::is_echo);
-        tune.or_else(collective).unwrap_or(false)
+        let collective = cause.downcast_ref::<incipit_collective::Error>().or_else(|| {
+            // A transparent error is no cause of its own in the chain.
+            match cause.downcast_ref::<incipit_model::Error>() {
+                Some(incipit_model::Error::Collective(error)) => Some(error),
+                _ => None,
+            }
+        });
+        tune.or_else(|| collective.map(incipit_collective::Error::is_echo)).unwrap_or(false)
     })
 }
 
@@ -122,6 +127,7 @@ fn of_tune(error: &incipit_tune::Error) -> Exit {
         Error::Interrupted => Exit::Interrupted,
         Error::Io { action, source, .. } => of_io(action, source),
         Error::Stopped { .. }
+        | Error::Received { .. }
         | Error::Threads { .. }
         | Error::Sum { .. }
         | Error::Embedding { .. }

@@ -44,7 +44,8 @@ pub(crate) struct RankArgs {
 impl RankArgs {
     /// What the groups of ranks are told.
     pub(crate) fn options(&self) -> Options {
-        Options { deadline: Duration::from_secs(self.deadline), ..Options::default() }
+        let (deadline, default) = (Duration::from_secs(self.deadline), Options::default());
+        Options { deadline, connect_deadline: deadline.max(default.connect_deadline), ..default }
     }
 }
 

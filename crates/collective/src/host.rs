@@ -151,8 +151,11 @@ impl<T: Transport> HostGroup<T> {
     /// whoever aborted has told everybody.
     fn fail(&self, error: Error) -> Error {
         let first = lock(&self.failed).get_or_insert(error).clone();
-        if !matches!(first, Error::Mismatch { .. } | Error::Aborted { .. }) {
-            self.transport.abort(&first.to_string());
+        match &first {
+            Error::Mismatch { .. } => {}
+            // Others may wait for this rank, and not for the one that aborted.
+            Error::Aborted { .. } => self.transport.leave(),
+            error => self.transport.abort(&error.to_string()),
         }
         first
     }

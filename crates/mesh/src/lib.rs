@@ -1,5 +1,5 @@
 //! How ranks are laid out over a mesh, and which part of a tensor is whose. Pure arithmetic, and the only place that
-//! divides by a number of ranks.
+//! knows either.
 
 mod error;
 mod shape;

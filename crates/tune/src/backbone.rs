@@ -1,6 +1,9 @@
 //! A backbone with what belongs to it: loaded once, for as many jobs as come.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use incipit_collective::{Axis, Ranks, gather_bytes};
 use incipit_model::{Config, T5, TensorAxis, sharding::sharded_dim};
@@ -11,6 +14,7 @@ use crate::{
     Error, Result,
     engine::{Engine, EngineOptions},
     peft::BaseModel,
+    ranks,
     spec::Precision,
 };
 
@@ -77,17 +81,20 @@ impl Backbone {
     }
 }
 
-/// Where the model's files lie. What is on the hub is fetched by one rank, and found in the cache by the others.
+/// Where the model's files lie. What is on the hub is fetched by one rank of each machine, and found in the cache by the others.
 fn directory(model: &str, ranks: &Ranks) -> Result<PathBuf> {
-    let fetched = if ranks.leads() { Some(incipit_weights::resolve(model)?) } else { None };
-    ranks.world().barrier()?;
-    Ok(fetched.map_or_else(|| incipit_weights::resolve(model), Ok)?)
+    if !ranks::any(ranks, !Path::new(model).is_dir())? {
+        return Ok(incipit_weights::resolve(model)?);
+    }
+    ranks::in_turns(ranks, || Ok(incipit_weights::resolve(model)?))
 }
 
 /// The fingerprint of the whole checkpoint, of which each rank of a replica hashes what it reads anyway.
 fn fingerprint(checkpoint: &Checkpoint, ranks: &Ranks) -> Result<Fingerprint> {
     let shard = ranks.shard(Axis::Tensor);
-    let own = checkpoint.fingerprint_parts(&sharded_dim, &|parts| shard.portion(parts));
+    // What all ranks have, all hash: so it is noticed if they read different files.
+    let share = |parts| if parts == 1 { 0..1 } else { shard.portion(parts) };
+    let own = checkpoint.fingerprint_parts(&sharded_dim, &share);
     let mut all = Digests::default();
     for bytes in gather_bytes(&**ranks.tensor(), &own.to_bytes())? {
         all.merge(Digests::from_bytes(&bytes)?);

@@ -138,7 +138,7 @@ impl Engine {
     /// An engine over `model`, on one rank.
     #[must_use]
     pub fn new(model: Arc<T5>, options: EngineOptions) -> Self {
-        let (budget, recompute) = Self::plan(&model, options);
+        let (budget, recompute) = Self::plan(&model, options, 1);
         Self { model, ranks: Arc::new(Ranks::alone()), budget, recompute }
     }
 
@@ -147,21 +147,22 @@ impl Engine {
     /// # Errors
     /// If the ranks cannot agree on the size of a microbatch.
     pub fn on(model: Arc<T5>, options: EngineOptions, ranks: Arc<Ranks>) -> Result<Self> {
-        let (budget, recompute) = Self::plan(&model, options);
+        let (budget, recompute) = Self::plan(&model, options, ranks::on_this_machine(&ranks)?);
         // Ranks that share a model go through it in step, so that they must cut alike, and the smallest decides.
         let least = ranks::largest(&ranks, &[-(budget as i64), i64::from(recompute)])?;
         let (budget, recompute) = (least[0].unsigned_abs() as usize, least[1] == 1);
         Ok(Self { model, ranks, budget, recompute })
     }
 
-    fn plan(model: &T5, options: EngineOptions) -> (usize, bool) {
+    /// `sharing` ranks make the same plan for the same memory.
+    fn plan(model: &T5, options: EngineOptions, sharing: usize) -> (usize, bool) {
         let memory = TokenMemory::of(model.config(), model.dtype());
         let recompute = match options.recompute {
             Recompute::Auto => None,
             Recompute::On => Some(true),
             Recompute::Off => Some(false),
         };
-        let free = microbatch::free_memory();
+        let free = microbatch::free_memory().map(|bytes| bytes / sharing.max(1) as u64);
         let (budget, recompute) = microbatch::plan(memory, free, options.microbatch_tokens, recompute);
         tracing::debug!(budget, recompute, free, "planned microbatches");
         (budget, recompute)

@@ -282,6 +282,10 @@ impl Error {
     pub fn is_echo(&self) -> bool {
         match self {
             Self::Collective(error) | Self::Model(incipit_model::Error::Collective(error)) => error.is_echo(),
+            Self::Embedding { source, .. } => match source.downcast_ref() {
+                Some(incipit_model::Error::Collective(error)) => error.is_echo(),
+                _ => false,
+            },
             _ => false,
         }
     }

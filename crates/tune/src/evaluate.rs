@@ -75,6 +75,11 @@ pub fn evaluate(
     options: &EvalOptions,
     control: &Control,
 ) -> Result<Evaluation> {
+    let same = [
+        ("another prompt", format!("{:?}", prompt.map(Prompt::values))),
+        ("other examples", format!("{:?} {}", set.examples, options.max_new_tokens)),
+    ];
+    ranks::agree(engine.ranks(), &same)?;
     let prompt = prompt.map(prompt_rows).transpose()?;
     let outcomes = outcomes(engine, prompt.as_ref(), set, options.max_new_tokens, control)?;
     let mut predictions = Vec::with_capacity(outcomes.len());

@@ -1,7 +1,9 @@
 //! Several ranks: as threads of this process, and what they agree on.
 
+use std::time::Duration;
+
 use candle_core::{Device, Tensor};
-use incipit_collective::{Collective, Mesh, Options, Ranks, Reduce, local};
+use incipit_collective::{Collective, Mesh, Options, Ranks, Reduce, gather_bytes, local};
 
 use crate::{Error, Result};
 
@@ -65,6 +67,60 @@ pub(crate) fn reduced(group: &dyn Collective, values: Vec<i64>, reduce: Reduce) 
 /// The largest of everybody's values, one by one.
 pub(crate) fn largest(ranks: &Ranks, values: &[i64]) -> Result<Vec<i64>> {
     reduced(&**ranks.world(), values.to_vec(), Reduce::Max)
+}
+
+/// Checks that every rank has the same of each thing, given by its name ("another specification") and what stands for it: what
+/// differs would spoil what the ranks compute together.
+///
+/// # Errors
+/// [`Error::RanksDiffer`] with the first thing in which a rank differs from rank 0, the same on every rank.
+pub fn agree(ranks: &Ranks, things: &[(&'static str, String)]) -> Result<()> {
+    if ranks.mesh().world() == 1 {
+        return Ok(());
+    }
+    let hashes = things.iter().flat_map(|(_, value)| *blake3::hash(value.as_bytes()).as_bytes());
+    let all = gather_bytes(&**ranks.world(), &hashes.collect::<Vec<u8>>())?;
+    for (i, (what, _)) in things.iter().enumerate() {
+        let of = |rank: &Vec<u8>| rank.chunks_exact(32).nth(i).map(<[u8]>::to_vec);
+        if let Some(rank) = all.iter().position(|rank| of(rank) != of(&all[0])) {
+            return Err(Error::RanksDiffer { rank, what });
+        }
+    }
+    Ok(())
+}
+
+/// Does `work` on one rank after the other, however long it takes: nobody runs into the deadline of an operation meanwhile.
+pub(crate) fn in_turns<T: Send>(ranks: &Ranks, work: impl Fn() -> Result<T> + Sync) -> Result<T> {
+    let mut own = None;
+    for turn in 0..ranks.mesh().world() {
+        if turn == ranks.rank() {
+            own = Some(while_others_wait(ranks, &work)?);
+        } else {
+            while any(ranks, false)? {}
+        }
+    }
+    Ok(own.unwrap_or_else(|| unreachable!("every rank has its turn")))
+}
+
+fn while_others_wait<T: Send>(ranks: &Ranks, work: &(impl Fn() -> Result<T> + Sync)) -> Result<T> {
+    std::thread::scope(|scope| {
+        let working = scope.spawn(work);
+        while !working.is_finished() {
+            any(ranks, true)?;
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let done = working.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        any(ranks, false)?;
+        Ok(done)
+    })
+}
+
+/// How many ranks share this machine's memory, this one among them.
+pub(crate) fn on_this_machine(ranks: &Ranks) -> Result<usize> {
+    // Differs from machine to machine, and is the same for all processes of one.
+    let machine = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let all = gather_bytes(&**ranks.world(), &machine)?;
+    Ok(all.iter().filter(|other| **other == machine).count())
 }
 
 /// Whether anybody says so.

@@ -266,7 +266,8 @@ pub struct TrainSpec {
     pub tp: usize,
     /// Replicas of the backbone.
     pub dp: usize,
-    /// What carries numbers between ranks.
+    /// What carries numbers between ranks. Not part of the file: how ranks are started is told anew each time.
+    #[serde(skip)]
     pub collective: Backend,
     /// Tokens that go through the backbone at once; chosen from the model and the free memory where none are given.
     #[serde(skip_serializing_if = "Option::is_none")]

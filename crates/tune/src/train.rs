@@ -6,7 +6,7 @@ use std::{
     time::Instant,
 };
 
-use incipit_collective::{Mesh, Options, Ranks, broadcast_bytes, gather_bytes};
+use incipit_collective::{Mesh, Options, Ranks, broadcast_bytes};
 
 use crate::{
     Error, Result,
@@ -242,6 +242,8 @@ impl<'a> Run<'a> {
                 spec.out.display()
             ));
         }
+        let prompt = [("another prompt to begin with", format!("{:?}", job.prompt().values()))];
+        ranks::agree(backbone.engine.ranks(), &prompt)?;
         let state = earlier.map(|earlier| earlier.state);
         let evaluated = state.as_ref().map_or(0, |state| state.evaluated);
         let files = dir.map(|dir| Files::begin(dir, spec, job.num_steps(), state.as_ref())).transpose()?;
@@ -422,24 +424,23 @@ impl Files {
     }
 }
 
-/// Checks that all ranks were told the same: what differs would otherwise spoil the sums that they make together.
+/// Checks that all ranks were told the same, as far as it decides what they compute.
 fn agree(spec: &TrainSpec, backbone: &Backbone, task: &Task) -> Result<()> {
-    let (fingerprint, identity) = (backbone.fingerprint.to_string(), spec.identity_hash());
-    let schedule =
-        format!("{} {} {} {:?}", spec.steps, spec.eval_every, spec.checkpoint_every, spec.patience);
-    let own = [
-        ("another specification", identity + &schedule),
-        ("other training data", task.train_hash.clone()),
-        ("other evaluation data", task.eval_hash.clone().unwrap_or_default()),
-        ("another backbone", fingerprint),
+    let schedule = (spec.steps, spec.eval_every, spec.checkpoint_every, spec.patience);
+    let things = [
+        ("another specification", format!("{} {schedule:?}", spec.identity_hash())),
+        ("another backbone", backbone.fingerprint.to_string()),
+        (
+            "other training data, or another tokenizer",
+            format!("{} {:?}", task.train_hash, task.train.examples),
+        ),
+        ("other evaluation data", format!("{:?}", task.eval_hash)),
+        (
+            "other instructions of its processor (INCIPIT_ISA chooses them)",
+            incipit_kernels::isa().name().to_owned(),
+        ),
     ];
-    for (what, value) in own {
-        let all = gather_bytes(&**backbone.engine.ranks().world(), value.as_bytes())?;
-        if let Some(rank) = all.iter().position(|other| *other != all[0]) {
-            return Err(Error::RanksDiffer { rank, what });
-        }
-    }
-    Ok(())
+    ranks::agree(backbone.engine.ranks(), &things)
 }
 
 /// The checkpoint to go on from, which rank 0 reads and sends to the others.

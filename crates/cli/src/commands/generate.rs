@@ -5,7 +5,7 @@ use std::io::{BufRead, IsTerminal};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
@@ -224,8 +224,9 @@ fn read_stdin() -> Receiver<std::io::Result<String>> {
 /// The next lines: so many, or fewer at the end or when nobody writes more for so long.
 fn next_lines(from: &Receiver<std::io::Result<String>>, count: usize, patience: Duration) -> Result<Read> {
     let mut lines = Vec::new();
+    let until = Instant::now() + patience;
     while lines.len() < count {
-        match from.recv_timeout(patience) {
+        match from.recv_timeout(until.saturating_duration_since(Instant::now())) {
             Ok(line) => lines.push(line.context("cannot read standard input")?),
             Err(RecvTimeoutError::Timeout) => break,
             Err(RecvTimeoutError::Disconnected) => return Ok(Read { lines, more: false }),

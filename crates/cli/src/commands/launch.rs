@@ -29,6 +29,7 @@ Examples:
 
 On several machines, torchrun or srun starts the ranks; pass --collective gloo to the command:
   torchrun --no-python --nnodes 2 --nproc-per-node 2 ... incipit train --collective gloo --tp 2 --dp 2 ...
+What ranks tell each other is neither encrypted nor authenticated: run them in a network that you trust.
 They are found by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (Slurm's SLURM_PROCID and SLURM_NTASKS stand in for the first two), \
 or at the store that INCIPIT_STORE names: tcp://HOST:PORT or file:/DIRECTORY.";
 
@@ -168,6 +169,11 @@ fn tell(outcome: &Outcome) -> Exit {
         How::Code(code) => Exit::from(code),
         How::Signal(_) => Exit::Failure,
     };
+    let echo = How::Code(Exit::OtherRank as i32);
+    if blamed.how == echo && outcome.ends.iter().any(|end| end.rank == 0 && end.how == How::Code(0)) {
+        // Nobody failed: rank 0 was done before the others, since nobody read its output any more.
+        return Exit::Ok;
+    }
     let words = &outcome.last_words;
     let cause = words.get(blamed.rank).map_or("", String::as_str);
     if !cause.is_empty() && words.iter().all(|said| said == cause) {
@@ -176,7 +182,6 @@ fn tell(outcome: &Outcome) -> Exit {
         return exit;
     }
     let mut told: Vec<&str> = Vec::new();
-    let echo = How::Code(Exit::OtherRank as i32);
     for end in std::iter::once(blamed).chain(outcome.ends.iter().filter(|end| end.how != echo)) {
         let said = words.get(end.rank).map_or("", String::as_str);
         if !said.is_empty() && !told.contains(&said) {

@@ -137,7 +137,7 @@ fn meeting(get: Variables<'_>) -> Result<Meeting> {
     // torchrun's agent serves a store of its own at the port.
     let taken = get("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|value| value.eq_ignore_ascii_case("true"));
     let given = number(get, "MASTER_PORT")?;
-    match u16::try_from(given + usize::from(taken)) {
+    match u16::try_from(given.saturating_add(usize::from(taken))) {
         Ok(port) if port > 0 => Ok(Meeting::RankZero { host, port }),
         _ => bad_input(format!("MASTER_PORT={given} is no port: set it to one from 1 to 65534")),
     }

@@ -62,7 +62,7 @@ impl Meeting<'_> {
             return Err(self.error(format!("there are {} ranks, and they count from 0", mesh.world())));
         }
         let mine = self.card();
-        if let Some(old) = self.store.try_get(&key(rank))? {
+        if let Some(old) = self.look_up(&key(rank))? {
             let old = self.read(rank, &old)?;
             if old.epoch == mine.epoch && old.job == mine.job {
                 let what = "it is there already; give every process a rank of its own, and every start a store of its \
@@ -73,6 +73,16 @@ impl Meeting<'_> {
         }
         self.store.set(&key(rank), mine.write().as_bytes())?;
         (0..mesh.world()).filter(|other| *other != rank).try_for_each(|other| self.await_rank(other))
+    }
+
+    /// What the store holds, once it can be reached.
+    fn look_up(&self, key: &str) -> Result<Option<Vec<u8>>> {
+        loop {
+            match self.store.try_get(key) {
+                Err(_) if !self.until.left().is_zero() => std::thread::sleep(Duration::from_millis(50)),
+                found => return found,
+            }
+        }
     }
 
     fn await_rank(&self, other: usize) -> Result<()> {

@@ -66,7 +66,7 @@ fn join(
     let Meeting { rank, options, until, ref store, .. } = *meeting;
     let place = members.iter().position(|member| *member == rank).unwrap_or_default();
     let prefix = format!("{}/{name}/{}", meeting.prefix(), members[0]);
-    let bridge = Bridge { store: store.clone(), prefix: prefix.clone(), until, error: Mutex::new(None) };
+    let bridge = Bridge { store: store.clone(), prefix, until, error: Mutex::new(None) };
     let connected =
         ffi::connect(port, place as u32, members.len() as u32, milliseconds(until.left()), &bridge);
     let group =
@@ -74,9 +74,10 @@ fn join(
     let connections = Connections {
         group,
         store: store.clone(),
-        key: format!("{prefix}/abort"),
+        // One of all groups: whoever is told to end by one group tells the others why.
+        key: format!("{}/abort", meeting.prefix()),
         rank: place,
-        size: members.len(),
+        members: members.clone(),
     };
     let identity = Identity::new(options, name, members, place);
     let group = HostGroup::new(identity, options.deadline, connections);
@@ -141,17 +142,23 @@ struct Connections {
     store: Arc<dyn Store>,
     /// Where the reason of an abort is written.
     key: String,
+    /// This rank's number in the group.
     rank: usize,
-    size: usize,
+    /// The members' ranks in the world.
+    members: Vec<usize>,
 }
 
 impl fmt::Debug for Connections {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Connections({} of {}, {})", self.rank, self.size, self.key)
+        write!(f, "Connections({} of {}, {})", self.rank, self.size(), self.key)
     }
 }
 
 impl Connections {
+    fn size(&self) -> usize {
+        self.members.len()
+    }
+
     /// Every rank's `length` bytes, or those of `root`.
     fn exchange(
         &self,
@@ -160,7 +167,7 @@ impl Connections {
         root: Option<usize>,
         until: Until,
     ) -> Result<Vec<u8>, Broken> {
-        let mut theirs = vec![0; length * if root.is_none() { self.size } else { 1 }];
+        let mut theirs = vec![0; length * if root.is_none() { self.size() } else { 1 }];
         let sender = root.map_or(-1, |root| root as i32);
         let left = milliseconds(until.left());
         let Outcome { kind, ranks, what } = self.group.exchange(mine, stride, &mut theirs, sender, left);
@@ -180,20 +187,24 @@ impl Connections {
     fn reason(&self) -> Option<Broken> {
         let text = String::from_utf8(self.store.get(&self.key, REASON).ok()?).ok()?;
         let (rank, reason) = text.split_once(' ')?;
-        Some(Broken::Aborted { rank: rank.parse().ok(), reason: reason.to_owned() })
+        let rank: usize = rank.parse().ok()?;
+        // A rank of another group is not among the members.
+        let member = self.members.iter().position(|member| *member == rank);
+        let reason = if member.is_some() { reason.to_owned() } else { format!("rank {rank}: {reason}") };
+        Some(Broken::Aborted { rank: member, reason })
     }
 }
 
 impl Transport for Connections {
     fn all_gather(&self, mine: Vec<u8>, until: Until) -> Result<Parts, Broken> {
         let all = self.exchange(&mine, (0, mine.len()), None, until)?;
-        Ok(Parts::of_one(all, self.size))
+        Ok(Parts::of_one(all, self.size()))
     }
 
     fn all_to_all(&self, mine: Vec<u8>, until: Until) -> Result<Parts, Broken> {
-        let length = mine.len() / self.size;
+        let length = mine.len() / self.size();
         let all = self.exchange(&mine, (length, length), None, until)?;
-        Ok(Parts::of_one(all, self.size))
+        Ok(Parts::of_one(all, self.size()))
     }
 
     fn broadcast(&self, mine: Vec<u8>, root: usize, until: Until) -> Result<Arc<Vec<u8>>, Broken> {
@@ -203,7 +214,7 @@ impl Transport for Connections {
     fn abort(&self, reason: &str) {
         // The first reason is the cause. Without a store the others still see that the connection broke.
         if matches!(self.store.try_get(&self.key), Ok(None)) {
-            let _ = self.store.set(&self.key, format!("{} {reason}", self.rank).as_bytes());
+            let _ = self.store.set(&self.key, format!("{} {reason}", self.members[self.rank]).as_bytes());
         }
         self.group.close();
     }

@@ -120,7 +120,7 @@ void Group::start() {
     if (peer == context_->rank) {
       continue;
     }
-    Buffer sentinel = context_->createUnboundBuffer(&peers_[peer], 1);
+    Buffer sentinel = context_->createUnboundBuffer(&peers_[peer].never, 1);
     sentinel->recv(peer, kSentinelSlot);
     watchers_.emplace_back([this, peer, sentinel = std::move(sentinel)]() mutable { watch(peer, std::move(sentinel)); });
   }
@@ -134,8 +134,9 @@ Group::~Group() {
 }
 
 // Gloo of 2022 tells only those messages of a broken connection that have not begun: whoever waits for one that was
-// half received or half sent would wait for the deadline (`Pair::signalException`). So a message that never comes is
-// awaited as well, and whoever waits for it wakes the others.
+// half received or half sent would wait for the deadline (`Pair::signalException`), and whoever waits for another peer,
+// which may itself wait for the lost one, learns nothing. So a message that never comes is awaited as well, and whoever
+// waits for it wakes the exchange, whichever peer it is at.
 void Group::watch(int peer, Buffer sentinel) const {
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -153,16 +154,21 @@ void Group::watch(int peer, Buffer sentinel) const {
   std::lock_guard<std::mutex> lock(mutex_);
   peers_[peer].sentinel = nullptr;
   peers_[peer].broken = std::move(what);
-  peers_[peer].wake();
+  for (auto& other : peers_) {
+    other.wake_exchange();
+  }
 }
 
-void Group::Peer::wake() {
+void Group::Peer::wake_exchange() {
   if (received) {
     received->abortWaitRecv();
   }
   if (sent) {
     sent->abortWaitSend();
   }
+}
+
+void Group::Peer::wake_watcher() {
   if (sentinel) {
     sentinel->abortWaitRecv();
   }
@@ -195,12 +201,27 @@ struct Group::Active {
     add(peer, sent[peer], group.peers_[peer].sent, bytes, length).send(peer, kSlot);
   }
 
-  // Whether the messages from and to a peer have passed; not if the group was closed meanwhile.
+  // Waits until the messages from and to a peer have passed. False if the group was closed meanwhile.
   bool wait(int peer, Clock::time_point end) {
-    auto& in = received[peer];
-    auto& out = sent[peer];
-    return (!in || passed(peer, [&](Milliseconds time) { return in->waitRecv(time); }, end)) &&
-           (!out || passed(peer, [&](Milliseconds time) { return out->waitSend(time); }, end));
+    while (!passed(peer, end)) {
+      if (closed()) {
+        return false;
+      }
+      // Somebody's connection broke. That matters if a message of this exchange was still under way: a peer may leave
+      // after its last one.
+      for (int other = 0; other < context->size; other++) {
+        const std::string broken = why_broken(other);
+        if (broken.empty()) {
+          continue;
+        }
+        lost = other;
+        if (!have_passed(other)) {
+          throw ::gloo::IoException(broken);
+        }
+        lost = -1;
+      }
+    }
+    return true;
   }
 
   // The peers from `first` on, in the order of waiting, whose messages have not passed.
@@ -208,13 +229,7 @@ struct Group::Active {
     rust::Vec<std::uint32_t> peers;
     const int size = context->size;
     for (int peer = first; peer != context->rank; peer = (peer + 1) % size) {
-      bool passed = false;
-      try {
-        passed = peer != first && wait(peer, Clock::now());
-      } catch (const std::exception&) {
-        // Gloo broke off all that was under way when the first peer was late.
-      }
-      if (!passed) {
+      if (peer == first || !have_passed(peer)) {
         peers.push_back(static_cast<std::uint32_t>(peer));
       }
     }
@@ -225,6 +240,8 @@ struct Group::Active {
   std::shared_ptr<::gloo::rendezvous::Context> context;
   std::vector<Buffer> received;
   std::vector<Buffer> sent;
+  // The peer whose broken connection ended the exchange, if it was another than the one that was waited for.
+  int lost = -1;
 
  private:
   ::gloo::transport::UnboundBuffer& add(int peer, Buffer& place, ::gloo::transport::UnboundBuffer*& known,
@@ -233,30 +250,51 @@ struct Group::Active {
     place = context->createUnboundBuffer(bytes, length);
     known = place.get();
     if (!group.context_) {
-      group.peers_[peer].wake();
+      group.peers_[peer].wake_exchange();
     }
     return *place;
   }
 
-  template <typename Wait>
-  bool passed(int peer, Wait wait, Clock::time_point end) {
-    if (wait(left(end))) {
-      return true;
+  bool closed() const {
+    std::lock_guard<std::mutex> lock(group.mutex_);
+    return !group.context_;
+  }
+
+  std::string why_broken(int peer) const {
+    std::lock_guard<std::mutex> lock(group.mutex_);
+    return group.peers_[peer].broken;
+  }
+
+  // Whether both messages have passed; false if the wait for one was ended from outside. One that has passed is not
+  // waited for again.
+  bool passed(int peer, Clock::time_point end) {
+    if (received[peer] && !received[peer]->waitRecv(left(end))) {
+      return false;
     }
-    std::string broken;
+    forget(received[peer], group.peers_[peer].received);
+    if (sent[peer] && !sent[peer]->waitSend(left(end))) {
+      return false;
+    }
+    forget(sent[peer], group.peers_[peer].sent);
+    return true;
+  }
+
+  // Whether both messages have passed by now.
+  bool have_passed(int peer) {
+    try {
+      // A call to end a wait that nobody was in ends the next one: there may be one for each message.
+      return passed(peer, Clock::now()) || passed(peer, Clock::now()) || passed(peer, Clock::now());
+    } catch (const std::exception&) {
+      return false;
+    }
+  }
+
+  void forget(Buffer& place, ::gloo::transport::UnboundBuffer*& known) {
     {
       std::lock_guard<std::mutex> lock(group.mutex_);
-      broken = group.peers_[peer].broken;
-      if (!group.context_ || broken.empty()) {
-        return false;
-      }
+      known = nullptr;
     }
-    // The connection is gone, but this message may have passed before: a peer may leave after its last one.
-    try {
-      return wait(Milliseconds(0));
-    } catch (const ::gloo::IoException&) {
-      throw ::gloo::IoException(broken);
-    }
+    place.reset();
   }
 };
 
@@ -303,7 +341,7 @@ Outcome Group::exchange(rust::Slice<const std::uint8_t> mine, std::size_t stride
     if (left(end) == Milliseconds(0)) {
       return Outcome{Kind::Late, active.missing(peer), rust::String()};
     }
-    return outcome(Kind::Lost, peer, error.what());
+    return outcome(Kind::Lost, active.lost < 0 ? peer : active.lost, error.what());
   } catch (const std::exception& error) {
     return outcome(Kind::Lost, peer, error.what());
   }
@@ -313,7 +351,8 @@ void Group::close() const {
   std::shared_ptr<::gloo::rendezvous::Context> last;
   std::lock_guard<std::mutex> lock(mutex_);
   for (auto& peer : peers_) {
-    peer.wake();
+    peer.wake_exchange();
+    peer.wake_watcher();
   }
   last = std::move(context_);
   context_.reset();

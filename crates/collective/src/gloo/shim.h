@@ -61,10 +61,13 @@ class Group {
     ::gloo::transport::UnboundBuffer* sent = nullptr;
     // What its watcher waits for.
     ::gloo::transport::UnboundBuffer* sentinel = nullptr;
+    // Where the message would go that the watcher waits for, and that nobody sends.
+    char never = 0;
     // Why its connection broke, once it did.
     std::string broken;
 
-    void wake();
+    void wake_exchange();
+    void wake_watcher();
   };
 
   void watch(int peer, Buffer sentinel) const;

@@ -137,6 +137,49 @@ pub(crate) fn abort(ranks: Ranks) -> String {
     error.to_string()
 }
 
+/// The rank that aborts is another than the one that is waited for first, and that one comes late.
+pub(crate) fn abort_elsewhere(ranks: Ranks) -> String {
+    let start = Instant::now();
+    match ranks.rank() {
+        1 => std::thread::sleep(Duration::from_millis(4000)),
+        2 => {
+            std::thread::sleep(Duration::from_millis(100));
+            ranks.abort("out of patience");
+        }
+        _ => {}
+    }
+    let error = ranks.world().barrier().unwrap_err();
+    assert!(
+        ranks.rank() == 1 || start.elapsed() < Duration::from_millis(3500),
+        "after {:?}",
+        start.elapsed()
+    );
+    assert!(matches!(error, Error::Aborted { rank: Some(2), .. }), "{error}");
+    error.to_string()
+}
+
+/// Ranks that share no group with the one that aborts learn why, too.
+pub(crate) fn abort_across_groups(ranks: Ranks) -> String {
+    let start = Instant::now();
+    let error = match ranks.rank() {
+        0 => {
+            std::thread::sleep(Duration::from_millis(100));
+            ranks.abort("no such file");
+            ranks.world().barrier().unwrap_err()
+        }
+        1 => ranks.world().barrier().unwrap_err(),
+        2 => {
+            let error = ranks.data().barrier().unwrap_err();
+            ranks.abort(&error.to_string());
+            error
+        }
+        _ => ranks.tensor().barrier().unwrap_err(),
+    };
+    assert!(start.elapsed() < SOON, "{error} after {:?}", start.elapsed());
+    assert!(error.is_echo() && error.to_string().contains("no such file"), "{error}");
+    String::new()
+}
+
 /// A thread ends the wait of another thread of its own rank.
 pub(crate) fn abort_from_aside(ranks: Ranks) -> String {
     let start = Instant::now();
@@ -160,10 +203,10 @@ pub(crate) fn abort_from_aside(ranks: Ranks) -> String {
 pub(crate) fn late_rank(ranks: Ranks) -> String {
     ranks.world().barrier().unwrap();
     if ranks.rank() == 1 {
-        std::thread::sleep(Duration::from_millis(1500));
+        std::thread::sleep(Duration::from_millis(3500));
         let error = ranks.world().barrier().unwrap_err();
         assert!(error.is_echo(), "{error}");
-        assert!(error.to_string().contains("rank 1 did not come within 0.7 s"), "{error}");
+        assert!(error.to_string().contains("rank 1 did not come within 2 s"), "{error}");
         return String::new();
     }
     let (start, before) = (Instant::now(), ranks.seconds());
@@ -171,6 +214,6 @@ pub(crate) fn late_rank(ranks: Ranks) -> String {
     assert!(start.elapsed() < SOON, "{error} after {:?}", start.elapsed());
     assert!(ranks.seconds() - before > 0.1, "{} s of waiting were counted", ranks.seconds() - before);
     assert!(error.is_echo(), "{error}");
-    assert!(error.to_string().contains("rank 1 did not come within 0.7 s"), "{error}");
+    assert!(error.to_string().contains("rank 1 did not come within 2 s"), "{error}");
     String::new()
 }

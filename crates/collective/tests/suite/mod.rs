@@ -23,7 +23,7 @@ pub(crate) struct Check {
 /// Far more than any check needs: whoever waits for it to pass has failed.
 const LONG: Duration = Duration::from_secs(60);
 /// For the check that lets it pass.
-const SHORT: Duration = Duration::from_millis(700);
+const SHORT: Duration = Duration::from_millis(2000);
 /// What counts as at once on a busy machine.
 const SOON: Duration = Duration::from_secs(20);
 
@@ -51,6 +51,13 @@ pub(crate) const CHECKS: &[Check] = &[
     Check { name: "death in between", meshes: LINES, deadline: LONG, body: failures::death_in_between },
     Check { name: "last call", meshes: LINES, deadline: LONG, body: failures::last_call },
     Check { name: "abort", meshes: LINES, deadline: LONG, body: failures::abort },
+    Check { name: "abort elsewhere", meshes: &[(1, 3)], deadline: LONG, body: failures::abort_elsewhere },
+    Check {
+        name: "abort across groups",
+        meshes: &[(2, 2)],
+        deadline: LONG,
+        body: failures::abort_across_groups,
+    },
     Check { name: "abort from aside", meshes: LINES, deadline: LONG, body: failures::abort_from_aside },
     Check { name: "late rank", meshes: LINES, deadline: SHORT, body: failures::late_rank },
 ];

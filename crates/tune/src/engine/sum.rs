@@ -119,6 +119,12 @@ fn judged(ranks: &Ranks, examples: &[Known], terms: &Terms) -> Result<Result<i32
         let what = String::from_utf8_lossy(&words).into_owned();
         return Ok(Err(JobFault::Refused { what }));
     }
+    if let Some(example) = examples.iter().position(|known| known.exponent == ABSENT) {
+        let what = format!(
+            "no replica went through example {example} of the batch: the ranks were told different things"
+        );
+        return Ok(Err(JobFault::Refused { what }));
+    }
     let mut exponent = reduce::ZERO_EXPONENT;
     for (example, known) in examples.iter().enumerate() {
         let rank = || ranks.mesh().rank(Coordinates { data: known.replica, tensor: 0 });

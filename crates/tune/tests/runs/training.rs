@@ -99,6 +99,29 @@ fn a_run_stopped_anywhere_and_resumed_leaves_the_same_bytes() {
     }
 }
 
+/// The moment after the last checkpoint was renamed to its place, and before anything pointed to it.
+#[test]
+fn a_run_killed_right_after_its_last_checkpoint_is_finished_by_resuming() {
+    let (files, backbone) = (Files::new(), backbone());
+    let spec = resolve(files.flags("out"));
+    run(&backbone, &spec);
+    let expected = tree(&spec.out);
+    let kept = checkpoint::Store::open(&spec.out).unwrap().steps().unwrap();
+    let [.., before, last] = kept[..] else { panic!("two checkpoints are kept: {kept:?}") };
+    for name in ["last", "best"] {
+        let link = spec.out.join(name);
+        fs::remove_file(&link).unwrap();
+        std::os::unix::fs::symlink(format!("checkpoints/step-{before:08}"), &link).unwrap();
+    }
+    fs::remove_file(spec.out.join("prompt.npy")).unwrap();
+    fs::remove_dir_all(spec.out.join("adapter")).unwrap();
+    let outcome = run(&backbone, &resuming(&spec));
+    assert_eq!((outcome.end, outcome.step), (End::Steps, last));
+    let left = tree(&spec.out);
+    assert_eq!(names(&left), names(&expected));
+    assert!(left == expected, "{:?}", differing(&left, &expected));
+}
+
 fn names(tree: &[(String, Vec<u8>)]) -> Vec<&str> {
     tree.iter().map(|(name, _)| name.as_str()).collect()
 }

@@ -45,8 +45,8 @@ pub(crate) struct CollectiveArgs {
     #[arg(long, value_name = "local|gloo", value_parser = ranks::collective)]
     pub(crate) collective: Option<Backend>,
     /// Threads that are ranks [default: 2]; processes are as many as were started
-    #[arg(long, value_name = "N")]
-    ranks: Option<usize>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    ranks: Option<u16>,
     /// Times that each operation is timed, after one that is not
     #[arg(long, value_name = "N", default_value_t = 20)]
     steps: usize,
@@ -110,7 +110,7 @@ pub(super) fn measure(args: &CollectiveArgs, global: &Global) -> Result<Report> 
     }
     let collective = args.collective.unwrap_or(Backend::Local);
     let count = match (collective, args.ranks) {
-        (Backend::Local, given) => given.unwrap_or(RANKS),
+        (Backend::Local, given) => given.map_or(RANKS, usize::from),
         (Backend::Gloo, None) => environment::place(&environment::variables)?.world,
         (Backend::Gloo, Some(_)) => {
             return bad_input(
