@@ -151,6 +151,8 @@ fn variables(rank: u16, world: u16, port: u16) -> Vec<(&'static str, String)> {
         ("LOCAL_WORLD_SIZE", world.to_string()),
         ("MASTER_ADDR", "127.0.0.1".to_owned()),
         ("MASTER_PORT", port.to_string()),
+        // The store is new: there is no earlier start to be told from.
+        (environment::EPOCH, "0".to_owned()),
         (environment::STORE, format!("tcp://127.0.0.1:{port}")),
         (environment::LAUNCHER, std::process::id().to_string()),
     ]

@@ -9,7 +9,7 @@ pub(crate) const STORE: &str = "INCIPIT_STORE";
 /// The process id of the launcher that started this process.
 pub(crate) const LAUNCHER: &str = "INCIPIT_LAUNCHER";
 /// Which start of the ranks this is: those of an earlier one are refused.
-const EPOCH: &str = "INCIPIT_EPOCH";
+pub(crate) const EPOCH: &str = "INCIPIT_EPOCH";
 
 const HOW_TO_START: &str = "start the ranks with `incipit launch --nproc N -- COMMAND`, with torchrun or with srun, or pass \
                             --collective local for threads of one process";

@@ -147,7 +147,11 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
         if shared.closing.load(Ordering::Relaxed) {
             return;
         }
-        let Ok(stream) = stream else { continue };
+        let Ok(stream) = stream else {
+            // Out of descriptors, say: some may be free again soon.
+            thread::sleep(Duration::from_millis(10));
+            continue;
+        };
         let shared = shared.clone();
         // A client that goes, or talks nonsense, ends its own thread alone.
         let _ = thread::Builder::new().name("store client".to_owned()).spawn(move || shared.serve(stream));
@@ -156,7 +160,11 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
 
 impl Drop for TcpServer {
     fn drop(&mut self) {
-        self.shared.closing.store(true, Ordering::Relaxed);
+        {
+            // Whoever looks at it before waiting holds the lock.
+            let _values = self.shared.lock();
+            self.shared.closing.store(true, Ordering::Relaxed);
+        }
         self.shared.written.notify_all();
         // The listener is woken by a visit.
         let mut address = self.address;

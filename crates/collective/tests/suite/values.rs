@@ -21,7 +21,8 @@ fn floats(rank: usize, size: usize) -> Vec<f32> {
 }
 
 fn integers(rank: usize, size: usize) -> Vec<i64> {
-    (0..size).map(|i| random(SEED + rank as u64, i) as i64 >> 4).collect()
+    // All that there are, so that sums wrap around.
+    (0..size).map(|i| random(SEED + rank as u64, i) as i64).collect()
 }
 
 /// FNV-1a over the bytes: what ranks and backends compare.
@@ -76,9 +77,19 @@ pub(crate) fn reductions(ranks: Ranks) -> String {
             assert_eq!(result, expected, "i64 {reduce:?} of {n}, seed {SEED}");
         }
     }
-    let nan = Tensor::new(&[if rank + 1 == size { f32::NAN } else { 1.0 }, 2.0], &cpu).unwrap();
-    let max = group.all_reduce(&nan, Reduce::Max).unwrap().to_vec1::<f32>().unwrap();
-    assert!(max[0].is_nan() && max[1] == 2.0, "{max:?}");
+    for poisoned in 0..size {
+        for dtype in [DType::F32, DType::BF16] {
+            // Few enough to travel in the frame, and more.
+            for n in [2, 2000] {
+                let mut numbers = vec![rank as f32; n];
+                numbers[n - 1] = if rank == poisoned { f32::NAN } else { 1.0 };
+                let x = Tensor::new(numbers, &cpu).unwrap().to_dtype(dtype).unwrap();
+                let max = group.all_reduce(&x, Reduce::Max).unwrap();
+                let max = max.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
+                assert!(max[n - 1].is_nan() && max[0] == (size - 1) as f32, "{dtype:?} {n} {poisoned}");
+            }
+        }
+    }
     format!("{digests:?}")
 }
 
