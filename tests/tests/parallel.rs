@@ -293,9 +293,9 @@ fn a_number_that_is_not_finite_ends_its_job_on_every_rank_and_no_other() -> Resu
 fn a_rank_that_was_told_something_else_is_named_on_every_rank() -> Result<()> {
     let results = on_threads(Mesh::new(1, 3, 3)?, None, &Options::default(), |ranks| -> Result<()> {
         let things = |own: &str| [("another model", "t5".to_owned()), ("other data", own.to_owned())];
-        agree(&ranks, &things("same"))?;
+        agree(&ranks, || things("same"))?;
         let own = if ranks.rank() == 2 { "b" } else { "a" };
-        let message = agree(&ranks, &things(own)).expect_err("rank 2 differs").to_string();
+        let message = agree(&ranks, || things(own)).expect_err("rank 2 differs").to_string();
         ensure!(message.contains("rank 2 has other data than rank 0"), "{message}");
         Ok(())
     });

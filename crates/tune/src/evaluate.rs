@@ -75,11 +75,13 @@ pub fn evaluate(
     options: &EvalOptions,
     control: &Control,
 ) -> Result<Evaluation> {
-    let same = [
-        ("another prompt", format!("{:?}", prompt.map(Prompt::values))),
-        ("other examples", format!("{:?} {}", set.examples, options.max_new_tokens)),
-    ];
-    ranks::agree(engine.ranks(), &same)?;
+    ranks::agree(engine.ranks(), || {
+        let examples = ranks::tokens_digest(&set.examples);
+        [
+            ("another prompt", prompt.map(ranks::prompt_digest).unwrap_or_default()),
+            ("other examples", format!("{examples} {}", options.max_new_tokens)),
+        ]
+    })?;
     let prompt = prompt.map(prompt_rows).transpose()?;
     let outcomes = outcomes(engine, prompt.as_ref(), set, options.max_new_tokens, control)?;
     let mut predictions = Vec::with_capacity(outcomes.len());

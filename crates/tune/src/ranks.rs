@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use candle_core::{Device, Tensor};
 use incipit_collective::{Collective, Mesh, Options, Ranks, Reduce, gather_bytes, local};
+use incipit_data::TokenizedExample;
 
-use crate::{Error, Result};
+use crate::{Error, Result, prompt::Prompt};
 
 /// Does `work` on every rank of a mesh, each a thread with threads of its own to compute with (`threads` in all; the machine's
 /// where none are given). Results are in the order of the ranks.
@@ -74,10 +75,14 @@ pub(crate) fn largest(ranks: &Ranks, values: &[i64]) -> Result<Vec<i64>> {
 ///
 /// # Errors
 /// [`Error::RanksDiffer`] with the first thing in which a rank differs from rank 0, the same on every rank.
-pub fn agree(ranks: &Ranks, things: &[(&'static str, String)]) -> Result<()> {
+pub fn agree<const N: usize>(
+    ranks: &Ranks,
+    things: impl FnOnce() -> [(&'static str, String); N],
+) -> Result<()> {
     if ranks.mesh().world() == 1 {
         return Ok(());
     }
+    let things = things();
     let hashes = things.iter().flat_map(|(_, value)| *blake3::hash(value.as_bytes()).as_bytes());
     let all = gather_bytes(&**ranks.world(), &hashes.collect::<Vec<u8>>())?;
     for (i, (what, _)) in things.iter().enumerate() {
@@ -113,6 +118,23 @@ fn while_others_wait<T: Send>(ranks: &Ranks, work: &(impl Fn() -> Result<T> + Sy
         any(ranks, false)?;
         Ok(done)
     })
+}
+
+/// What stands for these examples in [`agree`]: a hash of their tokens.
+pub(crate) fn tokens_digest(examples: &[TokenizedExample]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for part in examples.iter().flat_map(|example| [&example.input, &example.target]) {
+        hasher.update(&(part.len() as u64).to_le_bytes());
+        hasher.update(&part.iter().flat_map(|token| token.to_le_bytes()).collect::<Vec<u8>>());
+    }
+    hasher.finalize().to_hex().to_string()
+}
+
+/// What stands for a prompt in [`agree`]: a hash of its bits.
+pub(crate) fn prompt_digest(prompt: &Prompt) -> String {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&prompt.values().iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>());
+    hasher.finalize().to_hex().to_string()
 }
 
 /// How many ranks share this machine's memory, this one among them.

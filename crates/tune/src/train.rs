@@ -242,8 +242,8 @@ impl<'a> Run<'a> {
                 spec.out.display()
             ));
         }
-        let prompt = [("another prompt to begin with", format!("{:?}", job.prompt().values()))];
-        ranks::agree(backbone.engine.ranks(), &prompt)?;
+        let prompt = || [("another prompt to begin with", ranks::prompt_digest(job.prompt()))];
+        ranks::agree(backbone.engine.ranks(), prompt)?;
         let state = earlier.map(|earlier| earlier.state);
         let evaluated = state.as_ref().map_or(0, |state| state.evaluated);
         let files = dir.map(|dir| Files::begin(dir, spec, job.num_steps(), state.as_ref())).transpose()?;
@@ -426,21 +426,18 @@ impl Files {
 
 /// Checks that all ranks were told the same, as far as it decides what they compute.
 fn agree(spec: &TrainSpec, backbone: &Backbone, task: &Task) -> Result<()> {
-    let schedule = (spec.steps, spec.eval_every, spec.checkpoint_every, spec.patience);
-    let things = [
-        ("another specification", format!("{} {schedule:?}", spec.identity_hash())),
-        ("another backbone", backbone.fingerprint.to_string()),
-        (
-            "other training data, or another tokenizer",
-            format!("{} {:?}", task.train_hash, task.train.examples),
-        ),
-        ("other evaluation data", format!("{:?}", task.eval_hash)),
-        (
-            "other instructions of its processor (INCIPIT_ISA chooses them)",
-            incipit_kernels::isa().name().to_owned(),
-        ),
-    ];
-    ranks::agree(backbone.engine.ranks(), &things)
+    ranks::agree(backbone.engine.ranks(), || {
+        let schedule = (spec.steps, spec.eval_every, spec.checkpoint_every, spec.patience);
+        let examples = task.train_hash.clone() + &ranks::tokens_digest(&task.train.examples);
+        let isa = incipit_kernels::isa().name().to_owned();
+        [
+            ("another specification", format!("{} {schedule:?}", spec.identity_hash())),
+            ("another backbone", backbone.fingerprint.to_string()),
+            ("other training data, or another tokenizer", examples),
+            ("other evaluation data", format!("{:?}", task.eval_hash)),
+            ("other instructions of its processor (INCIPIT_ISA chooses them)", isa),
+        ]
+    })
 }
 
 /// The checkpoint to go on from, which rank 0 reads and sends to the others.
