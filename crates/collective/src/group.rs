@@ -21,7 +21,8 @@ pub enum Reduce {
 /// that does not is an error on all of them. After an error the group stays failed, with that error.
 ///
 /// Calls wait for the other ranks on the thread that makes them, and never longer than the deadline with which the
-/// group was made.
+/// group was made. Over Gloo, a call that fails looks besides for the reason in the store: half a second, or some seconds
+/// if the store does not answer.
 pub trait Collective: Send + Sync + Debug {
     /// This rank's number in the group.
     fn rank(&self) -> usize;
@@ -55,7 +56,7 @@ pub trait Collective: Send + Sync + Debug {
     /// If the ranks do not agree on what they do, or one of them is lost or late.
     fn barrier(&self) -> Result<()>;
 
-    /// Makes every rank's present and later calls fail with `reason`. It does not wait.
+    /// Makes every rank's present and later calls fail with `reason`. It waits for no rank.
     fn abort(&self, reason: &str);
 }
 
