@@ -38,10 +38,28 @@ pub enum Mismatch {
     Order,
     /// They name different roots.
     Root,
+    /// The tensors of some are in main memory, and those of others on their GPUs.
+    Device,
     /// Their numbers are of different types.
     DType,
     /// Their tensors have different shapes.
     Shape,
+}
+
+impl Mismatch {
+    /// All of them, each at its number in what ranks write to each other.
+    #[cfg(any(feature = "nccl", test))]
+    pub(crate) const ALL: [Self; 9] = [
+        Self::Protocol,
+        Self::Job,
+        Self::Epoch,
+        Self::Mesh,
+        Self::Order,
+        Self::Root,
+        Self::Device,
+        Self::DType,
+        Self::Shape,
+    ];
 }
 
 /// Why an operation of several ranks failed.
@@ -66,6 +84,14 @@ pub enum Error {
         /// Where.
         place: Place,
         /// What, and what can be taken.
+        what: String,
+    },
+    /// This rank's device, or the library that moves its numbers, failed.
+    #[error("{place}: {what}")]
+    Device {
+        /// Where.
+        place: Place,
+        /// What failed, and how to mend it.
         what: String,
     },
     /// Another rank is gone.

@@ -11,7 +11,8 @@ use crate::alone::Alone;
 /// How numbers of several ranks become one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reduce {
-    /// Their sum, added by ascending rank. `bf16` is summed in f32 and rounded once; `i64` wraps around.
+    /// Their sum; `i64` wraps around, and is exact everywhere. Floating-point numbers are added by ascending rank, `bf16` in
+    /// f32 and rounded once; but over NCCL, those of a tensor on the GPU are added in an order of NCCL's, `bf16` in bf16.
     Sum,
     /// The largest. NaN if one of them is NaN.
     Max,
@@ -20,9 +21,15 @@ pub enum Reduce {
 /// A group of ranks, from the side of one of them. Every rank of the group makes the same calls in the same order; one
 /// that does not is an error on all of them. After an error the group stays failed, with that error.
 ///
-/// Calls wait for the other ranks on the thread that makes them, and never longer than the deadline with which the
-/// group was made. Over Gloo, a call that fails looks besides for the reason in the store: half a second, or some seconds
-/// if the store does not answer.
+/// A result lies where the operand lies: every backend takes tensors on a GPU, too. Only over NCCL do they stay there; it
+/// takes those of the device that it was connected with. A call with such a tensor returns when the operation is in the
+/// GPU's queue, before what the device is given next; it waits for the other ranks only where NCCL has yet to connect
+/// them or too many operations are unfinished. Whether all ranks agreed is found out later, so its result counts only when a later operation on a tensor in main memory, or a
+/// [`barrier`](Self::barrier), of the same group has succeeded. If the group fails instead, the numbers are not to be used.
+///
+/// All other calls wait for the other ranks on the thread that makes them. None waits longer than the deadline with which
+/// the group was made. Over Gloo, a call that fails looks besides for the reason in the store: half a second, or some seconds
+/// if the store does not answer. Over NCCL it is the same, and some ten seconds where a rank has vanished without a word.
 pub trait Collective: Send + Sync + Debug {
     /// This rank's number in the group.
     fn rank(&self) -> usize;
@@ -31,7 +38,8 @@ pub trait Collective: Send + Sync + Debug {
     fn size(&self) -> usize;
 
     /// Every rank's `x` (f32, bf16 or i64, any shape, the same on all ranks) reduced number by number. All ranks get the
-    /// same bits; those of one number depend neither on its place nor on the other numbers, nor on the backend.
+    /// same bits; those of one number depend neither on its place nor on the other numbers, nor on the backend, but for
+    /// floating-point sums on a GPU over NCCL.
     ///
     /// # Errors
     /// If `x` cannot be reduced, the ranks do not agree on what they do, or one of them is lost or late.

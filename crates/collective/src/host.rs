@@ -1,4 +1,5 @@
-//! The protocol for ranks whose numbers are in main memory, whatever moves the bytes.
+//! The protocol for ranks whose numbers pass through main memory, whatever moves the bytes. A tensor that lies elsewhere
+//! is fetched, and its result is put where it was.
 //!
 //! Before every operation all ranks exchange frames that say what each is about to do. They all see the same frames and
 //! so all come to the same verdict: go on, or the same error. What follows has sizes that all agree on. A payload of at
@@ -62,20 +63,21 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// One operation on its way.
-struct Turn<'a, T> {
+pub(crate) struct Turn<'a, T> {
     group: &'a HostGroup<T>,
-    sequence: u64,
-    until: Until,
+    pub(crate) sequence: u64,
+    pub(crate) until: Until,
 }
 
 impl<T: Transport> Turn<'_, T> {
-    fn header(&self, operation: Operation, root: usize, operand: Option<&Tensor>) -> Header {
+    pub(crate) fn header(&self, operation: Operation, root: usize, operand: Option<&Tensor>) -> Header {
         Header {
             job: wire::hash(&self.group.identity.job),
             epoch: self.group.identity.epoch,
             sequence: self.sequence,
             operation,
             root: root as u32,
+            on_device: false,
             dtype: operand.map_or(DType::U8, Tensor::dtype),
             dims: operand.map_or_else(Vec::new, |x| x.dims().to_vec()),
         }
@@ -93,11 +95,11 @@ impl<T: Transport> Turn<'_, T> {
     }
 
     /// What the transport brought, or the error with its place.
-    fn moved<R>(&self, result: Result<R, Broken>) -> Result<R> {
+    pub(crate) fn moved<R>(&self, result: Result<R, Broken>) -> Result<R> {
         result.map_err(|broken| self.broken(broken))
     }
 
-    fn broken(&self, broken: Broken) -> Error {
+    pub(crate) fn broken(&self, broken: Broken) -> Error {
         let identity = &self.group.identity;
         let place = self.group.place(self.sequence);
         match broken {
@@ -108,10 +110,16 @@ impl<T: Transport> Turn<'_, T> {
                 seconds: self.until.after.as_secs_f64(),
             },
             Broken::Aborted { rank, reason } => Error::Aborted { rank: identity.name(rank), reason },
+            #[cfg(any(feature = "nccl", test))]
+            Broken::Mismatch { kind, sequence, what } => {
+                Error::Mismatch { place: self.group.place(sequence), kind, what }
+            }
+            #[cfg(any(feature = "nccl", test))]
+            Broken::Device { what } => Error::Device { place, what },
         }
     }
 
-    fn refuse(&self, refusal: Option<String>) -> Result<()> {
+    pub(crate) fn refuse(&self, refusal: Option<String>) -> Result<()> {
         refusal.map_or(Ok(()), |what| Err(Error::Refused { place: self.group.place(self.sequence), what }))
     }
 
@@ -128,19 +136,37 @@ impl<T: Transport> HostGroup<T> {
         Self { identity, deadline, transport, sequence, failed, nanoseconds: AtomicU64::new(0) }
     }
 
+    #[cfg(any(feature = "nccl", test))]
+    pub(crate) fn transport(&self) -> &T {
+        &self.transport
+    }
+
+    /// The error of an operation of this group that is found from aside.
+    #[cfg(any(feature = "nccl", test))]
+    pub(crate) fn fail_aside(&self, sequence: u64, broken: Broken) -> Error {
+        let turn = Turn { group: self, sequence, until: Until::after(self.deadline) };
+        self.fail(turn.broken(broken))
+    }
+
+    #[cfg(any(feature = "nccl", test))]
+    pub(crate) fn has_failed(&self) -> bool {
+        lock(&self.failed).is_some()
+    }
+
     fn place(&self, sequence: u64) -> Place {
         let Identity { job, epoch, group, .. } = &self.identity;
         Place { job: job.clone(), epoch: *epoch, group, sequence }
     }
 
     /// Runs one operation. If it fails, so do all later ones.
-    fn operate<R>(&self, body: impl FnOnce(&Turn<'_, T>) -> Result<R>) -> Result<R> {
+    pub(crate) fn operate<R>(&self, body: impl FnOnce(&Turn<'_, T>) -> Result<R>) -> Result<R> {
         let mut sequence = lock(&self.sequence);
         if let Some(error) = &*lock(&self.failed) {
             return Err(error.clone());
         }
         let turn = Turn { group: self, sequence: *sequence, until: Until::after(self.deadline) };
         *sequence += 1;
+        self.transport.begins(turn.sequence);
         let start = Instant::now();
         let result = body(&turn).map_err(|error| self.fail(error));
         self.nanoseconds.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
@@ -149,10 +175,10 @@ impl<T: Transport> HostGroup<T> {
 
     /// Remembers the error, and tells the others unless they know: a disagreement is seen by every rank itself, and
     /// whoever aborted has told everybody.
-    fn fail(&self, error: Error) -> Error {
+    pub(crate) fn fail(&self, error: Error) -> Error {
         let first = lock(&self.failed).get_or_insert(error).clone();
         match &first {
-            Error::Mismatch { .. } => {}
+            Error::Mismatch { place, kind, what } => self.transport.disagreed(*kind, place.sequence, what),
             // Others may wait for this rank, and not for the one that aborted.
             Error::Aborted { .. } => self.transport.leave(),
             error => self.transport.abort(&error.to_string()),
@@ -161,9 +187,10 @@ impl<T: Transport> HostGroup<T> {
     }
 
     /// The first exchange: are these the same groups?
-    #[cfg(feature = "gloo")]
+    #[cfg(any(feature = "gloo", feature = "nccl", test))]
     pub(crate) fn meet(&self, until: Until) -> Result<()> {
         let turn = Turn { group: self, sequence: 0, until };
+        self.transport.begins(0);
         let met = turn.agree(&turn.header(Operation::Meet, 0, None), &[]);
         met.map(drop).map_err(|error| self.fail(error))
     }
@@ -188,7 +215,7 @@ impl<T: Transport> Collective for HostGroup<T> {
             if len <= INLINE {
                 let parts: Vec<_> = frames.iter().map(|frame| &frame[HEADER..HEADER + len]).collect();
                 let sum = numbers::reduce(dtype, &parts, reduce);
-                return numbers::from_bytes(dtype, x.dims(), std::iter::once(&sum[..]));
+                return numbers::from_bytes(dtype, x.dims(), x.device(), std::iter::once(&sum[..]));
             }
             let padded = count.next_multiple_of(self.size()) * numbers::width(dtype);
             let mine = numbers::to_bytes(x, padded)?;
@@ -196,7 +223,7 @@ impl<T: Transport> Collective for HostGroup<T> {
             let sum = numbers::reduce(dtype, &parts.iter().collect::<Vec<_>>(), reduce);
             drop(parts);
             let sums = turn.moved(self.transport.all_gather(sum, turn.until))?;
-            numbers::from_bytes(dtype, x.dims(), sums.iter())
+            numbers::from_bytes(dtype, x.dims(), x.device(), sums.iter())
         })
     }
 
@@ -210,11 +237,11 @@ impl<T: Transport> Collective for HostGroup<T> {
             dims[0] *= self.size();
             if len <= INLINE {
                 let parts = frames.iter().map(|frame| &frame[HEADER..HEADER + len]);
-                return numbers::from_bytes(x.dtype(), &dims, parts);
+                return numbers::from_bytes(x.dtype(), &dims, x.device(), parts);
             }
             let mine = numbers::to_bytes(x, len)?;
             let parts = turn.moved(self.transport.all_gather(mine, turn.until))?;
-            numbers::from_bytes(x.dtype(), &dims, parts.iter())
+            numbers::from_bytes(x.dtype(), &dims, x.device(), parts.iter())
         })
     }
 
@@ -226,11 +253,11 @@ impl<T: Transport> Collective for HostGroup<T> {
             let len = x.elem_count() * numbers::width(x.dtype());
             if len <= INLINE {
                 let part = frames.iter().nth(root).map(|frame| &frame[HEADER..HEADER + len]);
-                return numbers::from_bytes(x.dtype(), x.dims(), part.into_iter());
+                return numbers::from_bytes(x.dtype(), x.dims(), x.device(), part.into_iter());
             }
             let mine = if self.rank() == root { numbers::to_bytes(x, len)? } else { vec![0; len] };
             let bytes = turn.moved(self.transport.broadcast(mine, root, turn.until))?;
-            numbers::from_bytes(x.dtype(), x.dims(), std::iter::once(&bytes[..]))
+            numbers::from_bytes(x.dtype(), x.dims(), x.device(), std::iter::once(&bytes[..]))
         })
     }
 

@@ -2,7 +2,10 @@
 //!
 //! [`Collective`] is a group as one of its ranks sees it, and [`Ranks`] all that a rank has: its place in the mesh and
 //! its three groups. [`local::ranks`] makes them for the threads of one process. Whichever backend carries the
-//! numbers, the results are the same bits.
+//! numbers, the results are the same bits; only floating-point sums of tensors that stay on a GPU are NCCL's own.
+
+#[cfg(test)]
+extern crate self as incipit_collective;
 
 mod alone;
 mod bytes;
@@ -12,9 +15,15 @@ pub mod gloo;
 mod group;
 mod host;
 pub mod local;
+#[cfg(any(feature = "gloo", feature = "nccl", test))]
+mod meeting;
+#[cfg(any(feature = "nccl", test))]
+pub mod nccl;
 mod numbers;
 pub mod pairs;
 mod ranks;
+#[cfg(any(feature = "gloo", feature = "nccl", test))]
+mod reason;
 pub mod store;
 mod transport;
 mod wire;

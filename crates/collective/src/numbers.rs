@@ -17,12 +17,6 @@ const BLOCK: usize = 1024;
 
 /// Why `x` is no operand, if it is none: its type must be one of `dtypes`.
 pub(crate) fn refuse(x: &Tensor, dtypes: &[DType]) -> Option<String> {
-    if !x.device().is_cpu() {
-        return Some(format!(
-            "the tensor is on {:?}; this group moves tensors in main memory",
-            x.device().location()
-        ));
-    }
     if x.rank() > MAX_DIMS {
         return Some(format!("the tensor has {} dims; reshape it to {MAX_DIMS} at most", x.rank()));
     }
@@ -177,9 +171,9 @@ fn write_all<T: Number>(values: &[T], bytes: &mut [u8]) {
 /// The numbers of `x` by row, followed by zeros up to `len` bytes.
 ///
 /// # Errors
-/// If `x` is not in main memory, or not of one of the types of [`MOVED`].
+/// If `x` cannot be brought to main memory, or is not of one of the types of [`MOVED`].
 pub(crate) fn to_bytes(x: &Tensor, len: usize) -> Result<Vec<u8>> {
-    let x = x.contiguous()?;
+    let x = x.contiguous()?.to_device(&Device::Cpu)?;
     let (storage, layout) = x.storage_and_layout();
     let range = layout.start_offset()..layout.start_offset() + x.elem_count();
     let mut bytes = vec![0; len];
@@ -196,36 +190,41 @@ pub(crate) fn to_bytes(x: &Tensor, len: usize) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn read_all<'a, T: Number>(parts: impl Iterator<Item = &'a [u8]>, dims: &[usize]) -> Result<Tensor> {
+fn read_all<'a, T: Number>(
+    parts: impl Iterator<Item = &'a [u8]>,
+    dims: &[usize],
+    device: &Device,
+) -> Result<Tensor> {
     let count = dims.iter().product();
     let mut values: Vec<T> = Vec::with_capacity(count);
     for part in parts {
         let wanted = count - values.len();
         values.extend(T::split(part).iter().take(wanted).map(T::read));
     }
-    Ok(Tensor::from_vec(values, dims, &Device::Cpu)?)
+    Ok(Tensor::from_vec(values, dims, device)?)
 }
 
-/// The tensor whose numbers lie one after the other in `parts`; what is left over after them is not read.
+/// The tensor on `device` whose numbers lie one after the other in `parts`; what is left over after them is not read.
 ///
 /// # Errors
-/// If there are too few numbers.
+/// If there are too few numbers, or the device cannot take them.
 pub(crate) fn from_bytes<'a>(
     dtype: DType,
     dims: &[usize],
+    device: &Device,
     parts: impl Iterator<Item = &'a [u8]>,
 ) -> Result<Tensor> {
     match dtype {
-        DType::F32 => read_all::<f32>(parts, dims),
-        DType::BF16 => read_all::<bf16>(parts, dims),
-        DType::I64 => read_all::<i64>(parts, dims),
+        DType::F32 => read_all::<f32>(parts, dims, device),
+        DType::BF16 => read_all::<bf16>(parts, dims, device),
+        DType::I64 => read_all::<i64>(parts, dims, device),
         _ => {
             let count = dims.iter().product();
             let mut values: Vec<u8> = Vec::with_capacity(count);
             for part in parts {
                 values.extend(&part[..part.len().min(count - values.len())]);
             }
-            Ok(Tensor::from_vec(values, dims, &Device::Cpu)?)
+            Ok(Tensor::from_vec(values, dims, device)?)
         }
     }
 }

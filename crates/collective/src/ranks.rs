@@ -18,12 +18,20 @@ pub struct Options {
     pub epoch: u64,
     /// Name of the job, for messages; ranks of different jobs refuse each other.
     pub job: String,
+    /// This process's number among the ranks of its machine, if its launcher told; otherwise its rank is taken for it.
+    pub local_rank: Option<usize>,
 }
 
 impl Default for Options {
     fn default() -> Self {
         let minute = Duration::from_secs(60);
-        Self { deadline: 5 * minute, connect_deadline: minute, epoch: 0, job: "incipit".to_owned() }
+        Self {
+            deadline: 5 * minute,
+            connect_deadline: minute,
+            epoch: 0,
+            job: "incipit".to_owned(),
+            local_rank: None,
+        }
     }
 }
 
@@ -42,6 +50,7 @@ pub(crate) trait Member: Collective {
 pub struct Ranks {
     mesh: Mesh,
     rank: usize,
+    local_rank: usize,
     tensor: Arc<dyn Collective>,
     data: Arc<dyn Collective>,
     world: Arc<dyn Collective>,
@@ -61,7 +70,7 @@ impl Ranks {
         let members = groups.iter().flatten().cloned().collect();
         let [tensor, data, world] =
             groups.map(|group| group.map_or_else(alone, |group| group as Arc<dyn Collective>));
-        Self { mesh, rank, tensor, data, world, members }
+        Self { mesh, rank, local_rank: rank, tensor, data, world, members }
     }
 
     /// The mesh.
@@ -74,6 +83,21 @@ impl Ranks {
     #[must_use]
     pub fn rank(&self) -> usize {
         self.rank
+    }
+
+    /// The same rank, known as the `local_rank`-th of its machine.
+    #[cfg(any(feature = "gloo", feature = "nccl", test))]
+    pub(crate) fn on_machine(self, local_rank: Option<usize>) -> Self {
+        // What has a destructor cannot be taken apart.
+        let mut ranks = self;
+        ranks.local_rank = local_rank.unwrap_or(ranks.rank);
+        ranks
+    }
+
+    /// This rank's number among those of its machine: which of its GPUs it has.
+    #[must_use]
+    pub fn local_rank(&self) -> usize {
+        self.local_rank
     }
 
     /// This rank's place.

@@ -5,6 +5,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::Mismatch;
+
 /// A moment by which something must have happened.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Until {
@@ -39,6 +41,12 @@ pub(crate) enum Broken {
     Deadline { ranks: Vec<usize> },
     /// A rank stopped the group.
     Aborted { rank: Option<usize>, reason: String },
+    /// The ranks turn out not to have agreed on an earlier operation.
+    #[cfg(any(feature = "nccl", test))]
+    Mismatch { kind: Mismatch, sequence: u64, what: String },
+    /// This rank's device failed.
+    #[cfg(any(feature = "nccl", test))]
+    Device { what: String },
 }
 
 /// One piece of bytes from every rank, all of one length.
@@ -52,7 +60,7 @@ impl Parts {
     }
 
     /// `size` pieces, one after the other.
-    #[cfg(feature = "gloo")]
+    #[cfg(any(feature = "gloo", feature = "nccl", test))]
     pub(crate) fn of_one(bytes: Vec<u8>, size: usize) -> Self {
         let len = bytes.len() / size;
         let bytes = Arc::new(bytes);
@@ -68,6 +76,9 @@ impl Parts {
 /// Moves bytes. Every rank of the group makes the same calls in the same order with the same lengths: the protocol
 /// above it makes sure of that, so that a transport need not.
 pub(crate) trait Transport: Send + Sync + Debug {
+    /// This rank's operation of that number begins. Nothing to do for most.
+    fn begins(&self, _sequence: u64) {}
+
     /// Everybody's `mine`.
     fn all_gather(&self, mine: Vec<u8>, until: Until) -> Result<Parts, Broken>;
 
@@ -79,6 +90,10 @@ pub(crate) trait Transport: Send + Sync + Debug {
 
     /// Makes all ranks' present and later calls fail. Does not wait; may be called while another thread is in a call.
     fn abort(&self, reason: &str);
+
+    /// This rank has seen that the ranks do not agree on the operation of that number, and will make no more calls. The
+    /// others see the same, so that most have nothing to do.
+    fn disagreed(&self, _kind: Mismatch, _sequence: u64, _what: &str) {}
 
     /// This rank will make no more calls.
     fn leave(&self);

@@ -6,7 +6,7 @@ use crate::numbers::MAX_DIMS;
 use crate::{Mismatch, Reduce};
 
 /// Bytes that say what the operation is.
-pub(crate) const HEADER: usize = 2 * 4 + 3 * 8 + 4 * 4 + MAX_DIMS * 8;
+pub(crate) const HEADER: usize = 2 * 4 + 3 * 8 + 5 * 4 + MAX_DIMS * 8;
 /// Bytes of a payload that travel with them.
 pub(crate) const INLINE: usize = 1024;
 /// All frames have this length, so that ranks which do not agree can still read each other.
@@ -14,7 +14,7 @@ pub(crate) const FRAME: usize = HEADER + INLINE;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"INCP");
 /// To be raised with every change to frames, or to what follows them.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// What is asked of the group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +59,8 @@ pub(crate) struct Header {
     pub(crate) sequence: u64,
     pub(crate) operation: Operation,
     pub(crate) root: u32,
+    /// Whether the numbers stay on the ranks' devices; otherwise they pass through main memory.
+    pub(crate) on_device: bool,
     pub(crate) dtype: DType,
     pub(crate) dims: Vec<usize>,
 }
@@ -100,7 +102,8 @@ impl Header {
         }
         let operation = Operation::ALL.iter().position(|o| *o == self.operation).unwrap_or_default();
         let dtype = DTYPES.iter().position(|d| *d == self.dtype).unwrap_or_default();
-        for word in [operation as u32, self.root, dtype as u32, self.dims.len() as u32] {
+        for word in [operation as u32, self.root, dtype as u32, self.dims.len() as u32, self.on_device.into()]
+        {
             frame.extend(word.to_le_bytes());
         }
         for i in 0..MAX_DIMS {
@@ -125,11 +128,20 @@ impl Header {
         let root = reader.u32()?;
         let dtype = *DTYPES.get(reader.u32()? as usize)?;
         let len = reader.u32()? as usize;
+        let on_device = match reader.u32()? {
+            0 => false,
+            1 => true,
+            _ => return None,
+        };
         if len > MAX_DIMS {
             return None;
         }
         let dims = (0..len).map(|_| reader.u64().map(|d| d as usize)).collect::<Option<_>>()?;
-        Some(Self { job, epoch, sequence, operation, root, dtype, dims })
+        Some(Self { job, epoch, sequence, operation, root, on_device, dtype, dims })
+    }
+
+    fn memory(&self) -> &'static str {
+        if self.on_device { "on its GPU" } else { "in main memory" }
     }
 
     fn describe(&self) -> String {
@@ -152,11 +164,12 @@ pub(crate) fn disagreement(headers: &[Option<Header>], members: &[usize]) -> Opt
     }
     let headers: Vec<_> = headers.iter().flatten().collect();
     let (first, rest) = headers.split_first()?;
-    let differences: [(Mismatch, Differs); 6] = [
+    let differences: [(Mismatch, Differs); 7] = [
         (Mismatch::Job, |a, b| a.job != b.job),
         (Mismatch::Epoch, |a, b| a.epoch != b.epoch),
         (Mismatch::Order, |a, b| (a.sequence, a.operation) != (b.sequence, b.operation)),
         (Mismatch::Root, |a, b| a.root != b.root),
+        (Mismatch::Device, |a, b| a.on_device != b.on_device),
         (Mismatch::DType, |a, b| a.dtype != b.dtype),
         (Mismatch::Shape, |a, b| a.dims != b.dims),
     ];
@@ -189,6 +202,11 @@ fn sentence(kind: Mismatch, (a, first): (usize, &Header), (b, other): (usize, &H
             "rank {a} names root {} and rank {b} root {}; every rank must name the same",
             first.root, other.root
         ),
+        Mismatch::Device => format!(
+            "rank {a} gives a tensor {} and rank {b} one {}; every rank must keep it at the same kind of place",
+            first.memory(),
+            other.memory()
+        ),
         Mismatch::DType | Mismatch::Shape => format!(
             "rank {a} calls {} and rank {b} {}; every rank must give the same type and shape",
             first.describe(),
@@ -208,6 +226,7 @@ mod tests {
             sequence: 1 << 40,
             operation: Operation::Broadcast,
             root: 7,
+            on_device: true,
             dtype: DType::I64,
             dims: vec![2, 0, 5_000_000_000],
         }
@@ -225,8 +244,8 @@ mod tests {
     #[test]
     fn a_frame_of_something_else_is_not_read() {
         let frame = header().frame(&[]);
-        // Magic, version, operation, dtype and number of dims.
-        for at in [0, 4, 32, 40, 44] {
+        // Magic, version, operation, dtype, number of dims and place.
+        for at in [0, 4, 32, 40, 44, 48] {
             let mut bad = frame.clone();
             bad[at] = 0xee;
             assert_eq!(Header::read(&bad), None, "byte {at}");

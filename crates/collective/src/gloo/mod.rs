@@ -5,7 +5,6 @@
 //! deadlines.
 
 mod ffi;
-mod meeting;
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, TcpListener, ToSocketAddrs};
@@ -16,12 +15,13 @@ use cxx::UniquePtr;
 use incipit_mesh::Mesh;
 
 use crate::host::{HostGroup, Identity};
+use crate::meeting::Meeting;
 use crate::ranks::{Member, groups};
+use crate::reason::Reason;
 use crate::store::Store;
 use crate::transport::{Broken, Parts, Transport, Until};
 use crate::{Error, Options, Ranks, Result};
 use ffi::{Group, Kind, Outcome, Port};
-use meeting::Meeting;
 
 /// How long a rank that lost a connection looks for the reason why it was closed.
 const REASON: Duration = Duration::from_millis(500);
@@ -43,7 +43,7 @@ pub fn connect(mesh: Mesh, rank: usize, store: Arc<dyn Store>, options: &Options
     let meeting = Meeting { mesh, rank, options, store, until };
     meeting.call_the_roll()?;
     if mesh.world() == 1 {
-        return Ok(Ranks::new(mesh, rank, [None, None, None]));
+        return Ok(Ranks::new(mesh, rank, [None, None, None]).on_machine(options.local_rank));
     }
     let (interface, host) = address(&*meeting.store);
     let port = ffi::open_port(&interface, &host)
@@ -54,7 +54,7 @@ pub fn connect(mesh: Mesh, rank: usize, store: Arc<dyn Store>, options: &Options
             *group = Some(join(&meeting, &port, name, members)?);
         }
     }
-    Ok(Ranks::new(mesh, rank, joined))
+    Ok(Ranks::new(mesh, rank, joined).on_machine(options.local_rank))
 }
 
 fn join(
@@ -73,11 +73,8 @@ fn join(
         connected.map_err(|e| bridge.take_error().unwrap_or_else(|| meeting.failure(&e.to_string())))?;
     let connections = Connections {
         group,
-        store: store.clone(),
-        // One of all groups: whoever is told to end by one group tells the others why.
-        key: format!("{}/abort", meeting.prefix()),
-        rank: place,
-        members: members.clone(),
+        reason: Reason::new(store.clone(), &meeting.prefix(), members.clone(), place),
+        size: members.len(),
     };
     let identity = Identity::new(options, name, members, place);
     let group = HostGroup::new(identity, options.deadline, connections);
@@ -139,26 +136,17 @@ impl Bridge {
 /// The connections of one group.
 struct Connections {
     group: UniquePtr<Group>,
-    store: Arc<dyn Store>,
-    /// Where the reason of an abort is written.
-    key: String,
-    /// This rank's number in the group.
-    rank: usize,
-    /// The members' ranks in the world.
-    members: Vec<usize>,
+    reason: Reason,
+    size: usize,
 }
 
 impl fmt::Debug for Connections {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Connections({} of {}, {})", self.rank, self.size(), self.key)
+        write!(f, "Connections({:?})", self.reason)
     }
 }
 
 impl Connections {
-    fn size(&self) -> usize {
-        self.members.len()
-    }
-
     /// Every rank's `length` bytes, or those of `root`.
     fn exchange(
         &self,
@@ -167,7 +155,7 @@ impl Connections {
         root: Option<usize>,
         until: Until,
     ) -> Result<Vec<u8>, Broken> {
-        let mut theirs = vec![0; length * if root.is_none() { self.size() } else { 1 }];
+        let mut theirs = vec![0; length * if root.is_none() { self.size } else { 1 }];
         let sender = root.map_or(-1, |root| root as i32);
         let left = milliseconds(until.left());
         let Outcome { kind, ranks, what } = self.group.exchange(mine, stride, &mut theirs, sender, left);
@@ -175,36 +163,25 @@ impl Connections {
         match kind {
             Kind::Done => Ok(theirs),
             Kind::Late => Err(Broken::Deadline { ranks }),
-            _ => Err(self.reason().unwrap_or_else(|| {
+            _ => Err(self.reason.find(REASON).unwrap_or_else(|| {
                 // Gloo's messages begin with a place in its own source.
                 let what = what.split_once("] ").map_or(&*what, |(_, what)| what).to_owned();
                 Broken::Lost { rank: ranks.first().copied(), what }
             })),
         }
     }
-
-    /// The reason that the rank left which closed the connections, if it left one.
-    fn reason(&self) -> Option<Broken> {
-        let text = String::from_utf8(self.store.get(&self.key, REASON).ok()?).ok()?;
-        let (rank, reason) = text.split_once(' ')?;
-        let rank: usize = rank.parse().ok()?;
-        // A rank of another group is not among the members.
-        let member = self.members.iter().position(|member| *member == rank);
-        let reason = if member.is_some() { reason.to_owned() } else { format!("rank {rank}: {reason}") };
-        Some(Broken::Aborted { rank: member, reason })
-    }
 }
 
 impl Transport for Connections {
     fn all_gather(&self, mine: Vec<u8>, until: Until) -> Result<Parts, Broken> {
         let all = self.exchange(&mine, (0, mine.len()), None, until)?;
-        Ok(Parts::of_one(all, self.size()))
+        Ok(Parts::of_one(all, self.size))
     }
 
     fn all_to_all(&self, mine: Vec<u8>, until: Until) -> Result<Parts, Broken> {
-        let length = mine.len() / self.size();
+        let length = mine.len() / self.size;
         let all = self.exchange(&mine, (length, length), None, until)?;
-        Ok(Parts::of_one(all, self.size()))
+        Ok(Parts::of_one(all, self.size))
     }
 
     fn broadcast(&self, mine: Vec<u8>, root: usize, until: Until) -> Result<Arc<Vec<u8>>, Broken> {
@@ -212,10 +189,7 @@ impl Transport for Connections {
     }
 
     fn abort(&self, reason: &str) {
-        // The first reason is the cause. Without a store the others still see that the connection broke.
-        if matches!(self.store.try_get(&self.key), Ok(None)) {
-            let _ = self.store.set(&self.key, format!("{} {reason}", self.members[self.rank]).as_bytes());
-        }
+        self.reason.leave(reason);
         self.group.close();
     }
 

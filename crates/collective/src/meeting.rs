@@ -14,12 +14,12 @@ use crate::{Error, Mismatch, Options, Result};
 const POLL: Duration = Duration::from_millis(50);
 
 /// How this rank meets the others.
-pub(super) struct Meeting<'a> {
-    pub(super) mesh: Mesh,
-    pub(super) rank: usize,
-    pub(super) options: &'a Options,
-    pub(super) store: Arc<dyn Store>,
-    pub(super) until: Until,
+pub(crate) struct Meeting<'a> {
+    pub(crate) mesh: Mesh,
+    pub(crate) rank: usize,
+    pub(crate) options: &'a Options,
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) until: Until,
 }
 
 /// What a rank writes of itself.
@@ -46,7 +46,7 @@ impl Card {
 
 impl Meeting<'_> {
     /// What the keys of this epoch begin with.
-    pub(super) fn prefix(&self) -> String {
+    pub(crate) fn prefix(&self) -> String {
         format!("epoch/{}", self.options.epoch)
     }
 
@@ -56,7 +56,7 @@ impl Meeting<'_> {
     }
 
     /// Writes this rank's card, and waits for everybody's.
-    pub(super) fn call_the_roll(&self) -> Result<()> {
+    pub(crate) fn call_the_roll(&self) -> Result<()> {
         let Self { mesh, rank, .. } = *self;
         if rank >= mesh.world() {
             return Err(self.error(format!("there are {} ranks, and they count from 0", mesh.world())));
@@ -155,18 +155,18 @@ impl Meeting<'_> {
         self.waited_for(missing.collect())
     }
 
-    fn waited_for(&self, missing: Vec<usize>) -> Error {
+    pub(crate) fn waited_for(&self, missing: Vec<usize>) -> Error {
         let Options { epoch, job, connect_deadline, .. } = self.options;
         let seconds = connect_deadline.as_secs_f64();
         Error::Absent { rank: self.rank, missing, job: job.clone(), epoch: *epoch, seconds }
     }
 
-    /// A failure of Gloo's to connect: a rank that is late, or something else.
-    pub(super) fn failure(&self, what: &str) -> Error {
+    /// A failure to connect: a rank that is late, or something else.
+    pub(crate) fn failure(&self, what: &str) -> Error {
         if self.until.is_over() { self.waited_for(Vec::new()) } else { self.error(what.to_owned()) }
     }
 
-    pub(super) fn error(&self, what: String) -> Error {
+    pub(crate) fn error(&self, what: String) -> Error {
         let Options { epoch, job, .. } = self.options;
         Error::Connect { rank: self.rank, job: job.clone(), epoch: *epoch, what }
     }

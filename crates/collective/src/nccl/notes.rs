@@ -1,0 +1,206 @@
+//! What ranks tell each other of themselves in the store while they train: that they live, and how far they are.
+//!
+//! NCCL says neither which rank is late nor, between GPUs of one machine, that one has died. A note of each rank says
+//! both. Notes are only read by a rank that has been waiting for a while.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::store::Store;
+
+/// How often a rank writes that it lives.
+const BEAT: Duration = Duration::from_secs(1);
+/// After how long without a sign of life a rank is taken for dead.
+pub(super) const SILENCE: Duration = Duration::from_secs(10);
+
+/// What a rank wrote of itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Note {
+    beat: u64,
+    left: bool,
+    /// In each of its three groups, one more than the number of the operation that it began last; 0 before the first.
+    begun: [u64; 3],
+}
+
+impl Note {
+    fn write(&self) -> String {
+        let [tensor, data, world] = self.begun;
+        format!("{} {} {tensor} {data} {world}", self.beat, u8::from(self.left))
+    }
+
+    fn read(text: &[u8]) -> Option<Self> {
+        let mut words = std::str::from_utf8(text).ok()?.split(' ').map(|word| word.parse::<u64>().ok());
+        let mut next = || words.next().flatten();
+        Some(Self { beat: next()?, left: next()? == 1, begun: [next()?, next()?, next()?] })
+    }
+}
+
+/// What is known of another rank.
+#[derive(Clone, Copy, Debug)]
+struct Seen {
+    note: Note,
+    /// When its note was last found changed.
+    at: Instant,
+}
+
+/// What notes say of a rank that others wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Absence {
+    Left,
+    Silent,
+}
+
+/// One rank's own note, and its view of the others'.
+pub(super) struct Notes {
+    store: Arc<dyn Store>,
+    prefix: String,
+    rank: usize,
+    beat: AtomicU64,
+    /// When the rank said last that it lives.
+    last_beat: Mutex<Option<Instant>>,
+    begun: [AtomicU64; 3],
+    mine: Mutex<Note>,
+    others: Mutex<Vec<Option<Seen>>>,
+}
+
+impl fmt::Debug for Notes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Notes(rank {})", self.rank)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Notes {
+    /// Those of rank `rank` among `world`.
+    pub(super) fn new(store: Arc<dyn Store>, prefix: &str, rank: usize, world: usize) -> Self {
+        Self {
+            store,
+            prefix: prefix.to_owned(),
+            rank,
+            beat: AtomicU64::new(0),
+            last_beat: Mutex::default(),
+            begun: Default::default(),
+            mine: Mutex::default(),
+            others: Mutex::new(vec![None; world]),
+        }
+    }
+
+    /// This rank begins operation `sequence` of its group number `group`. Costs nothing: others learn it when they ask.
+    pub(super) fn begins(&self, group: usize, sequence: u64) {
+        self.begun[group].store(sequence + 1, Ordering::Relaxed);
+    }
+
+    /// Writes how far this rank is, if that has changed.
+    pub(super) fn publish(&self) {
+        let mut mine = lock(&self.mine);
+        let begun = [0, 1, 2].map(|group| self.begun[group].load(Ordering::Relaxed));
+        let note = Note { beat: self.beat.load(Ordering::Relaxed), left: mine.left, begun };
+        if note != *mine && self.store.set(&self.key(self.rank), note.write().as_bytes()).is_ok() {
+            *mine = note;
+        }
+    }
+
+    /// Writes that this rank lives, if it is time for that.
+    pub(super) fn beat(&self) {
+        let mut last = lock(&self.last_beat);
+        if last.is_none_or(|last| last.elapsed() >= BEAT) {
+            *last = Some(Instant::now());
+            drop(last);
+            self.beat.fetch_add(1, Ordering::Relaxed);
+            self.publish();
+        }
+    }
+
+    /// Writes that this rank will begin nothing more.
+    pub(super) fn leave(&self) {
+        if !std::mem::replace(&mut lock(&self.mine).left, true) {
+            self.beat.fetch_add(1, Ordering::Relaxed);
+            self.publish();
+        }
+    }
+
+    fn key(&self, rank: usize) -> String {
+        format!("{}/note/{rank}", self.prefix)
+    }
+
+    /// What `rank` of the world has written, and since when it has written nothing new.
+    fn look_up(&self, rank: usize) -> Option<Seen> {
+        let read = self.store.try_get(&self.key(rank)).ok()?.and_then(|text| Note::read(&text));
+        let note = read.unwrap_or_default();
+        let mut others = lock(&self.others);
+        let seen = others[rank].get_or_insert_with(|| Seen { note, at: Instant::now() });
+        if seen.note != note {
+            *seen = Seen { note, at: Instant::now() };
+        }
+        Some(*seen)
+    }
+
+    /// The first of `members`, by its place among them, that will not come to operation `sequence` of the group number
+    /// `group`, or has died in it.
+    pub(super) fn absent(&self, group: usize, sequence: u64, members: &[usize]) -> Option<(usize, Absence)> {
+        members.iter().enumerate().filter(|(_, rank)| **rank != self.rank).find_map(|(place, rank)| {
+            let Seen { note, at } = self.look_up(*rank)?;
+            match note.left {
+                true if note.begun[group] <= sequence => Some((place, Absence::Left)),
+                false if at.elapsed() > SILENCE => Some((place, Absence::Silent)),
+                _ => None,
+            }
+        })
+    }
+
+    /// Those of `members`, by place, that have not begun operation `sequence`.
+    pub(super) fn late(&self, group: usize, sequence: u64, members: &[usize]) -> Vec<usize> {
+        let others = members.iter().enumerate().filter(|(_, rank)| **rank != self.rank);
+        let is_late = |rank: usize| self.look_up(rank).is_some_and(|seen| seen.note.begun[group] <= sequence);
+        others.filter(|(_, rank)| is_late(**rank)).map(|(place, _)| place).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::FileStore;
+
+    #[test]
+    fn notes_come_back_as_they_were() {
+        let note = Note { beat: 7, left: true, begun: [0, u64::MAX, 3] };
+        assert_eq!(Note::read(note.write().as_bytes()), Some(note));
+        for bad in ["", "1 0 2 3", "1 0 2 3 x", "-1 0 0 0 0"] {
+            assert_eq!(Note::read(bad.as_bytes()), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_rank_without_a_sign_of_life_is_given_up_unless_it_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let notes = Notes::new(Arc::new(FileStore::new(folder.path()).unwrap()), "epoch/0", 0, 2);
+        assert_eq!(notes.absent(0, 1, &[0, 1]), None);
+        let long_ago = Instant::now().checked_sub(SILENCE + BEAT).unwrap();
+        lock(&notes.others)[1] = Some(Seen { note: Note::default(), at: long_ago });
+        assert_eq!(notes.absent(0, 1, &[0, 1]), Some((1, Absence::Silent)));
+        let note = Note { left: true, begun: [9, 0, 0], ..Note::default() };
+        notes.store.set(&notes.key(1), note.write().as_bytes()).unwrap();
+        lock(&notes.others)[1] = Some(Seen { note, at: long_ago });
+        assert_eq!(notes.absent(0, 1, &[0, 1]), None);
+    }
+
+    #[test]
+    fn a_rank_that_left_is_missed_only_by_what_it_did_not_begin() {
+        let folder = tempfile::tempdir().unwrap();
+        let notes = [0, 1]
+            .map(|rank| Notes::new(Arc::new(FileStore::new(folder.path()).unwrap()), "epoch/0", rank, 2));
+        notes[1].begins(2, 4);
+        notes[1].publish();
+        assert_eq!(notes[0].absent(2, 5, &[0, 1]), None);
+        assert_eq!(notes[0].late(2, 5, &[0, 1]), [1]);
+        assert_eq!(notes[0].late(2, 4, &[0, 1]), Vec::<usize>::new());
+        notes[1].leave();
+        assert_eq!(notes[0].absent(2, 4, &[0, 1]), None);
+        assert_eq!(notes[0].absent(2, 5, &[0, 1]), Some((1, Absence::Left)));
+    }
+}

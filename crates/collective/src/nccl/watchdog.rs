@@ -1,0 +1,64 @@
+//! One thread of each rank: it writes that the rank lives, and looks after operations that no thread waits for.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::thread;
+use std::time::Duration;
+
+use super::notes::Notes;
+
+/// How often it looks.
+const NAP: Duration = Duration::from_millis(20);
+
+/// Something to be looked after. Called over and over; does not wait for other ranks.
+pub(super) trait Watched: Send + Sync {
+    fn watch(&self);
+}
+
+/// Ends its thread when it is dropped.
+#[derive(Debug)]
+pub(super) struct Watchdog {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    watched: Mutex<Vec<Weak<dyn Watched>>>,
+    stopped: AtomicBool,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Shared({:?})", self.stopped)
+    }
+}
+
+impl Watchdog {
+    /// Starts one.
+    pub(super) fn start(notes: Arc<Notes>) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared { watched: Mutex::default(), stopped: AtomicBool::new(false) });
+        let seen = shared.clone();
+        thread::Builder::new().name("nccl watchdog".to_owned()).spawn(move || seen.run(&notes))?;
+        Ok(Self { shared })
+    }
+
+    pub(super) fn add(&self, watched: Weak<dyn Watched>) {
+        self.shared.watched.lock().unwrap_or_else(PoisonError::into_inner).push(watched);
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        self.shared.stopped.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Shared {
+    fn run(&self, notes: &Notes) {
+        while !self.stopped.load(Ordering::Relaxed) {
+            notes.beat();
+            let watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            watched.iter().filter_map(Weak::upgrade).for_each(|watched| watched.watch());
+            thread::sleep(NAP);
+        }
+    }
+}
