@@ -15,6 +15,10 @@ cargo fmt --all --check
 cargo clippy --workspace --all-targets --locked ${FEATURES[@]+"${FEATURES[@]}"} -- -D warnings
 # As it is built without Gloo, too.
 cargo clippy -p incipit-cli --all-targets --locked -- -D warnings
+# For GPUs: compiled, linked and linted; nothing of it runs without one. INCIPIT_NO_CUDA=1 leaves it out.
+if [ "${INCIPIT_NO_CUDA:-0}" != 1 ]; then
+  scripts/gpu/build-check.sh
+fi
 RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet ${FEATURES[@]+"${FEATURES[@]}"}
 # Advisories need a database from the network: `cargo deny check advisories` where there is one.
 cargo deny --locked check bans licenses sources

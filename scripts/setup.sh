@@ -33,9 +33,11 @@ if [ -d "$HOME/.cargo/bin" ]; then
 fi
 have cc || install_packages gcc libc6-dev
 
-# Sets FEATURES to what cargo is told so that Gloo is built and tested: nothing where no package of it is known.
+# Sets FEATURES to what cargo is told so that all is built and tested that this machine can: ranks as processes where a package of
+# Gloo is known, and the CUDA kernels on the emulator, which needs the C++ compiler alone.
 need_gloo() {
-  FEATURES=(--features incipit-cli/gloo,incipit-tests/gloo)
+  local emulator=incipit-kernels/emulator,incipit-tests/emulator
+  FEATURES=(--features "incipit-cli/gloo,incipit-tests/gloo,$emulator")
   if [ -e /usr/include/gloo/config.h ] && have c++; then
     return
   fi
@@ -43,7 +45,7 @@ need_gloo() {
     install_packages g++ libgloo-dev
   else
     echo "setup: no package of Gloo is known here: ranks as processes are neither built nor tested" >&2
-    FEATURES=()
+    FEATURES=(--features "$emulator")
   fi
 }
 if ! have cargo; then

@@ -5,7 +5,7 @@
 
 get_peft_model(T5ForConditionalGeneration, PromptTuningConfig(...)), transformers' Adafactor, the batch padded to its longest example, random
 weights of the real shapes (the head is not tied), dropout 0. Prints the median and the least time of a step after one that is not counted,
-and the highest resident memory of this process from its start to its end.
+and the highest resident memory of this process from its start to its end; with --device cuda, the highest memory of the GPU besides.
 """
 
 import argparse
@@ -25,13 +25,13 @@ import workload
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
 
-def random_model(config: dict, dtype: torch.dtype) -> T5ForConditionalGeneration:
+def random_model(config: dict, dtype: torch.dtype, device: str) -> T5ForConditionalGeneration:
     """Random weights, made in place in the wanted type: no f32 copy counts against the peak."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = T5ForConditionalGeneration(T5Config(**{k: v for k, v in config.items() if k != "model_type"})).to(dtype)
         model.lm_head = torch.nn.Linear(config["d_model"], config["vocab_size"], bias=False, dtype=dtype)
-    model = model.to_empty(device="cpu")
+    model = model.to_empty(device=device)
     for name, parameter in model.named_parameters():
         if "layer_norm" in name:
             torch.nn.init.ones_(parameter)
@@ -52,12 +52,14 @@ def padded_batch(lengths: list[int], target_length: int, vocab_size: int) -> dic
 def measure(args: argparse.Namespace, config: dict, lengths: list[int]) -> list[float]:
     """Seconds of each counted step."""
     prompt = PromptTuningConfig(task_type=TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=args.prompt_length)
-    model = get_peft_model(random_model(config, DTYPES[args.dtype]), prompt).train()
+    model = get_peft_model(random_model(config, DTYPES[args.dtype], args.device), prompt).train().to(args.device)
     optimizer = Adafactor(
         [p for p in model.parameters() if p.requires_grad],
         lr=0.3, weight_decay=1e-5, scale_parameter=False, relative_step=False,
     )  # fmt: skip
-    batch = padded_batch(lengths, args.target_length, config["vocab_size"])
+    if args.checkpointing:
+        model.base_model.gradient_checkpointing_enable()
+    batch = {k: v.to(args.device) for k, v in padded_batch(lengths, args.target_length, config["vocab_size"]).items()}
     seconds = []
     for _ in range(args.steps + 1):
         start = time.perf_counter()
@@ -65,6 +67,8 @@ def measure(args: argparse.Namespace, config: dict, lengths: list[int]) -> list[
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if args.device != "cpu":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         assert torch.isfinite(loss), "the loss is not finite"
     return seconds[1:]
@@ -79,6 +83,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations, where they do not fit")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -92,6 +98,8 @@ def main() -> None:
         "tokens": sum(lengths) + (args.prompt_length + args.target_length) * len(lengths),
         "useful_tflop": workload.useful_tflop(config, lengths, args.prompt_length, args.target_length),
     }
+    if args.device != "cpu":
+        result["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
     print(json.dumps(result) if args.json else "\n".join(f"{k:14}{v:.4g}" for k, v in result.items()))
 
 

@@ -62,14 +62,16 @@ fn crates_use_each_other_in_one_direction() -> anyhow::Result<()> {
 }
 
 #[test]
-fn unsafe_code_is_in_kernels_in_the_memory_map_and_in_the_binding_to_gloo_alone() -> anyhow::Result<()> {
+fn unsafe_code_is_in_kernels_in_the_memory_map_and_in_the_bindings_to_gloo_and_nccl_alone()
+-> anyhow::Result<()> {
     let permission = format!("allow({}_code", "unsafe");
     for path in sources()? {
         let text = fs::read_to_string(&path)?;
         let place = path.strip_prefix(root())?;
         let known = place.starts_with("crates/kernels")
             || place == Path::new("crates/weights/src/mapped.rs")
-            || place.starts_with("crates/collective/src/gloo");
+            || place.starts_with("crates/collective/src/gloo")
+            || place.starts_with("crates/collective/src/nccl");
         if text.contains(&permission) {
             assert!(known, "{} allows unsafe code", place.display());
         }

@@ -50,7 +50,7 @@ fn configs() -> Vec<(&'static str, Config)> {
 
 fn model(config: &Config, dtype: DType, axis: &TensorAxis) -> Result<T5> {
     let weights = Random::new(config.random_tensors(), dtype, SEED)?;
-    Ok(T5::load_on(config.clone(), &weights, dtype, axis)?)
+    Ok(T5::load_on(config.clone(), &weights, dtype, axis, &Device::Cpu)?)
 }
 
 /// Prompts of 7 and of 3 rows, and examples of many lengths, one of them without a prompt.
@@ -271,7 +271,7 @@ fn a_number_that_is_not_finite_ends_its_job_on_every_rank_and_no_other() -> Resu
     spoilt[3] = example(token);
     let results = on_threads(Mesh::new(2, 2, 4)?, None, &Options::default(), |ranks| -> Result<_> {
         let weights = Spoilt { weights: Random::new(config.random_tensors(), DType::F32, SEED)?, token };
-        let model = T5::load_on(config.clone(), &weights, DType::F32, &TensorAxis::of(&ranks))?;
+        let model = T5::load_on(config.clone(), &weights, DType::F32, &TensorAxis::of(&ranks), &Device::Cpu)?;
         let engine = Engine::on(Arc::new(model), EngineOptions::default(), Arc::new(ranks))?;
         let job = |examples| job_of(&batch.prompts[0], examples);
         let [alone] = <[_; 1]>::try_from(engine.gradients(&[job(&clean)])?).expect("one job");

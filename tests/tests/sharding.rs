@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use candle_core::DType;
+use candle_core::{DType, Device};
 use incipit_collective::{Axis, Mesh, Shard};
 use incipit_model::sharding::{Rule, sharded_dim, slice};
 use incipit_model::{Config, T5, TensorAxis};
@@ -89,7 +89,7 @@ fn a_rank_of_four_reads_less_than_a_third_of_the_files() -> Result<()> {
     let size: u64 = whole.files().iter().map(|file| file.metadata().map_or(0, |m| m.len())).sum();
     let read = on_threads(Mesh::new(4, 1, 4)?, None, &Default::default(), |ranks| -> Result<_> {
         let own = Checkpoint::open(&path, DType::BF16)?;
-        T5::load_on(config.clone(), &own, DType::BF16, &TensorAxis::of(&ranks))?;
+        T5::load_on(config.clone(), &own, DType::BF16, &TensorAxis::of(&ranks), &Device::Cpu)?;
         let shard = ranks.shard(Axis::Tensor);
         let digests = own.fingerprint_parts(&sharded_dim, &|parts| shard.portion(parts));
         Ok((own.bytes_read(), digests.to_bytes()))
@@ -151,7 +151,7 @@ fn the_loader_counts_the_11135332352_parameters_of_an_xxl_file() -> Result<()> {
     ensure!(checkpoint.num_parameters() == 11_135_332_352, "{}", checkpoint.num_parameters());
     let results = on_threads(Mesh::new(8, 1, 8)?, None, &Default::default(), |ranks| -> Result<u64> {
         let own = Checkpoint::open(dir.path(), DType::BF16)?;
-        T5::load_on(config.clone(), &own, DType::BF16, &TensorAxis::of(&ranks))?;
+        T5::load_on(config.clone(), &own, DType::BF16, &TensorAxis::of(&ranks), &Device::Cpu)?;
         Ok(own.bytes_read())
     });
     for read in results {

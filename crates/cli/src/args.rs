@@ -6,6 +6,7 @@ use std::str::FromStr;
 use clap::builder::styling::{AnsiColor, Style, Styles};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
+use incipit_tune::device::DeviceChoice;
 use incipit_tune::spec::Precision;
 
 use crate::commands::{bench, convert, demo, doctor, eval, generate, inspect, launch, train};
@@ -133,6 +134,10 @@ pub(crate) struct BackboneArgs {
     /// bare model]
     #[arg(long, value_name = "PATH", help_heading = "Model and prompt")]
     pub(crate) prompt: Option<PathBuf>,
+    /// Where the backbone runs: cpu, cuda (each rank on the GPU of its number) or cuda:N; GPUs need a build with the
+    /// feature `cuda` [default: cpu]
+    #[arg(long, value_name = "DEVICE", help_heading = "Model and prompt")]
+    pub(crate) device: Option<DeviceChoice>,
     /// Type of the backbone's weights [default: bf16]
     #[arg(long, help_heading = "Model and prompt", value_parser = choice::<Precision>(names::DTYPES))]
     pub(crate) dtype: Option<Precision>,

@@ -129,7 +129,7 @@ fn of_tune(error: &incipit_tune::Error) -> Exit {
         Error::Stopped { .. }
         | Error::Received { .. }
         | Error::Threads { .. }
-        | Error::Sum { .. }
+        | Error::Kernels(_)
         | Error::Embedding { .. }
         | Error::Tensor(_) => Exit::Failure,
         Error::Data(error) => of_data(error),

@@ -1,7 +1,7 @@
 //! Ranks: as threads of this process, or this process as one of several.
 
 pub(crate) mod environment;
-#[cfg(feature = "gloo")]
+#[cfg(any(feature = "gloo", feature = "cuda"))]
 mod processes;
 
 use std::sync::Arc;
@@ -10,17 +10,21 @@ use std::time::Duration;
 use anyhow::{Result, anyhow};
 use clap::Args;
 use incipit_collective::{Mesh, Options, Ranks};
+use incipit_tune::device::DeviceChoice;
 use incipit_tune::ranks::{first_cause, on_threads};
 use incipit_tune::spec::Backend;
 
 use crate::exit::{bad_input, is_echo, sentence};
 use environment::{LAUNCHER, variables};
-#[cfg(feature = "gloo")]
+#[cfg(any(feature = "gloo", feature = "cuda"))]
 pub(crate) use processes::join;
 
 /// How to come by a program with processes as ranks.
 const BUILD_WITH_GLOO: &str = "build it with `cargo build --release --features gloo` (on Debian, gloo is libgloo-dev), or pass \
                                --collective local for threads of one process";
+
+/// How to come by a program that uses GPUs.
+const BUILD_WITH_CUDA: &str = "build it with `. scripts/cuda-toolkit.sh && cargo build --release --features cuda`, or pass local or gloo";
 
 /// How the work is divided.
 #[derive(Args, Clone, Debug)]
@@ -33,8 +37,8 @@ pub(crate) struct RankArgs {
     #[arg(long, value_name = "N")]
     pub(crate) dp: Option<usize>,
     /// What a rank is: a thread of this process (local), or a process that `incipit launch`, torchrun or srun started
-    /// (gloo) [default: local]
-    #[arg(long, value_name = "local|gloo", value_parser = collective)]
+    /// (gloo; with a GPU each, nccl) [default: local]
+    #[arg(long, value_name = "local|gloo|nccl", value_parser = collective)]
     pub(crate) collective: Option<Backend>,
     /// Longest time that a rank waits for the others before it gives up
     #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
@@ -55,10 +59,9 @@ pub(crate) fn collective(name: &str) -> Result<Backend, String> {
         "local" => Ok(Backend::Local),
         "gloo" if cfg!(feature = "gloo") => Ok(Backend::Gloo),
         "gloo" => Err(format!("this program was built without gloo: {BUILD_WITH_GLOO}")),
-        "nccl" => {
-            Err("nccl connects GPUs, and this version runs on the CPU alone: pass local or gloo".to_owned())
-        }
-        _ => Err("pass local or gloo".to_owned()),
+        "nccl" if cfg!(feature = "cuda") => Ok(Backend::Nccl),
+        "nccl" => Err(format!("this program was built without nccl: {BUILD_WITH_CUDA}")),
+        _ => Err("pass local, gloo or nccl".to_owned()),
     }
 }
 
@@ -70,7 +73,7 @@ pub(crate) fn collective(name: &str) -> Result<Backend, String> {
 pub(crate) fn refuse_several_processes() -> Result<()> {
     match environment::one_of_several(&variables) {
         Some(found) => bad_input(format!(
-            "{found} say that this process is one of several, and without --collective gloo each would do the whole work and \
+            "{found} say that this process is one of several, and without --collective gloo or nccl each would do the whole work and \
              overwrite the others; pass --collective gloo, or unset these variables"
         )),
         None => Ok(()),
@@ -84,6 +87,7 @@ pub(crate) fn refuse_several_processes() -> Result<()> {
 /// If the ranks cannot meet, or the first error of the work that is no consequence of another rank's.
 pub(crate) fn run<T: Send>(
     args: &RankArgs,
+    device: DeviceChoice,
     threads: Option<u16>,
     work: impl Fn(&Arc<Ranks>) -> Result<T> + Sync,
 ) -> Result<T> {
@@ -92,8 +96,8 @@ pub(crate) fn run<T: Send>(
         let ranks = Arc::new(ranks);
         telling(&ranks, work(&ranks))
     };
-    if args.collective == Some(Backend::Gloo) {
-        return on_rank(join(tp, dp, &args.options())?);
+    if let Some(backend @ (Backend::Gloo | Backend::Nccl)) = args.collective {
+        return on_rank(join(backend, (tp, dp), device, &args.options())?);
     }
     refuse_several_processes()?;
     let mesh = local_mesh(tp, dp)?;
@@ -127,12 +131,12 @@ fn mesh(tp: usize, dp: usize, world: usize) -> Result<Mesh> {
     Ok(Mesh::new(tp, dp, world).map_err(incipit_collective::Error::from)?)
 }
 
-/// Without gloo, no process can be a rank.
+/// Without gloo and nccl, no process can be a rank.
 ///
 /// # Errors
 /// Always.
-#[cfg(not(feature = "gloo"))]
-pub(crate) fn join(_: usize, _: usize, _: &Options) -> Result<Ranks> {
+#[cfg(not(any(feature = "gloo", feature = "cuda")))]
+pub(crate) fn join(_: Backend, _: (usize, usize), _: DeviceChoice, _: &Options) -> Result<Ranks> {
     bad_input(format!("--collective gloo: this program was built without gloo; {BUILD_WITH_GLOO}"))
 }
 

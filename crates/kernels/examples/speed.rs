@@ -143,7 +143,7 @@ fn elementwise(dtype: DType, report: Report<'_>) -> Result<()> {
     let size = (128 * 32_128 * (4 + dtype.size_in_bytes())) as f64;
     report("cross_entropy_gradient 128 x 32128", "GB/s", size, &mut || {
         let targets = Targets { ids: &targets, vocabulary: Vocabulary::whole(32_128) };
-        let normalisers = Softmax::new(&logits, targets)?.normalisers();
+        let normalisers = Softmax::new(&logits, targets)?.normalisers()?;
         let slope = LossSlope { normalisers: &normalisers, scale: &[1.0; 128], z_loss: 0.0 };
         cross_entropy_gradient(&logits, targets, slope, dtype).map(|y| drop(black_box(y)))
     })

@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use crate::Result;
 use crate::element::Element;
+use crate::gpu::{self, Gpu};
 use crate::isa::{Isa, isa};
 use crate::math::sigmoid;
 use crate::tensor::{SharedMut, View, dims2, expect_activation, expect_dims, tensor};
@@ -53,7 +54,17 @@ fn silu(x: f32) -> (f32, f32) {
 /// # Errors
 /// If the shape or type does not fit.
 pub fn activate(act: Activation, x: &Tensor) -> Result<Tensor> {
+    if let Some(gpu) = on_gpu("activate", x)? {
+        let [y] = gpu::elementwise::activation(&gpu, ("activate", act), &[x])?;
+        return Ok(y);
+    }
     activate_on(isa(), act, x)
+}
+
+/// The GPU on which an operand of a right type lies.
+fn on_gpu(op: &'static str, x: &Tensor) -> Result<Option<Gpu>> {
+    expect_activation(op, x.dtype())?;
+    Gpu::of(x)
 }
 
 pub(crate) fn activate_on(isa: Isa, act: Activation, x: &Tensor) -> Result<Tensor> {
@@ -67,6 +78,10 @@ pub(crate) fn activate_on(isa: Isa, act: Activation, x: &Tensor) -> Result<Tenso
 /// # Errors
 /// If the shapes or types do not fit.
 pub fn activate_gradient(act: Activation, dy: &Tensor, x: &Tensor) -> Result<Tensor> {
+    if let Some(gpu) = on_gpu("activate_gradient", x)? {
+        let [dx] = gpu::elementwise::activation(&gpu, ("activate_gradient", act), &[x, dy])?;
+        return Ok(dx);
+    }
     activate_gradient_on(isa(), act, dy, x)
 }
 
@@ -84,6 +99,10 @@ pub(crate) fn activate_gradient_on(isa: Isa, act: Activation, dy: &Tensor, x: &T
 /// # Errors
 /// If the shapes or types do not fit.
 pub fn gated(act: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    if let Some(gpu) = on_gpu("gated", gate)? {
+        let [y] = gpu::elementwise::activation(&gpu, ("gated", act), &[gate, up])?;
+        return Ok(y);
+    }
     gated_on(isa(), act, gate, up)
 }
 
@@ -98,6 +117,10 @@ pub(crate) fn gated_on(isa: Isa, act: Activation, gate: &Tensor, up: &Tensor) ->
 /// # Errors
 /// If the shapes or types do not fit.
 pub fn gated_gradient(act: Activation, dy: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tensor)> {
+    if let Some(gpu) = on_gpu("gated_gradient", gate)? {
+        let [d_gate, d_up] = gpu::elementwise::activation(&gpu, ("gated_gradient", act), &[gate, up, dy])?;
+        return Ok((d_gate, d_up));
+    }
     gated_gradient_on(isa(), act, dy, gate, up)
 }
 

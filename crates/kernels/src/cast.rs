@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use crate::Result;
 use crate::element::Element;
+use crate::gpu::{self, Gpu};
 use crate::isa::isa;
 use crate::tensor::{SharedMut, View, dims2, expect_activation, expect_dims, tensor};
 
@@ -22,6 +23,9 @@ pub fn rounded(x: &Tensor, out: DType) -> Result<Tensor> {
     if out == DType::F32 {
         return Ok(x.clone());
     }
+    if let Some(gpu) = Gpu::of(x)? {
+        return gpu::elementwise::rounded(&gpu, x);
+    }
     let (rows, d) = dims2(op, x)?;
     let view = View::new(op, x)?;
     let x = view.slice::<f32>()?;
@@ -36,6 +40,9 @@ pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let op = "add";
     let (rows, d) = dims2(op, a)?;
     expect_dims(op, "the second operand", b, &[rows, d])?;
+    if let Some(gpu) = Gpu::of(a)? {
+        return gpu::elementwise::add(&gpu, a, b);
+    }
     let (a, b) = (View::new(op, a)?, View::new(op, b)?);
     let (a, b) = (a.slice::<f32>()?, b.slice::<f32>()?);
     tensor(elementwise(a, b, |a, b| a + b), &[rows, d])

@@ -6,6 +6,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use crate::element::Element;
+use crate::gpu::{self, Gpu};
 use crate::isa::{Isa, isa};
 use crate::rng::Philox;
 use crate::segments::Segments;
@@ -72,11 +73,26 @@ impl Dropout {
         self.masks(example, 1 + (self.part.head + head) as u64)
     }
 
-    fn masks(&self, example: usize, part: u64) -> Masks {
-        // The rate in steps of 2^-16; not all of them, so that what is kept can be scaled up.
+    /// The masks of whole rows of an example.
+    pub(crate) fn row_masks(&self, example: usize) -> Masks {
+        self.masks(example, 0)
+    }
+
+    /// The first column that is here, and columns in all, where that is not all of them.
+    pub(crate) fn columns(&self) -> Option<(usize, usize)> {
+        self.part.columns
+    }
+
+    /// What is dropped of 65,536 numbers, and what the others are multiplied with. Not all are dropped, so that what is kept can be
+    /// scaled up.
+    pub(crate) fn threshold(&self) -> (u32, f32) {
         let threshold = ((f64::from(self.rate) * 65536.0).round() as u32).min(65535);
-        let generator = Philox::new(self.keys[example], &[self.site, part]);
-        Masks { generator, threshold, kept: (65536.0 / f64::from(65536 - threshold)) as f32 }
+        (threshold, (65536.0 / f64::from(65536 - threshold)) as f32)
+    }
+
+    fn masks(&self, example: usize, part: u64) -> Masks {
+        let (threshold, kept) = self.threshold();
+        Masks { generator: Philox::new(self.keys[example], &[self.site, part]), threshold, kept }
     }
 }
 
@@ -92,6 +108,11 @@ impl Masks {
     const BLOCK: usize = 8;
     /// Blocks that are made in one go: lanes of a vector.
     const LANES: usize = 16;
+
+    /// The generator as kernels get it.
+    pub(crate) fn words(&self) -> [u32; 4] {
+        self.generator.words()
+    }
 
     /// The factors of row `row`, each 0 or `1 / (1 - rate)`; all rows must have the width of `out`.
     #[inline(always)]
@@ -139,11 +160,30 @@ impl Masks {
 /// # Errors
 /// If the shapes or types do not fit.
 pub fn dropout(x: &Tensor, segments: &Segments, dropout: &Dropout) -> Result<Tensor> {
+    check(x, segments, dropout)?;
+    if let Some(gpu) = Gpu::of(x)? {
+        return gpu::rows::dropout(&gpu, x, segments, dropout);
+    }
     dropout_on(isa(), x, segments, dropout)
 }
 
+fn check(x: &Tensor, segments: &Segments, dropout: &Dropout) -> Result<()> {
+    let op = "dropout";
+    expect_activation(op, x.dtype())?;
+    let (rows, _) = dims2(op, x)?;
+    if rows == segments.total() && dropout.examples() == segments.len() {
+        return Ok(());
+    }
+    let what = format!(
+        "{rows} rows, {} rows in {} examples, and masks for {} examples",
+        segments.total(),
+        segments.len(),
+        dropout.examples()
+    );
+    Err(Error::Shape { op, what })
+}
+
 pub(crate) fn dropout_on(isa: Isa, x: &Tensor, segments: &Segments, dropout: &Dropout) -> Result<Tensor> {
-    expect_activation("dropout", x.dtype())?;
     match x.dtype() {
         DType::BF16 => apply::<bf16>(isa, x, segments, dropout),
         _ => apply::<f32>(isa, x, segments, dropout),
@@ -153,21 +193,12 @@ pub(crate) fn dropout_on(isa: Isa, x: &Tensor, segments: &Segments, dropout: &Dr
 fn apply<T: Element>(isa: Isa, x: &Tensor, segments: &Segments, dropout: &Dropout) -> Result<Tensor> {
     let op = "dropout";
     let (rows, d) = dims2(op, x)?;
-    if rows != segments.total() || dropout.examples() != segments.len() {
-        let what = format!(
-            "{rows} rows, {} rows in {} examples, and masks for {} examples",
-            segments.total(),
-            segments.len(),
-            dropout.examples()
-        );
-        return Err(Error::Shape { op, what });
-    }
     let view = View::new(op, x)?;
     let x = view.slice::<T>()?;
     let mut values: Vec<T> = Vec::with_capacity(rows * d);
     let out = SharedMut::uninit(&mut values);
     (0..segments.len()).into_par_iter().for_each(|example| {
-        let masks = dropout.masks(example, 0);
+        let masks = dropout.row_masks(example);
         let first = segments.range(example).start;
         segments.range(example).into_par_iter().for_each_init(
             || vec![0.0; d],

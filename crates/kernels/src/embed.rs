@@ -1,9 +1,10 @@
 //! Embeddings: rows of the frozen table, and rows of prompts.
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
 use crate::frozen::Frozen;
+use crate::gpu::{self, Gpu};
 use crate::tensor::{SharedMut, View, dims2, tensor};
 use crate::{Error, Result};
 
@@ -56,16 +57,40 @@ pub fn embed(
     prompts: &[Tensor],
     runs: &[Rows<'_>],
 ) -> Result<Tensor> {
+    let sources = sources(table, vocabulary, prompts, runs)?;
+    let gpu = match table.on_device() {
+        Some(table) => Gpu::of(table)?,
+        None => None,
+    };
+    match gpu {
+        Some(gpu) => gather_on(&gpu, table, prompts, &sources),
+        None => gather(table, prompts, &sources),
+    }
+}
+
+/// Where a row comes from.
+#[derive(Clone, Copy)]
+enum Source {
+    Token(usize),
+    /// A prompt and its row.
+    Row(usize, usize),
+    Zeros,
+}
+
+fn sources(
+    table: &Frozen,
+    vocabulary: Vocabulary,
+    prompts: &[Tensor],
+    runs: &[Rows<'_>],
+) -> Result<Vec<Source>> {
     let op = "embed";
     let d = table.cols();
-    let mut views = Vec::with_capacity(prompts.len());
     for prompt in prompts {
         let (_, width) = dims2(op, prompt)?;
         if width != d {
             let what = format!("a prompt with rows of {width} numbers for a table with rows of {d}");
             return Err(Error::Shape { op, what });
         }
-        views.push(View::new(op, prompt)?);
     }
     let mut sources = Vec::new();
     for run in runs {
@@ -80,26 +105,41 @@ pub fn embed(
             }
             Rows::Zeros(count) => sources.extend((0..*count).map(|_| Source::Zeros)),
             Rows::Prompt(index) => {
-                let Some(view) = views.get(*index) else {
+                let Some(prompt) = prompts.get(*index) else {
                     return Err(Error::Shape { op, what: format!("there is no prompt {index}") });
                 };
-                let values = view.slice::<f32>()?;
-                let rows = prompts[*index].dims()[0];
-                sources.extend((0..rows).map(|row| Source::Row(&values[row * d..(row + 1) * d])));
+                sources.extend((0..prompt.dims()[0]).map(|row| Source::Row(*index, row)));
             }
         }
     }
-    gather(table, &sources)
+    Ok(sources)
 }
 
-enum Source<'a> {
-    Token(usize),
-    Row(&'a [f32]),
-    Zeros,
+/// On a GPU, where the prompts are brought if they are not there.
+fn gather_on(gpu: &Gpu, table: &Frozen, prompts: &[Tensor], sources: &[Source]) -> Result<Tensor> {
+    let (mut first_rows, mut rows) = (Vec::with_capacity(prompts.len()), 0);
+    for prompt in prompts {
+        first_rows.push(rows);
+        rows += prompt.dims()[0];
+    }
+    let code = |source: &Source| match *source {
+        Source::Token(id) => id as i32,
+        Source::Row(prompt, row) => -1 - (first_rows[prompt] + row) as i32,
+        Source::Zeros => gpu::rows::NO_ROW,
+    };
+    let codes: Vec<i32> = sources.iter().map(code).collect();
+    let device = table.on_device().map_or(&Device::Cpu, Tensor::device);
+    let prompts = match prompts {
+        [] => None,
+        prompts => Some(Tensor::cat(prompts, 0)?.to_dtype(DType::F32)?.to_device(device)?),
+    };
+    gpu::rows::embed(gpu, table, prompts.as_ref(), &codes)
 }
 
-fn gather(table: &Frozen, sources: &[Source<'_>]) -> Result<Tensor> {
+fn gather(table: &Frozen, prompts: &[Tensor], sources: &[Source]) -> Result<Tensor> {
     let d = table.cols();
+    let views = prompts.iter().map(|prompt| View::new("embed", prompt)).collect::<Result<Vec<_>>>()?;
+    let prompts = views.iter().map(View::slice::<f32>).collect::<Result<Vec<_>>>()?;
     let mut values = vec![0.0; sources.len() * d];
     let out = SharedMut::new(&mut values);
     sources.par_iter().enumerate().with_min_len(64).for_each(|(row, source)| {
@@ -107,7 +147,7 @@ fn gather(table: &Frozen, sources: &[Source<'_>]) -> Result<Tensor> {
         let out = unsafe { out.range(row * d, d) };
         match source {
             Source::Token(id) => table.copy_row(*id, out),
-            Source::Row(values) => out.copy_from_slice(values),
+            Source::Row(prompt, row) => out.copy_from_slice(&prompts[*prompt][row * d..(row + 1) * d]),
             Source::Zeros => {} // as they were made
         }
     });

@@ -29,13 +29,48 @@ pub enum Error {
         /// Which operand, with the shapes.
         what: String,
     },
-    /// A device for which the operation was not built.
-    #[error("{op} is built for the CPU alone, and its operand lies on {device}")]
+    /// An operand that lies elsewhere than the others, or on a device for which nothing was built.
+    #[error(
+        "{op}: an operand lies on {device}; all must be on one device, a GPU needs a build with the feature `cuda`"
+    )]
     Device {
         /// The operation.
         op: &'static str,
         /// Where the operand is.
         device: String,
+    },
+    /// There is no GPU to use.
+    #[error("{what}")]
+    NoGpu {
+        /// Which one was asked for, why it cannot be used, and how to mend it.
+        what: String,
+    },
+    /// The memory of a GPU does not suffice.
+    #[error(
+        "a GPU's memory does not suffice: {needed} bytes more were needed, and {free} of {total} are free; pass a smaller \
+         --microbatch-tokens or --recompute on, or share the model between GPUs with --tp"
+    )]
+    GpuMemory {
+        /// Bytes asked for.
+        needed: u64,
+        /// Bytes there were.
+        free: u64,
+        /// All bytes of the device.
+        total: u64,
+    },
+    /// The driver, a library or a kernel failed.
+    #[error("{op}: {what}")]
+    Gpu {
+        /// What was being done.
+        op: String,
+        /// What the driver says.
+        what: String,
+    },
+    /// Numbers that cannot be summed exactly.
+    #[error("sum of gradients: {what}")]
+    Sum {
+        /// Which number, or how many terms.
+        what: String,
     },
     /// An error of the tensor library.
     #[error(transparent)]
@@ -43,4 +78,4 @@ pub enum Error {
 }
 
 /// `Result` with this crate's [`Error`](enum@Error).
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;

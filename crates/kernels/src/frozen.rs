@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::DType;
+use candle_core::{DType, Tensor};
 use half::bf16;
 
 use crate::{Error, Result};
@@ -28,9 +28,20 @@ pub struct Frozen {
 
 #[derive(Clone)]
 enum Data {
-    Mapped { owner: ByteOwner, byte_offset: usize, len: usize, dtype: DType },
+    Mapped {
+        owner: ByteOwner,
+        byte_offset: usize,
+        len: usize,
+        dtype: DType,
+    },
     Bf16(Arc<Vec<bf16>>),
     F32(Arc<Vec<f32>>),
+    /// On a GPU, as `[rows, cols]` without gaps.
+    #[cfg_attr(
+        not(any(feature = "cuda", feature = "emulator")),
+        allow(dead_code, reason = "there is no GPU")
+    )]
+    Device(Tensor),
 }
 
 /// The numbers of a [`Frozen`], in the type in which they are stored.
@@ -95,6 +106,27 @@ impl Frozen {
         Self { data: Data::F32(Arc::new(values)), offset: 0, rows, cols, stride: cols }
     }
 
+    /// A matrix that lies on a device.
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
+    pub(crate) fn from_device(tensor: Tensor) -> Self {
+        let dims = tensor.dims();
+        let (rows, cols) = (dims[0], dims[1]);
+        Self { data: Data::Device(tensor), offset: 0, rows, cols, stride: cols }
+    }
+
+    /// The whole matrix of which this is a part, where it lies on a device.
+    pub(crate) fn on_device(&self) -> Option<&Tensor> {
+        match &self.data {
+            Data::Device(tensor) => Some(tensor),
+            _ => None,
+        }
+    }
+
+    /// Of the first number, in the matrix of which this is a part.
+    pub(crate) fn offset(&self) -> usize {
+        self.offset
+    }
+
     fn copied(bytes: &[u8], dtype: DType, rows: usize, cols: usize) -> Self {
         if dtype == DType::BF16 {
             let values = bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]])).collect();
@@ -129,6 +161,7 @@ impl Frozen {
             Data::Mapped { dtype, .. } => *dtype,
             Data::Bf16(_) => DType::BF16,
             Data::F32(_) => DType::F32,
+            Data::Device(tensor) => tensor.dtype(),
         }
     }
 
@@ -147,6 +180,9 @@ impl Frozen {
     }
 
     /// The numbers from the first of the first row to the last of the last row; row `r` begins at `r * stride`.
+    ///
+    /// # Panics
+    /// If they lie on a device: whoever moved them there computes there.
     #[must_use]
     pub fn values(&self) -> FrozenSlice<'_> {
         let range = match self.rows {
@@ -156,6 +192,7 @@ impl Frozen {
         match &self.data {
             Data::Bf16(v) => FrozenSlice::Bf16(&v[range]),
             Data::F32(v) => FrozenSlice::F32(&v[range]),
+            Data::Device(_) => panic!("the numbers of {self:?} lie on a device"),
             Data::Mapped { owner, byte_offset, len, dtype } => {
                 let all: &[u8] = (**owner).as_ref();
                 let first = all[*byte_offset..*byte_offset + len * dtype.size_in_bytes()].as_ptr();

@@ -1,4 +1,6 @@
-//! Fused operations of a frozen T5, each with its gradient to the input, on the CPU.
+//! Fused operations of a frozen T5, each with its gradient to the input, on the CPU and on CUDA devices.
+//!
+//! An operation runs where its operands lie: `gpu` has the CUDA side, every other module the CPU's.
 #![allow(unsafe_code)]
 
 mod activation;
@@ -10,6 +12,7 @@ mod embed;
 mod error;
 mod frozen;
 mod gemm;
+mod gpu;
 mod isa;
 mod linear;
 mod loss;
@@ -17,6 +20,7 @@ mod math;
 mod norm;
 pub mod rng;
 mod segments;
+pub mod sums;
 mod tensor;
 #[cfg(test)]
 mod tests;
@@ -28,6 +32,12 @@ pub use dropout::{Dropout, dropout};
 pub use embed::{Rows, Vocabulary, embed};
 pub use error::{Error, Result};
 pub use frozen::{ByteOwner, Frozen, FrozenSlice};
+pub use gpu::device::{
+    CUDA_IS_BUILT, DeviceMemory, GpuInfo, KernelTime, device_memory, gpus, launches, open_gpu, profile,
+    profiled,
+};
+#[cfg(feature = "emulator")]
+pub use gpu::emulated::on as on_emulated_gpu;
 pub use isa::{Isa, isa};
 pub use linear::{linear, linear_add, linear_gradient};
 pub use loss::{LossSlope, Softmax, Targets, cross_entropy_gradient};

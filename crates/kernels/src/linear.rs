@@ -9,6 +9,7 @@ use crate::element::Element;
 use crate::frozen::Frozen;
 use crate::gemm::pack::{Layout, Right};
 use crate::gemm::{Block, Operand, Term};
+use crate::gpu::{self, Gpu};
 use crate::isa::{Isa, isa};
 use crate::tensor::{SharedMut, View, dims2, expect_activation, expect_dims, tensor};
 use crate::{Error, Result};
@@ -18,6 +19,12 @@ use crate::{Error, Result};
 /// # Errors
 /// If the shapes or types do not fit.
 pub fn linear(x: &Tensor, w: &Frozen, out: DType) -> Result<Tensor> {
+    if let Some(gpu) = Gpu::of(x)? {
+        let op = "linear";
+        expect_activation(op, out)?;
+        check_input(op, x, w.cols(), "in")?;
+        return gpu::linear::product(&gpu, op, &[(x, w)], Layout::ColumnsAsRows, None, out);
+    }
     linear_on(isa(), x, w, out)
 }
 
@@ -33,6 +40,13 @@ pub(crate) fn linear_on(isa: Isa, x: &Tensor, w: &Frozen, out: DType) -> Result<
 /// # Errors
 /// If the shapes or types do not fit.
 pub fn linear_add(residual: &Tensor, x: &Tensor, w: &Frozen) -> Result<Tensor> {
+    if let Some(gpu) = Gpu::of(x)? {
+        let op = "linear_add";
+        let rows = check_input(op, x, w.cols(), "in")?;
+        expect_dims(op, "the residual", residual, &[rows, w.rows()])?;
+        let residual = Some(residual);
+        return gpu::linear::product(&gpu, op, &[(x, w)], Layout::ColumnsAsRows, residual, DType::F32);
+    }
     linear_add_on(isa(), residual, x, w)
 }
 
@@ -61,10 +75,22 @@ pub(crate) fn linear_add_on(isa: Isa, residual: &Tensor, x: &Tensor, w: &Frozen)
 /// # Errors
 /// If the shapes or types do not fit.
 pub fn linear_gradient(terms: &[(&Tensor, &Frozen)], out: DType) -> Result<Tensor> {
+    if let Some((first, _)) = terms.first()
+        && let Some(gpu) = Gpu::of(first)?
+    {
+        check_terms(terms, out)?;
+        return gpu::linear::product(&gpu, "linear_gradient", terms, Layout::Rows, None, out);
+    }
     linear_gradient_on(isa(), terms, out)
 }
 
 pub(crate) fn linear_gradient_on(isa: Isa, terms: &[(&Tensor, &Frozen)], out: DType) -> Result<Tensor> {
+    let (rows, cols) = check_terms(terms, out)?;
+    stored(isa, "linear_gradient", terms, Layout::Rows, (rows, cols), out)
+}
+
+/// The result's rows and columns.
+fn check_terms(terms: &[(&Tensor, &Frozen)], out: DType) -> Result<(usize, usize)> {
     let op = "linear_gradient";
     expect_activation(op, out)?;
     let Some((first, w)) = terms.first() else {
@@ -77,7 +103,7 @@ pub(crate) fn linear_gradient_on(isa: Isa, terms: &[(&Tensor, &Frozen)], out: DT
             return Err(Error::Shape { op, what: "the terms differ in rows, inputs or type".into() });
         }
     }
-    stored(isa, op, terms, Layout::Rows, (rows, cols), out)
+    Ok((rows, cols))
 }
 
 /// The rows of `x`, which must have `width` columns.

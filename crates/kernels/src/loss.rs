@@ -7,9 +7,10 @@ use rayon::prelude::*;
 
 use crate::element::Element;
 use crate::embed::Vocabulary;
+use crate::gpu::{self, Gpu};
 use crate::isa::{Isa, isa};
 use crate::math::{exp, max, sum};
-use crate::tensor::{SharedMut, View, dims2, expect_activation, tensor};
+use crate::tensor::{SharedMut, View, dims2, expect_activation, expect_dims, tensor};
 use crate::{Error, Result};
 
 /// The tokens that logits should have chosen, one a row, and which columns of the vocabulary the logits are.
@@ -21,15 +22,15 @@ pub struct Targets<'a> {
     pub vocabulary: Vocabulary,
 }
 
-/// What a softmax over the vocabulary needs of each row of logits; all have `T` numbers.
-#[derive(Clone, Debug, PartialEq)]
+/// What a softmax over the vocabulary needs of each row of logits: `[T]` f32 each, where the logits lie.
+#[derive(Clone, Debug)]
 pub struct Softmax {
     /// The largest logit.
-    pub top: Vec<f32>,
+    pub top: Tensor,
     /// Sum of `exp(logit - top)`.
-    pub total: Vec<f32>,
+    pub total: Tensor,
     /// The target's logit; 0 where it is not among the columns.
-    pub target: Vec<f32>,
+    pub target: Tensor,
 }
 
 impl Softmax {
@@ -41,6 +42,10 @@ impl Softmax {
     /// # Errors
     /// If the shapes or types do not fit, or a target is outside of the vocabulary.
     pub fn new(logits: &Tensor, targets: Targets<'_>) -> Result<Self> {
+        if let Some(gpu) = Gpu::of(logits)? {
+            check("softmax", logits, targets)?;
+            return gpu::loss::softmax(&gpu, logits, targets);
+        }
         Self::new_on(isa(), logits, targets)
     }
 
@@ -65,45 +70,50 @@ impl Softmax {
                 },
             )
         });
-        let (top, (total, target)) = rows.unzip();
-        Ok(Self { top, total, target })
+        let (top, (total, target)): (Vec<f32>, (Vec<f32>, Vec<f32>)) = rows.unzip();
+        let dims = [targets.ids.len()];
+        Ok(Self { top: tensor(top, &dims)?, total: tensor(total, &dims)?, target: tensor(target, &dims)? })
     }
 
     /// The same with totals in relation to `top`, which is nowhere below the own one: as others have them.
     ///
-    /// # Panics
+    /// # Errors
     /// If there is not one `top` a row.
-    #[must_use]
-    pub fn relative_to(mut self, top: Vec<f32>) -> Self {
-        assert_eq!(top.len(), self.top.len(), "one number a row");
-        for (total, (own, top)) in self.total.iter_mut().zip(self.top.iter().zip(&top)) {
-            *total *= (own - top).exp();
-        }
-        self.top = top;
-        self
+    pub fn relative_to(self, top: Tensor) -> Result<Self> {
+        let total = (self.total * (self.top - &top)?.exp()?)?;
+        Ok(Self { top, total, target: self.target })
     }
 
     /// The logarithms of the normalisers.
-    #[must_use]
-    pub fn normalisers(&self) -> Vec<f32> {
-        self.top.iter().zip(&self.total).map(|(top, total)| top + total.ln()).collect()
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn normalisers(&self) -> Result<Tensor> {
+        Ok((&self.top + self.total.log()?)?)
     }
 
     /// The token losses `logsumexp(logits) - logits[target] + z_loss logsumexp(logits)^2`, once all columns are in it.
     ///
     /// The second part pulls the logarithm of the normaliser to 0 (Shazeer et al. 2018; T5X calls it z-loss).
-    #[must_use]
-    pub fn losses(&self, z_loss: f32) -> Vec<f32> {
-        let loss = |(lse, target): (f32, &f32)| lse - target + z_loss * lse * lse;
-        self.normalisers().into_iter().zip(&self.target).map(loss).collect()
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn losses(&self, z_loss: f32) -> Result<Tensor> {
+        let normalisers = self.normalisers()?;
+        let losses = (&normalisers - &self.target)?;
+        if z_loss == 0.0 {
+            return Ok(losses);
+        }
+        let scaled = normalisers.affine(f64::from(z_loss), 0.0)?;
+        Ok((losses + (scaled * normalisers)?)?)
     }
 }
 
 /// What of a loss its gradient depends on, row by row.
 #[derive(Clone, Copy, Debug)]
 pub struct LossSlope<'a> {
-    /// Logarithms of the normalisers over all columns, `T`.
-    pub normalisers: &'a [f32],
+    /// Logarithms of the normalisers over all columns, `[T]` f32.
+    pub normalisers: &'a Tensor,
     /// Factors of the losses, `T`.
     pub scale: &'a [f32],
     /// See [`Softmax::losses`].
@@ -123,6 +133,11 @@ pub fn cross_entropy_gradient(
     slope: LossSlope<'_>,
     out: DType,
 ) -> Result<Tensor> {
+    if let Some(gpu) = Gpu::of(logits)? {
+        expect_activation("cross_entropy_gradient", out)?;
+        check_slope(logits, targets, slope)?;
+        return gpu::loss::cross_entropy_gradient(&gpu, logits, targets, slope, out);
+    }
     cross_entropy_gradient_on(isa(), logits, targets, slope, out)
 }
 
@@ -147,13 +162,10 @@ fn gradient<O: Element>(
     slope: LossSlope<'_>,
 ) -> Result<Tensor> {
     let op = "cross_entropy_gradient";
-    let n = check(op, logits, targets)?;
+    let n = check_slope(logits, targets, slope)?;
     let LossSlope { normalisers, scale, z_loss } = slope;
-    if scale.len() != targets.ids.len() || normalisers.len() != targets.ids.len() {
-        let (scales, normalisers, ids) = (scale.len(), normalisers.len(), targets.ids.len());
-        let what = format!("{scales} scales and {normalisers} normalisers for {ids} tokens");
-        return Err(Error::Shape { op, what });
-    }
+    let normalisers = View::new(op, normalisers)?;
+    let normalisers = normalisers.slice::<f32>()?;
     let logits = View::new(op, logits)?;
     let x = logits.slice::<f32>()?;
     let mut values: Vec<O> = Vec::with_capacity(x.len());
@@ -179,6 +191,18 @@ fn gradient<O: Element>(
     // SAFETY: the rows cover the result.
     unsafe { values.set_len(x.len()) };
     tensor(values, &[targets.ids.len(), n])
+}
+
+/// The number of columns.
+fn check_slope(logits: &Tensor, targets: Targets<'_>, slope: LossSlope<'_>) -> Result<usize> {
+    let op = "cross_entropy_gradient";
+    let n = check(op, logits, targets)?;
+    expect_dims(op, "the normalisers", slope.normalisers, &[targets.ids.len()])?;
+    if slope.scale.len() == targets.ids.len() {
+        return Ok(n);
+    }
+    let what = format!("{} scales for {} tokens", slope.scale.len(), targets.ids.len());
+    Err(Error::Shape { op, what })
 }
 
 /// The number of columns.

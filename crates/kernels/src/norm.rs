@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use crate::Result;
 use crate::element::Element;
+use crate::gpu::{self, Gpu};
 use crate::isa::{Isa, isa};
 use crate::math::sum;
 use crate::tensor::{SharedMut, View, dims2, expect_activation, expect_dims, tensor};
@@ -23,6 +24,10 @@ const ROWS: usize = 16;
 /// # Errors
 /// If the shapes or types do not fit.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f32, out: DType) -> Result<Tensor> {
+    if let Some(gpu) = Gpu::of(x)? {
+        expect_activation("rms_norm", out)?;
+        return gpu::elementwise::rms_norm(&gpu, x, weight, epsilon, out);
+    }
     rms_norm_on(isa(), x, weight, epsilon, out)
 }
 
@@ -80,6 +85,9 @@ pub fn rms_norm_gradient(
     epsilon: f32,
     residual: Option<&Tensor>,
 ) -> Result<Tensor> {
+    if let Some(gpu) = Gpu::of(x)? {
+        return gpu::elementwise::rms_norm_gradient(&gpu, [dy, x, weight], epsilon, residual);
+    }
     rms_norm_gradient_on(isa(), [dy, x, weight], epsilon, residual)
 }
 

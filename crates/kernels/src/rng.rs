@@ -54,6 +54,11 @@ impl Philox {
         Self { key: [seed as u32, (seed >> 32) as u32], counter: 0, stream, block: [0; 4], used: 4 }
     }
 
+    /// Key and stream, as kernels on a GPU get them.
+    pub(crate) fn words(&self) -> [u32; 4] {
+        [self.key[0], self.key[1], self.stream as u32, (self.stream >> 32) as u32]
+    }
+
     /// The next 32 random bits.
     pub fn next_u32(&mut self) -> u32 {
         if self.used == 4 {

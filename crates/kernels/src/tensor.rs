@@ -2,7 +2,7 @@
 
 use std::mem::MaybeUninit;
 
-use candle_core::{DType, Device, Storage, StorageRef, Tensor};
+use candle_core::{DType, Device, Storage, StorageRef, Tensor, WithDType};
 
 use crate::element::Element;
 use crate::{Error, Result};
@@ -25,7 +25,7 @@ impl<'a> View<'a> {
         Ok(Self { op, storage, range: from..to, device: format!("{:?}", tensor.device().location()) })
     }
 
-    pub(crate) fn slice<T: Element>(&self) -> Result<&[T]> {
+    pub(crate) fn slice<T: WithDType>(&self) -> Result<&[T]> {
         match &*self.storage {
             Storage::Cpu(storage) => Ok(&storage.as_slice::<T>()?[self.range.clone()]),
             _ => Err(Error::Device { op: self.op, device: self.device.clone() }),

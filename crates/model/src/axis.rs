@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use incipit_collective::{Collective, Ranks, Reduce, alone, pairs};
 use incipit_kernels::{Softmax, Vocabulary};
 use incipit_mesh::{Axis, Shard};
@@ -74,15 +74,12 @@ impl TensorAxis {
         if self.is_whole() {
             return Ok(own);
         }
-        let rows = own.top.len();
-        let top = Tensor::from_slice(&own.top, rows, &Device::Cpu)?;
-        let top: Vec<f32> = self.group.all_reduce(&top, Reduce::Max)?.to_vec1()?;
-        let Softmax { top, total, target } = own.relative_to(top);
+        let rows = own.top.dims1()?;
+        let top = self.group.all_reduce(&own.top, Reduce::Max)?;
+        let Softmax { top, total, target } = own.relative_to(top)?;
         // A target's logit is 0 on all ranks but one, so that both can be sums, and one message.
-        let both = Tensor::from_vec([total, target].concat(), 2 * rows, &Device::Cpu)?;
-        let mut total: Vec<f32> = self.group.all_reduce(&both, Reduce::Sum)?.to_vec1()?;
-        let target = total.split_off(rows);
-        Ok(Softmax { top, total, target })
+        let both = self.group.all_reduce(&Tensor::cat(&[total, target], 0)?, Reduce::Sum)?;
+        Ok(Softmax { top, total: both.narrow(0, 0, rows)?, target: both.narrow(0, rows, rows)? })
     }
 
     /// Rows of all columns, from everybody's part of the columns: `[n, c]` to `[n, C]`.

@@ -86,7 +86,7 @@ impl Decoder {
         Ok(Self {
             axis: axis.clone(),
             layers: layers.collect::<Result<_>>()?,
-            bias: source.frozen(bias, &shape)?,
+            bias: source.on_host(bias, &shape)?,
             norm: Norm::load(config, source, "decoder.final_layer_norm", logit_scale)?,
         })
     }

@@ -67,7 +67,7 @@ impl Encoder {
         let shape = [config.relative_attention_num_buckets, config.num_heads];
         Ok(Self {
             layers: layers.collect::<Result<_>>()?,
-            bias: source.frozen(bias, &shape)?,
+            bias: source.on_host(bias, &shape)?,
             norm: Norm::load(config, source, "encoder.final_layer_norm", 1.0)?,
         })
     }

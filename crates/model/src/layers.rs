@@ -4,7 +4,7 @@
 //! the input. Frozen weights have no gradient. Letters in shapes: `T` rows of a microbatch, `D` d_model, `H` heads, `K`
 //! d_kv, `F` d_ff.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use incipit_kernels::{
     Activation, Attended, Attention, Dropout, Frozen, Segments, activate, activate_gradient, attention,
     attention_gradient, dropout, gated, gated_gradient, linear, linear_add, linear_gradient, rms_norm,
@@ -26,9 +26,9 @@ pub(crate) struct Norm {
 impl Norm {
     /// `scale` multiplies the weight.
     pub(crate) fn load(config: &Config, source: Slices<'_>, name: &str, scale: f32) -> Result<Self> {
-        let frozen = source.frozen(&format!("{name}.weight"), &[config.d_model])?;
+        let frozen = source.on_host(&format!("{name}.weight"), &[config.d_model])?;
         let weight: Vec<f32> = frozen.to_f32().iter().map(|w| w * scale).collect();
-        let weight = Tensor::from_vec(weight, config.d_model, &Device::Cpu)?;
+        let weight = Tensor::from_vec(weight, config.d_model, source.device)?;
         Ok(Self { weight, epsilon: config.layer_norm_epsilon })
     }
 

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use candle_core::{DType, Device};
 use incipit_kernels::Frozen;
 use incipit_mesh::Shard;
 use incipit_weights::Source;
@@ -80,11 +81,20 @@ pub fn slice(name: &str, shape: &[usize], shard: Shard) -> Result<(Range<usize>,
 pub(crate) struct Slices<'a> {
     pub(crate) source: &'a dyn Source,
     pub(crate) shard: Shard,
+    /// Where weights go.
+    pub(crate) device: &'a Device,
+    /// What they are there.
+    pub(crate) dtype: DType,
 }
 
 impl Slices<'_> {
-    /// This rank's part of the tensor `name`, whose whole shape is `shape`.
+    /// This rank's part of the tensor `name`, whose whole shape is `shape`, on the device.
     pub(crate) fn frozen(&self, name: &str, shape: &[usize]) -> Result<Frozen> {
+        Ok(self.on_host(name, shape)?.to_device(self.device, self.dtype)?)
+    }
+
+    /// The same in main memory: small tensors from which others are made.
+    pub(crate) fn on_host(&self, name: &str, shape: &[usize]) -> Result<Frozen> {
         if self.shard.is_whole() {
             return Ok(self.source.frozen(name, shape)?);
         }

@@ -23,6 +23,7 @@ const HEAD_ROWS: usize = 256;
 pub struct T5 {
     config: Config,
     dtype: DType,
+    device: Device,
     axis: TensorAxis,
     vocabulary: Vocabulary,
     /// `[V, D]`, the rows that are here; so is the head.
@@ -56,7 +57,7 @@ pub struct Encoded {
 pub struct ExampleGradient {
     /// Sum of the target tokens' losses.
     pub loss: f32,
-    /// Gradient of `scale * loss` to the example's prompt, `[P, D]` f32; `[0, D]` without a prompt.
+    /// Gradient of `scale * loss` to the example's prompt, `[P, D]` f32, on the model's device; `[0, D]` without a prompt.
     pub prompt_gradient: Tensor,
 }
 
@@ -66,14 +67,22 @@ impl T5 {
     /// # Errors
     /// If a tensor is missing or has another shape or type, or `dtype` is neither bf16 nor f32.
     pub fn load(config: Config, source: &dyn Source, dtype: DType) -> Result<Self> {
-        Self::load_on(config, source, dtype, &TensorAxis::whole())
+        Self::load_on(config, source, dtype, &TensorAxis::whole(), &Device::Cpu)
     }
 
-    /// As [`T5::load`], of each tensor only what this rank of the tensor axis has.
+    /// As [`T5::load`], of each tensor only what this rank of the tensor axis has. On the CPU weights stay where the source has
+    /// them; to a GPU they are copied.
     ///
     /// # Errors
-    /// As [`T5::load`]; also if heads, feed-forward width or vocabulary cannot be divided by the number of ranks.
-    pub fn load_on(mut config: Config, source: &dyn Source, dtype: DType, axis: &TensorAxis) -> Result<Self> {
+    /// As [`T5::load`]; also if heads, feed-forward width or vocabulary cannot be divided by the number of ranks, or the device has not
+    /// memory enough.
+    pub fn load_on(
+        mut config: Config,
+        source: &dyn Source,
+        dtype: DType,
+        axis: &TensorAxis,
+        device: &Device,
+    ) -> Result<Self> {
         if !matches!(dtype, DType::BF16 | DType::F32) {
             let what = format!(
                 "a T5 computes in bf16 or f32, not {dtype:?}; f16 overflows in its feed-forward layers"
@@ -81,7 +90,7 @@ impl T5 {
             return Err(Error::Options { what });
         }
         sharding::check(&config, axis.shard())?;
-        let parts = Slices { source, shard: axis.shard() };
+        let parts = Slices { source, shard: axis.shard(), device, dtype };
         let shape = [config.vocab_size, config.d_model];
         // Checkpoints in the wild keep the shared table under one of these names, or under several.
         let names = ["shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"];
@@ -93,13 +102,20 @@ impl T5 {
         let encoder = Encoder::load(&config, parts, axis)?;
         let decoder = Decoder::load(&config, parts, axis, logit_scale)?;
         let vocabulary = axis.vocabulary(config.vocab_size);
-        Ok(Self { config, dtype, axis: axis.clone(), vocabulary, shared, encoder, decoder, head })
+        let device = device.clone();
+        Ok(Self { config, dtype, device, axis: axis.clone(), vocabulary, shared, encoder, decoder, head })
     }
 
     /// The model's shape.
     #[must_use]
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Where its weights lie, and passes are made.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     /// The type of its activations.
@@ -164,12 +180,12 @@ impl T5 {
     pub fn loss_after(&self, encoded: &Encoded, batch: &Microbatch<'_>) -> Result<Vec<f32>> {
         let rows = self.decoded(batch, encoded)?;
         let targets = batch.targets();
-        let mut losses = Vec::with_capacity(targets.len());
+        let mut losses = Vec::new();
         for (first, chunk) in chunks(&targets) {
             let (_, softmax) = self.softmax(&rows.narrow(0, first, chunk.len())?, chunk)?;
-            losses.extend(softmax.losses(0.0));
+            losses.push(softmax.losses(0.0)?);
         }
-        Ok(sums(&losses, &batch.decoder_rows()))
+        sums(&losses, &batch.decoder_rows())
     }
 
     /// Each example's loss, and the gradient of `scale[e] * loss of e` to its prompt.
@@ -210,7 +226,7 @@ impl T5 {
         let dx = self.encoder.backward(d_memory, encoder_state, &pass)?;
         let places = batch.prompt_rows(&encoder_rows);
         let gradients = prompt_gradients(&dx, &places)?;
-        let pairs = sums(&losses, &decoder_rows).into_iter().zip(gradients);
+        let pairs = sums(&losses, &decoder_rows)?.into_iter().zip(gradients);
         Ok(pairs.map(|(loss, prompt_gradient)| ExampleGradient { loss, prompt_gradient }).collect())
     }
 
@@ -253,14 +269,14 @@ impl T5 {
         Ok(self.decoder.forward(&self.config, self.decoder_embedding(batch)?, memory, &pass)?.0)
     }
 
-    /// The token losses, and the gradient `[Td, D]` f32 to the decoder's result. Logits live a few rows at a time.
+    /// The token losses in parts, and the gradient `[Td, D]` f32 to the decoder's result. Logits live a few rows at a time.
     fn head_gradient(
         &self,
         rows: &Tensor,
         batch: &Microbatch<'_>,
         scale: &[f32],
         z_loss: f32,
-    ) -> Result<(Vec<f32>, Tensor)> {
+    ) -> Result<(Vec<Tensor>, Tensor)> {
         let targets = batch.targets();
         let scales: Vec<f32> = batch
             .examples
@@ -268,11 +284,11 @@ impl T5 {
             .zip(scale)
             .flat_map(|(e, s)| std::iter::repeat_n(*s, e.target.len()))
             .collect();
-        let (mut losses, mut gradients) = (Vec::with_capacity(targets.len()), Vec::new());
+        let (mut losses, mut gradients) = (Vec::new(), Vec::new());
         for (first, chunk) in chunks(&targets) {
             let (logits, softmax) = self.softmax(&rows.narrow(0, first, chunk.len())?, chunk)?;
-            losses.extend(softmax.losses(z_loss));
-            let normalisers = softmax.normalisers();
+            losses.push(softmax.losses(z_loss)?);
+            let normalisers = softmax.normalisers()?;
             let scale = &scales[first..first + chunk.len()];
             let slope = LossSlope { normalisers: &normalisers, scale, z_loss };
             let d_logits = cross_entropy_gradient(&logits, self.targets(chunk), slope, self.dtype)?;
@@ -288,22 +304,18 @@ fn chunks(targets: &[u32]) -> impl Iterator<Item = (usize, &[u32])> {
     targets.chunks(HEAD_ROWS).enumerate().map(|(i, chunk)| (i * HEAD_ROWS, chunk))
 }
 
-/// Each example's sum.
-fn sums(losses: &[f32], rows: &Segments) -> Vec<f32> {
+/// Each example's sum of the token losses, which come in parts. Waits for the device.
+fn sums(losses: &[Tensor], rows: &Segments) -> Result<Vec<f32>> {
+    let losses = if losses.is_empty() { Vec::new() } else { Tensor::cat(losses, 0)?.to_vec1::<f32>()? };
     let sum = |e| losses[rows.range(e)].iter().map(|l| f64::from(*l)).sum::<f64>() as f32;
-    (0..rows.len()).map(sum).collect()
+    Ok((0..rows.len()).map(sum).collect())
 }
 
 /// Copies of the rows of `dx` that are prompts', so that `dx` itself need not live on.
 fn prompt_gradients(dx: &Tensor, places: &[(usize, usize)]) -> Result<Vec<Tensor>> {
-    let width = dx.dims()[1];
-    let copy = |(first, count): &(usize, usize)| {
-        let values = if *count == 0 {
-            Vec::new()
-        } else {
-            dx.narrow(0, *first, *count)?.flatten_all()?.to_vec1::<f32>()?
-        };
-        Ok(Tensor::from_vec(values, (*count, width), &Device::Cpu)?)
+    let copy = |(first, count): &(usize, usize)| match count {
+        0 => Ok(Tensor::zeros((0, dx.dims()[1]), DType::F32, dx.device())?),
+        count => Ok(dx.narrow(0, *first, *count)?.copy()?),
     };
     places.iter().map(copy).collect()
 }

@@ -96,7 +96,7 @@ fn calls(config: &Config, lengths: &[(usize, usize)], options: &PassOptions, tp:
         let group = Arc::new(Counting { group: ranks.tensor().clone(), calls: Mutex::default() });
         let axis = TensorAxis::new(ranks.shard(Axis::Tensor), group.clone());
         let weights = Random::new(config.random_tensors(), DType::BF16, SEED).unwrap();
-        let model = T5::load_on(config.clone(), &weights, DType::BF16, &axis).unwrap();
+        let model = T5::load_on(config.clone(), &weights, DType::BF16, &axis, &Device::Cpu).unwrap();
         model.loss_and_gradient(&batch, &vec![1.0; examples.len()], options).unwrap();
         std::mem::take(&mut *group.calls.lock().unwrap())
     };

@@ -12,6 +12,7 @@ use tokenizers::Tokenizer;
 
 use crate::{
     Error, Result,
+    device::DeviceChoice,
     engine::{Engine, EngineOptions},
     peft::BaseModel,
     ranks,
@@ -33,31 +34,34 @@ pub struct Backbone {
 }
 
 impl Backbone {
-    /// Loads a directory, or a model of the Hugging Face hub, on one rank.
+    /// Loads a directory, or a model of the Hugging Face hub, on one rank and the CPU.
     ///
     /// # Errors
     /// If there is no such model, or one of its files is missing, damaged or of an unknown kind; the message names the file.
     pub fn load(model: &str, dtype: Precision, options: EngineOptions) -> Result<Self> {
-        Self::load_on(model, dtype, options, &Arc::new(Ranks::alone()))
+        Self::load_on(model, dtype, DeviceChoice::Cpu, options, &Arc::new(Ranks::alone()))
     }
 
-    /// As [`Self::load`], of the weights only what is this rank's.
+    /// As [`Self::load`], of the weights only what is this rank's, on its device.
     ///
     /// # Errors
-    /// As [`Self::load`]; also if the model cannot be cut as the mesh says, or an exchange with other ranks fails.
+    /// As [`Self::load`]; also if the model cannot be cut as the mesh says, an exchange with other ranks fails, or the device cannot be
+    /// used or has not memory enough.
     pub fn load_on(
         model: &str,
         dtype: Precision,
+        device: DeviceChoice,
         options: EngineOptions,
         ranks: &Arc<Ranks>,
     ) -> Result<Self> {
+        let device = device.open(ranks)?;
         let checkpoint = Checkpoint::open(&directory(model, ranks)?, dtype.into())?;
         let config = Config::from_json(&checkpoint.config_json()?).map_err(|source| Error::ModelConfig {
             dir: checkpoint.dir().to_owned(),
             source: Box::new(source),
         })?;
         let tokenizer = incipit_weights::load_tokenizer(checkpoint.dir())?;
-        let t5 = T5::load_on(config, &checkpoint, dtype.into(), &TensorAxis::of(ranks))?;
+        let t5 = T5::load_on(config, &checkpoint, dtype.into(), &TensorAxis::of(ranks), &device)?;
         Ok(Self {
             engine: Engine::on(Arc::new(t5), options, ranks.clone())?,
             tokenizer,

@@ -14,7 +14,7 @@ use incipit_model::{Example, ExampleGradient, Microbatch, PassOptions, T5};
 use crate::{
     Result,
     choice::choices,
-    microbatch::{self, TokenMemory},
+    microbatch::{self, Taste, TokenMemory},
     ranks,
     recipe::LossReduction,
 };
@@ -37,7 +37,7 @@ choices! {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct EngineOptions {
     /// Tokens (inputs, prompt rows and targets) that go through the backbone at once. Where none are given: what the free
-    /// memory holds, up to 2,048.
+    /// memory holds, up to 2,048 on a CPU and 65,536 on a GPU.
     pub microbatch_tokens: Option<usize>,
     /// Whether a layer's inside is kept.
     pub recompute: Recompute,
@@ -135,35 +135,40 @@ struct Row {
 type Gathered = Vec<Option<ExampleGradient>>;
 
 impl Engine {
-    /// An engine over `model`, on one rank.
+    /// An engine over `model`, which lies in main memory, on one rank.
     #[must_use]
     pub fn new(model: Arc<T5>, options: EngineOptions) -> Self {
-        let (budget, recompute) = Self::plan(&model, options, 1);
+        let (budget, recompute) = Self::plan(&model, options, microbatch::free_memory());
         Self { model, ranks: Arc::new(Ranks::alone()), budget, recompute }
     }
 
     /// An engine over `model`, which is this rank's part of it. Examples are dealt out to the replicas.
     ///
     /// # Errors
-    /// If the ranks cannot agree on the size of a microbatch.
+    /// If the ranks cannot agree on the size of a microbatch, or the device does not tell of its memory.
     pub fn on(model: Arc<T5>, options: EngineOptions, ranks: Arc<Ranks>) -> Result<Self> {
-        let (budget, recompute) = Self::plan(&model, options, ranks::on_this_machine(&ranks)?);
+        // Ranks of one machine share its memory, and each has a GPU's for itself.
+        let sharing = ranks::on_this_machine(&ranks)?;
+        let free = match incipit_kernels::device_memory(model.device())? {
+            Some(memory) => Some(memory.free),
+            None => microbatch::free_memory().map(|bytes| bytes / sharing.max(1) as u64),
+        };
+        let (budget, recompute) = Self::plan(&model, options, free);
         // Ranks that share a model go through it in step, so that they must cut alike, and the smallest decides.
         let least = ranks::largest(&ranks, &[-(budget as i64), i64::from(recompute)])?;
         let (budget, recompute) = (least[0].unsigned_abs() as usize, least[1] == 1);
         Ok(Self { model, ranks, budget, recompute })
     }
 
-    /// `sharing` ranks make the same plan for the same memory.
-    fn plan(model: &T5, options: EngineOptions, sharing: usize) -> (usize, bool) {
+    fn plan(model: &T5, options: EngineOptions, free: Option<u64>) -> (usize, bool) {
         let memory = TokenMemory::of(model.config(), model.dtype());
         let recompute = match options.recompute {
             Recompute::Auto => None,
             Recompute::On => Some(true),
             Recompute::Off => Some(false),
         };
-        let free = microbatch::free_memory().map(|bytes| bytes / sharing.max(1) as u64);
-        let (budget, recompute) = microbatch::plan(memory, free, options.microbatch_tokens, recompute);
+        let taste = if model.device().is_cpu() { Taste::CPU } else { Taste::GPU };
+        let (budget, recompute) = microbatch::plan(taste, memory, free, options.microbatch_tokens, recompute);
         tracing::debug!(budget, recompute, free, "planned microbatches");
         (budget, recompute)
     }
@@ -201,7 +206,22 @@ impl Engine {
                 self.pass(jobs, &rows[run], &options, &mut gathered)?;
             }
         }
-        sum::over_replicas(&self.ranks, jobs, gathered, &replicas)
+        let gradients = sum::over_replicas(&self.ranks, self.model.device(), jobs, gathered, &replicas)?;
+        self.confirm()?;
+        Ok(gradients)
+    }
+
+    /// Over NCCL what ranks disagreed on in a pass may be found out behind it: nothing counts before every group has met.
+    ///
+    /// # Errors
+    /// If the ranks did not do the same, or one is lost.
+    pub fn confirm(&self) -> Result<()> {
+        if self.model.device().is_cpu() {
+            return Ok(());
+        }
+        self.ranks.tensor().barrier()?;
+        self.ranks.data().barrier()?;
+        Ok(())
     }
 
     /// Which replica has which example, all jobs' in one row.

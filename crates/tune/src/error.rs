@@ -89,12 +89,9 @@ pub enum Error {
         /// Which tensor, what was expected and what was found.
         what: String,
     },
-    /// A sum of gradients cannot be formed.
-    #[error("sum of gradients: {what}")]
-    Sum {
-        /// Which element, and why.
-        what: String,
-    },
+    /// An operation on the backbone's device failed.
+    #[error(transparent)]
+    Kernels(#[from] incipit_kernels::Error),
     /// A line of `metrics.jsonl` is none of ours.
     #[error("{}, line {line}: {source}; was the file changed?", path.display())]
     MetricsLine {

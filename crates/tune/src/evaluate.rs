@@ -84,6 +84,7 @@ pub fn evaluate(
     })?;
     let prompt = prompt.map(prompt_rows).transpose()?;
     let outcomes = outcomes(engine, prompt.as_ref(), set, options.max_new_tokens, control)?;
+    engine.confirm()?;
     let mut predictions = Vec::with_capacity(outcomes.len());
     let (mut loss, mut num_targets) = (0.0, 0);
     for ((outcome, text), example) in outcomes.into_iter().zip(&set.texts).zip(&set.examples) {

@@ -6,14 +6,26 @@ use std::ops::Range;
 use candle_core::DType;
 use incipit_model::Config;
 
-/// Tokens at which wide products run at full speed on a CPU; more would only need more memory.
-const COMFORTABLE_TOKENS: usize = 2048;
-
 /// Below this, reading the weights takes longer than the products, and a step gets slower.
 const LEAST_TOKENS: usize = 256;
 
-/// The automatic budget's share of the free memory. The rest is for the operating system's cache of the mapped weights.
-const MEMORY_SHARE: f64 = 0.25;
+/// What a kind of device does best with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Taste {
+    /// Tokens at which wide products run at full speed: with fewer it is better to recompute than to cut smaller.
+    comfortable: usize,
+    /// More would only need more memory.
+    most: usize,
+    /// The automatic budget's share of the free memory.
+    memory_share: f64,
+}
+
+impl Taste {
+    /// The rest of the memory is for the operating system's cache of the mapped weights.
+    pub(crate) const CPU: Self = Self { comfortable: 2048, most: 2048, memory_share: 0.25 };
+    /// The rest of the memory is for what passes by: logits, workspaces, and holes between tensors.
+    pub(crate) const GPU: Self = Self { comfortable: 4096, most: 65_536, memory_share: 0.8 };
+}
 
 /// Cuts examples of `costs` tokens, in their order, into as few runs as the budget allows, all of about the same size. An
 /// example that alone exceeds the budget gets a run of its own.
@@ -77,17 +89,18 @@ impl TokenMemory {
 
 /// The tokens of a microbatch and whether layers are recomputed, for what is asked and the memory that is free.
 pub(crate) fn plan(
+    taste: Taste,
     memory: TokenMemory,
     free_bytes: Option<u64>,
     tokens: Option<usize>,
     recompute: Option<bool>,
 ) -> (usize, bool) {
     // Where the system does not tell, a small machine is assumed.
-    let bytes = free_bytes.unwrap_or(4 << 30) as f64 * MEMORY_SHARE;
+    let bytes = free_bytes.unwrap_or(4 << 30) as f64 * taste.memory_share;
     let fitting = |per_token: usize| (bytes / per_token as f64) as usize;
-    let recompute = recompute.unwrap_or_else(|| fitting(memory.kept) < tokens.unwrap_or(COMFORTABLE_TOKENS));
+    let recompute = recompute.unwrap_or_else(|| fitting(memory.kept) < tokens.unwrap_or(taste.comfortable));
     let per_token = if recompute { memory.recomputed } else { memory.kept };
-    (tokens.unwrap_or_else(|| fitting(per_token).clamp(LEAST_TOKENS, COMFORTABLE_TOKENS)), recompute)
+    (tokens.unwrap_or_else(|| fitting(per_token).clamp(LEAST_TOKENS, taste.most)), recompute)
 }
 
 /// Bytes of memory that a process can still get: the system's estimate, and no more than its control group is allowed.
@@ -170,11 +183,25 @@ mod tests {
     #[test]
     fn little_memory_turns_recomputation_on_and_then_shrinks_the_budget() {
         let memory = TokenMemory { kept: 400_000, recomputed: 40_000 };
-        assert_eq!(plan(memory, Some(64 << 30), None, None), (2048, false));
-        assert_eq!(plan(memory, Some(1 << 30), None, None), (2048, true));
-        assert_eq!(plan(memory, Some(100 << 20), None, None), (655, true));
-        assert_eq!(plan(memory, Some(1 << 20), None, None), (256, true));
-        assert_eq!(plan(memory, Some(1 << 20), Some(77), Some(false)), (77, false));
+        let cpu = |free, tokens, recompute| plan(Taste::CPU, memory, Some(free), tokens, recompute);
+        assert_eq!(cpu(64 << 30, None, None), (2048, false));
+        assert_eq!(cpu(1 << 30, None, None), (2048, true));
+        assert_eq!(cpu(100 << 20, None, None), (655, true));
+        assert_eq!(cpu(1 << 20, None, None), (256, true));
+        assert_eq!(cpu(1 << 20, Some(77), Some(false)), (77, false));
+    }
+
+    /// What is left of 80 GB beside the weights of a T5-XXL holds half a batch of 32 long examples whose layers are all kept, which is
+    /// faster than the whole batch with every layer computed again.
+    #[test]
+    fn a_gpu_cuts_a_batch_before_it_recomputes() {
+        let xxl = Config::preset("xxl").expect("a known shape");
+        let memory = TokenMemory::of(&xxl, DType::BF16);
+        let (tokens, recompute) = plan(Taste::GPU, memory, Some(55_000_000_000), None, None);
+        assert!((8_000..16_000).contains(&tokens) && !recompute, "{tokens}, {recompute}, {memory:?}");
+        // A small card recomputes.
+        let (tokens, recompute) = plan(Taste::GPU, memory, Some(6_000_000_000), None, None);
+        assert!((4_000..6_000).contains(&tokens) && recompute, "{tokens}, {recompute}");
     }
 
     #[test]

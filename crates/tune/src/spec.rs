@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Error, Result,
     choice::{choices, nearest},
+    device::DeviceChoice,
     engine::{EngineOptions, Objective, Recompute},
     init::PromptInit,
     optimizer::OptimizerKind,
@@ -43,6 +44,8 @@ choices! {
         Local => "local",
         /// Ranks are processes, on one machine or many.
         Gloo => "gloo",
+        /// Ranks are processes with a GPU each.
+        Nccl => "nccl",
     }
 }
 
@@ -258,8 +261,8 @@ pub struct TrainSpec {
     pub patience: Option<u32>,
     /// What is measured; the mean of it chooses the best checkpoint.
     pub metrics: Vec<Metric>,
-    /// Where the backbone is: `cpu`.
-    pub device: String,
+    /// Where the backbone computes.
+    pub device: DeviceChoice,
     /// Type of the backbone's weights.
     pub dtype: Precision,
     /// Ranks that share a backbone.
@@ -289,8 +292,8 @@ pub struct TrainSpec {
 /// The file in a run's directory that holds its specification.
 pub const RUN_FILE: &str = "run.toml";
 
-/// Fields that may differ when a run goes on: they change no number of it (another `tp` rounds differently, and checkpoints
-/// are its all the same), or name things whose content is compared.
+/// Fields that may differ when a run goes on: they change no number of it (another `tp` or `device` rounds differently,
+/// and checkpoints are its all the same), or name things whose content is compared.
 const FREE_ON_RESUME: &[&str] = &[
     "model",
     "train",
@@ -299,6 +302,7 @@ const FREE_ON_RESUME: &[&str] = &[
     "checkpoint-every",
     "keep",
     "patience",
+    "device",
     "tp",
     "dp",
     "collective",

@@ -178,7 +178,7 @@ fn load_and_train(
 ) -> Result<Outcome> {
     // Before the backbone, which may take minutes.
     let dir = if ranks.leads() { Some(RunDir::open(spec)?) } else { None };
-    let backbone = Backbone::load_on(&spec.model, spec.dtype, spec.engine_options(), ranks)?;
+    let backbone = Backbone::load_on(&spec.model, spec.dtype, spec.device, spec.engine_options(), ranks)?;
     Run::begin(spec, &backbone, dir, control, observer)?.carry_on()
 }
 

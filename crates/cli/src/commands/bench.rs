@@ -2,6 +2,7 @@
 
 mod attention;
 mod collective;
+mod gpu;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,8 +13,10 @@ use candle_core::{Device, Tensor};
 use clap::{Args, Subcommand};
 use incipit_collective::{Ranks, gather_bytes};
 use incipit_data::TokenizedExample;
+use incipit_kernels::DeviceMemory;
 use incipit_kernels::rng::Philox;
 use incipit_model::{Config, T5, TensorAxis};
+use incipit_tune::device::DeviceChoice;
 use incipit_tune::engine::{Engine, EngineOptions, JobBatch, Objective, Recompute};
 use incipit_tune::optimizer::{Optimizer, OptimizerKind};
 use incipit_tune::recipe::LossReduction;
@@ -82,6 +85,13 @@ pub(crate) struct StepArgs {
     /// Steps that are timed, after one that is not
     #[arg(long, value_name = "N", default_value_t = 5)]
     steps: usize,
+    /// Where the backbone runs: cpu, cuda (each rank on the GPU of its number) or cuda:N; GPUs need a build with the
+    /// feature `cuda`
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    device: DeviceChoice,
+    /// Time every kernel of one more step, on a GPU
+    #[arg(long)]
+    profile: bool,
     /// Tokens that go through the backbone at once [default: by the memory there is]
     #[arg(long, value_name = "N")]
     microbatch_tokens: Option<usize>,
@@ -102,7 +112,9 @@ struct Lengths(Vec<usize>);
 struct Report {
     shape: String,
     dtype: String,
-    kernels: &'static str,
+    device: String,
+    /// Instructions of the CPU that its kernels use.
+    instructions: &'static str,
     tp: usize,
     dp: usize,
     collective: String,
@@ -130,6 +142,13 @@ struct Report {
     read_mb: Option<f64>,
     /// Of one rank alone.
     attention_share: Option<f64>,
+    /// Kernels and products that a step starts on a GPU.
+    launches: Option<u64>,
+    /// Memory of the GPU that is free after the steps, and all of it.
+    device_free_mb: Option<f64>,
+    device_total_mb: Option<f64>,
+    /// Of one step, longest first.
+    kernels: Vec<gpu::Kernel>,
     /// Of the steps, what rank 0 spends in exchanges with other ranks, waiting for them included.
     collective_share: f64,
     loss: f64,
@@ -188,7 +207,10 @@ fn check(args: &StepArgs) -> Result<()> {
 fn step(args: &StepArgs, global: &Global) -> Result<Report> {
     check(args)?;
     note("making the weights ready");
-    ranks::run(&args.ranks, global.threads, |ranks| on_rank(args, ranks, global))
+    if args.profile && !args.device.is_gpu() {
+        return bad_input("--profile times the kernels of a GPU: pass --device cuda besides");
+    }
+    ranks::run(&args.ranks, args.device, global.threads, |ranks| on_rank(args, ranks, global))
 }
 
 /// What one process used, for the others to know.
@@ -209,10 +231,14 @@ struct Measured {
     used: Vec<Used>,
     exchange_s: f64,
     attention_s: Option<f64>,
+    launches: Option<u64>,
+    memory: Option<DeviceMemory>,
+    kernels: Vec<gpu::Kernel>,
 }
 
 fn on_rank(args: &StepArgs, ranks: &Arc<Ranks>, global: &Global) -> Result<Report> {
-    let model = model(args, &TensorAxis::of(ranks))?;
+    let device = args.device.open(ranks)?;
+    let model = model(args, &TensorAxis::of(ranks), &device)?;
     let config = model.config().clone();
     let options = EngineOptions { microbatch_tokens: args.microbatch_tokens, recompute: args.recompute };
     let engine = Engine::on(Arc::new(model), options, ranks.clone())?;
@@ -227,6 +253,7 @@ fn on_rank(args: &StepArgs, ranks: &Arc<Ranks>, global: &Global) -> Result<Repor
     // The first step touches the files for the first time.
     one()?;
     let (read, exchanged) = (machine::bytes_read(), ranks.seconds());
+    let started = incipit_kernels::launches(&device)?;
     let steps: Vec<_> = (0..args.steps).map(|_| one()).collect::<Result<_>>()?;
     let used = Used {
         // Read before attention is timed alone, which would add to it.
@@ -235,15 +262,25 @@ fn on_rank(args: &StepArgs, ranks: &Arc<Ranks>, global: &Global) -> Result<Repor
         read: machine::bytes_read().zip(read).map(|(now, before)| now.saturating_sub(before)),
     };
     let exchange_s = ranks.seconds() - exchanged;
+    let launched = incipit_kernels::launches(&device)?.zip(started).map(|(now, before)| now - before);
+    let launches = launched.map(|launches| launches / args.steps as u64);
+    let memory = incipit_kernels::device_memory(&device)?;
+    let kernels = if args.profile { gpu::profile(&device, || one().map(drop))? } else { Vec::new() };
     let used = gather_bytes(&**ranks.world(), &serde_json::to_vec(&used)?)?;
     let used = used.iter().map(|used| serde_json::from_slice(used)).collect::<Result<_, _>>()?;
     let attention_s = match ranks.mesh().world() {
-        1 => Some(attention::seconds(&config, args.dtype.into(), &rows(args), args.target_length)?),
+        1 if !args.device.is_gpu() => {
+            Some(attention::seconds(&config, args.dtype.into(), &rows(args), args.target_length)?)
+        }
         _ => None,
     };
     let (seconds, losses): (Vec<f64>, Vec<f64>) = steps.into_iter().unzip();
     let loss = losses.last().copied().unwrap_or_default();
-    Ok(report(args, &engine, Measured { seconds, loss, used, exchange_s, attention_s }))
+    Ok(report(
+        args,
+        &engine,
+        Measured { seconds, loss, used, exchange_s, attention_s, launches, memory, kernels },
+    ))
 }
 
 /// Rows of each example in the encoder.
@@ -253,7 +290,7 @@ fn rows(args: &StepArgs) -> Vec<usize> {
 }
 
 fn report(args: &StepArgs, engine: &Engine, measured: Measured) -> Report {
-    let Measured { seconds, loss, used, exchange_s, attention_s } = measured;
+    let Measured { seconds, loss, used, exchange_s, attention_s, launches, memory, kernels } = measured;
     let (config, mesh) = (engine.model().config(), engine.ranks().mesh());
     let rows = rows(args);
     let (encoder, decoder) = (rows.iter().sum::<usize>(), rows.len() * args.target_length);
@@ -266,7 +303,8 @@ fn report(args: &StepArgs, engine: &Engine, measured: Measured) -> Report {
     Report {
         shape: args.shape.clone(),
         dtype: args.dtype.to_string(),
-        kernels: incipit_kernels::isa().name(),
+        device: args.device.to_string(),
+        instructions: incipit_kernels::isa().name(),
         tp: mesh.tp(),
         dp: mesh.dp(),
         collective: args.ranks.collective.unwrap_or(Backend::Local).to_string(),
@@ -287,6 +325,10 @@ fn report(args: &StepArgs, engine: &Engine, measured: Measured) -> Report {
         useful_tflop: flop / 1e12,
         tflop_s: flop / 1e12 / median_s,
         attention_share: attention_s.map(|s| s / median_s),
+        launches,
+        device_free_mb: memory.map(|memory| memory.free as f64 / MEBIBYTE),
+        device_total_mb: memory.map(|memory| memory.total as f64 / MEBIBYTE),
+        kernels,
         collective_share: exchange_s / seconds.iter().sum::<f64>(),
         seconds,
         loss,
@@ -300,10 +342,10 @@ fn median(seconds: &[f64]) -> f64 {
     if sorted.len().is_multiple_of(2) { f64::midpoint(sorted[half - 1], sorted[half]) } else { sorted[half] }
 }
 
-fn model(args: &StepArgs, axis: &TensorAxis) -> Result<T5> {
+fn model(args: &StepArgs, axis: &TensorAxis, device: &Device) -> Result<T5> {
     let dtype = args.dtype.into();
     if let Some(config) = Config::preset(&args.shape) {
-        return Ok(T5::load_on(config.clone(), &random(&config, args)?, dtype, axis)?);
+        return Ok(T5::load_on(config.clone(), &random(&config, args)?, dtype, axis, device)?);
     }
     let dir = Path::new(&args.shape);
     if !dir.is_dir() {
@@ -316,9 +358,9 @@ fn model(args: &StepArgs, axis: &TensorAxis) -> Result<T5> {
     let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let config = Config::from_json(&text)?;
     match Checkpoint::open(dir, dtype) {
-        Ok(checkpoint) => Ok(T5::load_on(config, &checkpoint, dtype, axis)?),
+        Ok(checkpoint) => Ok(T5::load_on(config, &checkpoint, dtype, axis, device)?),
         Err(incipit_weights::Error::NoWeights { .. }) => {
-            Ok(T5::load_on(config.clone(), &random(&config, args)?, dtype, axis)?)
+            Ok(T5::load_on(config.clone(), &random(&config, args)?, dtype, axis, device)?)
         }
         Err(error) => Err(error.into()),
     }
@@ -401,6 +443,13 @@ impl Printed for Report {
             vec!["of it no view of a file".to_owned(), mb(self.anonymous_rss_mb)],
             vec!["read from disk a step".to_owned(), mb(self.read_mb)],
         ];
+        rows.extend(self.launches.map(|n| vec!["kernels started a step".to_owned(), units::count(n)]));
+        rows.extend(self.device_free_mb.map(|free| {
+            vec![
+                "free memory of the GPU".to_owned(),
+                format!("{} of {}", mb(Some(free)), mb(self.device_total_mb)),
+            ]
+        }));
         rows.extend(self.attention_share.map(|s| vec!["share of attention".to_owned(), units::percent(s)]));
         if self.tp * self.dp > 1 {
             rows.push(vec!["share of exchanges".to_owned(), units::percent(self.collective_share)]);
@@ -414,7 +463,7 @@ impl Printed for Report {
             self.jobs,
             self.prompt_length,
             self.target_length,
-            self.kernels,
+            self.instructions,
             if self.tp * self.dp > 1 {
                 format!("tp {} x dp {} ({}), each ", self.tp, self.dp, self.collective)
             } else {
@@ -422,7 +471,8 @@ impl Printed for Report {
             },
             self.threads
         );
-        format!("{what}\n{}", output::table(&["measure", "value"], &rows, true))
+        let table = output::table(&["measure", "value"], &rows, true);
+        format!("{what}\n{table}{}", gpu::table(&self.kernels))
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use incipit_kernels::Isa;
+use incipit_kernels::{GpuInfo, Isa};
 use serde::Serialize;
 
 use crate::args::Global;
@@ -34,6 +34,8 @@ struct Report {
     available_memory_bytes: Option<u64>,
     free_disk_bytes: Option<u64>,
     build: Build,
+    gpus: Vec<Gpu>,
+    nccl_version: Option<String>,
     findings: Vec<Finding>,
     #[serde(skip)]
     kernel_words: String,
@@ -45,6 +47,15 @@ struct Report {
 struct Feature {
     name: &'static str,
     present: bool,
+}
+
+#[derive(Serialize)]
+struct Gpu {
+    ordinal: usize,
+    name: String,
+    compute_capability: String,
+    memory_bytes: u64,
+    free_memory_bytes: u64,
 }
 
 /// What was compiled into this program.
@@ -89,13 +100,89 @@ fn examine(args: &DoctorArgs) -> Report {
         memory_bytes: machine::total_memory(),
         available_memory_bytes: machine::available_memory(),
         free_disk_bytes: machine::free_disk(&args.path),
-        build: Build { cpu: true, cuda: false, nccl: false, gloo: cfg!(feature = "gloo") },
+        build: Build {
+            cpu: true,
+            cuda: incipit_kernels::CUDA_IS_BUILT,
+            nccl: cfg!(feature = "cuda"),
+            gloo: cfg!(feature = "gloo"),
+        },
+        gpus: Vec::new(),
+        nccl_version: nccl_version(),
         findings: Vec::new(),
         kernel_words: machine::kernel_path(),
         path: args.path.clone(),
     };
+    let gpus = gpu_findings(&mut report);
     report.findings = findings(&report);
+    report.findings.extend(gpus);
     report
+}
+
+#[cfg(feature = "cuda")]
+fn nccl_version() -> Option<String> {
+    incipit_collective::nccl::version().ok().map(|version| version.to_string())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn nccl_version() -> Option<String> {
+    None
+}
+
+/// The oldest GPUs that the kernels were compiled for: Ampere.
+const LEAST_CAPABILITY: (i32, i32) = (8, 0);
+
+/// Lists the GPUs, and says what works on them and what is missing.
+fn gpu_findings(report: &mut Report) -> Vec<Finding> {
+    let gpus = match incipit_kernels::gpus() {
+        Ok(gpus) => gpus,
+        Err(error) => return vec![Finding::new(false, format!("GPUs: {error}"))],
+    };
+    let mut findings = Vec::new();
+    if gpus.is_empty() {
+        findings.push(Finding::new(
+            false,
+            "GPUs: the driver answers, and knows of none (CUDA_VISIBLE_DEVICES may hide them)",
+        ));
+    }
+    for gpu in &gpus {
+        let (major, minor) = gpu.capability;
+        let name = format!("GPU {} ({})", gpu.ordinal, gpu.name);
+        findings.push(if gpu.capability < LEAST_CAPABILITY {
+            Finding::new(
+                false,
+                format!("{name} has compute capability {major}.{minor}, and the kernels need 8.0 or more"),
+            )
+        } else {
+            match incipit_kernels::open_gpu(gpu.ordinal) {
+                Ok(_) => Finding::new(true, format!("{name}: --device cuda:{}", gpu.ordinal)),
+                Err(error) => Finding::new(false, format!("{name} cannot be used: {error}")),
+            }
+        });
+    }
+    let several = gpus.len() > 1 && report.nccl_version.is_some();
+    findings.push(Finding::new(
+        several,
+        if several {
+            "several GPUs together (`incipit launch --nproc N -- ... --device cuda --collective nccl`)"
+        } else {
+            "several GPUs together need two GPUs or more, and NCCL 2.18 or newer"
+        },
+    ));
+    report.gpus = gpus.into_iter().map(Gpu::from).collect();
+    findings
+}
+
+impl From<GpuInfo> for Gpu {
+    fn from(gpu: GpuInfo) -> Self {
+        let GpuInfo { ordinal, name, capability: (major, minor), memory } = gpu;
+        Self {
+            ordinal,
+            name,
+            compute_capability: format!("{major}.{minor}"),
+            memory_bytes: memory.total,
+            free_memory_bytes: memory.free,
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -144,7 +231,6 @@ fn findings(report: &Report) -> Vec<Finding> {
             ),
         ),
     });
-    findings.push(Finding::new(false, "GPUs: this build runs on the CPU alone (no CUDA, no NCCL)"));
     findings.push(Finding::new(true, "several ranks as threads of one process (--tp, --dp)"));
     findings.push(if report.build.gloo {
         Finding::new(true, "several ranks as processes, on this machine or many (`incipit launch`, --collective gloo)")
@@ -194,6 +280,15 @@ impl Printed for Report {
             built("nccl", self.build.nccl),
             built("gloo", self.build.gloo),
         ];
+        let gpu = |gpu: &Gpu| {
+            let Gpu { ordinal, name, compute_capability, memory_bytes, free_memory_bytes } = gpu;
+            format!(
+                "{ordinal}: {name}, compute capability {compute_capability}, {} ({} free)",
+                units::bytes(*memory_bytes),
+                units::bytes(*free_memory_bytes)
+            )
+        };
+        let gpus: Vec<String> = self.gpus.iter().map(gpu).collect();
         let facts = output::facts([
             ("incipit", self.version.to_owned()),
             ("CPU", self.cpu.clone().unwrap_or_else(|| std::env::consts::ARCH.to_owned())),
@@ -208,6 +303,11 @@ impl Printed for Report {
                 format!("{} ({} available)", known(self.memory_bytes), known(self.available_memory_bytes)),
             ),
             ("free disk", known(self.free_disk_bytes)),
+            (
+                "GPUs",
+                if gpus.is_empty() { "none that this build can use".to_owned() } else { gpus.join("; ") },
+            ),
+            ("NCCL", self.nccl_version.clone().unwrap_or_else(|| "none".to_owned())),
             ("this build", build.join(", ")),
         ]);
         let findings: Vec<String> = self

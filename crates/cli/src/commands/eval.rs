@@ -77,7 +77,10 @@ struct Summary {
 /// # Errors
 /// If something given cannot be used, a loss is not finite, or the predictions cannot be written.
 pub(crate) fn run(args: &EvalArgs, global: &Global) -> Result<Exit> {
-    let summary = ranks::run(&args.ranks, global.threads, |ranks| on_rank(args, ranks, global))?;
+    let summary =
+        ranks::run(&args.ranks, args.backbone.device.unwrap_or_default(), global.threads, |ranks| {
+            on_rank(args, ranks, global)
+        })?;
     output::print(&summary, global.json)?;
     if let Some(path) = args.output.as_ref().filter(|_| !global.json) {
         note(&format!("predictions are in {}", path.display()));

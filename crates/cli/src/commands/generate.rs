@@ -102,7 +102,9 @@ struct Answer<'a> {
 /// If something given cannot be used, or standard output cannot be written.
 pub(crate) fn run(args: &GenerateArgs, global: &Global) -> Result<Exit> {
     check(args)?;
-    ranks::run(&args.ranks, global.threads, |ranks| on_rank(args, ranks, global))?;
+    ranks::run(&args.ranks, args.backbone.device.unwrap_or_default(), global.threads, |ranks| {
+        on_rank(args, ranks, global)
+    })?;
     Ok(Exit::Ok)
 }
 

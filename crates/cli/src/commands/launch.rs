@@ -27,7 +27,7 @@ Examples:
   incipit launch --nproc 4 -- eval --tp 2 --dp 2 --prompt runs/first --data test.jsonl
   incipit launch --nproc 2 -- bench collective
 
-On several machines, torchrun or srun starts the ranks; pass --collective gloo to the command:
+On several machines, torchrun or srun starts the ranks; pass --collective gloo (or nccl, with --device cuda) to the command:
   torchrun --no-python --nnodes 2 --nproc-per-node 2 ... incipit train --collective gloo --tp 2 --dp 2 ...
 What ranks tell each other is neither encrypted nor authenticated: run them in a network that you trust.
 They are found by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (Slurm's SLURM_PROCID and SLURM_NTASKS stand in for the first two), \
@@ -40,8 +40,8 @@ pub(crate) struct LaunchArgs {
     /// Processes to start
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     nproc: u16,
-    /// What connects them [default: gloo]
-    #[arg(long, value_name = "gloo", value_parser = ranks::collective)]
+    /// What connects them: gloo, or nccl for ranks with a GPU each [default: gloo]
+    #[arg(long, value_name = "gloo|nccl", value_parser = ranks::collective)]
     collective: Option<Backend>,
     /// What every rank does: train, eval, generate, bench step or bench collective, with its flags
     #[arg(last = true, required = true, value_name = "COMMAND")]
@@ -53,8 +53,7 @@ pub(crate) struct LaunchArgs {
 /// # Errors
 /// If the command is none that ranks can do, or they cannot be started.
 pub(crate) fn run(args: &LaunchArgs, global: &Global) -> Result<Exit> {
-    let gloo = ranks::collective("gloo").map_err(BadInput)?;
-    if args.collective.unwrap_or(gloo) != gloo {
+    if args.collective == Some(Backend::Local) {
         return bad_input(
             "--collective local makes ranks of threads, which need no launcher: run the command without `launch`",
         );
@@ -94,13 +93,22 @@ fn command(args: &LaunchArgs, global: &Global) -> Result<Vec<OsString>> {
     let words = std::iter::once(OsString::from("incipit")).chain(args.command.iter().cloned());
     let inner = Cli::try_parse_from(words).unwrap_or_else(|error| error.exit());
     let given = check(&inner.command)?;
+    let backend = match (args.collective, given) {
+        (Some(asked), Some(given)) if asked != given => {
+            return bad_input(format!(
+                "launch is to connect the ranks by {asked}, and the command asks for --collective {given}: leave one of them out"
+            ));
+        }
+        (asked, given) => asked.or(given).unwrap_or(Backend::Gloo).to_string(),
+    };
+    ranks::collective(&backend).map_err(BadInput)?;
     let mut command = args.command.clone();
     let mut add = |wanted: bool, words: &[&str]| {
         if wanted {
             command.extend(words.iter().map(OsString::from));
         }
     };
-    add(given.is_none(), &["--collective", "gloo"]);
+    add(given.is_none(), &["--collective", &backend]);
     let Global { json, threads, verbose, quiet } = inner.global;
     add(global.json && !json, &["--json"]);
     add(global.quiet && !quiet && verbose == 0, &["--quiet"]);
@@ -135,7 +143,7 @@ fn check(command: &Command) -> Result<Option<Backend>> {
         }
     };
     match given {
-        None | Some(Backend::Gloo) => Ok(given),
+        None | Some(Backend::Gloo | Backend::Nccl) => Ok(given),
         Some(other) => bad_input(format!(
             "launch starts processes, and the command asks for --collective {other}: leave --collective out of the command"
         )),

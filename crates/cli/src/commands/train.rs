@@ -170,7 +170,8 @@ struct CheckArgs {
 #[derive(Args)]
 #[command(next_help_heading = "Machine")]
 struct MachineArgs {
-    /// Where the backbone runs; this build has `cpu` alone [default: cpu]
+    /// Where the backbone runs: cpu, cuda (each rank on the GPU of its number) or cuda:N; GPUs need a build with the
+    /// feature `cuda` [default: cpu]
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
     /// Type of the backbone's weights [default: bf16]
@@ -313,7 +314,7 @@ fn outcome(
         note(&format!("loading {}", spec.model));
         return Ok((train(spec, options, control, watch)?, true));
     }
-    let ranks = ranks::join(spec.tp, spec.dp, options)?;
+    let ranks = ranks::join(spec.collective, (spec.tp, spec.dp), spec.device, options)?;
     note(&format!("loading {}", spec.model));
     let leads = ranks.leads();
     let observer: &mut dyn Observer = if leads { watch } else { &mut () };

@@ -19,6 +19,8 @@ const HOW_TO_START: &str = "start the ranks with `incipit launch --nproc N -- CO
 pub(crate) struct Place {
     pub(crate) rank: usize,
     pub(crate) world: usize,
+    /// Its number among the ranks of this machine.
+    pub(crate) local_rank: usize,
     pub(crate) meeting: Meeting,
     pub(crate) epoch: u64,
     pub(crate) job: String,
@@ -80,7 +82,7 @@ pub(crate) fn place(get: Variables<'_>) -> Result<Place> {
     if !absent.is_empty() {
         let (what, verb) = (absent.join(" and "), if absent.len() == 1 { "is" } else { "are" });
         return bad_input(format!(
-            "--collective gloo makes this process one of several ranks, and {what} {verb} not set; {HOW_TO_START}"
+            "--collective gloo (or nccl) makes this process one of several ranks, and {what} {verb} not set; {HOW_TO_START}"
         ));
     }
     let (rank, world) = (number(get, rank_name)?, number(get, world_name)?);
@@ -89,11 +91,18 @@ pub(crate) fn place(get: Variables<'_>) -> Result<Place> {
             "{rank_name}={rank} contradicts {world_name}={world}: ranks count from 0 to {world_name} - 1"
         ));
     }
-    check_local(get, world)?;
+    let local_rank = local_rank(get, rank, world)?;
     let epoch_name = if get(EPOCH).is_some() { EPOCH } else { "TORCHELASTIC_RESTART_COUNT" };
     let epoch = get(epoch_name).map_or(Ok(0), |_| number(get, epoch_name))? as u64;
     let job = get("TORCHELASTIC_RUN_ID").or_else(|| get("SLURM_JOB_ID"));
-    Ok(Place { rank, world, meeting: meeting(get)?, epoch, job: job.unwrap_or_else(|| "incipit".to_owned()) })
+    Ok(Place {
+        rank,
+        world,
+        local_rank,
+        meeting: meeting(get)?,
+        epoch,
+        job: job.unwrap_or_else(|| "incipit".to_owned()),
+    })
 }
 
 fn number(get: Variables<'_>, name: &str) -> Result<usize> {
@@ -104,11 +113,13 @@ fn number(get: Variables<'_>, name: &str) -> Result<usize> {
         .or_else(|_| bad_input(format!("{name}={value} is no number: set it to a count from 0, or unset it")))
 }
 
-/// The rank on this machine is not needed before there are devices to choose, but a wrong one tells of a wrong launcher.
-fn check_local(get: Variables<'_>, world: usize) -> Result<()> {
+/// The rank on this machine: torchrun's, or Slurm's, or where nobody tells the rank itself. A wrong one tells of a wrong launcher.
+fn local_rank(get: Variables<'_>, rank: usize, world: usize) -> Result<usize> {
     let one = |name: &'static str| get(name).map(|_| number(get, name)).transpose();
     let count = one("LOCAL_WORLD_SIZE")?;
-    let Some(rank) = one("LOCAL_RANK")? else { return Ok(()) };
+    let Some(rank) = one("LOCAL_RANK")? else {
+        return Ok(one("SLURM_LOCALID")?.unwrap_or(rank));
+    };
     let (bound, of) = match count {
         Some(count) if count <= world => (count, "LOCAL_WORLD_SIZE"),
         Some(count) => {
@@ -121,7 +132,7 @@ fn check_local(get: Variables<'_>, world: usize) -> Result<()> {
     if rank >= bound {
         return bad_input(format!("LOCAL_RANK={rank} contradicts {of}={bound}: ranks count from 0"));
     }
-    Ok(())
+    Ok(rank)
 }
 
 fn meeting(get: Variables<'_>) -> Result<Meeting> {

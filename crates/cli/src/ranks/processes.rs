@@ -1,15 +1,17 @@
 //! This process as one rank of several.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result};
-use incipit_collective::store::TcpServer;
-use incipit_collective::{Options, Ranks, gloo, store};
+use incipit_collective::store::{Store, TcpServer};
+use incipit_collective::{Mesh, Options, Ranks, store};
+use incipit_tune::device::DeviceChoice;
+use incipit_tune::spec::Backend;
 
 use super::environment::{Meeting, Place, place, variables};
 use super::mesh;
-use crate::exit::BadInput;
+use crate::exit::{BadInput, bad_input};
 
 /// The key that the store of rank 0 holds from its beginning.
 const SERVED: &str = "served";
@@ -17,15 +19,20 @@ const SERVED: &str = "served";
 /// The store at which the ranks met, if this process serves it. It is there to the end: others look up in it why a rank has left.
 static STORE: OnceLock<TcpServer> = OnceLock::new();
 
-/// This process as one of the ranks; waits until all are there.
+/// This process as one of the ranks, connected by `backend`; waits until all are there.
 ///
 /// # Errors
 /// If the environment does not say which rank this is, the degrees do not make as many ranks as there are, or the others do not come in
 /// time.
-pub(crate) fn join(tp: usize, dp: usize, options: &Options) -> Result<Ranks> {
-    let Place { rank, world, meeting, epoch, job } = place(&variables)?;
+pub(crate) fn join(
+    backend: Backend,
+    (tp, dp): (usize, usize),
+    device: DeviceChoice,
+    options: &Options,
+) -> Result<Ranks> {
+    let Place { rank, world, local_rank, meeting, epoch, job } = place(&variables)?;
     let mesh = mesh(tp, dp, world)?;
-    let options = Options { epoch, job, ..options.clone() };
+    let options = Options { epoch, job, local_rank: Some(local_rank), ..options.clone() };
     let open = |url: &str| store::open(url).map_err(|error| BadInput(error.to_string()));
     let store = match meeting {
         Meeting::At(url) => open(&url)?,
@@ -42,7 +49,32 @@ pub(crate) fn join(tp: usize, dp: usize, options: &Options) -> Result<Ranks> {
             store
         }
     };
-    Ok(gloo::connect(mesh, rank, store, &options)?)
+    connect(backend, (mesh, rank), store, device, &options)
+}
+
+fn connect(
+    backend: Backend,
+    (mesh, rank): (Mesh, usize),
+    store: Arc<dyn Store>,
+    device: DeviceChoice,
+    options: &Options,
+) -> Result<Ranks> {
+    match backend {
+        #[cfg(feature = "gloo")]
+        Backend::Gloo => Ok(incipit_collective::gloo::connect(mesh, rank, store, options)?),
+        #[cfg(feature = "cuda")]
+        Backend::Nccl if device.is_gpu() => {
+            let device = device.open_for(options.local_rank.unwrap_or(rank))?;
+            Ok(incipit_collective::nccl::connect(mesh, rank, store, &device, options)?)
+        }
+        Backend::Nccl if cfg!(feature = "cuda") => bad_input(
+            "--collective nccl moves numbers between GPUs: pass --device cuda besides, or --collective gloo",
+        ),
+        other => {
+            let _ = (mesh, rank, store, device, options);
+            bad_input(format!("--collective {other} is not built into this program"))
+        }
+    }
 }
 
 /// The store at which the ranks meet. Other machines may know this one by an address that it does not know itself, so that only a

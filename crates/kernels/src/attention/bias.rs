@@ -1,7 +1,11 @@
 //! T5's relative position bias.
 
+use std::sync::{Arc, OnceLock};
+
 use super::head::PADDING;
 use crate::frozen::Frozen;
+use crate::gpu::{Address, Gpu, Uploaded};
+use crate::segments::once;
 use crate::{Error, Result};
 
 /// How relative positions are put into buckets (Raffel et al. 2020, section 2.1).
@@ -40,12 +44,14 @@ impl Buckets {
 }
 
 /// The bias of every head for every distance that occurs.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct PositionBias {
     /// `[heads, 2 * longest - 1 + PADDING]`, by `key - query + longest - 1`.
     pub(crate) by_key: Vec<f32>,
     pub(crate) longest: usize,
     pub(crate) heads: usize,
+    /// `by_key` on the device on which a kernel first asked for it.
+    gpu: Arc<OnceLock<Uploaded>>,
 }
 
 impl PositionBias {
@@ -82,7 +88,7 @@ impl PositionBias {
                 by_key[head * stride + place] = values[bucket * heads + head];
             }
         }
-        Ok(Self { by_key, longest, heads })
+        Ok(Self { by_key, longest, heads, gpu: Arc::default() })
     }
 
     /// Heads.
@@ -91,9 +97,19 @@ impl PositionBias {
         self.heads
     }
 
+    /// Numbers from head to head.
+    pub(crate) fn stride(&self) -> usize {
+        2 * self.longest - 1 + PADDING
+    }
+
+    /// All of it, for kernels.
+    pub(crate) fn on(&self, gpu: &Gpu) -> Result<Address> {
+        Ok(once(&self.gpu, || gpu.upload("position bias", &self.by_key))?.address)
+    }
+
     /// The bias of `query` with keys `0 .. n`, of which `PADDING` may lie behind the longest example's end.
     pub(crate) fn keys(&self, head: usize, query: usize, n: usize) -> &[f32] {
-        &self.by_key[head * (2 * self.longest - 1 + PADDING) + self.longest - 1 - query..][..n]
+        &self.by_key[head * self.stride() + self.longest - 1 - query..][..n]
     }
 }
 

@@ -17,6 +17,7 @@ use crate::element::Element;
 use crate::gemm::micro;
 #[cfg(target_arch = "x86_64")]
 use crate::gemm::x86;
+use crate::gpu::{self, Gpu};
 use crate::isa::{Isa, isa};
 use crate::segments::Segments;
 use crate::tensor::{View, dims2, expect_activation, expect_dims, tensor};
@@ -45,8 +46,8 @@ pub struct Attention<'a> {
 pub struct Attended {
     /// `[Tq, heads * K]`, of the operands' type.
     pub output: Tensor,
-    /// Logarithms of the normalisers, `[heads, Tq]`.
-    pub(crate) normalisers: Vec<f32>,
+    /// Logarithms of the normalisers, `[heads, Tq]` f32.
+    pub(crate) normalisers: Tensor,
 }
 
 /// `softmax(q k^T + bias) v`, head by head and example by example.
@@ -57,6 +58,10 @@ pub struct Attended {
 /// # Errors
 /// If the shapes or types do not fit, or an example's bias is shorter than the example.
 pub fn attention(spec: &Attention<'_>, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Attended> {
+    if let Some(gpu) = Gpu::of(q)? {
+        check("attention", spec, q, k, v)?;
+        return gpu::attention::attention(&gpu, spec, q, k, v);
+    }
     attention_on(isa(), spec, q, k, v)
 }
 
@@ -75,17 +80,26 @@ pub(crate) fn attention_on(
     if q.dtype() == DType::F32 {
         let [q, k, v] = slices::<f32, _>(&views)?;
         let (out, normalisers) = forward_f32::<f32>(isa, spec, [q, k, v], width);
-        return Ok(Attended { output: tensor(out, &dims)?, normalisers });
+        return attended(out, dims, normalisers, spec.heads);
     }
     let [q, k, v] = slices::<bf16, _>(&views)?;
     #[cfg(target_arch = "x86_64")]
     if isa == Isa::Avx512Bf16 {
         let (out, normalisers) = forward::run::<x86::Avx512Bf16, bf16>(isa, spec, [q, k, v], width);
-        return Ok(Attended { output: tensor(out, &dims)?, normalisers });
+        return attended(out, dims, normalisers, spec.heads);
     }
     let wide = [q, k, v].map(widened);
     let (out, normalisers) = forward_f32::<bf16>(isa, spec, wide.each_ref().map(Vec::as_slice), width);
-    Ok(Attended { output: tensor(out, &dims)?, normalisers })
+    attended(out, dims, normalisers, spec.heads)
+}
+
+fn attended<O: Element>(
+    out: Vec<O>,
+    dims: [usize; 2],
+    normalisers: Vec<f32>,
+    heads: usize,
+) -> Result<Attended> {
+    Ok(Attended { output: tensor(out, &dims)?, normalisers: tensor(normalisers, &[heads, dims[0]])? })
 }
 
 /// Operands in f32, on the path's f32 instructions.
@@ -117,7 +131,29 @@ pub fn attention_gradient(
     attended: &Attended,
     dy: &Tensor,
 ) -> Result<[Tensor; 3]> {
+    if let Some(gpu) = Gpu::of(q)? {
+        check_gradient(spec, [q, k, v], attended, dy)?;
+        return gpu::attention::attention_gradient(&gpu, spec, [q, k, v], attended, dy);
+    }
     attention_gradient_on(isa(), spec, [q, k, v], attended, dy)
+}
+
+fn check_gradient(
+    spec: &Attention<'_>,
+    [q, k, v]: [&Tensor; 3],
+    attended: &Attended,
+    dy: &Tensor,
+) -> Result<()> {
+    let op = "attention_gradient";
+    check(op, spec, q, k, v)?;
+    for (name, t) in [("the gradient", dy), ("the output", &attended.output)] {
+        expect_dims(op, name, t, q.dims())?;
+        if t.dtype() != q.dtype() {
+            let what = format!("{name} is {:?} and the queries {:?}", t.dtype(), q.dtype());
+            return Err(Error::Shape { op, what });
+        }
+    }
+    expect_dims(op, "the normalisers", &attended.normalisers, &[spec.heads, spec.queries.total()])
 }
 
 pub(crate) fn attention_gradient_on(
@@ -128,17 +164,12 @@ pub(crate) fn attention_gradient_on(
     dy: &Tensor,
 ) -> Result<[Tensor; 3]> {
     let op = "attention_gradient";
-    check(op, spec, q, k, v)?;
-    expect_dims(op, "the gradient", dy, q.dims())?;
-    expect_dims(op, "the output", &attended.output, q.dims())?;
-    if attended.normalisers.len() != spec.heads * spec.queries.total() {
-        let what = format!("{} normalisers for {} heads", attended.normalisers.len(), spec.heads);
-        return Err(Error::Shape { op, what });
-    }
+    check_gradient(spec, [q, k, v], attended, dy)?;
     let y = &attended.output;
     let views =
         [View::new(op, q)?, View::new(op, k)?, View::new(op, v)?, View::new(op, y)?, View::new(op, dy)?];
-    let (lse, width) = (&attended.normalisers, q.dims()[1]);
+    let lse = View::new(op, &attended.normalisers)?;
+    let (lse, width) = (lse.slice::<f32>()?, q.dims()[1]);
     if q.dtype() == DType::F32 {
         let operands = slices::<f32, _>(&views)?;
         return tensors(gradient_f32::<f32>(isa, spec, (operands, width), lse), [q, k, v]);

@@ -17,7 +17,7 @@ pub(crate) struct Right<'a> {
 }
 
 /// How a right operand is stored.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Layout {
     /// Row `n` holds the `k` numbers of column `n`: a weight `[out, in]` in its forward product.
     ColumnsAsRows,

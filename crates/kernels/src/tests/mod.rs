@@ -36,8 +36,11 @@ fn cross_entropy(
 ) -> (Vec<f32>, Tensor) {
     let targets = Targets { ids, vocabulary: Vocabulary::whole(logits.dims()[1]) };
     let softmax = Softmax::new_on(isa, logits, targets).unwrap();
-    let slope = LossSlope { normalisers: &softmax.normalisers(), scale, z_loss };
-    (softmax.losses(z_loss), cross_entropy_gradient_on(isa, logits, targets, slope, out).unwrap())
+    let slope = LossSlope { normalisers: &softmax.normalisers().unwrap(), scale, z_loss };
+    (
+        numbers(&softmax.losses(z_loss).unwrap()),
+        cross_entropy_gradient_on(isa, logits, targets, slope, out).unwrap(),
+    )
 }
 
 /// A generator of a test's numbers; says its seed, so that a failure can be repeated.

@@ -85,7 +85,8 @@ fn losses_refuse_targets_outside_of_the_vocabulary() {
     refusal(Softmax::new(&logits.to_dtype(DType::BF16).unwrap(), of(&[0, 1])));
     let beyond = Targets { ids: &[0, 1], vocabulary: Vocabulary { first: 1, size: 3 } };
     assert!(refusal(Softmax::new(&logits, beyond)).contains("3 columns from 1 on"));
-    let slope = |scale| LossSlope { normalisers: &[0.0; 2], scale, z_loss: 0.0 };
+    let normalisers = Tensor::zeros(2, DType::F32, &Device::Cpu).unwrap();
+    let slope = |scale| LossSlope { normalisers: &normalisers, scale, z_loss: 0.0 };
     refusal(cross_entropy_gradient(&logits, of(&[0, 1]), slope(&[1.0]), DType::F32));
     refusal(cross_entropy_gradient(&logits, of(&[0, 1]), slope(&[1.0; 2]), DType::F16));
 }

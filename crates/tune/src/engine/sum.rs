@@ -4,10 +4,13 @@
 //! each job's fault, or on the unit of its sum. Then the integer sums of all jobs travel together. No result depends on which
 //! replica had which example.
 
+use candle_core::{Device, Tensor};
 use incipit_collective::{Coordinates, Ranks, Reduce, gather_bytes};
+use incipit_kernels::sums::{Sums, ZERO_EXPONENT, dequantized, max_exponents};
+use incipit_model::ExampleGradient;
 
 use super::{Gathered, JobBatch, JobFault, JobGradient, cost, num_targets};
-use crate::{Result, ranks, reduce};
+use crate::{Result, ranks};
 
 /// In the place of a loss or an exponent: another replica has the example. Everything else is larger.
 const ABSENT: i64 = i64::MIN;
@@ -24,79 +27,110 @@ struct Known {
     replica: usize,
 }
 
-/// What a job's examples gave on this rank, as numbers.
+/// What a job's examples gave on this rank.
 struct Terms {
-    /// By example; none where another replica has it.
-    gradients: Vec<Option<Vec<f32>>>,
+    /// Losses and gradients by example; none where another replica has it.
+    gradients: Vec<Option<(f32, Tensor)>>,
     refusal: Option<String>,
 }
 
 pub(super) fn over_replicas(
     ranks: &Ranks,
+    device: &Device,
     jobs: &[JobBatch<'_>],
     gathered: Vec<Result<Gathered, String>>,
     replicas: &[usize],
 ) -> Result<Vec<Result<JobGradient, JobFault>>> {
-    let mine: Vec<bool> = replicas.iter().map(|replica| *replica == ranks.coordinates().data).collect();
-    let (mut own, mut first) = (Vec::new(), 0);
-    let mut terms = Vec::with_capacity(jobs.len());
-    for (job, gathered) in jobs.iter().zip(gathered) {
-        terms.push(read(&mine[first..], job, gathered, &mut own)?);
-        first += job.examples.len();
-    }
-    let known = exchanged(ranks, replicas, own)?;
+    let terms: Vec<Terms> = jobs.iter().zip(gathered).map(|(job, gathered)| terms(job, gathered)).collect();
+    let known = exchanged(ranks, replicas, told(ranks, &terms, replicas)?)?;
     let mut rest = &known[..];
     let mut outcomes = Vec::with_capacity(jobs.len());
-    let mut sums = Vec::new();
+    let mut len = 0;
     for (job, terms) in jobs.iter().zip(&terms) {
         let (examples, later) = rest.split_at(job.examples.len());
         rest = later;
         let outcome = judged(ranks, examples, terms)?;
-        if let Ok(exponent) = outcome {
-            let first = sums.len();
-            sums.resize(first + job.prompt.elem_count(), 0);
-            for gradient in terms.gradients.iter().flatten() {
-                reduce::quantize(gradient, exponent, &mut sums[first..])?;
-            }
+        let first = len;
+        if outcome.is_ok() {
+            len += job.prompt.elem_count();
         }
-        outcomes.push(outcome.map(|exponent| (exponent, examples)));
+        outcomes.push(outcome.map(|exponent| Outcome { exponent, first, examples }));
     }
-    let sums = ranks::reduced(&**ranks.data(), sums, Reduce::Sum)?;
-    let mut rest = &sums[..];
-    let mut finish = |(job, outcome): (&JobBatch<'_>, Result<(i32, &[Known]), JobFault>)| {
-        let (exponent, examples) = outcome?;
-        let (sum, later) = rest.split_at(job.prompt.elem_count());
-        rest = later;
-        finished(job, examples, &reduce::dequantize(sum, exponent))
-    };
-    Ok(jobs.iter().zip(outcomes).map(&mut finish).collect())
+    let sums = summed(ranks, device, &terms, &outcomes, len)?;
+    let mut gradients = Vec::with_capacity(jobs.len());
+    for (job, outcome) in jobs.iter().zip(outcomes) {
+        gradients.push(match outcome {
+            Err(fault) => Err(fault),
+            Ok(Outcome { exponent, first, examples }) => {
+                let range = first..first + job.prompt.elem_count();
+                finished(job, examples, dequantized(&sums, range, exponent)?)
+            }
+        });
+    }
+    Ok(gradients)
 }
 
-/// The numbers of a job's examples that are here; what others should know of them is added to `own`.
-fn read(
-    mine: &[bool],
-    job: &JobBatch<'_>,
-    gathered: Result<Gathered, String>,
-    own: &mut Vec<i64>,
-) -> Result<Terms> {
-    let (gathered, refusal) = match gathered {
-        Ok(gathered) => (gathered, None),
-        Err(refusal) => (vec![None; job.examples.len()], Some(refusal)),
-    };
-    let mut gradients = Vec::with_capacity(gathered.len());
-    for (example, gradient) in gathered.into_iter().enumerate() {
-        let Some(gradient) = gradient else {
-            let exponent = if mine[example] { REFUSED } else { ABSENT };
-            own.extend([ABSENT, exponent]);
-            gradients.push(None);
-            continue;
-        };
-        let values: Vec<f32> = gradient.prompt_gradient.flatten_all()?.to_vec1()?;
-        let exponent = reduce::max_exponent(&values).map_or(NOT_FINITE, i64::from);
-        own.extend([i64::from(gradient.loss.to_bits()), exponent]);
-        gradients.push(Some(values));
+/// What becomes of a job that has a gradient.
+struct Outcome<'a> {
+    /// Of its sum.
+    exponent: i32,
+    /// Its first number among those of all jobs.
+    first: usize,
+    examples: &'a [Known],
+}
+
+fn terms(job: &JobBatch<'_>, gathered: Result<Gathered, String>) -> Terms {
+    match gathered {
+        Ok(gathered) => {
+            let parts = |example: ExampleGradient| (example.loss, example.prompt_gradient);
+            Terms {
+                gradients: gathered.into_iter().map(|example| example.map(parts)).collect(),
+                refusal: None,
+            }
+        }
+        Err(refusal) => Terms { gradients: vec![None; job.examples.len()], refusal: Some(refusal) },
     }
-    Ok(Terms { gradients, refusal })
+}
+
+/// What others should know of the examples that are here: two numbers for every example of all jobs.
+fn told(ranks: &Ranks, terms: &[Terms], replicas: &[usize]) -> Result<Vec<i64>> {
+    let all = || terms.iter().flat_map(|terms| &terms.gradients);
+    let gradients: Vec<&Tensor> = all().flatten().map(|(_, gradient)| gradient).collect();
+    let mut exponents = max_exponents(&gradients)?.into_iter();
+    let mut told = Vec::with_capacity(2 * replicas.len());
+    for (example, replica) in all().zip(replicas) {
+        told.extend(match example {
+            Some((loss, _)) => {
+                let exponent = exponents.next().flatten().map_or(NOT_FINITE, i64::from);
+                [i64::from(loss.to_bits()), exponent]
+            }
+            None if *replica == ranks.coordinates().data => [ABSENT, REFUSED],
+            None => [ABSENT, ABSENT],
+        });
+    }
+    Ok(told)
+}
+
+/// The sums of all jobs that have one, over all replicas.
+fn summed(
+    ranks: &Ranks,
+    device: &Device,
+    terms: &[Terms],
+    outcomes: &[Result<Outcome<'_>, JobFault>],
+    len: usize,
+) -> Result<Tensor> {
+    let mut sums = Sums::zeros(len, device)?;
+    for (terms, outcome) in terms.iter().zip(outcomes) {
+        let Ok(Outcome { exponent, first, .. }) = outcome else { continue };
+        for (_, gradient) in terms.gradients.iter().flatten() {
+            sums.add(*first, gradient, *exponent)?;
+        }
+    }
+    let sums = sums.into_tensor()?;
+    if ranks.data().size() == 1 || len == 0 {
+        return Ok(sums);
+    }
+    Ok(ranks.data().all_reduce(&sums, Reduce::Sum)?)
 }
 
 /// What all replicas know, in the order of the jobs' examples.
@@ -125,7 +159,7 @@ fn judged(ranks: &Ranks, examples: &[Known], terms: &Terms) -> Result<Result<i32
         );
         return Ok(Err(JobFault::Refused { what }));
     }
-    let mut exponent = reduce::ZERO_EXPONENT;
+    let mut exponent = ZERO_EXPONENT;
     for (example, known) in examples.iter().enumerate() {
         let rank = || ranks.mesh().rank(Coordinates { data: known.replica, tensor: 0 });
         if !known.loss.is_finite() {
@@ -139,7 +173,7 @@ fn judged(ranks: &Ranks, examples: &[Known], terms: &Terms) -> Result<Result<i32
     Ok(Ok(exponent))
 }
 
-fn finished(job: &JobBatch<'_>, examples: &[Known], gradient: &[f32]) -> Result<JobGradient, JobFault> {
+fn finished(job: &JobBatch<'_>, examples: &[Known], gradient: Vec<f32>) -> Result<JobGradient, JobFault> {
     if !gradient.iter().all(|g| g.is_finite()) {
         let what = "the sum of the batch's gradients is beyond f32".to_owned();
         return Err(JobFault::Refused { what });
@@ -148,5 +182,5 @@ fn finished(job: &JobBatch<'_>, examples: &[Known], gradient: &[f32]) -> Result<
     // In the order of the batch, so that the rounding is that of one rank.
     let loss: f64 = examples.iter().map(|known| f64::from(known.loss)).sum();
     let num_tokens = (0..job.examples.len()).map(|example| cost(job, example)).sum();
-    Ok(JobGradient { loss: loss / num_targets as f64, num_targets, num_tokens, gradient: gradient.to_vec() })
+    Ok(JobGradient { loss: loss / num_targets as f64, num_targets, num_tokens, gradient })
 }

@@ -135,8 +135,11 @@ fn each_missing_field_is_named_as_its_flag() {
 fn what_is_not_built_is_refused_in_plain_words() {
     let none = PartialSpec::default;
     for (change, parts) in [
+        #[cfg(not(feature = "cuda"))]
         (PartialSpec { device: Some("cuda".to_owned()), ..none() }, ["--device cuda", "--device cpu"]),
+        #[cfg(not(feature = "cuda"))]
         (PartialSpec { device: Some("cuda:1".to_owned()), ..none() }, ["--device cuda:1", "--device cpu"]),
+        (PartialSpec { collective: Some(Backend::Nccl), ..none() }, ["--collective nccl", "--device cuda"]),
         (
             PartialSpec { device: Some("tpu".to_owned()), ..none() },
             ["--device tpu is unknown", "--device cpu"],

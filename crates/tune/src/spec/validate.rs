@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{PartialSpec, TrainSpec};
+use super::{Backend, PartialSpec, TrainSpec};
 use crate::{Error, Result, init::PromptInit, recipe::Recipe, schedule::Schedule};
 
 /// Longest sequence that an encoder is given, prompt rows included. T5 has no limit of its own, but attention's work grows with
@@ -13,7 +13,6 @@ const MAX_SEQUENCE: usize = 16_384;
 const MAX_SEED: u64 = i64::MAX as u64;
 
 pub(super) fn whole(layers: PartialSpec, resume: bool) -> Result<TrainSpec> {
-    refuse_what_is_not_built(&layers)?;
     let recipe = given(layers.recipe, "recipe", "pass --recipe paper")?;
     let spec = TrainSpec {
         model: model(given(
@@ -53,7 +52,7 @@ pub(super) fn whole(layers: PartialSpec, resume: bool) -> Result<TrainSpec> {
         keep: defaulted(layers.keep),
         patience: layers.patience,
         metrics: defaulted(layers.metrics),
-        device: defaulted(layers.device),
+        device: defaulted(layers.device).parse()?,
         dtype: defaulted(layers.dtype),
         tp: defaulted(layers.tp),
         dp: defaulted(layers.dp),
@@ -65,6 +64,13 @@ pub(super) fn whole(layers: PartialSpec, resume: bool) -> Result<TrainSpec> {
         threads: layers.threads,
         resume,
     };
+    if spec.collective == Backend::Nccl && !spec.device.is_gpu() {
+        refused(
+            "collective",
+            "nccl moves numbers between GPUs",
+            "pass --device cuda besides, or --collective gloo",
+        )?;
+    }
     check_counts(&spec)?;
     check_numbers(&spec)?;
     check_texts(&spec)?;
@@ -107,22 +113,6 @@ fn model(name: String) -> Result<String> {
 /// A field that [`PartialSpec::defaults`] or a recipe always gives.
 fn defaulted<T>(value: Option<T>) -> T {
     value.expect("the lowest layers give every field that has a default")
-}
-
-/// What later versions will do is refused in plain words; it is never left out silently.
-fn refuse_what_is_not_built(layers: &PartialSpec) -> Result<()> {
-    match layers.device.as_deref() {
-        None | Some("cpu") => {}
-        Some(device) if device == "cuda" || device.starts_with("cuda:") => {
-            return refused(
-                "device",
-                format!("{device} is not built into this version"),
-                "pass --device cpu",
-            )?;
-        }
-        Some(device) => return refused("device", format!("{device} is unknown"), "pass --device cpu")?,
-    }
-    Ok(())
 }
 
 fn prompt_init(text: &str, recipe: Recipe) -> Result<PromptInit> {

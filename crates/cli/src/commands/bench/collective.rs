@@ -6,6 +6,7 @@ use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use clap::Args;
 use incipit_collective::{Collective, Ranks, Reduce};
+use incipit_tune::device::DeviceChoice;
 use incipit_tune::spec::Backend;
 use serde::Serialize;
 
@@ -41,9 +42,13 @@ pub(crate) struct CollectiveArgs {
     /// Sizes: one, a list, or FIRST..LAST in powers of four
     #[arg(long, value_name = "SIZES", default_value = "1KB..64MB", value_parser = parse_sizes)]
     sizes: Sizes,
-    /// What a rank is: a thread of this process (local), or a process that `incipit launch` started (gloo) [default: local]
-    #[arg(long, value_name = "local|gloo", value_parser = ranks::collective)]
+    /// What a rank is: a thread of this process (local), or a process that `incipit launch` started (gloo; with a GPU each, nccl)
+    /// [default: local]
+    #[arg(long, value_name = "local|gloo|nccl", value_parser = ranks::collective)]
     pub(crate) collective: Option<Backend>,
+    /// Where the numbers are: cpu, cuda (each rank on the GPU of its number) or cuda:N [default: cpu; cuda with nccl]
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<DeviceChoice>,
     /// Threads that are ranks [default: 2]; processes are as many as were started
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     ranks: Option<u16>,
@@ -111,8 +116,8 @@ pub(super) fn measure(args: &CollectiveArgs, global: &Global) -> Result<Report> 
     let collective = args.collective.unwrap_or(Backend::Local);
     let count = match (collective, args.ranks) {
         (Backend::Local, given) => given.map_or(RANKS, usize::from),
-        (Backend::Gloo, None) => environment::place(&environment::variables)?.world,
-        (Backend::Gloo, Some(_)) => {
+        (Backend::Gloo | Backend::Nccl, None) => environment::place(&environment::variables)?.world,
+        (Backend::Gloo | Backend::Nccl, Some(_)) => {
             return bad_input(
                 "--ranks is for threads: processes are as many as `incipit launch --nproc` starts",
             );
@@ -120,11 +125,15 @@ pub(super) fn measure(args: &CollectiveArgs, global: &Global) -> Result<Report> 
     };
     // Examples are divided between replicas; the group of all ranks is what is measured.
     let ranks = RankArgs { tp: None, dp: Some(count), collective: Some(collective), deadline: 300 };
-    let operations = ranks::run(&ranks, global.threads, |ranks| on_rank(ranks, args, global))?;
+    let default = if collective == Backend::Nccl { DeviceChoice::Cuda(None) } else { DeviceChoice::Cpu };
+    let device = args.device.unwrap_or(default);
+    let operations = ranks::run(&ranks, device, global.threads, |ranks| {
+        on_rank(ranks, &device.open(ranks)?, args, global)
+    })?;
     Ok(Report { collective: collective.to_string(), ranks: count, steps: args.steps, operations })
 }
 
-fn on_rank(ranks: &Ranks, args: &CollectiveArgs, global: &Global) -> Result<Vec<Row>> {
+fn on_rank(ranks: &Ranks, device: &Device, args: &CollectiveArgs, global: &Global) -> Result<Vec<Row>> {
     let (group, Sizes(sizes)) = (&**ranks.world(), &args.sizes);
     let n = group.size() as f64;
     let bar = ranks.leads().then(|| progress::bar(2 * sizes.len() as u64 + 1, "measurements", global));
@@ -136,21 +145,26 @@ fn on_rank(ranks: &Ranks, args: &CollectiveArgs, global: &Global) -> Result<Vec<
     };
     let mut rows = vec![row("barrier", None, time(&|| group.barrier())?, 0.0)];
     for bytes in sizes {
-        let x = numbers(bytes / WIDTH)?;
-        let seconds = time(&|| group.all_reduce(&x, Reduce::Sum).map(drop))?;
+        let x = numbers(bytes / WIDTH, device)?;
+        let seconds = time(&|| done_on(&group.all_reduce(&x, Reduce::Sum)?))?;
         rows.push(row("all_reduce", Some(*bytes), seconds, 2.0 * (n - 1.0) / n));
     }
     for bytes in sizes {
         let mine = (bytes / WIDTH).div_ceil(group.size() as u64);
-        let x = numbers(mine)?;
-        let seconds = time(&|| group.all_gather(&x).map(drop))?;
+        let x = numbers(mine, device)?;
+        let seconds = time(&|| done_on(&group.all_gather(&x)?))?;
         rows.push(row("all_gather", Some(mine * group.size() as u64 * WIDTH), seconds, (n - 1.0) / n));
     }
     Ok(rows)
 }
 
-fn numbers(count: u64) -> Result<Tensor> {
-    Ok(Tensor::ones(usize::try_from(count)?, DType::F32, &Device::Cpu)?)
+/// Waits until a result is there.
+fn done_on(result: &Tensor) -> incipit_collective::Result<()> {
+    Ok(result.device().synchronize()?)
+}
+
+fn numbers(count: u64, device: &Device) -> Result<Tensor> {
+    Ok(Tensor::ones(usize::try_from(count)?, DType::F32, device)?)
 }
 
 fn row(operation: &'static str, bytes: Option<u64>, seconds: f64, bus: f64) -> Row {

@@ -1,14 +1,20 @@
-//! A sum of gradients that does not depend on the order of its terms.
+//! Sums of gradients that do not depend on the order of their terms.
 //!
 //! Floating-point addition is not associative, integer addition is. So the terms of one sum first agree on
-//! the exponent of the largest value among all of them ([`max_exponent`], itself a maximum and so free of
-//! order), each term is rounded to multiples of a fixed fraction of it and added as integers ([`quantize`]),
-//! and the total becomes f32 again ([`dequantize`]). However the terms are grouped (microbatches, threads,
-//! replicas), the bits are the same.
+//! the exponent of the largest value among all of them ([`max_exponents`], itself a maximum and so free of
+//! order), each term is rounded to multiples of a fixed fraction of it and added as integers ([`Sums`]),
+//! and the total becomes f32 again ([`dequantized`]). However the terms are grouped (microbatches, threads,
+//! replicas), and on whichever device they lie, the bits are the same.
 //!
 //! With [`FRACTION_BITS`] = 44, values down to 2^-20 of the largest are added without any loss, and smaller ones
 //! are rounded by at most 2^-44 of the largest.
 
+use std::ops::Range;
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::gpu::{self, Gpu};
+use crate::tensor::View;
 use crate::{Error, Result};
 
 /// The unit of the sum is this many bits below the power of two above the largest value.
@@ -20,41 +26,143 @@ pub const MAX_TERMS: u64 = 1 << (62 - FRACTION_BITS);
 /// The exponent of a sum whose terms are all 0: that of the smallest positive f32.
 pub const ZERO_EXPONENT: i32 = -149;
 
-/// The exponent `e` of the largest value: `2^e <= max |value| < 2^(e + 1)`. The exponent of a sum is the
-/// maximum over its terms.
+/// The exponent `e` of each term's largest value: `2^e <= max |value| < 2^(e + 1)`; none for a term with a value that is not
+/// finite. The exponent of a sum is the maximum over its terms. Waits for the device.
 ///
 /// # Errors
-/// If a value is not finite: the message names its index.
-pub fn max_exponent(values: &[f32]) -> Result<i32> {
-    let largest = values.iter().fold(0u32, |largest, v| largest.max(v.abs().to_bits()));
-    if largest >= f32::INFINITY.to_bits() {
-        let index = values.iter().position(|v| !v.is_finite()).unwrap_or_default();
-        let what = format!("element {index} is {}", values[index]);
-        return Err(Error::Sum { what });
+/// If a term is not f32, or they lie on different devices.
+pub fn max_exponents(terms: &[&Tensor]) -> Result<Vec<Option<i32>>> {
+    let op = "max_exponents";
+    if let Some(first) = terms.first()
+        && let Some(gpu) = Gpu::of(first)?
+    {
+        terms.iter().try_for_each(|term| expect_f32(op, term))?;
+        return Ok(gpu::rows::largest_bits(&gpu, terms)?.into_iter().map(exponent).collect());
     }
-    if largest == 0 {
-        return Ok(ZERO_EXPONENT);
+    terms.iter().map(|term| Ok(max_exponent(View::new(op, term)?.slice()?))).collect()
+}
+
+fn expect_f32(op: &'static str, term: &Tensor) -> Result<()> {
+    match term.dtype() {
+        DType::F32 => Ok(()),
+        other => Err(Error::Shape { op, what: format!("a term is {other:?} where f32 is expected") }),
+    }
+}
+
+fn max_exponent(values: &[f32]) -> Option<i32> {
+    exponent(values.iter().fold(0u32, |largest, v| largest.max(v.abs().to_bits())))
+}
+
+/// The exponent of an absolute value, given by its bits; none if it is not finite.
+fn exponent(bits: u32) -> Option<i32> {
+    if bits >= f32::INFINITY.to_bits() {
+        return None;
+    }
+    if bits == 0 {
+        return Some(ZERO_EXPONENT);
     }
     // Every f32 is a normal f64, subnormal ones too, so that f64's exponent field says it.
-    let bits = f64::from(f32::from_bits(largest)).to_bits();
-    Ok((bits >> 52) as i32 - 1023)
+    let bits = f64::from(f32::from_bits(bits)).to_bits();
+    Some((bits >> 52) as i32 - 1023)
+}
+
+/// Sums of terms, one after another, where the terms lie.
+pub struct Sums {
+    place: Place,
+    /// Of the sum that has most of them.
+    terms: u64,
+}
+
+enum Place {
+    Host(Vec<i64>),
+    Gpu(Gpu, Tensor),
+}
+
+impl Sums {
+    /// `len` numbers in all, each 0.
+    ///
+    /// # Errors
+    /// If the device has no room for them.
+    pub fn zeros(len: usize, device: &Device) -> Result<Self> {
+        let place = match Gpu::at(device)? {
+            Some(gpu) => Place::Gpu(gpu, Tensor::zeros(len, DType::I64, device)?),
+            None => Place::Host(vec![0; len]),
+        };
+        Ok(Self { place, terms: 0 })
+    }
+
+    /// Adds `term`, in units of `2^(exponent + 1 - FRACTION_BITS)`, to the numbers from `first` on. What lies between two units is
+    /// rounded to the nearest, halves to the even one.
+    ///
+    /// # Errors
+    /// If a value does not lie below `2^(exponent + 1)` (on a GPU that is not looked at), more than [`MAX_TERMS`] terms were added, or
+    /// the term is not f32 or lies elsewhere. Then the sums are spoilt.
+    pub fn add(&mut self, first: usize, term: &Tensor, exponent: i32) -> Result<()> {
+        let op = "sums";
+        self.terms += 1;
+        match &mut self.place {
+            Place::Host(sums) => {
+                quantize(View::new(op, term)?.slice()?, exponent, &mut sums[first..][..term.elem_count()])
+            }
+            Place::Gpu(gpu, sums) => {
+                expect_f32(op, term)?;
+                if self.terms > MAX_TERMS {
+                    return Err(too_many_terms());
+                }
+                gpu::rows::quantize_add(gpu, sums, first, term, scale(exponent))
+            }
+        }
+    }
+
+    /// The sums as a tensor of i64 numbers, where the terms lie.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn into_tensor(self) -> Result<Tensor> {
+        match self.place {
+            Place::Host(sums) => {
+                let len = sums.len();
+                Ok(Tensor::from_vec(sums, len, &Device::Cpu)?)
+            }
+            Place::Gpu(_, sums) => Ok(sums),
+        }
+    }
+}
+
+/// Part of the sums as f32, rounded to the nearest. A sum too large for f32 is infinite. Waits for the device.
+///
+/// # Errors
+/// If the range is not within the sums, or the device fails.
+pub fn dequantized(sums: &Tensor, range: Range<usize>, exponent: i32) -> Result<Vec<f32>> {
+    if let Some(gpu) = Gpu::of(sums)? {
+        let values = gpu::rows::dequantize(&gpu, sums, (range.start, range.len()), unit(exponent))?;
+        return Ok(values.to_vec1()?);
+    }
+    let view = View::new("dequantized", sums)?;
+    Ok(dequantize(&view.slice::<i64>()?[range], exponent))
+}
+
+/// Units in 1.
+fn scale(exponent: i32) -> f64 {
+    2f64.powi(FRACTION_BITS - 1 - exponent)
+}
+
+/// The unit of a sum.
+fn unit(exponent: i32) -> f64 {
+    2f64.powi(exponent + 1 - FRACTION_BITS)
+}
+
+fn too_many_terms() -> Error {
+    Error::Sum { what: format!("more than {MAX_TERMS} terms were added; make the batch smaller") }
 }
 
 /// Adding this to an f64 below 2^51 rounds it to an integer, halves to the even one, and leaves that integer
 /// in the last bits: as exact as a conversion, and the compiler makes vectors of it on any machine.
 const ROUND: f64 = 1.5 * (1u64 << 52) as f64;
 
-/// Adds `values`, in units of `2^(exponent + 1 - FRACTION_BITS)`, to `sum`. What lies between two units is
-/// rounded to the nearest, halves to the even one.
-///
-/// # Errors If a value does not lie below `2^(exponent + 1)` (also when it is not finite), or more than
-/// [`MAX_TERMS`] terms were added. Then `sum` is spoilt.
-///
-/// # Panics
-/// If `sum` has another length than `values`.
-pub fn quantize(values: &[f32], exponent: i32, sum: &mut [i64]) -> Result<()> {
-    assert_eq!(values.len(), sum.len(), "a term has another length than its sum");
-    let scale = 2f64.powi(FRACTION_BITS - 1 - exponent);
+/// As [`Sums::add`], of one term and its sum.
+fn quantize(values: &[f32], exponent: i32, sum: &mut [i64]) -> Result<()> {
+    let scale = scale(exponent);
     let limit = 2f64.powi(FRACTION_BITS);
     let (mut fits, mut overflow) = (true, 0);
     for (value, sum) in values.iter().zip(sum.iter_mut()) {
@@ -73,16 +181,13 @@ pub fn quantize(values: &[f32], exponent: i32, sum: &mut [i64]) -> Result<()> {
         return Err(Error::Sum { what });
     }
     if overflow < 0 {
-        let what = format!("more than {MAX_TERMS} terms were added; make the batch smaller");
-        return Err(Error::Sum { what });
+        return Err(too_many_terms());
     }
     Ok(())
 }
 
-/// The sum as f32, rounded to the nearest. A sum too large for f32 is infinite.
-#[must_use]
-pub fn dequantize(sum: &[i64], exponent: i32) -> Vec<f32> {
-    let unit = 2f64.powi(exponent + 1 - FRACTION_BITS);
+fn dequantize(sum: &[i64], exponent: i32) -> Vec<f32> {
+    let unit = unit(exponent);
     sum.iter().map(|s| (*s as f64 * unit) as f32).collect()
 }
 
@@ -188,10 +293,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_finite_is_refused_with_its_index() {
+    fn what_is_not_finite_has_no_exponent_and_is_refused_with_its_index() {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            let error = max_exponent(&[1.0, 2.0, bad]).unwrap_err().to_string();
-            assert!(error.contains("element 2"), "{error}");
+            assert_eq!(max_exponent(&[1.0, 2.0, bad]), None);
             let error = quantize(&[1.0, 2.0, bad], 5, &mut [0; 3]).unwrap_err().to_string();
             assert!(error.contains("element 2"), "{error}");
         }

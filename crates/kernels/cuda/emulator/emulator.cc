@@ -1,0 +1,226 @@
+// Runs kernels on the CPU, block after block. Each thread of a block is a fiber that runs until it waits for others, so that a
+// missing barrier shows as soon as the order changes: tests run every kernel in several orders. Memory of a block is filled with
+// NaN before it begins.
+#include "emulator.h"
+
+#include <csetjmp>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <ucontext.h>
+#include <unordered_map>
+#include <vector>
+
+namespace emulator {
+
+Index thread_index, block_index, block_size, grid_size;
+unsigned char *shared_memory;
+
+namespace {
+
+constexpr size_t STACK = 256 * 1024;
+constexpr size_t LARGEST_EXCHANGE = 32;
+
+struct Kernel {
+  Body body;
+  unsigned threads;
+};
+
+std::unordered_map<std::string, Kernel> &kernels() {
+  static std::unordered_map<std::string, Kernel> all;
+  return all;
+}
+
+enum class State { New, Ready, AtBlock, AtWarp, Done };
+
+struct Fiber {
+  std::unique_ptr<unsigned char[]> stack{new unsigned char[STACK]};
+  jmp_buf place;
+  State state = State::New;
+  // Two, by turns: a fast lane may give its next one while a slow one still reads.
+  unsigned char given[2][LARGEST_EXCHANGE];
+  unsigned turn = 0;
+};
+
+std::vector<std::unique_ptr<Fiber>> fibers;
+unsigned current;
+jmp_buf scheduler;
+Body body;
+const void *params;
+std::string failure;
+
+void start_fiber() {
+  body(params);
+  fibers[current]->state = State::Done;
+  _longjmp(scheduler, 1);
+}
+
+void wait_as(State state) {
+  Fiber &fiber = *fibers[current];
+  fiber.state = state;
+  if (_setjmp(fiber.place) == 0) _longjmp(scheduler, 1);
+}
+
+void resume(unsigned i) {
+  Fiber &fiber = *fibers[i];
+  current = i;
+  thread_index = {i, 0, 0};
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.state != State::New) {
+    fiber.state = State::Ready;
+    _longjmp(fiber.place, 1);
+  }
+  fiber.state = State::Ready;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.get();
+  context.uc_stack.ss_size = STACK;
+  context.uc_link = nullptr;
+  makecontext(&context, start_fiber, 0);
+  setcontext(&context);
+}
+
+// Lets those go on for whom all others came. Returns whether there were any.
+bool release(unsigned threads) {
+  bool any = false;
+  unsigned at_block = 0, done = 0;
+  for (unsigned i = 0; i < threads; i++) {
+    at_block += fibers[i]->state == State::AtBlock;
+    done += fibers[i]->state == State::Done;
+  }
+  // Threads that have ended are not waited for.
+  if (at_block > 0 && at_block + done == threads) {
+    for (unsigned i = 0; i < threads; i++)
+      if (fibers[i]->state == State::AtBlock) fibers[i]->state = State::Ready, any = true;
+  }
+  for (unsigned first = 0; first < threads; first += 32) {
+    bool all = true;
+    for (unsigned i = first; i < first + 32; i++) all &= fibers[i]->state == State::AtWarp;
+    if (!all) continue;
+    for (unsigned i = first; i < first + 32; i++) fibers[i]->state = State::Ready;
+    any = true;
+  }
+  return any;
+}
+
+bool run_block(unsigned threads, uint64_t order) {
+  for (unsigned i = 0; i < threads; i++) fibers[i]->state = State::New, fibers[i]->turn = 0;
+  uint64_t random = order * 0x9E3779B97F4A7C15ull + 1;
+  for (;;) {
+    bool ran = false;
+    unsigned done = 0;
+    random = random * 6364136223846793005ull + 1442695040888963407ull;
+    const unsigned shift = order < 2 ? 0 : static_cast<unsigned>(random >> 33) % threads;
+    for (unsigned n = 0; n < threads; n++) {
+      unsigned i = order == 1 ? threads - 1 - n : (n + shift) % threads;
+      if (order >= 2 && (random >> 20 & 1)) i = threads - 1 - i;
+      if (fibers[i]->state == State::New || fibers[i]->state == State::Ready) resume(i), ran = true;
+      if (!failure.empty()) return false;
+      done += fibers[i]->state == State::Done;
+    }
+    if (done == threads) return true;
+    if (!release(threads) && !ran) {
+      failure = "threads wait for each other at different places";
+      return false;
+    }
+  }
+}
+
+} // namespace
+
+Registration::Registration(const char *name, Body body, unsigned threads) { kernels()[name] = {body, threads}; }
+
+void fail(const char *what) {
+  failure = what;
+  _longjmp(scheduler, 1);
+}
+
+void block_barrier() { wait_as(State::AtBlock); }
+
+void exchange(const void *mine, size_t size) {
+  Fiber &fiber = *fibers[current];
+  fiber.turn ^= 1;
+  if (size > 0) std::memcpy(fiber.given[fiber.turn], mine, size);
+  wait_as(State::AtWarp);
+}
+
+const void *of_lane(int lane) {
+  const unsigned first = current / 32 * 32;
+  return fibers[first + static_cast<unsigned>(lane)]->given[fibers[current]->turn];
+}
+
+} // namespace emulator
+
+namespace {
+
+void gather_matrices(uint32_t (&r)[4], const bf16 *row, bool transposed) {
+  check_aligned(row);
+  emulator::exchange(&row, sizeof row);
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  for (int matrix = 0; matrix < 4; matrix++) {
+    const auto number = [&](int r, int c) {
+      const bf16 *address;
+      std::memcpy(&address, emulator::of_lane(8 * matrix + r), sizeof address);
+      return static_cast<uint32_t>(address[c].bits);
+    };
+    const int a = lane / 4, b = 2 * (lane % 4);
+    r[matrix] = transposed ? number(b, a) | number(b + 1, a) << 16 : number(a, b) | number(a, b + 1) << 16;
+  }
+  __syncwarp(); // the instruction has read when it returns
+}
+
+float half_of(uint32_t pair, int which) { return of_bits(pair >> (16 * which) << 16); }
+
+} // namespace
+
+void load_matrices(uint32_t (&r)[4], const bf16 *row) { gather_matrices(r, row, false); }
+void load_matrices_transposed(uint32_t (&r)[4], const bf16 *row) { gather_matrices(r, row, true); }
+
+void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  emulator::exchange(mine, sizeof mine);
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const auto given = [](int of, int which) { return static_cast<const uint32_t *>(emulator::of_lane(of))[which]; };
+  for (int i = 0; i < 4; i++) {
+    const int row = lane / 4 + 8 * (i / 2), col = 2 * (lane % 4) + i % 2;
+    float sum = d[i];
+    for (int k = 0; k < 16; k++) {
+      // a: register k / 8 * 2 + row / 8 of lane (row % 8, k % 8 / 2); b: register k / 8 of lane (col, k % 8 / 2).
+      const float x = half_of(given(row % 8 * 4 + k % 8 / 2, k / 8 * 2 + row / 8), k % 2);
+      const float y = half_of(given(col * 4 + k % 8 / 2, 4 + k / 8), k % 2);
+      sum += x * y;
+    }
+    d[i] = sum;
+  }
+}
+
+// Runs a kernel; 0, or 1 with a message. `order` is the order in which threads run: 0 ascending, 1 descending, else mixed.
+extern "C" int incipit_emulate(const char *name, const unsigned grid[3], unsigned threads, unsigned shared_bytes, const void *params,
+                               uint64_t order, char *message, size_t message_size) {
+  using namespace emulator;
+  const auto say = [&](const std::string &what) {
+    std::snprintf(message, message_size, "%s: %s", name, what.c_str());
+    return 1;
+  };
+  const auto found = kernels().find(name);
+  if (found == kernels().end()) return say("there is no such kernel");
+  if (threads == 0 || threads % 32 != 0 || threads > found->second.threads) return say("a block of a wrong size");
+  if (shared_bytes > 227 * 1024) return say("more shared memory than a block can have");
+  while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
+  std::vector<uint32_t> memory(shared_bytes / 4 + 8);
+  shared_memory = reinterpret_cast<unsigned char *>((reinterpret_cast<uintptr_t>(memory.data()) + 15) / 16 * 16);
+  body = found->second.body;
+  ::emulator::params = params;
+  grid_size = {grid[0], grid[1], grid[2]};
+  block_size = {threads, 1, 1};
+  failure.clear();
+  for (unsigned z = 0; z < grid[2]; z++)
+    for (unsigned y = 0; y < grid[1]; y++)
+      for (unsigned x = 0; x < grid[0]; x++) {
+        std::fill(memory.begin(), memory.end(), 0x7fc0ffc0u);
+        block_index = {x, y, z};
+        if (!run_block(threads, order)) return say(failure);
+      }
+  return 0;
+}

@@ -1,0 +1,6 @@
+// All kernels, as one unit: one image for the GPU, one object for the emulator.
+#include "attention.cuh"
+#include "elementwise.cuh"
+#include "loss.cuh"
+#include "norm.cuh"
+#include "rows.cuh"

@@ -1,0 +1,262 @@
+//! Products by cuBLASLt.
+//!
+//! The algorithm of a product is chosen for a fixed number of rows and then used for any number, and none is taken that cuts the
+//! contracted dimension between blocks: so a row's sums should not depend on how many rows are beside it.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex};
+
+use candle_core::DType;
+use cudarc::cublaslt::{result, sys};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+
+use super::cuda::{failed, lock};
+use super::{Address, Product};
+use crate::gemm::pack::Layout;
+use crate::{Error, Result};
+
+/// Rows for which algorithms are chosen: a microbatch of middling size.
+const USUAL_ROWS: usize = 4096;
+/// What NVIDIA recommends for Hopper.
+const WORKSPACE: usize = 32 << 20;
+/// More than any algorithm asks for.
+const ALIGNMENT: u64 = 256;
+
+/// The library, its workspace, and the algorithms chosen so far.
+pub(super) struct Blas {
+    handle: sys::cublasLtHandle_t,
+    stream: Arc<CudaStream>,
+    workspace: CudaSlice<u8>,
+    algorithms: Mutex<HashMap<Kind, sys::cublasLtMatmulAlgo_t>>,
+}
+
+// SAFETY: the library's handle may be used from any thread (cuBLAS documentation, 2.1.2), and the rest is Send and Sync itself.
+unsafe impl Send for Blas {}
+// SAFETY: as above.
+unsafe impl Sync for Blas {}
+
+/// Products for which one algorithm serves.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Kind {
+    columns: usize,
+    contracted: usize,
+    stride: usize,
+    transposed: bool,
+    dtypes: [DType; 2],
+    adds: bool,
+    /// Of the operands and the result, in bytes.
+    alignments: [u64; 3],
+    /// None: any number of rows.
+    rows: Option<usize>,
+}
+
+impl Kind {
+    fn of(product: &Product, rows: Option<usize>) -> Self {
+        let [_, columns, contracted] = product.dims;
+        let alignment = |Address(address): Address| (1 << address.trailing_zeros().min(8)).min(ALIGNMENT);
+        Self {
+            columns,
+            contracted,
+            stride: product.w_stride,
+            transposed: product.layout == Layout::ColumnsAsRows,
+            dtypes: [product.dtype, product.out_dtype],
+            adds: product.added != Address::NONE,
+            alignments: [alignment(product.w), alignment(product.a), alignment(product.out)],
+            rows,
+        }
+    }
+}
+
+/// Descriptors of one product. cuBLASLt's matrices are column-major, so that it computes the transposed result
+/// `out^T = w a^T`: its first operand is the weight.
+struct Described {
+    operation: sys::cublasLtMatmulDesc_t,
+    w: sys::cublasLtMatrixLayout_t,
+    a: sys::cublasLtMatrixLayout_t,
+    out: sys::cublasLtMatrixLayout_t,
+}
+
+fn library(what: &str) -> impl FnOnce(result::CublasError) -> Error {
+    let op = format!("cuBLASLt, {what}");
+    move |error| Error::Gpu { op, what: format!("{:?}", error.0) }
+}
+
+fn type_of(dtype: DType) -> sys::cudaDataType {
+    if dtype == DType::BF16 { sys::cudaDataType_t::CUDA_R_16BF } else { sys::cudaDataType_t::CUDA_R_32F }
+}
+
+impl Described {
+    fn new(product: &Product, rows: usize) -> Result<Self> {
+        let [_, columns, contracted] = product.dims;
+        let (columns, contracted, rows) = (columns as u64, contracted as u64, rows as u64);
+        let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
+        let transposed = product.layout == Layout::ColumnsAsRows;
+        let [height, width] = if transposed { [contracted, columns] } else { [columns, contracted] };
+        let layout = |dtype, height, width, leading| {
+            result::create_matrix_layout(type_of(dtype), height, width, leading).map_err(library("a layout"))
+        };
+        let described = Self {
+            operation: result::create_matmul_desc(compute, sys::cudaDataType_t::CUDA_R_32F)
+                .map_err(library("a product"))?,
+            w: layout(product.dtype, height, width, product.w_stride as i64)?,
+            a: layout(product.dtype, contracted, rows, contracted as i64)?,
+            out: layout(product.out_dtype, columns, rows, columns as i64)?,
+        };
+        // `cublasOperation_t`: CUBLAS_OP_N is 0, CUBLAS_OP_T is 1.
+        let operation = i32::from(transposed);
+        let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
+        // SAFETY: the descriptor lives, and the value is of the attribute's type.
+        let set = unsafe {
+            result::set_matmul_desc_attribute(
+                described.operation,
+                attribute,
+                std::ptr::from_ref(&operation).cast(),
+                size_of_val(&operation),
+            )
+        };
+        set.map_err(library("the operands' order"))?;
+        Ok(described)
+    }
+}
+
+impl Drop for Described {
+    fn drop(&mut self) {
+        // SAFETY: each was made once and is destroyed once. What fails here leaves a few bytes behind.
+        unsafe {
+            let _ = result::destroy_matrix_layout(self.w);
+            let _ = result::destroy_matrix_layout(self.a);
+            let _ = result::destroy_matrix_layout(self.out);
+            let _ = result::destroy_matmul_desc(self.operation);
+        }
+    }
+}
+
+impl Blas {
+    pub(super) fn new(stream: Arc<CudaStream>) -> Result<Self> {
+        // SAFETY: a workspace is written before it is read.
+        let workspace = unsafe { stream.alloc(WORKSPACE) }.map_err(failed("the workspace of products"))?;
+        let handle = result::create_handle().map_err(library("starting"))?;
+        Ok(Self { handle, stream, workspace, algorithms: Mutex::default() })
+    }
+
+    /// # Safety
+    /// As for `Gpu::multiply`.
+    pub(super) unsafe fn multiply(&self, product: &Product) -> Result<()> {
+        let described = Described::new(product, product.dims[0])?;
+        let algorithm = self.algorithm(product, &described)?;
+        let (alpha, beta) = (1f32, if product.added == Address::NONE { 0f32 } else { 1f32 });
+        let added = if product.added == Address::NONE { product.out } else { product.added };
+        let pointer = |Address(address): Address| address as *const c_void;
+        // SAFETY: the descriptors live; the addresses are the caller's promise, and all work follows on one stream.
+        let started = unsafe {
+            result::matmul(
+                self.handle,
+                described.operation,
+                std::ptr::from_ref(&alpha).cast(),
+                std::ptr::from_ref(&beta).cast(),
+                pointer(product.w),
+                described.w,
+                pointer(product.a),
+                described.a,
+                pointer(added),
+                described.out,
+                pointer(product.out).cast_mut(),
+                described.out,
+                &algorithm,
+                self.workspace.device_ptr(&self.stream).0 as *mut c_void,
+                WORKSPACE,
+                self.stream.cu_stream().cast(),
+            )
+        };
+        started.map_err(library("a product"))
+    }
+
+    fn algorithm(&self, product: &Product, described: &Described) -> Result<sys::cublasLtMatmulAlgo_t> {
+        let [rows, ..] = product.dims;
+        let (any, own) = (Kind::of(product, None), Kind::of(product, Some(rows)));
+        let known = {
+            let algorithms = lock(&self.algorithms);
+            algorithms.get(&own).or_else(|| algorithms.get(&any)).copied()
+        };
+        if let Some(algorithm) = known {
+            return Ok(algorithm);
+        }
+        let usual = self.best(product, &any, &Described::new(product, USUAL_ROWS)?)?;
+        if self.serves(&usual, described) {
+            lock(&self.algorithms).insert(any, usual);
+            return Ok(usual);
+        }
+        let algorithm = self.best(product, &own, described)?;
+        lock(&self.algorithms).insert(own, algorithm);
+        Ok(algorithm)
+    }
+
+    /// Whether an algorithm can make a product.
+    fn serves(&self, algorithm: &sys::cublasLtMatmulAlgo_t, described: &Described) -> bool {
+        let Described { operation, w, a, out } = *described;
+        let mut answer = std::mem::MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::uninit();
+        // SAFETY: all descriptors live, and the answer is read only after it was given.
+        unsafe {
+            let status = sys::cublasLtMatmulAlgoCheck(
+                self.handle,
+                operation,
+                w,
+                a,
+                out,
+                out,
+                algorithm,
+                answer.as_mut_ptr(),
+            );
+            status == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS
+                && answer.assume_init().workspaceSize <= WORKSPACE
+        }
+    }
+
+    /// The library's first choice.
+    fn best(
+        &self,
+        product: &Product,
+        kind: &Kind,
+        described: &Described,
+    ) -> Result<sys::cublasLtMatmulAlgo_t> {
+        use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
+        let preference = result::create_matmul_pref().map_err(library("a preference"))?;
+        let [w, a, out] = kind.alignments.map(|alignment| alignment as u32);
+        let words = [
+            (Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, 0u32), // no sums over blocks
+            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, w),
+            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, a),
+            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, out),
+            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, out),
+        ];
+        // SAFETY: all descriptors live, and the values are of the attributes' types.
+        let found = unsafe {
+            let set = |attribute, value: *const c_void, size| {
+                result::set_matmul_pref_attribute(preference, attribute, value, size)
+            };
+            let bytes = WORKSPACE as u64;
+            let attribute = Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+            let mut status = set(attribute, std::ptr::from_ref(&bytes).cast(), size_of::<u64>());
+            for (attribute, word) in words {
+                status =
+                    status.and_then(|()| set(attribute, std::ptr::from_ref(&word).cast(), size_of::<u32>()));
+            }
+            let Described { operation, w, a, out } = *described;
+            let found = status.and_then(|()| {
+                result::get_matmul_algo_heuristic(self.handle, operation, w, a, out, out, preference)
+            });
+            let _ = result::destroy_matmul_pref(preference);
+            found
+        };
+        let [rows, columns, contracted] = product.dims;
+        Ok(found.map_err(library(&format!("a way to make {rows} x {contracted} x {columns}")))?.algo)
+    }
+}
+
+impl Drop for Blas {
+    fn drop(&mut self) {
+        // SAFETY: made once, destroyed once.
+        let _ = unsafe { result::destroy_handle(self.handle) };
+    }
+}

@@ -1,0 +1,140 @@
+//! GPUs as devices: which there are, what they have, and how much work they were given.
+
+use candle_core::Device;
+
+use crate::{Error, Frozen, Result};
+
+/// A GPU of this machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GpuInfo {
+    /// Its number.
+    pub ordinal: usize,
+    /// As the driver calls it.
+    pub name: String,
+    /// Compute capability.
+    pub capability: (i32, i32),
+    /// Its memory.
+    pub memory: DeviceMemory,
+}
+
+/// The memory of a device, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// What can still be allocated.
+    pub free: u64,
+    /// All of it.
+    pub total: u64,
+}
+
+/// What a kernel took.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KernelTime {
+    /// Its name; products have their sizes in it.
+    pub name: String,
+    /// How often it ran.
+    pub launches: u64,
+    /// In all.
+    pub seconds: f64,
+}
+
+/// Whether GPUs can be used by this build.
+pub const CUDA_IS_BUILT: bool = cfg!(feature = "cuda");
+
+/// The GPU of this number, with a stream of its own.
+///
+/// # Errors
+/// If this build cannot use GPUs, there is no such GPU, or its driver is missing or too old.
+pub fn open_gpu(ordinal: usize) -> Result<Device> {
+    #[cfg(feature = "cuda")]
+    return super::cuda::open(ordinal);
+    #[cfg(not(feature = "cuda"))]
+    Err(Error::NoGpu {
+        what: format!(
+            "GPU {ordinal}: this program was built for the CPU alone; build it with `. scripts/cuda-toolkit.sh && cargo build \
+             --release --features cuda`"
+        ),
+    })
+}
+
+/// All GPUs that this process may use.
+///
+/// # Errors
+/// If this build cannot use GPUs, or there is no driver.
+pub fn gpus() -> Result<Vec<GpuInfo>> {
+    #[cfg(feature = "cuda")]
+    return super::cuda::list();
+    #[cfg(not(feature = "cuda"))]
+    Err(Error::NoGpu { what: "this program was built for the CPU alone".to_owned() })
+}
+
+/// The memory of a device; none of the CPU, whose memory is the machine's.
+///
+/// # Errors
+/// If the driver does not tell.
+pub fn device_memory(device: &Device) -> Result<Option<DeviceMemory>> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => Ok(Some(super::cuda::Handle::of(device)?.memory()?)),
+        _ => Ok(None),
+    }
+}
+
+/// How many kernels and products were started on a device so far; none of the CPU.
+///
+/// # Errors
+/// If the device cannot be used.
+pub fn launches(device: &Device) -> Result<Option<u64>> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => Ok(Some(super::cuda::Handle::of(device)?.launches())),
+        _ => Ok(None),
+    }
+}
+
+/// Begins to take the time of every kernel of a device. It costs two events a launch.
+///
+/// # Errors
+/// If the device is no GPU.
+pub fn profile(device: &Device) -> Result<()> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => {
+            super::cuda::Handle::of(device)?.profile();
+            Ok(())
+        }
+        _ => Err(Error::NoGpu { what: "kernels are timed on GPUs alone".to_owned() }),
+    }
+}
+
+/// Waits for the device and ends what [`profile`] began; the kernels by their time, longest first.
+///
+/// # Errors
+/// If the device is no GPU, or a kernel failed.
+pub fn profiled(device: &Device) -> Result<Vec<KernelTime>> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => super::cuda::Handle::of(device)?.profiled(),
+        _ => Err(Error::NoGpu { what: "kernels are timed on GPUs alone".to_owned() }),
+    }
+}
+
+impl Frozen {
+    /// The same weight on a device, in the type `dtype` (bf16 or f32); on the CPU it stays as it is and where it is. What is a part of
+    /// a larger matrix is copied without the rest.
+    ///
+    /// # Errors
+    /// If the device's memory does not suffice: the message says what was needed.
+    pub fn to_device(&self, device: &Device, dtype: candle_core::DType) -> Result<Frozen> {
+        match super::Gpu::at(device)? {
+            None => Ok(self.clone()),
+            #[cfg(feature = "cuda")]
+            Some(super::Gpu::Cuda(handle)) => super::upload::upload(&handle, self, dtype),
+            #[cfg(feature = "emulator")]
+            Some(super::Gpu::Emulated) => {
+                let dims = (self.rows(), self.cols());
+                let tensor = candle_core::Tensor::from_vec(self.to_f32(), dims, device)?.to_dtype(dtype)?;
+                Ok(Frozen::from_device(tensor))
+            }
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! Number by number: rounding, sums, activations; and RMSNorm.
+
+use candle_core::{DType, Tensor};
+
+use super::{Address, Gpu, Launch, Params, suffix};
+use crate::tensor::{dims2, expect_dims};
+use crate::{Activation, Error, Result};
+
+/// `ElementwiseParams` of `elementwise.cuh`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct ElementwiseParams {
+    operands: [Address; 3],
+    outputs: [Address; 2],
+    count: i64,
+}
+// SAFETY: the C++ struct has the same fields.
+unsafe impl Params for ElementwiseParams {}
+
+const THREADS: u32 = 256;
+/// Numbers that a thread takes: enough blocks for any GPU, and no more than it can start at once.
+const PER_THREAD: usize = 8;
+const MOST_BLOCKS: usize = 8192;
+
+/// Blocks for a loop over `count` numbers.
+pub(super) fn over(count: usize) -> Launch {
+    Launch::blocks(count.div_ceil(THREADS as usize * PER_THREAD).min(MOST_BLOCKS), THREADS)
+}
+
+/// `outs` results of type `out`, of operands that are all of one type and shape.
+fn elementwise<const OUT: usize>(
+    gpu: &Gpu,
+    (op, kernel): (&'static str, &str),
+    operands: &[&Tensor],
+    out: DType,
+) -> Result<[Tensor; OUT]> {
+    let (rows, columns) = dims2(op, operands[0])?;
+    let mut params = ElementwiseParams {
+        operands: [Address::NONE; 3],
+        outputs: [Address::NONE; 2],
+        count: (rows * columns) as i64,
+    };
+    let mut held = Vec::with_capacity(3);
+    for (address, operand) in params.operands.iter_mut().zip(operands) {
+        expect_dims(op, "an operand", operand, &[rows, columns])?;
+        if operand.dtype() != operands[0].dtype() {
+            return Err(Error::Shape { op, what: "the operands are of different types".to_owned() });
+        }
+        let operand = gpu.operand(op, operand)?;
+        *address = operand.address;
+        held.push(operand);
+    }
+    let mut outputs = Vec::with_capacity(OUT);
+    for address in params.outputs.iter_mut().take(OUT) {
+        let output = gpu.output(op, &[rows, columns], out)?;
+        *address = output.address;
+        outputs.push(output.tensor());
+    }
+    // SAFETY: all operands and outputs have as many numbers.
+    unsafe { gpu.launch(kernel, over(rows * columns), &params)? };
+    Ok(outputs.try_into().unwrap_or_else(|_| unreachable!("{OUT} outputs were made")))
+}
+
+/// An f32 tensor rounded to bf16.
+pub(crate) fn rounded(gpu: &Gpu, x: &Tensor) -> Result<Tensor> {
+    expect_f32("rounded", x)?;
+    let [y] = elementwise(gpu, ("rounded", "round_bf16"), &[x], DType::BF16)?;
+    Ok(y)
+}
+
+/// `a + b`, both f32.
+pub(crate) fn add(gpu: &Gpu, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    expect_f32("add", a)?;
+    let [sum] = elementwise(gpu, ("add", "add_f32"), &[a, b], DType::F32)?;
+    Ok(sum)
+}
+
+pub(super) fn expect_f32(op: &'static str, x: &Tensor) -> Result<()> {
+    match x.dtype() {
+        DType::F32 => Ok(()),
+        other => Err(Error::Shape { op, what: format!("an operand is {other:?} where f32 is expected") }),
+    }
+}
+
+/// `function` of the activation, over operands of one type.
+pub(crate) fn activation<const OUT: usize>(
+    gpu: &Gpu,
+    (op, act): (&'static str, Activation),
+    operands: &[&Tensor],
+) -> Result<[Tensor; OUT]> {
+    let act = match act {
+        Activation::Relu => "relu",
+        Activation::GeluNew => "gelu_new",
+        Activation::Silu => "silu",
+    };
+    let dtype = operands[0].dtype();
+    elementwise(gpu, (op, &format!("{op}_{act}_{}", suffix(dtype))), operands, dtype)
+}
+
+/// `NormParams` of `norm.cuh`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct NormParams {
+    x: Address,
+    weight: Address,
+    dy: Address,
+    residual: Address,
+    out: Address,
+    width: i32,
+    epsilon: f32,
+}
+// SAFETY: the C++ struct has the same fields.
+unsafe impl Params for NormParams {}
+
+pub(crate) fn rms_norm(gpu: &Gpu, x: &Tensor, weight: &Tensor, epsilon: f32, out: DType) -> Result<Tensor> {
+    let op = "rms_norm";
+    let (rows, width) = dims2(op, x)?;
+    expect_dims(op, "the weight", weight, &[width])?;
+    expect_f32(op, x)?;
+    expect_f32(op, weight)?;
+    let (x, weight) = (gpu.operand(op, x)?, gpu.operand(op, weight)?);
+    let y = gpu.output(op, &[rows, width], out)?;
+    let params = NormParams {
+        x: x.address,
+        weight: weight.address,
+        dy: Address::NONE,
+        residual: Address::NONE,
+        out: y.address,
+        width: width as i32,
+        epsilon,
+    };
+    // SAFETY: the shapes were checked.
+    unsafe { gpu.launch(&format!("rms_norm_{}", suffix(out)), Launch::blocks(rows, THREADS), &params)? };
+    Ok(y.tensor())
+}
+
+pub(crate) fn rms_norm_gradient(
+    gpu: &Gpu,
+    [dy, x, weight]: [&Tensor; 3],
+    epsilon: f32,
+    residual: Option<&Tensor>,
+) -> Result<Tensor> {
+    let op = "rms_norm_gradient";
+    let (rows, width) = dims2(op, x)?;
+    expect_dims(op, "the gradient", dy, &[rows, width])?;
+    expect_dims(op, "the weight", weight, &[width])?;
+    for operand in [Some(dy), Some(x), Some(weight), residual].into_iter().flatten() {
+        expect_f32(op, operand)?;
+    }
+    if let Some(residual) = residual {
+        expect_dims(op, "the residual", residual, &[rows, width])?;
+    }
+    let (dy, x, weight) = (gpu.operand(op, dy)?, gpu.operand(op, x)?, gpu.operand(op, weight)?);
+    let (_held, residual) = gpu.optional(op, residual)?;
+    let dx = gpu.output(op, &[rows, width], DType::F32)?;
+    let params = NormParams {
+        x: x.address,
+        weight: weight.address,
+        dy: dy.address,
+        residual,
+        out: dx.address,
+        width: width as i32,
+        epsilon,
+    };
+    // SAFETY: the shapes were checked.
+    unsafe { gpu.launch(op, Launch::blocks(rows, THREADS), &params)? };
+    Ok(dx.tensor())
+}

@@ -1,0 +1,268 @@
+//! The operations on a GPU: what kernels get, how they are launched, and where products are made.
+//!
+//! Whether an operation runs here is decided by its operand ([`Gpu::of`]). A [`Gpu`] is a CUDA device, or the emulator, which
+//! runs the same kernels on the CPU, on tensors in main memory. A build with neither has no value of the type, and none of this is
+//! ever reached.
+
+// A build with neither has no value of `Gpu`, so that nothing here can be called; it is compiled all the same, to stay right.
+#![cfg_attr(
+    not(any(feature = "cuda", feature = "emulator")),
+    allow(dead_code, unreachable_code, unused_variables, reason = "there is no GPU in this build")
+)]
+
+pub(crate) mod attention;
+#[cfg(feature = "cuda")]
+mod blas;
+#[cfg(feature = "cuda")]
+mod cuda;
+pub(crate) mod device;
+pub(crate) mod elementwise;
+#[cfg(feature = "emulator")]
+pub(crate) mod emulated;
+pub(crate) mod linear;
+pub(crate) mod loss;
+#[cfg(feature = "cuda")]
+mod profile;
+pub(crate) mod rows;
+#[cfg(test)]
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+mod tests;
+#[cfg(feature = "cuda")]
+mod upload;
+
+#[cfg(feature = "cuda")]
+use std::sync::Arc;
+
+use candle_core::op::BackpropOp;
+use candle_core::{DType, Device, Storage, StorageRef, Tensor};
+
+use crate::gemm::pack::Layout;
+use crate::{Error, Result};
+
+/// A place in the device's memory, as kernels get it; 0 for none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub(crate) struct Address(pub(crate) u64);
+
+impl Address {
+    pub(crate) const NONE: Address = Address(0);
+
+    fn plus(self, bytes: usize) -> Self {
+        Self(self.0 + bytes as u64)
+    }
+}
+
+/// The parameters of a kernel: the same struct in C++.
+///
+/// # Safety
+/// The type must be `repr(C)`, with the fields of the kernel's parameter struct in the same order, and nothing but numbers and
+/// [`Address`]es in them.
+pub(crate) unsafe trait Params: Copy {}
+
+/// Numbers that may be copied to the device byte by byte.
+///
+/// # Safety
+/// The type must be without padding, and every bit pattern must be one of its values.
+pub(crate) unsafe trait Plain: Copy + Send + Sync + 'static {}
+// SAFETY: a number.
+unsafe impl Plain for i32 {}
+// SAFETY: a number.
+unsafe impl Plain for u32 {}
+// SAFETY: a number.
+unsafe impl Plain for f32 {}
+// SAFETY: numbers alone, all of one size.
+unsafe impl Plain for [i32; 2] {}
+// SAFETY: numbers alone, all of one size.
+unsafe impl Plain for [u32; 4] {}
+
+/// How many blocks of how many threads run a kernel, with how much shared memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Launch {
+    pub(crate) grid: [u32; 2],
+    pub(crate) threads: u32,
+    pub(crate) shared_bytes: u32,
+}
+
+impl Launch {
+    /// So many blocks without shared memory.
+    pub(crate) fn blocks(blocks: usize, threads: u32) -> Self {
+        Self { grid: [blocks as u32, 1], threads, shared_bytes: 0 }
+    }
+}
+
+/// `out = a w^T`, `w` stored `[n, k]` ([`Layout::ColumnsAsRows`]), or `out = a w`, `w` stored `[k, n]` ([`Layout::Rows`]), plus
+/// `added`, all row-major; summed in f32.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Product {
+    pub(crate) a: Address,
+    pub(crate) w: Address,
+    /// Numbers from row to row of `w`.
+    pub(crate) w_stride: usize,
+    pub(crate) layout: Layout,
+    /// Of `a` and `w`: bf16 or f32.
+    pub(crate) dtype: DType,
+    pub(crate) out: Address,
+    pub(crate) out_dtype: DType,
+    /// Of the type and shape of `out`, and perhaps at its place; none for nothing.
+    pub(crate) added: Address,
+    /// Rows of `a`, columns of the result, and numbers that are contracted.
+    pub(crate) dims: [usize; 3],
+}
+
+/// Where an operation runs.
+#[derive(Clone)]
+pub(crate) enum Gpu {
+    #[cfg(feature = "cuda")]
+    Cuda(Arc<cuda::Handle>),
+    #[cfg(feature = "emulator")]
+    Emulated,
+}
+
+/// A contiguous tensor on the device, which lives as long as this.
+pub(crate) struct Operand<'a> {
+    _storage: StorageRef<'a>,
+    pub(crate) address: Address,
+}
+
+/// A tensor that is being written.
+pub(crate) struct Output {
+    storage: Storage,
+    dims: Vec<usize>,
+    pub(crate) address: Address,
+}
+
+impl Output {
+    pub(crate) fn tensor(self) -> Tensor {
+        Tensor::from_storage(self.storage, self.dims, BackpropOp::none(), false)
+    }
+}
+
+/// Numbers of the host, copied to the device for as long as this lives.
+pub(crate) struct Uploaded {
+    _storage: Storage,
+    pub(crate) address: Address,
+}
+
+impl Gpu {
+    /// The GPU on which `tensor` lies; none where it lies in main memory.
+    pub(crate) fn of(tensor: &Tensor) -> Result<Option<Self>> {
+        Self::at(tensor.device())
+    }
+
+    /// The GPU that a device is.
+    pub(crate) fn at(device: &Device) -> Result<Option<Self>> {
+        match device {
+            #[cfg(feature = "emulator")]
+            Device::Cpu if emulated::is_on() => Ok(Some(Self::Emulated)),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => Ok(Some(Self::Cuda(cuda::Handle::of(device)?))),
+            _ => Ok(None),
+        }
+    }
+
+    /// A tensor's numbers.
+    pub(crate) fn operand<'a>(&self, op: &'static str, tensor: &'a Tensor) -> Result<Operand<'a>> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let Some((from, _)) = layout.contiguous_offsets() else {
+            let what = format!("an operand of shape {:?} is not contiguous", tensor.dims());
+            return Err(Error::Shape { op, what });
+        };
+        let address = self.address(op, &storage)?.plus(from * tensor.dtype().size_in_bytes());
+        Ok(Operand { _storage: storage, address })
+    }
+
+    /// The same if there is a tensor.
+    pub(crate) fn optional<'a>(
+        &self,
+        op: &'static str,
+        tensor: Option<&'a Tensor>,
+    ) -> Result<(Option<Operand<'a>>, Address)> {
+        let operand = tensor.map(|tensor| self.operand(op, tensor)).transpose()?;
+        let address = operand.as_ref().map_or(Address::NONE, |operand| operand.address);
+        Ok((operand, address))
+    }
+
+    fn address(&self, op: &'static str, storage: &Storage) -> Result<Address> {
+        match (self, storage) {
+            #[cfg(feature = "cuda")]
+            (Self::Cuda(handle), Storage::Cuda(storage)) => handle.address(op, storage),
+            #[cfg(feature = "emulator")]
+            (Self::Emulated, Storage::Cpu(storage)) => emulated::address(op, storage),
+            (_, storage) => Err(Error::Device { op, device: format!("{:?}", storage.device().location()) }),
+        }
+    }
+
+    /// Room for a tensor of f32, bf16 or i64 numbers; what is in it is anything.
+    pub(crate) fn output(&self, op: &'static str, dims: &[usize], dtype: DType) -> Result<Output> {
+        let count: usize = dims.iter().product();
+        let storage: Storage = match *self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(ref handle) => Storage::Cuda(handle.room(count, dtype)?),
+            #[cfg(feature = "emulator")]
+            Self::Emulated => Storage::Cpu(emulated::room(count, dtype)),
+        };
+        let address = self.address(op, &storage)?;
+        Ok(Output { storage, dims: dims.to_vec(), address })
+    }
+
+    /// Copies numbers of the host to the device.
+    pub(crate) fn upload<T: Plain>(&self, op: &'static str, values: &[T]) -> Result<Uploaded> {
+        // SAFETY: plain numbers are bytes.
+        let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) };
+        let storage: Storage = match *self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(ref handle) => Storage::Cuda(handle.copied(bytes)?),
+            #[cfg(feature = "emulator")]
+            Self::Emulated => Storage::Cpu(emulated::copied(bytes)),
+        };
+        let address = self.address(op, &storage)?;
+        Ok(Uploaded { _storage: storage, address })
+    }
+
+    /// Runs a kernel; it has not ended when this returns.
+    ///
+    /// # Safety
+    /// The parameters must be the kernel's, and what they point to must be as large as the kernel takes it to be, and live until
+    /// the memory is freed in the order of the stream.
+    pub(crate) unsafe fn launch<P: Params>(&self, kernel: &str, launch: Launch, params: &P) -> Result<()> {
+        if launch.grid.contains(&0) {
+            return Ok(());
+        }
+        match *self {
+            #[cfg(feature = "cuda")]
+            // SAFETY: the caller's promise.
+            Self::Cuda(ref handle) => unsafe {
+                handle.launch(kernel, launch, std::ptr::from_ref(params).cast())
+            },
+            #[cfg(feature = "emulator")]
+            // SAFETY: the caller's promise.
+            Self::Emulated => unsafe { emulated::launch(kernel, launch, std::ptr::from_ref(params).cast()) },
+        }
+    }
+
+    /// Makes a product; it has not ended when this returns.
+    ///
+    /// # Safety
+    /// As for [`Gpu::launch`].
+    pub(crate) unsafe fn multiply(&self, product: &Product) -> Result<()> {
+        if product.dims.contains(&0) {
+            return Ok(());
+        }
+        match *self {
+            #[cfg(feature = "cuda")]
+            // SAFETY: the caller's promise.
+            Self::Cuda(ref handle) => unsafe { handle.multiply(product) },
+            #[cfg(feature = "emulator")]
+            Self::Emulated => {
+                // SAFETY: the caller's promise.
+                unsafe { emulated::multiply(product) };
+                Ok(())
+            }
+        }
+    }
+}
+
+/// The name of a type in those of kernels.
+pub(crate) fn suffix(dtype: DType) -> &'static str {
+    if dtype == DType::BF16 { "bf16" } else { "f32" }
+}

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Compiles, lints and links everything for GPUs, on a machine that need not have one, and runs what must work without a driver:
+# the program says that there is no GPU, and the tests of kernels, model and NCCL skip with a message.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+. scripts/setup.sh
+. scripts/cuda-toolkit.sh
+
+features=(--features incipit-cli/cuda,incipit-kernels/cuda,incipit-tests/cuda,incipit-collective/nccl)
+packages=(-p incipit-kernels -p incipit-collective -p incipit-cli -p incipit-tests)
+# One selection for all steps, so that nothing is built twice; `help` brings the program along.
+tests=(--test gpu --test nccl --test help)
+cargo clippy "${packages[@]}" --lib --bins "${tests[@]}" --locked "${features[@]}" -- -D warnings
+export LD_LIBRARY_PATH="$INCIPIT_CUDA_RUN${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+cargo test "${packages[@]}" "${tests[@]}" --locked "${features[@]}" -- --nocapture
+program="${CARGO_TARGET_DIR:-target}/debug/incipit"
+readelf -d "$program" | grep -q 'NEEDED.*libcuda\.so\.1' || { echo "build-check: libcuda.so.1 was not linked" >&2; exit 1; }
+"$program" doctor
