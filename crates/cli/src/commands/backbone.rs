@@ -60,10 +60,8 @@ pub(crate) fn load(args: &BackboneArgs, format: &FormatArgs, ranks: &Arc<Ranks>)
         note(&format!("loading {model}"));
     }
     let options = EngineOptions { microbatch_tokens: args.microbatch_tokens, recompute: Recompute::Auto };
-    let backbone = {
-        let (dtype, device) = (settings.dtype.unwrap_or(Precision::Bf16), args.device.unwrap_or_default());
-        Backbone::load_on(model, dtype, device, options, ranks)?
-    };
+    let (dtype, device) = (settings.dtype.unwrap_or(Precision::Bf16), args.device.unwrap_or_default());
+    let backbone = Backbone::load_on(model, dtype, device, options, ranks)?;
     if let Some((path, prompt)) = &prompt {
         prompt.check_width(backbone.config().d_model, path)?;
     }

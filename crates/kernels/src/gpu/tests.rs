@@ -4,18 +4,16 @@
 //! CUDA device where there is one. On the emulator results must not depend on the order, to the bit.
 
 use candle_core::{DType, Device, Tensor};
-use half::bf16;
 
 use crate::rng::Philox;
 use crate::sums::{FRACTION_BITS, Sums, dequantized, max_exponents};
+use crate::tests::{self, TYPES, generator, normal, numbers};
 use crate::{
     Activation, Attention, Buckets, Dropout, Frozen, LossSlope, PositionBias, Rows, Segments, Softmax,
     Targets, Vocabulary, activate, activate_gradient, add, attention, attention_gradient,
     cross_entropy_gradient, dropout, embed, gated, gated_gradient, linear, linear_add, linear_gradient,
     rms_norm, rms_norm_gradient, rounded,
 };
-
-const TYPES: [DType; 2] = [DType::BF16, DType::F32];
 
 /// Where GPU code runs.
 enum Place {
@@ -95,34 +93,12 @@ fn bound(dtype: DType) -> f64 {
     if dtype == DType::BF16 { 1.0 / 64.0 } else { 3e-6 }
 }
 
-fn numbers(tensor: &Tensor) -> Vec<f32> {
-    tensor
-        .to_device(&Device::Cpu)
-        .unwrap()
-        .to_dtype(DType::F32)
-        .unwrap()
-        .flatten_all()
-        .unwrap()
-        .to_vec1()
-        .unwrap()
-}
-
-fn generator(seed: u64) -> Philox {
-    println!("seed {seed}");
-    Philox::new(seed, &[])
-}
-
 fn matrix(g: &mut Philox, rows: usize, cols: usize, dtype: DType) -> Tensor {
-    let values: Vec<f32> = (0..rows * cols).map(|_| g.normal()).collect();
-    Tensor::from_vec(values, (rows, cols), &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+    tests::matrix(&normal(g, rows * cols, dtype), rows, cols, dtype)
 }
 
 fn frozen(g: &mut Philox, rows: usize, cols: usize, dtype: DType) -> Frozen {
-    let values: Vec<f32> = (0..rows * cols).map(|_| g.normal()).collect();
-    if dtype == DType::BF16 {
-        return Frozen::from_bf16(values.into_iter().map(bf16::from_f32).collect(), rows, cols);
-    }
-    Frozen::from_f32(values, rows, cols)
+    tests::frozen(&normal(g, rows * cols, dtype), rows, cols, dtype)
 }
 
 /// Copies of tensors on a device.

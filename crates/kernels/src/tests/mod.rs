@@ -15,7 +15,7 @@ use crate::loss::cross_entropy_gradient_on;
 use crate::rng::Philox;
 use crate::{Frozen, Isa, LossSlope, Softmax, Targets, Vocabulary};
 
-const TYPES: [DType; 2] = [DType::BF16, DType::F32];
+pub(crate) const TYPES: [DType; 2] = [DType::BF16, DType::F32];
 
 /// Half a unit in the last place of 1: the largest relative error of rounding once.
 const F32_ROUNDING: f64 = 1.0 / 16_777_216.0;
@@ -44,13 +44,13 @@ fn cross_entropy(
 }
 
 /// A generator of a test's numbers; says its seed, so that a failure can be repeated.
-fn generator(seed: u64) -> Philox {
+pub(crate) fn generator(seed: u64) -> Philox {
     println!("seed {seed}");
     Philox::new(seed, &[])
 }
 
 /// Normal numbers that the type can hold.
-fn normal(g: &mut Philox, n: usize, dtype: DType) -> Vec<f32> {
+pub(crate) fn normal(g: &mut Philox, n: usize, dtype: DType) -> Vec<f32> {
     (0..n).map(|_| held(g.normal(), dtype)).collect()
 }
 
@@ -63,7 +63,7 @@ fn rounding(dtype: DType) -> f64 {
     if dtype == DType::BF16 { BF16_ROUNDING } else { F32_ROUNDING }
 }
 
-fn matrix(values: &[f32], rows: usize, cols: usize, dtype: DType) -> Tensor {
+pub(crate) fn matrix(values: &[f32], rows: usize, cols: usize, dtype: DType) -> Tensor {
     Tensor::from_slice(values, (rows, cols), &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
 }
 
@@ -71,7 +71,7 @@ fn vector(values: &[f32]) -> Tensor {
     Tensor::from_slice(values, values.len(), &Device::Cpu).unwrap()
 }
 
-fn frozen(values: &[f32], rows: usize, cols: usize, dtype: DType) -> Frozen {
+pub(crate) fn frozen(values: &[f32], rows: usize, cols: usize, dtype: DType) -> Frozen {
     if dtype == DType::BF16 {
         return Frozen::from_bf16(values.iter().map(|x| bf16::from_f32(*x)).collect(), rows, cols);
     }
@@ -79,7 +79,7 @@ fn frozen(values: &[f32], rows: usize, cols: usize, dtype: DType) -> Frozen {
 }
 
 /// All numbers, exactly.
-fn numbers(tensor: &Tensor) -> Vec<f32> {
+pub(crate) fn numbers(tensor: &Tensor) -> Vec<f32> {
     tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
