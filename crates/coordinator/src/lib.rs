@@ -1,0 +1,1 @@
+//! Jobs, backbones and checkpoints of a cluster.

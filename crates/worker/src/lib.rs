@@ -1,0 +1,1 @@
+//! The agent of a machine, and the engine processes that hold backbones.
