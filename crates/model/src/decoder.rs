@@ -91,6 +91,16 @@ impl Decoder {
         })
     }
 
+    /// Exchanges over `axis` from now on.
+    pub(crate) fn regroup(&mut self, axis: &TensorAxis) {
+        self.axis = axis.clone();
+        for layer in &mut self.layers {
+            layer.attention.axis = axis.clone();
+            layer.cross.axis = axis.clone();
+            layer.feed_forward.axis = axis.clone();
+        }
+    }
+
     /// `x` `[Td, D]` f32 are the embedded target rows; the result `[Td, D]` is of the pass's type.
     pub(crate) fn forward(
         &self,

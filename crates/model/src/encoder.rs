@@ -72,6 +72,14 @@ impl Encoder {
         })
     }
 
+    /// Exchanges over `axis` from now on.
+    pub(crate) fn regroup(&mut self, axis: &TensorAxis) {
+        for (attention, feed_forward) in &mut self.layers {
+            attention.axis = axis.clone();
+            feed_forward.axis = axis.clone();
+        }
+    }
+
     /// `x` `[T, D]` f32 are the embedded rows; the result `[T, D]` is of the pass's type.
     pub(crate) fn forward(
         &self,

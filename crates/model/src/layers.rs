@@ -90,7 +90,7 @@ const OUTPUT: u64 = 2;
 
 /// The frozen weights of an attention sub-layer: q, k, v `[H K, D]`, o `[D, H K]`, with the heads that are here.
 pub(crate) struct AttentionLayer {
-    axis: TensorAxis,
+    pub(crate) axis: TensorAxis,
     first_head: usize,
     pub(crate) norm: Norm,
     pub(crate) q: Frozen,
@@ -205,7 +205,7 @@ impl AttentionLayer {
 
 /// The frozen weights of a feed-forward sub-layer: into it `[F, D]`, out of it `[D, F]`, with the columns that are here.
 pub(crate) struct FeedForward {
-    axis: TensorAxis,
+    pub(crate) axis: TensorAxis,
     /// The first column that is here, and how many there are in all.
     columns: (usize, usize),
     norm: Norm,

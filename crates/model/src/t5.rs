@@ -5,6 +5,7 @@ use incipit_kernels::{
     Dropout, Frozen, LossSlope, Rows, Segments, Softmax, Targets, Vocabulary, cross_entropy_gradient, embed,
     linear, linear_gradient,
 };
+use incipit_mesh::Shard;
 use incipit_weights::Source;
 
 use crate::axis::TensorAxis;
@@ -104,6 +105,27 @@ impl T5 {
         let vocabulary = axis.vocabulary(config.vocab_size);
         let device = device.clone();
         Ok(Self { config, dtype, device, axis: axis.clone(), vocabulary, shared, encoder, decoder, head })
+    }
+
+    /// Goes on with the same weights in another group, whatever became of the exchanges of the old one.
+    ///
+    /// # Errors
+    /// If this rank would have another part of the model there; then nothing has changed.
+    pub fn regroup(&mut self, axis: &TensorAxis) -> Result<()> {
+        let (here, asked) = (self.axis.shard(), axis.shard());
+        if here != asked {
+            let part = |shard: Shard| format!("part {} of {}", shard.index(), shard.count());
+            let what = format!(
+                "{} of the model is here, and the new group would have {} here; load the model anew",
+                part(here),
+                part(asked)
+            );
+            return Err(Error::Options { what });
+        }
+        self.axis = axis.clone();
+        self.encoder.regroup(axis);
+        self.decoder.regroup(axis);
+        Ok(())
     }
 
     /// The model's shape.

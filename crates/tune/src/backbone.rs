@@ -71,6 +71,27 @@ impl Backbone {
         })
     }
 
+    /// Goes on in another group of ranks, after one of the old group was lost: the weights stay where they are. All ranks of the new
+    /// group make this call together, or [`Self::load_on`] where a process begins anew: both exchange the same. What failed in the
+    /// old group, or in an earlier call of this, leaves nothing behind.
+    ///
+    /// The files are read once more, as by the rank that loads them now, to see that both have the same weights.
+    ///
+    /// # Errors
+    /// [`Error::Regroup`] if this rank would have another place or device in the new group, or the model's files have changed; also
+    /// if they cannot be read, or an exchange of the new group fails.
+    pub fn regroup(&mut self, ranks: &Arc<Ranks>) -> Result<()> {
+        self.engine.check_place(ranks)?;
+        let dir = directory(&self.name, ranks)?;
+        self.engine.regroup(ranks)?;
+        let checkpoint = Checkpoint::open(&dir, self.engine.model().dtype())?;
+        if fingerprint(&checkpoint, ranks)? != self.fingerprint {
+            let what = format!("the files of {} have changed since they were loaded", self.name);
+            return Err(Error::Regroup { what });
+        }
+        Ok(())
+    }
+
     /// The shape of the model.
     #[must_use]
     pub fn config(&self) -> &Config {

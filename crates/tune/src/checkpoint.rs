@@ -104,22 +104,28 @@ impl Checkpoint {
     }
 
     /// All of it as bytes, to be sent to another rank.
-    pub(crate) fn to_bytes(&self) -> Result<Vec<u8>> {
-        let files = self.files().map_err(|what| Error::Received { what })?;
+    ///
+    /// # Errors
+    /// If the tensors cannot be written down, because the shape of one does not fit its numbers.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let files = self.files().map_err(|what| Error::Received { thing: "checkpoint", what })?;
         let with_length =
             |(_, bytes): &(_, Vec<u8>)| [&(bytes.len() as u64).to_le_bytes(), &bytes[..]].concat();
         Ok(files.iter().flat_map(with_length).collect())
     }
 
     /// What [`Self::to_bytes`] made.
-    pub(crate) fn from_bytes(mut bytes: &[u8]) -> Result<Self> {
+    ///
+    /// # Errors
+    /// [`Error::Received`] if the bytes are cut short or are none of a checkpoint.
+    pub fn from_bytes(mut bytes: &[u8]) -> Result<Self> {
         let mut next = || {
             let (length, rest) = bytes.split_first_chunk()?;
             let (file, rest) = rest.split_at_checked(usize::try_from(u64::from_le_bytes(*length)).ok()?)?;
             bytes = rest;
             Some(file)
         };
-        let refuse = |what| Error::Received { what };
+        let refuse = |what| Error::Received { thing: "checkpoint", what };
         let (Some(prompt), Some(optimizer), Some(state)) = (next(), next(), next()) else {
             return Err(refuse("it is cut short".to_owned()));
         };

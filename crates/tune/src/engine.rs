@@ -9,10 +9,10 @@ use std::{collections::BTreeMap, sync::Arc};
 use candle_core::Tensor;
 use incipit_collective::{Axis, Ranks};
 use incipit_data::TokenizedExample;
-use incipit_model::{Example, ExampleGradient, Microbatch, PassOptions, T5};
+use incipit_model::{Example, ExampleGradient, Microbatch, PassOptions, T5, TensorAxis};
 
 use crate::{
-    Result,
+    Error, Result,
     choice::choices,
     microbatch::{self, Taste, TokenMemory},
     ranks,
@@ -153,11 +153,55 @@ impl Engine {
             Some(memory) => Some(memory.free),
             None => microbatch::free_memory().map(|bytes| bytes / sharing.max(1) as u64),
         };
-        let (budget, recompute) = Self::plan(&model, options, free);
-        // Ranks that share a model go through it in step, so that they must cut alike, and the smallest decides.
-        let least = ranks::largest(&ranks, &[-(budget as i64), i64::from(recompute)])?;
-        let (budget, recompute) = (least[0].unsigned_abs() as usize, least[1] == 1);
+        let planned = Self::plan(&model, options, free);
+        let (budget, recompute) = Self::agreed(&ranks, planned)?;
         Ok(Self { model, ranks, budget, recompute })
+    }
+
+    /// Ranks that share a model go through it in step, so that they must cut alike, and the smallest decides.
+    fn agreed(ranks: &Ranks, (budget, recompute): (usize, bool)) -> Result<(usize, bool)> {
+        let least = ranks::largest(ranks, &[-(budget as i64), i64::from(recompute)])?;
+        Ok((least[0].unsigned_abs() as usize, least[1] == 1))
+    }
+
+    /// Goes on in another group, with the weights where they are, whatever became of the calls of the old one. The old `Ranks` are let
+    /// go of. All ranks of the new group make this call together, or [`Self::on`] where a rank begins anew.
+    ///
+    /// # Errors
+    /// [`Error::Regroup`] if this rank would have another place or another device in the new group, or the model is shared with
+    /// others; also if an exchange of the new group fails. Then the engine is as it was, and can be given to yet another group.
+    pub fn regroup(&mut self, ranks: &Arc<Ranks>) -> Result<()> {
+        self.check_place(ranks)?;
+        let Some(model) = Arc::get_mut(&mut self.model) else {
+            return Err(Error::Regroup { what: "somebody else uses the model as well".to_owned() });
+        };
+        // What `on` exchanges, for there may be ranks that make that call.
+        ranks::on_this_machine(ranks)?;
+        let (budget, recompute) = Self::agreed(ranks, (self.budget, self.recompute))?;
+        model.regroup(&TensorAxis::of(ranks))?;
+        self.ranks = ranks.clone();
+        (self.budget, self.recompute) = (budget, recompute);
+        Ok(())
+    }
+
+    /// Checks that this rank has the same place in the group of `ranks`, and the same device.
+    pub(crate) fn check_place(&self, ranks: &Ranks) -> Result<()> {
+        let place = |ranks: &Ranks| {
+            let mesh = ranks.mesh();
+            format!("rank {} of tp {} and dp {}", ranks.rank(), mesh.tp(), mesh.dp())
+        };
+        let (was, now) = (place(&self.ranks), place(ranks));
+        if was != now {
+            return Err(Error::Regroup { what: format!("it was {was} and would be {now}") });
+        }
+        let (was, now) = (self.ranks.local_rank(), ranks.local_rank());
+        if was != now && !self.model.device().is_cpu() {
+            let what = format!(
+                "it was number {was} of its machine and would be number {now}, which has another GPU"
+            );
+            return Err(Error::Regroup { what });
+        }
+        Ok(())
     }
 
     fn plan(model: &T5, options: EngineOptions, free: Option<u64>) -> (usize, bool) {

@@ -245,9 +245,17 @@ pub enum Error {
         what: &'static str,
     },
     /// What another rank sent is none of ours.
-    #[error("what rank 0 sent of the checkpoint cannot be read: {what}")]
+    #[error("what rank 0 sent of the {thing} cannot be read: {what}")]
     Received {
+        /// Of what, such as "checkpoint".
+        thing: &'static str,
         /// What is wrong with it.
+        what: String,
+    },
+    /// A rank cannot go on in another group with the weights that it has.
+    #[error("the rank cannot go on in the new group: {what}; start it anew")]
+    Regroup {
+        /// What differs.
         what: String,
     },
     /// The ranks cannot be laid out as asked.

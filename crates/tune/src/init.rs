@@ -3,7 +3,12 @@
 use crate::{Error, Result, prompt::Prompt};
 use incipit_kernels::rng::Philox;
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeSet, fmt, path::PathBuf, str::FromStr};
+use std::{
+    collections::BTreeSet,
+    fmt,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 use tokenizers::Tokenizer;
 
 /// How the rows of a prompt begin.
@@ -137,17 +142,22 @@ pub fn initial_prompt(
         PromptInit::Text(text) => draft.text(text, &mut warnings)?,
         PromptInit::File(path) => {
             let prompt = Prompt::read(path)?;
-            prompt.check_width(d_model, path)?;
-            if prompt.length() != length {
-                let found = prompt.length();
-                return Err(
-                    draft.refuse(format!("it has {found} rows, not {length}; give --prompt-length {found}"))
-                );
-            }
+            check_shape(&prompt, path, length, d_model)?;
             prompt.into_values()
         }
     };
     Ok(Initial { prompt: Prompt::new(length, d_model, values)?, warnings })
+}
+
+/// Checks that the prompt that was read from `path` can be one of `[length, d_model]`.
+pub(crate) fn check_shape(prompt: &Prompt, path: &Path, length: usize, d_model: usize) -> Result<()> {
+    prompt.check_width(d_model, path)?;
+    if prompt.length() == length {
+        return Ok(());
+    }
+    let found = prompt.length();
+    let what = format!("it has {found} rows, not {length}; give --prompt-length {found}");
+    Err(Error::Init { init: PromptInit::File(path.to_owned()).to_string(), what })
 }
 
 struct Draft<'a> {

@@ -24,7 +24,8 @@ pub mod recipe;
 mod run_dir;
 pub mod schedule;
 pub mod spec;
-mod task;
+pub mod task;
+pub mod tenant;
 mod tensors;
 pub mod train;
 

@@ -1,33 +1,45 @@
 //! A run's data: read, tokenized and checked before the first step.
 
+mod bytes;
+
 use std::{fs::File, path::Path, sync::Arc};
 
 use incipit_data::{LoadOptions, TextExample, TokenizedSet, labels_of, load_text, tokenize};
 use tokenizers::Tokenizer;
 
-use crate::{Error, Result, spec::TrainSpec};
+use crate::{Error, Result, init::PromptInit, prompt::Prompt, spec::TrainSpec};
 
 /// More distinct targets than this are taken for free text.
 const MAX_LABELS: usize = 100;
 
-/// The examples of a run.
-pub(crate) struct Task {
-    pub(crate) train: Arc<TokenizedSet>,
-    pub(crate) eval: Option<TokenizedSet>,
+/// All that a job takes from files but its checkpoints. Clones share the examples.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Task {
+    /// Training examples.
+    pub train: Arc<TokenizedSet>,
+    /// Evaluation examples.
+    pub eval: Option<Arc<TokenizedSet>>,
     /// The label set, if the task has one.
-    pub(crate) labels: Option<Vec<String>>,
-    /// Tokens of the longest prediction that can be a label, or of the longest target.
-    pub(crate) max_new_tokens: usize,
+    pub labels: Option<Vec<String>>,
+    /// Longest prediction, in tokens: of the longest label with what tells it from others, or of the longest target.
+    pub max_new_tokens: usize,
     /// BLAKE3 of the file of training examples.
-    pub(crate) train_hash: String,
+    pub train_hash: String,
     /// BLAKE3 of the file of evaluation examples.
-    pub(crate) eval_hash: Option<String>,
+    pub eval_hash: Option<String>,
+    /// The prompt of `--prompt-init file:PATH`. A run that goes on (`spec.resume`) has no need of it, and the file may be gone.
+    pub initial: Option<Prompt>,
     /// What was cut, left out or odd.
-    pub(crate) warnings: Vec<String>,
+    pub warnings: Vec<String>,
 }
 
 impl Task {
-    pub(crate) fn load(spec: &TrainSpec, tokenizer: &Tokenizer, vocab_size: usize) -> Result<Self> {
+    /// Reads, tokenizes and checks the files that `spec` names. `vocab_size` is the model's; no id is outside of it.
+    ///
+    /// # Errors
+    /// If a file cannot be read, a record does not fit the templates or the labels, the tokenizer is not the model's, or the file of
+    /// `--prompt-init` holds no prompt.
+    pub fn load(spec: &TrainSpec, tokenizer: &Tokenizer, vocab_size: usize) -> Result<Self> {
         let loader = Loader { spec, tokenizer, vocab_size };
         let mut warnings = Vec::new();
         let train = loader.load("training", &spec.train, &mut warnings)?;
@@ -46,13 +58,18 @@ impl Task {
                 ));
             }
         }
+        let initial = match &spec.prompt_init {
+            PromptInit::File(path) if !spec.resume => Some(Prompt::read(path)?),
+            _ => None,
+        };
         Ok(Self {
             max_new_tokens: loader.max_new_tokens(labels.as_deref())?,
             train_hash: hash(&spec.train)?,
             eval_hash: spec.eval.as_deref().map(hash).transpose()?,
             train: Arc::new(train),
-            eval,
+            eval: eval.map(Arc::new),
             labels,
+            initial,
             warnings,
         })
     }

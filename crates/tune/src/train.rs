@@ -13,15 +13,17 @@ use crate::{
     backbone::Backbone,
     checkpoint::{Best, Checkpoint, TrainState},
     control::Control,
-    evaluate::{EvalOptions, Evaluation, evaluate},
-    init::{Sources, initial_prompt},
-    job::{Job, JobSpec, Update},
+    evaluate::Evaluation,
+    job::Update,
     log::{Line, MetricsLog},
     ranks,
     run_dir::{PROMPT_FILE, RunDir},
     spec::{Backend, TrainSpec},
     task::Task,
+    tenant::{Due, Tenant},
 };
+
+pub use crate::tenant::End;
 
 /// Watches a run.
 pub trait Observer: Send {
@@ -91,17 +93,6 @@ pub struct Loaded<'a> {
     pub labels: Option<&'a [String]>,
     /// Steps made by earlier processes.
     pub resumed_at: u64,
-}
-
-/// Why a run ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
-    /// All its steps are made.
-    Steps,
-    /// No evaluation was better for as long as `--patience` allows.
-    Patience,
-    /// Someone asked; `--resume` goes on.
-    Requested,
 }
 
 /// What a run leaves.
@@ -204,14 +195,7 @@ struct Run<'a> {
     observer: &'a mut dyn Observer,
     /// On rank 0.
     files: Option<Files>,
-    task: Task,
-    job: Job,
-    best: Option<Best>,
-    evaluations_since_best: u64,
-    /// The step of the last evaluation; 0 before the first.
-    evaluated: u64,
-    /// The step of the last checkpoint.
-    saved: Option<u64>,
+    tenant: Tenant,
 }
 
 /// What a run writes.
@@ -228,67 +212,58 @@ impl<'a> Run<'a> {
         control: &'a Control,
         observer: &'a mut dyn Observer,
     ) -> Result<Self> {
-        let mut task = Task::load(spec, &backbone.tokenizer, backbone.config().vocab_size)?;
-        let mut warnings = std::mem::take(&mut task.warnings);
+        let task = Task::load(spec, &backbone.tokenizer, backbone.config().vocab_size)?;
         agree(spec, backbone, &task)?;
-        let earlier = newest(dir.as_ref(), backbone.engine.ranks(), &mut warnings)?;
-        let job = match &earlier {
-            Some(earlier) => resumed(spec, backbone, &task, earlier)?,
-            None => started(spec, backbone, &task, &mut warnings)?,
+        let mut damaged = Vec::new();
+        let earlier = newest(dir.as_ref(), backbone.engine.ranks(), &mut damaged)?;
+        let tenant = match &earlier {
+            Some(earlier) => Tenant::resume(backbone, spec, task, earlier)?,
+            None => Tenant::start(backbone, spec, task)?,
         };
+        let mut warnings = [tenant.warnings(), &damaged].concat();
         if spec.resume && earlier.is_none() {
             warnings.push(format!(
                 "there is no checkpoint in {} yet: beginning with the first step",
                 spec.out.display()
             ));
         }
-        let prompt = || [("another prompt to begin with", ranks::prompt_digest(job.prompt()))];
+        let prompt = || [("another prompt to begin with", ranks::prompt_digest(tenant.job().prompt()))];
         ranks::agree(backbone.engine.ranks(), prompt)?;
         let state = earlier.map(|earlier| earlier.state);
-        let evaluated = state.as_ref().map_or(0, |state| state.evaluated);
-        let files = dir.map(|dir| Files::begin(dir, spec, job.num_steps(), state.as_ref())).transpose()?;
+        let num_steps = tenant.job().num_steps();
+        let files = dir.map(|dir| Files::begin(dir, spec, num_steps, state.as_ref())).transpose()?;
         for warning in &warnings {
             observer.on(&Event::Warning(warning));
         }
-        let run = Self {
-            spec,
-            backbone,
-            control,
-            observer,
-            files,
-            task,
-            job,
-            best: state.as_ref().and_then(|state| state.best),
-            evaluations_since_best: state.as_ref().map_or(0, |state| state.evaluations_since_best),
-            evaluated,
-            saved: state.map(|state| state.step),
-        };
-        run.observer.on(&Event::Loaded(Loaded {
+        observer.on(&Event::Loaded(Loaded {
             spec,
             num_parameters: backbone.num_parameters,
             fingerprint: backbone.fingerprint.to_string(),
-            d_model: run.job.prompt().width(),
+            d_model: tenant.job().prompt().width(),
             microbatch_tokens: backbone.engine.microbatch_tokens(),
-            num_train: run.task.train.examples.len(),
-            num_eval: run.task.eval.as_ref().map(|eval| eval.examples.len()),
-            labels: run.task.labels.as_deref(),
-            resumed_at: run.job.num_steps(),
+            num_train: tenant.task().train.examples.len(),
+            num_eval: tenant.task().eval.as_ref().map(|eval| eval.examples.len()),
+            labels: tenant.task().labels.as_deref(),
+            resumed_at: num_steps,
         }));
-        Ok(run)
+        Ok(Self { spec, backbone, control, observer, files, tenant })
     }
 
     /// Every turn of the loop begins where a checkpoint can be: a run that goes on from one does what it would have done.
     fn carry_on(mut self) -> Result<Outcome> {
         let end = loop {
-            let evaluated = self.evaluate_if_due()?;
-            let end = self.end(evaluated)?;
-            if end.is_some() || self.checkpoint_due() {
-                self.checkpoint()?;
+            let goes_on = match self.tenant.due() {
+                Due::Evaluate => self.evaluate()?,
+                Due::Checkpoint => self.checkpoint().map(|()| true)?,
+                Due::Step => self.step()?,
+                Due::End(end) => break end,
+            };
+            if !goes_on {
+                if !self.tenant.is_saved() {
+                    self.checkpoint()?;
+                }
+                break End::Requested;
             }
-            if let Some(end) = end {
-                break end;
-            }
-            self.step()?;
         };
         if let Some(files) = &self.files {
             files.dir.publish(&self.backbone.base_model())?;
@@ -296,8 +271,8 @@ impl<'a> Run<'a> {
         let prompt = self.spec.out.join(PROMPT_FILE);
         let outcome = Outcome {
             end,
-            step: self.job.num_steps(),
-            best: self.best,
+            step: self.tenant.job().num_steps(),
+            best: self.tenant.best(),
             out: self.spec.out.clone(),
             prompt: prompt.exists().then_some(prompt),
         };
@@ -305,107 +280,53 @@ impl<'a> Run<'a> {
         Ok(outcome)
     }
 
-    /// Why the run ends here, if it does. `evaluated` is false if someone asked to stop in the middle of an evaluation.
-    fn end(&self, evaluated: bool) -> Result<Option<End>> {
-        let patience = self.spec.patience.map_or(u64::MAX, u64::from);
-        let end = if !evaluated {
-            Some(End::Requested)
-        } else if self.job.num_steps() >= self.spec.steps {
-            Some(End::Steps)
-        } else if self.evaluations_since_best >= patience {
-            Some(End::Patience)
-        } else {
-            // All ranks leave after the same step.
-            ranks::any(self.backbone.engine.ranks(), self.control.stop_requested())?.then_some(End::Requested)
-        };
-        Ok(end)
-    }
-
     fn log(&mut self, line: &Line) -> Result<()> {
         self.files.as_mut().map_or(Ok(()), |files| files.log.write(line))
     }
 
-    fn step(&mut self) -> Result<()> {
+    /// Makes a step. False if someone asked to stop before it.
+    fn step(&mut self) -> Result<bool> {
+        let engine = &self.backbone.engine;
+        // All ranks leave after the same step.
+        if ranks::any(engine.ranks(), self.control.stop_requested())? {
+            return Ok(false);
+        }
         let start = Instant::now();
-        let update = self.job.step(&self.backbone.engine)?;
+        let update = self.tenant.step(engine)?;
         let seconds = start.elapsed().as_secs_f64();
         self.log(&Line::update(&update, seconds))?;
         self.observer.on(&Event::Step { update: &update, seconds });
-        Ok(())
+        Ok(true)
     }
 
-    /// Evaluates where the specification says so, unless it was done before. False if someone asked to stop meanwhile.
-    fn evaluate_if_due(&mut self) -> Result<bool> {
-        let step = self.job.num_steps();
-        let due = step > 0 && (step.is_multiple_of(self.spec.eval_every) || step >= self.spec.steps);
-        let Some(eval) = self.task.eval.as_ref().filter(|_| due && self.evaluated != step) else {
-            return Ok(true);
-        };
+    /// Evaluates the prompt. False if someone asked to stop meanwhile.
+    fn evaluate(&mut self) -> Result<bool> {
         let start = Instant::now();
-        let options = EvalOptions {
-            metrics: self.spec.metrics.clone(),
-            labels: self.task.labels.clone(),
-            max_new_tokens: self.task.max_new_tokens,
+        let Backbone { engine, tokenizer, .. } = self.backbone;
+        let evaluation = match self.tenant.evaluation(engine)?.complete(engine, tokenizer, self.control) {
+            Err(Error::Interrupted) => return Ok(false),
+            evaluation => evaluation?,
         };
-        let (prompt, tokenizer) = (Some(self.job.prompt()), &self.backbone.tokenizer);
-        let evaluation =
-            match evaluate(&self.backbone.engine, prompt, eval, tokenizer, &options, self.control) {
-                Err(Error::Interrupted) => return Ok(false),
-                evaluation => evaluation?,
-            };
         let seconds = start.elapsed().as_secs_f64();
-        let score = evaluation.score();
-        let best = self.best.is_none_or(|best| score > best.score);
-        if best {
-            self.best = Some(Best { step, score });
-        }
-        self.evaluations_since_best = if best { 0 } else { self.evaluations_since_best + 1 };
-        self.evaluated = step;
-        self.saved = None;
+        let best = self.tenant.evaluated(&evaluation);
+        let step = self.tenant.job().num_steps();
         self.log(&Line::evaluation(step, &evaluation, seconds))?;
         self.observer.on(&Event::Evaluated { step, evaluation: &evaluation, best, seconds });
         Ok(true)
     }
 
-    fn checkpoint_due(&self) -> bool {
-        let step = self.job.num_steps();
-        let best = self.best.is_some_and(|best| best.step == step);
-        step > 0 && (step.is_multiple_of(self.spec.checkpoint_every) || best)
-    }
-
-    /// Saves where the run stands, unless that was done.
+    /// Saves where the run stands.
     fn checkpoint(&mut self) -> Result<()> {
-        let step = self.job.num_steps();
-        if self.saved == Some(step) {
-            return Ok(());
-        }
-        let (epoch, batch) = self.job.cursor();
-        let state = TrainState {
-            step,
-            epoch,
-            batch,
-            seed: self.spec.seed,
-            spec: self.spec.identity_hash(),
-            backbone: self.backbone.fingerprint.to_string(),
-            optimizer: self.spec.optimizer_kind(),
-            optimizer_steps: step,
-            best: self.best,
-            evaluations_since_best: self.evaluations_since_best,
-            evaluated: self.evaluated,
-            train_data: self.task.train_hash.clone(),
-            eval_data: self.task.eval_hash.clone(),
-        };
-        let optimizer = self.job.optimizer_state();
-        let checkpoint = Checkpoint { prompt: self.job.prompt().clone(), optimizer, state };
-        self.saved = Some(step);
+        let checkpoint = self.tenant.checkpoint();
         let Some(Files { dir, log }) = &mut self.files else { return Ok(()) };
         log.sync()?;
+        let step = checkpoint.state.step;
         let path = dir.store.save(&checkpoint)?;
-        if self.best.is_some_and(|best| best.step == step) {
+        if self.tenant.is_best() {
             dir.store.mark_best(step)?;
         }
         dir.store.prune(self.spec.keep)?;
-        if self.best.is_none_or(|best| best.step == step) {
+        if self.tenant.is_best() || self.tenant.best().is_none() {
             dir.publish(&self.backbone.base_model())?;
         }
         self.observer.on(&Event::Checkpointed { step, path: &path });
@@ -446,44 +367,4 @@ fn newest(dir: Option<&RunDir>, ranks: &Ranks, warnings: &mut Vec<String>) -> Re
     let bytes = found.as_ref().map(Checkpoint::to_bytes).transpose()?.unwrap_or_default();
     let bytes = broadcast_bytes(&**ranks.world(), &bytes, 0)?;
     if ranks.leads() || bytes.is_empty() { Ok(found) } else { Checkpoint::from_bytes(&bytes).map(Some) }
-}
-
-/// A job before its first step.
-fn started(spec: &TrainSpec, backbone: &Backbone, task: &Task, warnings: &mut Vec<String>) -> Result<Job> {
-    let model = backbone.engine.model();
-    let embedding = |id| model.embedding_row(id).map_err(Into::into);
-    let sources = Sources {
-        embedding: &embedding,
-        tokenizer: &backbone.tokenizer,
-        labels: task.labels.as_deref().unwrap_or_default(),
-        seed: spec.seed,
-    };
-    let initial = initial_prompt(&spec.prompt_init, spec.prompt_length, backbone.config().d_model, &sources)?;
-    warnings.extend(initial.warnings);
-    Job::new(JobSpec::from(spec), task.train.clone(), initial.prompt)
-}
-
-/// A job as a checkpoint left it, if it is the same job.
-fn resumed(spec: &TrainSpec, backbone: &Backbone, task: &Task, earlier: &Checkpoint) -> Result<Job> {
-    let state = &earlier.state;
-    let fingerprint = backbone.fingerprint.to_string();
-    if state.backbone != fingerprint && !spec.allow_other_backbone {
-        let (model, was) = (backbone.name.clone(), state.backbone.clone());
-        return Err(Error::OtherBackbone { model, was, now: fingerprint });
-    }
-    earlier.prompt.check_width(backbone.config().d_model, spec.out.join("last"))?;
-    if state.train_data != task.train_hash {
-        return Err(Error::OtherData { path: spec.train.clone() });
-    }
-    if state.eval_data != task.eval_hash {
-        let path = spec.eval.clone().unwrap_or_else(|| "the file of --eval".into());
-        return Err(Error::OtherData { path });
-    }
-    if state.spec != spec.identity_hash() {
-        let what =
-            "it was made with another specification than run.toml says; was that file changed?".to_owned();
-        return Err(Error::Checkpoint { path: spec.out.join("last"), what });
-    }
-    let prompt = earlier.prompt.clone();
-    Job::restore(JobSpec::from(spec), task.train.clone(), prompt, state.optimizer_steps, &earlier.optimizer)
 }

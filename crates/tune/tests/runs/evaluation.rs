@@ -1,15 +1,19 @@
 //! An evaluation is a function of the backbone, the prompt and the examples, in the order of the file.
 
+use std::sync::Arc;
+
+use incipit_collective::{Mesh, Options};
 use incipit_data::{LoadOptions, TaskFormat, TokenizedSet, load_text, metrics::Metric, tokenize};
 use incipit_tune::{
     Error,
     control::Control,
-    engine::{Engine, Recompute},
-    evaluate::{EvalOptions, Evaluation, evaluate},
+    engine::{Engine, EngineOptions, Recompute},
+    evaluate::{EvalOptions, Evaluation, PartialEvaluation, evaluate},
     prompt::Prompt,
+    ranks::on_threads,
 };
 
-use crate::support::{Files, config, engine, tokenizer};
+use crate::support::{Files, config, engine, model, tokenizer};
 
 fn set(records: &[(&str, &str)]) -> TokenizedSet {
     let files = Files::new();
@@ -106,4 +110,58 @@ fn a_stop_is_heard() {
     let engine = engine(10, Recompute::Auto);
     let stopped = evaluate(&engine, None, &set(&RECORDS), &tokenizer(), &options(2), &control);
     assert!(matches!(stopped, Err(Error::Interrupted)));
+}
+
+/// The costs of the rounds, and the outcome.
+fn by_rounds(
+    engine: &Engine,
+    prompt: Option<&Prompt>,
+    set: &TokenizedSet,
+) -> incipit_tune::Result<(Vec<usize>, Evaluation)> {
+    let mut partial = PartialEvaluation::begin(engine, prompt, Arc::new(set.clone()), options(5))?;
+    let mut costs = Vec::new();
+    while !partial.is_complete() {
+        costs.push(partial.next_cost());
+        assert_eq!(partial.advance(engine)?, partial.is_complete());
+    }
+    assert!(partial.next_cost() == 0 && partial.advance(engine)?);
+    Ok((costs, partial.finish(engine, &tokenizer())?))
+}
+
+#[test]
+fn rounds_give_what_a_whole_evaluation_gives() {
+    let set = set(&RECORDS);
+    for prompt in [None, Some(&prompt())] {
+        let rows = prompt.map_or(0, Prompt::length);
+        let all: usize = set.examples.iter().map(|e| rows + e.input.len() + e.target.len().max(5)).sum();
+        for tokens in [1, 25, 40, 10_000] {
+            let engine = engine(tokens, Recompute::Auto);
+            let whole = evaluated(&engine, prompt, &set);
+            let (costs, sliced) = by_rounds(&engine, prompt, &set).unwrap();
+            assert_eq!(sliced, whole, "{tokens} tokens");
+            assert_eq!(costs.iter().sum::<usize>(), all, "{tokens} tokens: {costs:?}");
+            // Rounds that nobody has made are made at the end.
+            let partial =
+                PartialEvaluation::begin(&engine, prompt, Arc::new(set.clone()), options(5)).unwrap();
+            assert_eq!(partial.finish(&engine, &tokenizer()).unwrap(), whole);
+        }
+    }
+}
+
+#[test]
+fn replicas_make_the_same_rounds_and_get_the_same_outcome() {
+    let (set, prompt) = (set(&RECORDS), prompt());
+    let whole = evaluated(&engine(10_000, Recompute::Auto), Some(&prompt), &set);
+    // Six examples one by one, among four: some have a round more than others. Of eight, some have none.
+    for (dp, tokens) in [(2, 1), (3, 25), (4, 1), (8, 30)] {
+        let results = on_threads(Mesh::new(1, dp, dp).unwrap(), None, &Options::default(), |ranks| {
+            let options = EngineOptions { microbatch_tokens: Some(tokens), recompute: Recompute::Auto };
+            by_rounds(&Engine::on(model(), options, Arc::new(ranks))?, Some(&prompt), &set)
+        });
+        let results = results.into_iter().collect::<incipit_tune::Result<Vec<_>>>().unwrap();
+        for (costs, evaluation) in &results {
+            assert_eq!(*costs, results[0].0, "dp {dp}");
+            assert_eq!(*evaluation, whole, "dp {dp}");
+        }
+    }
 }

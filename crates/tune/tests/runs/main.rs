@@ -4,5 +4,7 @@
 mod engine;
 mod evaluation;
 mod refusals;
+mod regroup;
 mod support;
+mod tenants;
 mod training;

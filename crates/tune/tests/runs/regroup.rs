@@ -1,0 +1,199 @@
+//! A rank is lost: the others keep their weights, join a new group, and go on as if nothing had happened.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+};
+
+use incipit_collective::{Mesh, Options, Ranks, local};
+use incipit_model::{Example, Microbatch};
+use incipit_tune::{
+    Error, Result,
+    backbone::Backbone,
+    checkpoint::Checkpoint,
+    device::DeviceChoice,
+    engine::{Engine, EngineOptions, Recompute},
+    ranks::on_threads,
+    spec::{PartialSpec, Precision, TrainSpec},
+    task::Task,
+    tenant::{Due, Tenant},
+};
+
+use crate::support;
+
+fn demo(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo").join(name)
+}
+
+fn load(ranks: &Arc<Ranks>) -> Result<Backbone> {
+    let options = EngineOptions { microbatch_tokens: Some(4000), recompute: Recompute::Off };
+    let model = demo("model").display().to_string();
+    Backbone::load_on(&model, Precision::Bf16, DeviceChoice::Cpu, options, ranks)
+}
+
+fn spec() -> TrainSpec {
+    support::resolve(PartialSpec {
+        model: Some("demo".to_owned()),
+        train: Some(demo("data/train.jsonl")),
+        out: Some("nothing is written".into()),
+        prompt_length: Some(6),
+        batch_size: Some(8),
+        max_input_length: Some(40),
+        steps: Some(7),
+        checkpoint_every: Some(2),
+        ..PartialSpec::default()
+    })
+}
+
+fn task(backbone: &Backbone) -> Result<Task> {
+    Task::load(&spec(), &backbone.tokenizer, backbone.config().vocab_size)
+}
+
+/// Carries a job on to its end, or until it has made `until` steps; its last checkpoint.
+fn carry_on(backbone: &Backbone, tenant: &mut Tenant, until: u64) -> Result<Option<Checkpoint>> {
+    let mut last = None;
+    while tenant.job().num_steps() < until || tenant.due() != Due::Step {
+        match tenant.due() {
+            Due::Step => drop(tenant.step(&backbone.engine)?),
+            Due::Checkpoint => last = Some(tenant.checkpoint()),
+            Due::End(_) => break,
+            Due::Evaluate => unreachable!("there is nothing to evaluate on"),
+        }
+    }
+    Ok(last)
+}
+
+fn undisturbed(mesh: Mesh) -> Vec<Vec<u8>> {
+    let results = on_threads(mesh, None, &Options::default(), |ranks| {
+        let backbone = load(&Arc::new(ranks))?;
+        let mut tenant = Tenant::start(&backbone, &spec(), task(&backbone)?)?;
+        carry_on(&backbone, &mut tenant, u64::MAX)?.expect("a checkpoint at the end").to_bytes()
+    });
+    results.into_iter().collect::<Result<_>>().unwrap()
+}
+
+/// Half of a step: what the encoder exchanges.
+fn half_a_step(engine: &Engine, tenant: &Tenant) {
+    let batch = tenant.job().batch();
+    let examples = batch.examples.iter().zip(&batch.keys);
+    let examples: Vec<Example<'_>> = examples
+        .map(|(example, key)| Example {
+            prompt: Some(0),
+            input: &example.input,
+            target: &example.target,
+            key: *key,
+        })
+        .collect();
+    let prompts = [batch.prompt.clone()];
+    engine.model().encoded(&Microbatch { prompts: &prompts, examples: &examples }).unwrap();
+}
+
+/// A rank of the second group, for each rank of the first.
+struct Second(Mutex<Vec<Option<Ranks>>>);
+
+impl Second {
+    fn of(mesh: Mesh) -> Self {
+        let ranks = local::ranks(mesh, &Options { epoch: 1, ..Options::default() });
+        Self(Mutex::new(ranks.into_iter().map(Some).collect()))
+    }
+
+    fn take(&self, rank: usize) -> Arc<Ranks> {
+        Arc::new(self.0.lock().unwrap()[rank].take().unwrap())
+    }
+}
+
+/// The last rank aborts the group in the middle of the fourth step. It goes on with its weights as all others do, or begins anew.
+fn disturbed(mesh: Mesh, begins_anew: bool) -> Vec<Vec<u8>> {
+    let second = Second::of(mesh);
+    let results = on_threads(mesh, None, &Options::default(), |ranks| {
+        let ranks = Arc::new(ranks);
+        let (rank, aborts) = (ranks.rank(), ranks.rank() + 1 == mesh.world());
+        let mut backbone = load(&ranks)?;
+        let mut tenant = Tenant::start(&backbone, &spec(), task(&backbone)?)?;
+        let last = carry_on(&backbone, &mut tenant, 3)?.expect("a checkpoint after two steps").to_bytes()?;
+        if aborts {
+            half_a_step(&backbone.engine, &tenant);
+            ranks.abort("as the test asks");
+        } else {
+            let error = tenant.step(&backbone.engine).expect_err("the step cannot be made");
+            assert!(error.is_echo() && error.to_string().contains("as the test asks"), "{error}");
+        }
+        assert_eq!(tenant.job().num_steps(), 3);
+        let old = Arc::downgrade(&ranks);
+        drop(ranks);
+        let ranks = second.take(rank);
+        if aborts && begins_anew {
+            drop(backbone);
+            backbone = load(&ranks)?;
+        } else {
+            backbone.regroup(&ranks)?;
+        }
+        assert!(old.upgrade().is_none(), "somebody holds on to the old group");
+        let earlier = Checkpoint::from_bytes(&last)?;
+        assert_eq!(earlier.state.step, 2);
+        let mut tenant = Tenant::resume(&backbone, &spec(), task(&backbone)?, &earlier)?;
+        carry_on(&backbone, &mut tenant, u64::MAX)?.expect("a checkpoint at the end").to_bytes()
+    });
+    results.into_iter().collect::<Result<_>>().unwrap()
+}
+
+#[test]
+fn a_group_aborted_in_a_step_is_followed_by_another_that_ends_in_the_same_bytes() {
+    for (tp, dp) in [(2, 1), (1, 2)] {
+        let mesh = Mesh::new(tp, dp, 2).unwrap();
+        let expected = undisturbed(mesh);
+        assert!(expected[0] == expected[1], "tp {tp}, dp {dp}: the ranks differ");
+        for begins_anew in [false, true] {
+            assert!(disturbed(mesh, begins_anew) == expected, "tp {tp}, dp {dp}, anew {begins_anew}");
+        }
+    }
+}
+
+#[test]
+fn a_group_that_is_lost_while_it_is_joined_is_followed_by_yet_another() {
+    let mesh = Mesh::new(2, 1, 2).unwrap();
+    let (lost, third) = (Second::of(mesh), Second::of(mesh));
+    let results = on_threads(mesh, None, &Options::default(), |ranks| {
+        let ranks = Arc::new(ranks);
+        let rank = ranks.rank();
+        let mut backbone = load(&ranks)?;
+        // Rank 1 leaves it before it is met.
+        let lost = lost.take(rank);
+        if rank == 0 {
+            let error = backbone.regroup(&lost).expect_err("rank 1 is not there");
+            assert!(matches!(error, Error::Collective(_)), "{error}");
+        }
+        drop(lost);
+        backbone.regroup(&third.take(rank))?;
+        let mut tenant = Tenant::start(&backbone, &spec(), task(&backbone)?)?;
+        carry_on(&backbone, &mut tenant, u64::MAX)?.expect("a checkpoint at the end").to_bytes()
+    });
+    assert!(results.into_iter().collect::<Result<Vec<_>>>().unwrap() == undisturbed(mesh));
+}
+
+#[test]
+fn a_group_in_which_the_rank_has_another_place_is_refused() {
+    let mesh = Mesh::new(2, 1, 2).unwrap();
+    let results = on_threads(mesh, None, &Options::default(), |ranks| {
+        let ranks = Arc::new(ranks);
+        let mut backbone = load(&ranks)?;
+        let groups = [(mesh, 1 - ranks.rank()), (Mesh::new(1, 2, 2)?, ranks.rank())];
+        for (mesh, rank) in groups {
+            let error = backbone.regroup(&Second::of(mesh).take(rank)).expect_err("another place");
+            assert!(matches!(error, Error::Regroup { .. }), "{error}");
+            let message = error.to_string();
+            let would_be = format!("would be rank {rank} of tp {} and dp {}", mesh.tp(), mesh.dp());
+            assert!(message.contains(&would_be), "{message}");
+        }
+        // And the old group is still there.
+        let mut tenant = Tenant::start(&backbone, &spec(), task(&backbone)?)?;
+        tenant.step(&backbone.engine)
+    });
+    results.into_iter().collect::<Result<Vec<_>>>().unwrap();
+    let model = support::model();
+    let mut shared = Engine::new(model.clone(), EngineOptions::default());
+    let error = shared.regroup(&Arc::new(Ranks::alone())).expect_err("the model is ours as well");
+    assert!(matches!(error, Error::Regroup { .. }), "{error}");
+    drop(model);
+    shared.regroup(&Arc::new(Ranks::alone())).unwrap();
+}
