@@ -54,7 +54,7 @@ fn carry_on(backbone: &Backbone, tenant: &mut Tenant, until: u64) -> Result<Opti
     let mut last = None;
     while tenant.job().num_steps() < until || tenant.due() != Due::Step {
         match tenant.due() {
-            Due::Step => drop(tenant.step(&backbone.engine)?),
+            Due::Step => tenant.step(&backbone.engine).map(|_| ())?,
             Due::Checkpoint => last = Some(tenant.checkpoint()),
             Due::End(_) => break,
             Due::Evaluate => unreachable!("there is nothing to evaluate on"),

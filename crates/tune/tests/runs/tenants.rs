@@ -223,9 +223,9 @@ fn a_prompt_from_a_file_travels_with_the_task() {
     let refused = Tenant::start(&backbone, &longer, received).err().unwrap().to_string();
     assert!(refused.contains("first.npy") && refused.contains("--prompt-length 5"), "{refused}");
     // Without the file nothing can be loaded, unless the job has begun.
-    let load = |spec| Task::load(spec, &backbone.tokenizer, backbone.config().vocab_size);
+    let load = |spec: &TrainSpec| Task::load(spec, &backbone.tokenizer, backbone.config().vocab_size);
     assert!(load(&spec).is_err());
-    assert_eq!(load(&TrainSpec { resume: true, ..spec.clone() }).unwrap().initial, None);
+    assert_eq!(load(&TrainSpec { resume: true, ..spec }).unwrap().initial, None);
 }
 
 #[test]
@@ -249,6 +249,6 @@ fn nothing_is_evaluated_without_examples_and_other_jobs_checkpoints_are_refused(
     assert!(resume(&spec, &task, &backbone).unwrap().contains("--allow-other-backbone"));
     let data = Task { train_hash: "other".to_owned(), ..task.clone() };
     assert!(resume(&spec, &data, &earlier).unwrap().contains("train.jsonl has changed"));
-    let seed = TrainSpec { seed: 5, ..spec.clone() };
+    let seed = TrainSpec { seed: 5, ..spec };
     assert!(resume(&seed, &task, &earlier).unwrap().contains("another specification"));
 }
