@@ -48,6 +48,34 @@ need_gloo() {
     FEATURES=(--features "$emulator")
   fi
 }
+
+# What the tests of cluster/ and examples/python need: kubectl, linters and gRPC for Python, in a Python environment of their own. Sets
+# INCIPIT_CLUSTER_TOOLS, unless it is set. Tests that do not find them say that they were skipped.
+need_cluster_tools() {
+  [ -z "${INCIPIT_CLUSTER_TOOLS:-}" ] || return 0
+  export INCIPIT_CLUSTER_TOOLS="$PWD/target/cluster-tools"
+  local lists=(tests/manifests/requirements.txt examples/python/requirements.txt) made="$INCIPIT_CLUSTER_TOOLS/made-of"
+  if [ "$(cat "$made" 2>/dev/null)" = "$(cat "${lists[@]}")" ] || [ "${INCIPIT_NO_INSTALL:-0}" = 1 ]; then
+    return
+  fi
+  python3 -c 'import ensurepip' 2>/dev/null || install_packages python3 python3-venv
+  echo "setup: fetching what the tests of cluster/ need into $INCIPIT_CLUSTER_TOOLS" >&2
+  rm -rf "$INCIPIT_CLUSTER_TOOLS"
+  if python3 -m venv "$INCIPIT_CLUSTER_TOOLS" &&
+    "$INCIPIT_CLUSTER_TOOLS/bin/pip" install --quiet --disable-pip-version-check --only-binary=:all: "${lists[@]/#/--requirement=}"; then
+    cat "${lists[@]}" >"$made"
+  else
+    echo "setup: that failed: cluster/ and examples/python are not fully tested" >&2
+  fi
+}
+
+# Slurm's daemons, for the tests of cluster/slurm. They are not started, but by those tests, on ports and in folders of their own.
+need_slurm() {
+  if ! { have slurmctld || [ -x /usr/sbin/slurmctld ]; } && have apt-get && [ "$(id -u)" = 0 ] && [ "${INCIPIT_NO_INSTALL:-0}" != 1 ]; then
+    install_packages slurmctld slurmd slurm-client munge
+  fi
+}
+
 if ! have cargo; then
   echo "setup: cargo is missing; install rustup from your package manager or https://rustup.rs, then run this again" >&2
   exit 1

@@ -6,7 +6,8 @@
 #
 # INCIPIT_SHARED names a folder with a larger model and labelled data (models/t5-mini-lm, data/trec, ...); tests that need
 # them say that they were skipped where it is absent. INCIPIT_PYTHON names a Python that has the packages of
-# scripts/goldens/requirements.txt; the checks against the live reference libraries are skipped without it.
+# scripts/goldens/requirements.txt; the checks against the live reference libraries are skipped without it. With
+# INCIPIT_REQUIRE_ALL=1 tests of clusters fail, and are not skipped, where Slurm or their other programs cannot be had.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
@@ -19,6 +20,8 @@ fi
 
 cargo test --workspace --locked ${FEATURES[@]+"${FEATURES[@]}"}
 if [ "${1:-all}" != quick ]; then
+  need_cluster_tools
+  need_slurm
   # The long suites: tests that are marked `#[ignore = "long: ..."]`.
   cargo test --workspace --locked ${FEATURES[@]+"${FEATURES[@]}"} -- --ignored
 fi

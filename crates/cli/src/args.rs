@@ -9,7 +9,10 @@ use clap::{Args, Parser, Subcommand};
 use incipit_tune::device::DeviceChoice;
 use incipit_tune::spec::Precision;
 
-use crate::commands::{bench, convert, demo, doctor, eval, generate, inspect, launch, train};
+use crate::commands::{
+    backbones, bench, checkpoint, convert, coordinator, demo, doctor, engine, eval, generate, inspect, job,
+    launch, prompt, train, up, worker, workers,
+};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Red.on_default().bold())
@@ -22,6 +25,7 @@ Start here:
   incipit demo            see a prompt being learned, in about a minute
   incipit doctor          see what this machine offers
   incipit train --help    tune a prompt on your own data
+  incipit job --help      train many prompts on one resident model
 
 Exit codes:
   0    done
@@ -29,6 +33,7 @@ Exit codes:
   2    what was given cannot be used: flags, files, data (the message says what to change)
   3    training stopped at a loss or gradient that was not finite; nothing was updated by it
   4    another rank failed first: its message tells why
+  5    the job that was watched was cancelled
   130  interrupted; `train` saved a checkpoint first, go on with --resume
 
 Results go to standard output, all else to standard error.";
@@ -96,6 +101,25 @@ pub(crate) enum Command {
     Bench(bench::BenchCommand),
     /// Start the ranks of a command as processes, and see to it that they end together
     Launch(launch::LaunchArgs),
+    /// Start a coordinator and a worker on this machine
+    Up(up::UpArgs),
+    /// Keep the jobs, checkpoints and workers of a cluster together
+    Coordinator(coordinator::CoordinatorArgs),
+    /// Give this machine to a cluster
+    Worker(worker::WorkerArgs),
+    /// Hand in jobs for the backbones of a cluster, follow them, and steer them
+    Job(job::JobArgs),
+    /// Keep models loaded on a cluster, for any number of jobs
+    Backbone(backbones::BackboneArgs),
+    /// Fetch, keep and verify what jobs have saved
+    Checkpoint(checkpoint::CheckpointArgs),
+    /// Give good prompts a name and versions
+    Prompt(prompt::PromptArgs),
+    /// See the machines of a cluster, and drain them
+    Workers(workers::WorkersArgs),
+    /// Hold a backbone for the agent that started this
+    #[command(hide = true)]
+    Engine(engine::EngineArgs),
     /// Say what this machine has, what this build uses of it, and what is missing
     Doctor(doctor::DoctorArgs),
 }

@@ -16,6 +16,8 @@ pub(crate) enum Exit {
     NonFinite = 3,
     /// Another rank failed first; this one could not go on without it.
     OtherRank = 4,
+    /// The job that was watched or waited for was cancelled.
+    Cancelled = 5,
     /// Stopped by Ctrl-C or a termination signal.
     Interrupted = 130,
 }
@@ -29,7 +31,8 @@ impl From<Exit> for ExitCode {
 impl From<i32> for Exit {
     /// What another process of this program meant by its exit code.
     fn from(code: i32) -> Self {
-        let all = [Self::Ok, Self::Usage, Self::NonFinite, Self::OtherRank, Self::Interrupted];
+        let all =
+            [Self::Ok, Self::Usage, Self::NonFinite, Self::OtherRank, Self::Cancelled, Self::Interrupted];
         all.into_iter().find(|exit| *exit as i32 == code).unwrap_or(Self::Failure)
     }
 }
@@ -111,6 +114,9 @@ pub(crate) fn is_echo(error: &anyhow::Error) -> bool {
 fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     if cause.is::<BadInput>() {
         return Some(Exit::Usage);
+    }
+    if let Some(refusal) = cause.downcast_ref::<crate::cluster::Refusal>() {
+        return Some(refusal.exit());
     }
     let tune = cause.downcast_ref::<incipit_tune::Error>().map(of_tune);
     let model = || cause.downcast_ref::<incipit_model::Error>().map(of_model);
@@ -209,7 +215,7 @@ mod tests {
         assert_eq!((of(&error), of(&aborted.into())), (Exit::OtherRank, Exit::OtherRank));
         let mesh = crate::ranks::local_mesh(0, 1).expect_err("no mesh");
         assert_eq!((of(&mesh), of(&anyhow!("disk full"))), (Exit::Usage, Exit::Failure));
-        for code in [0, 1, 2, 3, 4, 130] {
+        for code in [0, 1, 2, 3, 4, 5, 130] {
             assert_eq!(Exit::from(code) as i32, code);
         }
         assert_eq!(Exit::from(101), Exit::Failure);

@@ -1,6 +1,7 @@
 //! The `incipit` command: tunes soft prompts on frozen T5 models.
 
 mod args;
+mod cluster;
 mod commands;
 mod exit;
 mod interrupt;
@@ -12,6 +13,7 @@ mod report;
 mod supervisor;
 mod units;
 
+use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use clap::Parser as _;
@@ -47,6 +49,15 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
         Command::Convert(command) => commands::convert::run(&command, &global),
         Command::Bench(command) => commands::bench::run(&command, &global),
         Command::Launch(args) => commands::launch::run(&args, &global),
+        Command::Up(args) => commands::up::run(&args),
+        Command::Coordinator(args) => commands::coordinator::run(args, &global),
+        Command::Worker(args) => commands::worker::run(args),
+        Command::Job(args) => commands::job::run(args, &global),
+        Command::Backbone(args) => commands::backbones::run(args, &global),
+        Command::Checkpoint(args) => commands::checkpoint::run(args, &global),
+        Command::Prompt(args) => commands::prompt::run(args, &global),
+        Command::Workers(args) => commands::workers::run(args, &global),
+        Command::Engine(args) => commands::engine::run(&args),
         Command::Doctor(args) => commands::doctor::run(&args, &global),
     }
 }
@@ -79,7 +90,8 @@ fn start_tracing(global: &Global) {
     };
     let filter = EnvFilter::try_from_env("INCIPIT_LOG").unwrap_or_else(|_| EnvFilter::new(level));
     let log = tracing_subscriber::fmt().with_writer(|| progress::Marked).with_env_filter(filter);
-    log.with_target(global.verbose > 1).without_time().init();
+    let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    log.with_ansi(colours).with_target(global.verbose > 1).without_time().init();
 }
 
 fn start_threads(threads: Option<u16>) -> anyhow::Result<()> {

@@ -102,6 +102,21 @@ pub(crate) fn bar(length: u64, things: &str, global: &Global) -> Bar {
     Bar(bar)
 }
 
+/// A bar over so many bytes; it goes away when it is dropped.
+pub(crate) fn bytes_bar(length: u64, global: &Global) -> Bar {
+    let bar = ProgressBar::with_draw_target(Some(length), target(global));
+    bar.set_style(style("{wide_bar} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}"));
+    bar.tick();
+    Bar(bar)
+}
+
+/// Text that stands below everything else and changes; it goes away when it is dropped.
+pub(crate) fn panel(global: &Global) -> Bar {
+    let bar = ProgressBar::with_draw_target(None, target(global));
+    bar.set_style(style("{msg}"));
+    Bar(bar)
+}
+
 /// A bar that clears itself away.
 pub(crate) struct Bar(ProgressBar);
 
@@ -109,6 +124,16 @@ impl Bar {
     /// So many more are done.
     pub(crate) fn inc(&self, count: u64) {
         self.0.inc(count);
+    }
+
+    /// This is to be read.
+    pub(crate) fn say(&self, text: String) {
+        self.0.set_message(text);
+    }
+
+    /// Whether nobody sees it.
+    pub(crate) fn is_hidden(&self) -> bool {
+        self.0.is_hidden()
     }
 }
 

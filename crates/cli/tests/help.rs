@@ -5,7 +5,7 @@ mod common;
 use std::fmt::Write as _;
 use std::path::Path;
 
-const COMMANDS: [&[&str]; 15] = [
+const COMMANDS: &[&[&str]] = &[
     &[],
     &["demo"],
     &["train"],
@@ -20,6 +20,44 @@ const COMMANDS: [&[&str]; 15] = [
     &["bench", "step"],
     &["bench", "collective"],
     &["launch"],
+    &["up"],
+    &["coordinator"],
+    &["coordinator", "init"],
+    &["coordinator", "token"],
+    &["worker"],
+    &["job"],
+    &["job", "submit"],
+    &["job", "list"],
+    &["job", "get"],
+    &["job", "watch"],
+    &["job", "logs"],
+    &["job", "pause"],
+    &["job", "resume"],
+    &["job", "cancel"],
+    &["job", "delete"],
+    &["backbone"],
+    &["backbone", "create"],
+    &["backbone", "list"],
+    &["backbone", "get"],
+    &["backbone", "delete"],
+    &["checkpoint"],
+    &["checkpoint", "list"],
+    &["checkpoint", "get"],
+    &["checkpoint", "download"],
+    &["checkpoint", "pin"],
+    &["checkpoint", "unpin"],
+    &["checkpoint", "delete"],
+    &["checkpoint", "verify"],
+    &["checkpoint", "gc"],
+    &["prompt"],
+    &["prompt", "promote"],
+    &["prompt", "list"],
+    &["prompt", "get"],
+    &["prompt", "delete"],
+    &["workers"],
+    &["workers", "list"],
+    &["workers", "get"],
+    &["workers", "drain"],
     &["doctor"],
 ];
 
@@ -37,6 +75,7 @@ Results go to standard output, all else to standard error. Where a command print
 | 2 | what was given cannot be used: flags, files, data |
 | 3 | training stopped at a loss or gradient that was not finite; nothing was updated by it |
 | 4 | another rank failed first: its message tells why |
+| 5 | the job that was watched was cancelled |
 | 130 | interrupted; `train` saved a checkpoint first, `--resume` goes on |
 
 `INCIPIT_ISA` (`avx512bf16`, `avx512`, `avx2` or `portable`) chooses the kernels by hand; `INCIPIT_LOG` takes a filter for the log on
@@ -46,6 +85,13 @@ With `--collective gloo` a process is one rank of several. `RANK`, `WORLD_SIZE`,
 sets them (`SLURM_PROCID` and `SLURM_NTASKS` where the first two are absent); `INCIPIT_STORE` (`tcp://HOST:PORT` or `file:/DIRECTORY`)
 names another place to meet, and `INCIPIT_EPOCH` counts the starts at one place: ranks of an earlier start are refused.
 `incipit launch` sets all of them itself.
+
+`job`, `backbone`, `checkpoint`, `prompt` and `workers` ask a coordinator. `INCIPIT_COORDINATOR` says where it is, `INCIPIT_TOKEN` holds the
+token to show, and `INCIPIT_CA` names the certificate of who signed the coordinator's; flags go before them. `job watch` ends with 0 for a job
+that succeeded, 1 for one that failed, 2 for one that failed for its data or settings, 3 for one that failed at a loss that was not finite,
+and 5 for one that was cancelled. What the coordinator refuses is told with its reason in brackets, and ends with 2 if another request is needed
+and with 1 if the same one may succeed later. With `--json`, resources look as protocol buffers write them, and `job watch` and `job logs`
+print an object a line.
 ";
 
 #[test]
@@ -56,7 +102,7 @@ fn the_documented_help_is_the_programs() {
         args.push("--help");
         let help = common::incipit(&args).ok().stdout;
         let lines: Vec<&str> = help.trim_end().lines().map(str::trim_end).collect();
-        let name = ["incipit"].iter().chain(command).copied().collect::<Vec<_>>().join(" ");
+        let name = ["incipit"].iter().chain(*command).copied().collect::<Vec<_>>().join(" ");
         write!(page, "\n## {name}\n\n```text\n{}\n```\n", lines.join("\n")).expect("a string");
     }
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/cli.md");
@@ -72,9 +118,16 @@ fn the_documented_help_is_the_programs() {
 }
 
 #[test]
-fn help_names_no_command_that_is_not_there() {
+fn every_command_of_the_help_is_documented() {
     let help = common::incipit(&["--help"]).ok().stdout;
-    for absent in ["coordinator", "worker"] {
-        assert!(!help.contains(absent), "{absent}");
+    let listed =
+        help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
+    let names: Vec<&str> = listed.filter_map(|line| line.strip_prefix("  ")?.split(' ').next()).collect();
+    for name in names.iter().filter(|name| !name.is_empty()) {
+        assert!(
+            COMMANDS.iter().any(|command| command.first() == Some(name)),
+            "{name} is in --help and not in docs/cli.md"
+        );
     }
+    assert!(names.contains(&"train") && names.contains(&"job"), "{help}");
 }

@@ -55,6 +55,7 @@ impl Problem {
 
     /// The same, with one more datum.
     #[must_use]
+    #[allow(clippy::needless_pass_by_value, reason = "numbers are given as they are")]
     pub fn with(mut self, key: &str, value: impl ToString) -> Self {
         self.metadata.insert(key.to_owned(), value.to_string());
         self

@@ -295,6 +295,32 @@ impl Error {
         }
     }
 
+    /// Whether ranks could not go on together, of which no job is to blame.
+    #[must_use]
+    pub fn is_of_group(&self) -> bool {
+        match self {
+            Self::Collective(_)
+            | Self::Model(incipit_model::Error::Collective(_))
+            | Self::RanksDiffer { .. }
+            | Self::Received { .. }
+            | Self::Regroup { .. } => true,
+            Self::Embedding { source, .. } => {
+                matches!(source.downcast_ref(), Some(incipit_model::Error::Collective(_)))
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether memory ran out.
+    #[must_use]
+    pub fn is_out_of_memory(&self) -> bool {
+        let of_kernels = match self {
+            Self::Kernels(error) | Self::Model(incipit_model::Error::Kernel(error)) => Some(error),
+            _ => None,
+        };
+        matches!(of_kernels, Some(incipit_kernels::Error::GpuMemory { .. }))
+    }
+
     /// A value of a flag that cannot be.
     pub(crate) fn spec(flag: &'static str, what: &impl ToString) -> Self {
         Self::Spec { flag, what: what.to_string() }

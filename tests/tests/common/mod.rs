@@ -3,6 +3,8 @@
 // Not every test file uses all of it.
 #![allow(dead_code)]
 
+pub(crate) mod cluster;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};

@@ -3,6 +3,7 @@
 mod attention;
 mod collective;
 mod gpu;
+mod load;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -46,6 +47,8 @@ pub(crate) enum BenchCommand {
     Step(StepArgs),
     /// What ranks exchange: all-reduce, all-gather and barrier, by size
     Collective(CollectiveArgs),
+    /// A coordinator: submits, watchers and lists
+    Load(load::LoadArgs),
 }
 
 const AFTER_HELP: &str = "\
@@ -168,6 +171,7 @@ struct Job {
 pub(crate) fn run(command: &BenchCommand, global: &Global) -> Result<Exit> {
     match command {
         BenchCommand::Step(args) => output::print(&step(args, global)?, global.json)?,
+        BenchCommand::Load(args) => output::print(&load::measure(args)?, global.json)?,
         BenchCommand::Collective(args) => output::print(&collective::measure(args, global)?, global.json)?,
     }
     Ok(Exit::Ok)

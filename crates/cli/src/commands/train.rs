@@ -5,18 +5,16 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use clap::{ArgAction, Args};
+use clap::Args;
 use incipit_collective::Options;
-use incipit_data::metrics::Metric;
 use incipit_tune::control::Control;
 use incipit_tune::engine::Recompute;
-use incipit_tune::recipe::{LossReduction, OptimizerName, Recipe};
-use incipit_tune::schedule::Schedule;
 use incipit_tune::spec::{Backend, Method, PartialSpec, Precision, TrainSpec};
 use incipit_tune::train::{End, Observer, Outcome, train, train_as_rank};
 use serde::Serialize;
 
-use crate::args::{FormatArgs, Global, choice, names};
+use crate::args::{Global, choice, names};
+use crate::commands::training::TrainingArgs;
 use crate::exit::Exit;
 use crate::interrupt::stop_on_ctrl_c;
 use crate::output::{self, Printed};
@@ -73,98 +71,17 @@ pub(crate) struct TrainArgs {
     #[arg(long, help_heading = "Run")]
     resume: bool,
     #[command(flatten)]
-    format: FormatArgs,
-    #[command(flatten)]
-    prompt: PromptArgs,
-    #[command(flatten)]
-    optimization: OptimizationArgs,
-    #[command(flatten)]
-    checks: CheckArgs,
+    training: TrainingArgs,
+    /// What is trained [default: prompt]
+    #[arg(long, help_heading = "Prompt", value_parser = choice::<Method>(names::METHODS))]
+    method: Option<Method>,
+    /// Resume on a backbone with another fingerprint
+    #[arg(long, help_heading = "Evaluation and checkpoints")]
+    allow_other_backbone: bool,
     #[command(flatten)]
     machine: MachineArgs,
     #[command(flatten)]
     pub(crate) ranks: RankArgs,
-}
-
-#[derive(Args)]
-#[command(next_help_heading = "Prompt")]
-struct PromptArgs {
-    /// Rows of the prompt [default: 100]
-    #[arg(long, value_name = "P")]
-    prompt_length: Option<usize>,
-    /// Where the prompt starts (see below) [default: class-label]
-    #[arg(long, value_name = "KIND")]
-    prompt_init: Option<String>,
-    /// What is trained [default: prompt]
-    #[arg(long, value_parser = choice::<Method>(names::METHODS))]
-    method: Option<Method>,
-}
-
-#[derive(Args)]
-#[command(next_help_heading = "Optimization")]
-struct OptimizationArgs {
-    /// Set of defaults: as the paper prints it, or as its released code runs [default: paper]
-    #[arg(long, value_parser = choice::<Recipe>(names::RECIPES))]
-    recipe: Option<Recipe>,
-    /// What turns gradients into updates [default: adafactor]
-    #[arg(long, value_parser = choice::<OptimizerName>(names::OPTIMIZERS))]
-    optimizer: Option<OptimizerName>,
-    /// Learning rate [default: 0.3]
-    #[arg(long, value_name = "RATE")]
-    lr: Option<f64>,
-    /// How the learning rate changes [default: constant]
-    #[arg(long, value_parser = choice::<Schedule>(names::SCHEDULES))]
-    schedule: Option<Schedule>,
-    /// Steps over which the learning rate rises from 0 [default: 0]
-    #[arg(long, value_name = "N")]
-    warmup_steps: Option<u64>,
-    /// Weight decay of Adafactor and AdamW [default: 1e-5]
-    #[arg(long, value_name = "RATE")]
-    weight_decay: Option<f64>,
-    /// Examples a step [default: 32]
-    #[arg(long, value_name = "N")]
-    batch_size: Option<usize>,
-    /// Steps [default: 30000]
-    #[arg(long, value_name = "N")]
-    steps: Option<u64>,
-    /// Dropout inside the frozen backbone [default: by recipe, paper: 0]
-    #[arg(long, value_name = "RATE")]
-    dropout: Option<f64>,
-    /// Weight of the z-loss [default: by recipe, paper: 0]
-    #[arg(long, value_name = "WEIGHT")]
-    z_loss: Option<f64>,
-    /// How the target tokens' losses become one [default: by recipe, paper: mean]
-    #[arg(long, value_parser = choice::<LossReduction>(names::LOSSES))]
-    loss: Option<LossReduction>,
-    /// Whether each epoch has a random order of its own [default: true]
-    #[arg(long, value_name = "true|false", action = ArgAction::Set)]
-    shuffle: Option<bool>,
-    /// Seed of the prompt's start, the data's order and dropout [default: 0]
-    #[arg(long, value_name = "N")]
-    seed: Option<u64>,
-}
-
-#[derive(Args)]
-#[command(next_help_heading = "Evaluation and checkpoints")]
-struct CheckArgs {
-    /// Steps from one evaluation to the next [default: 500]
-    #[arg(long, value_name = "N")]
-    eval_every: Option<u64>,
-    /// What is measured; the mean of several chooses the best [default: accuracy]
-    #[arg(long, value_name = "NAME,...", value_delimiter = ',', value_parser = choice::<Metric>(names::METRICS))]
-    metrics: Option<Vec<Metric>>,
-    /// Evaluations without a better one after which the run ends [default: none, all steps are done]
-    #[arg(long, value_name = "N")]
-    patience: Option<u32>,
-    /// Steps from one checkpoint to the next [default: 500]
-    #[arg(long, value_name = "N")]
-    checkpoint_every: Option<u64>,
-    /// Newest checkpoints to keep, beside the best [default: 3]
-    #[arg(long, value_name = "N")]
-    keep: Option<usize>,
-    /// Resume on a backbone with another fingerprint
-    #[arg(long)]
-    allow_other_backbone: bool,
 }
 
 #[derive(Args)]
@@ -194,38 +111,13 @@ impl TrainArgs {
     }
 
     fn flags(self, global: &Global) -> PartialSpec {
-        let Self { format, prompt, optimization, checks, machine, ranks, .. } = self;
+        let Self { training, machine, ranks, .. } = self;
         PartialSpec {
             model: self.model,
             train: self.train,
             eval: self.eval,
             out: self.out,
-            inputs: format.inputs,
-            targets: format.targets,
-            labels: format.labels,
-            prompt_length: prompt.prompt_length,
-            prompt_init: prompt.prompt_init,
-            method: prompt.method,
-            recipe: optimization.recipe,
-            optimizer: optimization.optimizer,
-            lr: optimization.lr,
-            schedule: optimization.schedule,
-            warmup_steps: optimization.warmup_steps,
-            weight_decay: optimization.weight_decay,
-            batch_size: optimization.batch_size,
-            steps: optimization.steps,
-            max_input_length: format.max_input_length,
-            max_target_length: format.max_target_length,
-            dropout: optimization.dropout,
-            z_loss: optimization.z_loss,
-            loss: optimization.loss,
-            shuffle: optimization.shuffle,
-            seed: optimization.seed,
-            eval_every: checks.eval_every,
-            checkpoint_every: checks.checkpoint_every,
-            keep: checks.keep,
-            patience: checks.patience,
-            metrics: checks.metrics,
+            method: self.method,
             device: machine.device,
             dtype: machine.dtype,
             tp: ranks.tp,
@@ -234,9 +126,9 @@ impl TrainArgs {
             microbatch_tokens: machine.microbatch_tokens,
             recompute: machine.recompute,
             // Absent flags leave the word to the file.
-            skip_bad_records: format.skip_bad_records.then_some(true),
-            allow_other_backbone: checks.allow_other_backbone.then_some(true),
+            allow_other_backbone: self.allow_other_backbone.then_some(true),
             threads: global.threads.map(usize::from),
+            ..training.into_spec()
         }
     }
 }

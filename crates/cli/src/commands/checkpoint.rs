@@ -1,0 +1,277 @@
+//! `incipit checkpoint`: what jobs have saved.
+
+pub(crate) mod download;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+use incipit_proto::client::Client;
+use incipit_proto::v1::{
+    Checkpoint, CheckpointFile, CollectGarbageRequest, DeleteCheckpointRequest, GetCheckpointRequest,
+    ListCheckpointsRequest, PinCheckpointRequest, VerifyCheckpointRequest, VerifyCheckpointResponse,
+};
+
+use crate::args::Global;
+use crate::cluster::names::{self, short};
+use crate::cluster::{ConnectArgs, block_on, call, list, request_id, show};
+use crate::exit::{Exit, bad_input};
+use crate::output;
+use crate::progress::note;
+use crate::units;
+
+const AFTER_HELP: &str = "\
+A checkpoint is named JOB/STEP, JOB/best or JOB/last; JOB alone is its best.";
+
+/// Flags of `checkpoint`.
+#[derive(Args)]
+#[command(after_help = AFTER_HELP)]
+pub(crate) struct CheckpointArgs {
+    #[command(flatten)]
+    connect: ConnectArgs,
+    #[command(subcommand)]
+    command: CheckpointCommand,
+}
+
+/// What can be done with checkpoints.
+#[derive(Subcommand)]
+enum CheckpointCommand {
+    /// List a job's checkpoints, the newest first
+    List(JobArgs),
+    /// Show a checkpoint and its files
+    Get(OneArgs),
+    /// Write a checkpoint to a directory, as `incipit train` has it, for `eval`, `generate` and the rest
+    Download(DownloadArgs),
+    /// Keep a checkpoint, whatever its job's --keep says
+    Pin(OneArgs),
+    /// Keep it no longer than its job's --keep says
+    Unpin(OneArgs),
+    /// Delete a checkpoint
+    Delete(OneArgs),
+    /// Read a checkpoint's files on the store, and compare their hashes
+    Verify(VerifyArgs),
+    /// Delete files on the store that no checkpoint and no job names any more
+    Gc(GcArgs),
+}
+
+#[derive(Args)]
+struct JobArgs {
+    /// The job
+    #[arg(value_name = "JOB", value_parser = names::job)]
+    job: String,
+}
+
+#[derive(Args)]
+struct OneArgs {
+    /// The checkpoint: JOB/500, JOB/best, JOB/last, or JOB for its best
+    #[arg(value_name = "CHECKPOINT", value_parser = names::checkpoint)]
+    checkpoint: String,
+}
+
+#[derive(Args)]
+struct DownloadArgs {
+    #[command(flatten)]
+    one: OneArgs,
+    /// Directory to write: new, or empty
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+}
+
+#[derive(Args)]
+struct VerifyArgs {
+    /// The checkpoint: JOB/500, JOB/best, JOB/last, or JOB for its best
+    #[arg(value_name = "CHECKPOINT", value_parser = names::checkpoint, required_unless_present = "job", conflicts_with = "job")]
+    checkpoint: Option<String>,
+    /// All checkpoints of a job
+    #[arg(long, value_name = "JOB", value_parser = names::job)]
+    job: Option<String>,
+}
+
+#[derive(Args)]
+struct GcArgs {
+    /// Say what would be deleted, and delete nothing
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// Does it.
+///
+/// # Errors
+/// What the coordinator says, or if it cannot be reached.
+pub(crate) fn run(args: CheckpointArgs, global: &Global) -> Result<Exit> {
+    block_on(async move {
+        let client = args.connect.connect().await?;
+        match args.command {
+            CheckpointCommand::List(args) => {
+                let all = of_job(&client, &args.job).await?;
+                show::print(&all, || table(&all), global)?;
+            }
+            CheckpointCommand::Get(args) => {
+                let checkpoint = get(&client, &args.checkpoint).await?;
+                show::print(&checkpoint, || facts(&checkpoint), global)?;
+            }
+            CheckpointCommand::Download(args) => {
+                download::check_out(&args.out)?;
+                let checkpoint = get(&client, &args.one.checkpoint).await?;
+                download::download(&client, &checkpoint, &args.out, global).await?;
+            }
+            CheckpointCommand::Pin(args) => pin(&client, &args.checkpoint, true, global).await?,
+            CheckpointCommand::Unpin(args) => pin(&client, &args.checkpoint, false, global).await?,
+            CheckpointCommand::Delete(args) => delete(&client, args.checkpoint).await?,
+            CheckpointCommand::Verify(args) => return verify(&client, &args, global).await,
+            CheckpointCommand::Gc(args) => gc(&client, args.dry_run, global).await?,
+        }
+        Ok(Exit::Ok)
+    })
+}
+
+/// A checkpoint by its name, which may end in `best` or `last`.
+///
+/// # Errors
+/// What the coordinator says.
+pub(crate) async fn get(client: &Client, name: &str) -> Result<Checkpoint> {
+    call!(client, checkpoints.get_checkpoint(GetCheckpointRequest { name: name.to_owned() }))
+}
+
+async fn of_job(client: &Client, job: &str) -> Result<Vec<Checkpoint>> {
+    let request = ListCheckpointsRequest { parent: job.to_owned(), ..ListCheckpointsRequest::default() };
+    Ok(list!(client, checkpoints.list_checkpoints(request), checkpoints, usize::MAX))
+}
+
+async fn pin(client: &Client, name: &str, pinned: bool, global: &Global) -> Result<()> {
+    let request = PinCheckpointRequest { name: name.to_owned(), pinned, request_id: request_id(None)? };
+    let checkpoint = call!(client, checkpoints.pin_checkpoint(request))?;
+    show::print(&checkpoint, || table(std::slice::from_ref(&checkpoint)), global)
+}
+
+async fn delete(client: &Client, name: String) -> Result<()> {
+    if name.ends_with("/best") || name.ends_with("/last") {
+        return bad_input(format!("{} may be another one by now; name the step: JOB/500", short(&name)));
+    }
+    let told = short(&name);
+    call!(
+        client,
+        checkpoints.delete_checkpoint(DeleteCheckpointRequest { name, request_id: request_id(None)? })
+    )?;
+    note(&format!("deleted {told}"));
+    Ok(())
+}
+
+async fn verify(client: &Client, args: &VerifyArgs, global: &Global) -> Result<Exit> {
+    let names = match (&args.checkpoint, &args.job) {
+        (Some(name), _) => vec![name.clone()],
+        (None, Some(job)) => {
+            of_job(client, job).await?.into_iter().map(|checkpoint| checkpoint.name).collect()
+        }
+        (None, None) => Vec::new(),
+    };
+    let mut found = Vec::new();
+    for name in names {
+        found.push(call!(client, checkpoints.verify_checkpoint(VerifyCheckpointRequest { name }))?);
+    }
+    show::print(&found, || verified(&found), global)?;
+    Ok(if found.iter().all(|one| one.valid) { Exit::Ok } else { Exit::Failure })
+}
+
+async fn gc(client: &Client, dry_run: bool, global: &Global) -> Result<()> {
+    let collected =
+        call!(client, checkpoints.collect_garbage(CollectGarbageRequest { validate_only: dry_run }))?;
+    let text = || {
+        let done = if dry_run { "would be deleted" } else { "deleted" };
+        format!(
+            "{} files, {}, {done}",
+            units::count(collected.digests.len() as u64),
+            units::bytes(collected.bytes)
+        )
+    };
+    show::print(&collected, text, global)
+}
+
+/// Checkpoints, one a line.
+fn table(checkpoints: &[Checkpoint]) -> String {
+    let row = |checkpoint: &Checkpoint| {
+        let marks = [(checkpoint.best, "best"), (checkpoint.pinned, "pinned")];
+        let marks: Vec<&str> = marks.iter().filter(|(is, _)| *is).map(|(_, mark)| *mark).collect();
+        let size = checkpoint.files.iter().map(|file| file.size).sum();
+        vec![
+            short(&checkpoint.name),
+            show::score(checkpoint.score),
+            show::or_none(marks.join(" ")),
+            units::bytes(size),
+            checkpoint.attempt.to_string(),
+            show::age(checkpoint.create_time.as_ref()),
+        ]
+    };
+    let header = ["NAME", "SCORE", "MARKS", "SIZE", "ATTEMPT", "AGE"];
+    show::table(&header, checkpoints.iter().map(row).collect(), &[], "no checkpoints yet")
+}
+
+/// All there is to know of a checkpoint.
+fn facts(checkpoint: &Checkpoint) -> String {
+    let yes = |is: bool| if is { "yes" } else { "no" }.to_owned();
+    let text = output::facts([
+        ("checkpoint", short(&checkpoint.name)),
+        ("step", units::count(checkpoint.step)),
+        ("score", show::score(checkpoint.score)),
+        ("best", yes(checkpoint.best)),
+        ("pinned", yes(checkpoint.pinned)),
+        ("made by", format!("attempt {}, epoch {} of the backbone", checkpoint.attempt, checkpoint.epoch)),
+        ("backbone", show::or_none(checkpoint.backbone_fingerprint.clone())),
+        ("created", show::time(checkpoint.create_time.as_ref())),
+    ]);
+    let row = |file: &CheckpointFile| vec![file.name.clone(), units::bytes(file.size), file.digest.clone()];
+    let files = show::table(
+        &["FILE", "SIZE", "BLAKE3"],
+        checkpoint.files.iter().map(row).collect(),
+        &[2],
+        "no files",
+    );
+    format!("{text}\n\n{files}")
+}
+
+fn verified(found: &[VerifyCheckpointResponse]) -> String {
+    let line = |one: &VerifyCheckpointResponse| {
+        let verdict = if one.valid { "valid" } else { "damaged" };
+        let problems: String = one.problems.iter().map(|problem| format!("\n  {problem}")).collect();
+        format!("{} {verdict} ({} read){problems}", short(&one.name), units::bytes(one.bytes))
+    };
+    if found.is_empty() {
+        "no checkpoints".to_owned()
+    } else {
+        found.iter().map(line).collect::<Vec<_>>().join("\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checkpoints_are_listed_under_names_that_can_be_given_back() {
+        let files = vec![CheckpointFile { name: "MANIFEST".into(), digest: "ab".repeat(32), size: 2048 }];
+        let name = "jobs/superglue-boolq-1/checkpoints/00000500".to_owned();
+        let checkpoint = Checkpoint {
+            name,
+            step: 500,
+            files,
+            score: Some(0.5),
+            best: true,
+            pinned: true,
+            ..Checkpoint::default()
+        };
+        for text in [table(std::slice::from_ref(&checkpoint)), facts(&checkpoint)] {
+            assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+            for part in ["superglue-boolq-1/500", "0.500", "best", "pinned", "2.0 KiB"] {
+                assert!(text.contains(part), "no {part} in\n{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_damaged_is_told_file_by_file() {
+        let name = "jobs/j/checkpoints/00000500".to_owned();
+        let problems = vec!["prompt.safetensors: another hash".to_owned()];
+        let text = verified(&[VerifyCheckpointResponse { name, valid: false, problems, bytes: 3 }]);
+        assert_eq!(text, "j/500 damaged (3 B read)\n  prompt.safetensors: another hash");
+    }
+}

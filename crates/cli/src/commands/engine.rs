@@ -1,0 +1,45 @@
+//! `incipit engine`: what an agent starts. Nobody starts it by hand, so that `--help` does not name it.
+
+use anyhow::Result;
+use clap::Args;
+
+use crate::exit::{Exit, bad_input};
+
+/// Flags of `engine`.
+#[derive(Args)]
+pub(crate) struct EngineArgs {
+    /// The agent's process: the engine ends with it
+    #[arg(long, value_name = "PID")]
+    parent: i32,
+}
+
+/// Runs an engine.
+///
+/// # Errors
+/// If the agent is gone.
+pub(crate) fn run(args: &EngineArgs) -> Result<Exit> {
+    end_with(args.parent)?;
+    // Launchers signal whole sessions. An engine has to be there still when its agent lets jobs be saved.
+    ctrlc::set_handler(|| {})?;
+    incipit_worker::engine::run(std::io::stdin(), std::io::stdout());
+    Ok(Exit::Ok)
+}
+
+/// Lets this process end with the agent, however that ends.
+#[cfg(target_os = "linux")]
+fn end_with(parent: i32) -> Result<()> {
+    use rustix::process::{Signal, getppid, set_parent_process_death_signal};
+
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    // It may have ended before that took hold.
+    match getppid() {
+        Some(found) if found.as_raw_nonzero().get() == parent => Ok(()),
+        _ => bad_input(format!("process {parent} did not start this engine, or is gone")),
+    }
+}
+
+/// Elsewhere the end of its input tells an engine that its agent is gone.
+#[cfg(not(target_os = "linux"))]
+fn end_with(_: i32) -> Result<()> {
+    Ok(())
+}

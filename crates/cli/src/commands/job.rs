@@ -1,0 +1,107 @@
+//! `incipit job`: prompts being trained on a resident backbone.
+
+mod control;
+mod list;
+mod logs;
+mod plan;
+mod plot;
+mod submit;
+mod view;
+mod watch;
+mod words;
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+use incipit_proto::v1::JobState;
+
+use crate::args::Global;
+use crate::cluster::{ConnectArgs, block_on, names};
+use crate::exit::Exit;
+
+/// Flags of `job`.
+#[derive(Args)]
+pub(crate) struct JobArgs {
+    #[command(flatten)]
+    connect: ConnectArgs,
+    #[command(subcommand)]
+    command: JobCommand,
+}
+
+/// What can be done with jobs.
+#[derive(Subcommand)]
+enum JobCommand {
+    /// Hand in a job: the flags and files of `train`, trained on a backbone of the cluster
+    Submit(Box<submit::SubmitArgs>),
+    /// List jobs, the newest first
+    List(list::ListArgs),
+    /// Show a job
+    Get(OneArgs),
+    /// Follow a job until it ends: its state, its loss and its scores
+    #[command(after_help = WATCH_HELP)]
+    Watch(OneArgs),
+    /// Print what was logged of a job
+    Logs(logs::LogsArgs),
+    /// Take jobs off their backbones, behind a checkpoint
+    Pause(ManyArgs),
+    /// Put paused jobs into the queue again
+    Resume(ManyArgs),
+    /// End jobs; their checkpoints stay
+    Cancel(ManyArgs),
+    /// Forget jobs that have ended, with their checkpoints, metrics and logs
+    Delete(DeleteArgs),
+}
+
+const WATCH_HELP: &str = "\
+On a terminal a view that changes, elsewhere a line for each change and measurement, with --json an object a line: {\"job\": ...} or
+{\"point\": ...}. After a break it goes on where it was. Ctrl-C leaves; the job goes on.
+
+It ends as the job does: 0 succeeded, 1 failed, 2 failed for its data or settings, 3 failed at a loss that was not finite, 5 cancelled.";
+
+/// A job.
+#[derive(Args)]
+struct OneArgs {
+    /// The job
+    #[arg(value_name = "JOB", value_parser = names::job)]
+    job: String,
+}
+
+/// Jobs.
+#[derive(Args)]
+struct ManyArgs {
+    /// The jobs
+    #[arg(value_name = "JOB", required = true, value_parser = names::job)]
+    jobs: Vec<String>,
+    /// Wait until it is so
+    #[arg(long)]
+    wait: bool,
+}
+
+/// Jobs to be forgotten.
+#[derive(Args)]
+struct DeleteArgs {
+    /// The jobs
+    #[arg(value_name = "JOB", required = true, value_parser = names::job)]
+    jobs: Vec<String>,
+}
+
+/// Does it.
+///
+/// # Errors
+/// What the coordinator says, or if it cannot be reached.
+pub(crate) fn run(args: JobArgs, global: &Global) -> Result<Exit> {
+    let JobArgs { connect, command } = args;
+    block_on(async move {
+        match command {
+            // It reads its files before it asks anybody.
+            JobCommand::Submit(args) => submit::run(*args, &connect, global).await,
+            JobCommand::List(args) => list::list(&args, &connect.connect().await?, global).await,
+            JobCommand::Get(args) => list::get(&args.job, &connect.connect().await?, global).await,
+            JobCommand::Watch(args) => watch::watch(&connect.connect().await?, &args.job, global).await,
+            JobCommand::Logs(args) => logs::logs(&args, &connect.connect().await?, global).await,
+            JobCommand::Pause(args) => control::change(&args, JobState::Paused, &connect, global).await,
+            JobCommand::Resume(args) => control::change(&args, JobState::Running, &connect, global).await,
+            JobCommand::Cancel(args) => control::change(&args, JobState::Cancelled, &connect, global).await,
+            JobCommand::Delete(args) => control::delete(&args.jobs, &connect.connect().await?).await,
+        }
+    })
+}

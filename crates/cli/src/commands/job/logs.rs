@@ -1,0 +1,107 @@
+//! `incipit job logs`.
+
+use anyhow::Result;
+use clap::Args;
+use incipit_proto::client::Client;
+use incipit_proto::v1::{GetJobRequest, LogLine, StreamLogsRequest};
+use tonic::Status;
+
+use super::words;
+use crate::args::Global;
+use crate::cluster::follow::Patience;
+use crate::cluster::names::{self, short};
+use crate::cluster::{call, show};
+use crate::exit::Exit;
+use crate::output;
+
+/// Flags of `job logs`.
+#[derive(Args)]
+pub(super) struct LogsArgs {
+    /// The job
+    #[arg(value_name = "JOB", value_parser = names::job)]
+    job: String,
+    /// Go on until the job has ended
+    #[arg(short, long)]
+    follow: bool,
+    /// Lines of this rank alone
+    #[arg(long, value_name = "N")]
+    rank: Option<u32>,
+}
+
+/// Prints lines; with `--follow` it goes on where it was when the connection breaks.
+///
+/// # Errors
+/// What the coordinator says, or if it stays away.
+pub(super) async fn logs(args: &LogsArgs, client: &Client, global: &Global) -> Result<Exit> {
+    let mut request =
+        StreamLogsRequest { name: args.job.clone(), offset: 0, follow: args.follow, rank: args.rank };
+    let mut patience = Patience::default();
+    loop {
+        match pages(client, &mut request, &mut patience, global).await? {
+            Some(status) => patience.after(&status).await?,
+            // A coordinator that is about to end ends its streams, too.
+            None if !args.follow || ended(client, &args.job).await? => return Ok(Exit::Ok),
+            None => patience.after(&Status::unavailable("the coordinator ended the stream")).await?,
+        }
+    }
+}
+
+/// Prints what comes, and says why nothing more does.
+async fn pages(
+    client: &Client,
+    request: &mut StreamLogsRequest,
+    patience: &mut Patience,
+    global: &Global,
+) -> Result<Option<Status>> {
+    let mut stream = match client.jobs().stream_logs(request.clone()).await {
+        Ok(stream) => stream.into_inner(),
+        Err(status) => return Ok(Some(status)),
+    };
+    loop {
+        match stream.message().await {
+            Ok(Some(page)) => {
+                patience.fine();
+                for line in &page.lines {
+                    if global.json { show::json_line(line)? } else { output::line(&text(line))? }
+                }
+                request.offset = page.next_offset.max(request.offset);
+            }
+            Ok(None) => return Ok(None),
+            Err(status) => return Ok(Some(status)),
+        }
+    }
+}
+
+async fn ended(client: &Client, job: &str) -> Result<bool> {
+    let job = call!(client, jobs.get_job(GetJobRequest { name: job.to_owned() }))?;
+    Ok(words::has_ended(&job))
+}
+
+fn text(line: &LogLine) -> String {
+    let clock = line.time.as_ref().map_or_else(String::new, |time| {
+        let second = time.seconds.rem_euclid(86_400);
+        format!("{:02}:{:02}:{:02} ", second / 3600, second / 60 % 60, second % 60)
+    });
+    let from = if line.worker.is_empty() {
+        "coordinator".to_owned()
+    } else {
+        format!("{}/{}", short(&line.worker), line.rank)
+    };
+    let level = if line.level.is_empty() { String::new() } else { format!("{:5} ", line.level) };
+    format!("{clock}{from} {level}{}", line.text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_tells_when_and_who() {
+        let time = Some(pbjson_types::Timestamp { seconds: 86_400 + 3 * 3600 + 4 * 60 + 5, nanos: 0 });
+        let (worker, level) = ("workers/w-1".to_owned(), "WARN".to_owned());
+        let mut line = LogLine { time, worker, rank: 2, level, text: "slow".into(), ..LogLine::default() };
+        assert_eq!(text(&line), "03:04:05 w-1/2 WARN  slow");
+        (line.worker, line.level, line.time) = (String::new(), String::new(), None);
+        assert_eq!(text(&line), "coordinator slow");
+    }
+}

@@ -1,0 +1,395 @@
+//! `incipit job submit`: the flags and files of `train`, for a backbone of the cluster.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use incipit_data::{LoadOptions, TextExample, load_text};
+use incipit_proto::Problem;
+use incipit_proto::client::Client;
+use incipit_proto::v1::data_source::Source;
+use incipit_proto::v1::{
+    Backbone, BackboneState, CreateJobRequest, GetBackboneRequest, Job, JobReason, ListBackbonesRequest,
+    RetryPolicy, TrainingSpec,
+};
+use incipit_tune::spec::{PartialSpec, TrainSpec};
+
+use super::plan::{self, Examples, Plan};
+use super::{list, watch};
+use crate::args::Global;
+use crate::cluster::blobs::{self, LocalFile};
+use crate::cluster::names::{self, short};
+use crate::cluster::{ConnectArgs, Refusal, call, list as pages, refusal, request_id, show};
+use crate::commands::training::TrainingArgs;
+use crate::exit::{Exit, bad_input};
+use crate::progress::{self, note, warn};
+
+/// What stands for the fields of a run that a job has no use for.
+const ELSEWHERE: &str = "elsewhere";
+
+const AFTER_HELP: &str = "\
+The settings are checked as `incipit train` checks them, and the files are read, before anything is sent. Files that the coordinator \
+does not have yet are uploaded. A file of settings is one of `incipit train --config`: what it says of the machine is left to the \
+backbone.
+
+Examples:
+  incipit job submit --backbone base --train train.jsonl --eval dev.jsonl --watch
+  incipit job submit --config runs/q/run.toml --lr 0.1 --name q-slow
+  incipit job submit --config runs/q/run.toml --dry-run
+      what it would be: steps, bytes, its place in the queue, roughly the time; nothing is sent
+
+Files: JSON lines (also .gz), CSV, TSV or Parquet.
+Prompt initialisations: class-label, vocab, uniform, uniform:LOW,HIGH, text:SOME WORDS.";
+
+/// Flags of `job submit`.
+#[derive(Args)]
+#[command(after_help = AFTER_HELP)]
+pub(super) struct SubmitArgs {
+    /// Backbone to train on [default: the one that has the model]
+    #[arg(long, value_name = "BACKBONE", help_heading = "Job", value_parser = names::backbone)]
+    backbone: Option<String>,
+    /// Model of the backbone, where --backbone is not given
+    #[arg(long, value_name = "DIR|HUB_ID", help_heading = "Job")]
+    model: Option<String>,
+    /// Training examples
+    #[arg(long, value_name = "FILE", help_heading = "Job")]
+    train: Option<PathBuf>,
+    /// Evaluation examples: they choose the best prompt
+    #[arg(long, value_name = "FILE", help_heading = "Job")]
+    eval: Option<PathBuf>,
+    /// Settings from a file, as for `incipit train`; flags override it
+    #[arg(long, value_name = "FILE.toml", help_heading = "Job")]
+    config: Option<PathBuf>,
+    /// Name of the job [default: made up]
+    #[arg(long, value_name = "JOB", help_heading = "Job", value_parser = names::new_id)]
+    name: Option<String>,
+    /// Share of the backbone's time, against its other jobs [default: 10]
+    #[arg(long, value_name = "1..100", help_heading = "Job", value_parser = clap::value_parser!(u32).range(1..=100))]
+    priority: Option<u32>,
+    /// Whatever helps to find the job again; may be given several times
+    #[arg(long, value_name = "KEY=VALUE", help_heading = "Job", value_parser = names::label)]
+    label: Vec<(String, String)>,
+    /// Attempts after one that failed for want of memory or within the program (lost workers are not counted: from
+    /// those a job always goes on) [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Job", value_parser = clap::value_parser!(u32).range(0..=10))]
+    retries: Option<u32>,
+    /// The files are on the workers' machines, under these paths; nothing is read here, or uploaded
+    #[arg(long, help_heading = "Job")]
+    data_on_workers: bool,
+    /// Check everything, print what the job would be, and hand nothing in
+    #[arg(long, help_heading = "Job", conflicts_with = "watch")]
+    dry_run: bool,
+    /// Follow the job until it ends, as `job watch` does
+    #[arg(long, help_heading = "Job")]
+    watch: bool,
+    /// The same request sent again under the same id makes no second job [default: a new one]
+    #[arg(long, value_name = "UUID", help_heading = "Job")]
+    request_id: Option<String>,
+    #[command(flatten)]
+    training: TrainingArgs,
+}
+
+/// Hands a job in.
+///
+/// # Errors
+/// If the settings or the files cannot be used, or what the coordinator says.
+pub(super) async fn run(args: SubmitArgs, connect: &ConnectArgs, global: &Global) -> Result<Exit> {
+    let request_id = request_id(args.request_id.as_deref())?;
+    let (id, backbone, dry_run, watched) =
+        (args.name.clone(), args.backbone.clone(), args.dry_run, args.watch);
+    let on_workers = args.data_on_workers;
+    let mut job = Job {
+        priority: args.priority.unwrap_or(0),
+        labels: args.label.iter().cloned().collect(),
+        retry_policy: args.retries.map(retry_policy),
+        ..Job::default()
+    };
+    let draft = Draft::resolve(args)?;
+    let mut wire = incipit_worker::spec::to_wire(&draft.job).map_err(refusal)?;
+    let data = if on_workers { Data::default() } else { Data::read(&draft.whole, &mut wire, global)? };
+    let client = connect.connect().await?;
+    let backbone = choose(&client, backbone.as_deref(), draft.model.as_deref()).await?;
+    let missing = blobs::missing(&client, &data.files).await?;
+    (job.backbone, job.spec) = (backbone.name.clone(), Some(wire));
+    let request = CreateJobRequest {
+        job_id: id.unwrap_or_default(),
+        job: Some(job),
+        request_id: request_id.clone(),
+        validate_only: dry_run,
+    };
+    if dry_run {
+        let answer = ask(&client, request, &missing).await?;
+        let plan = Plan::new(&draft.whole, data.examples, &backbone, answer.as_ref(), &missing);
+        show::print(&plan, || plan.text(), global)?;
+        return Ok(Exit::Ok);
+    }
+    blobs::upload(&client, &missing, global).await?;
+    let job = call!(client, jobs.create_job(request)).map_err(|error| safe_to_repeat(error, &request_id))?;
+    if watched {
+        note(&format!("handed in {}", short(&job.name)));
+        return watch::watch(&client, &job.name, global).await;
+    }
+    show::print(&job, || list::table(std::slice::from_ref(&job)), global)?;
+    note(&format!("watch it: incipit job watch {}", short(&job.name)));
+    Ok(Exit::Ok)
+}
+
+/// Failures that may not come again with the same numbers.
+fn retry_policy(max_retries: u32) -> RetryPolicy {
+    let reasons = [JobReason::OutOfMemory, JobReason::Internal].map(Into::into).to_vec();
+    RetryPolicy { max_retries, reasons }
+}
+
+/// Where nobody knows whether the job was accepted, asking again under the same id finds out.
+fn safe_to_repeat(error: anyhow::Error, request_id: &str) -> anyhow::Error {
+    match error.downcast_ref::<Refusal>() {
+        Some(refusal) if refusal.exit() == Exit::Failure => error.context(format!(
+            "the job may have been accepted or not; send it again with --request-id {request_id}, and there is no second one"
+        )),
+        _ => error,
+    }
+}
+
+/// What the coordinator would make of it. Data that would be uploaded first is no reason to refuse it now.
+async fn ask(client: &Client, request: CreateJobRequest, missing: &[LocalFile]) -> Result<Option<Job>> {
+    let answer = call!(client, jobs.create_job(request));
+    let of_data = |error: &anyhow::Error| {
+        let refused = error.downcast_ref::<Refusal>().map(|refusal| &refusal.0);
+        let names = |problem: &Problem, file: &LocalFile| {
+            problem.message.contains(&file.digest)
+                || problem.metadata.values().any(|value| *value == file.digest)
+        };
+        refused.is_some_and(|problem| missing.iter().any(|file| names(problem, file)))
+    };
+    match answer {
+        Err(error) if of_data(&error) => Ok(None),
+        answer => answer.map(Some),
+    }
+}
+
+/// The settings of a job.
+struct Draft {
+    /// What was given, as it is handed in: the rest comes from the recipe and the defaults where it is trained.
+    job: PartialSpec,
+    /// The whole, checked.
+    whole: TrainSpec,
+    model: Option<String>,
+}
+
+impl Draft {
+    fn resolve(args: SubmitArgs) -> Result<Self> {
+        let config = args.config;
+        let flags = PartialSpec {
+            model: args.model,
+            train: args.train,
+            eval: args.eval,
+            ..args.training.into_spec()
+        };
+        let file = config.as_deref().map(PartialSpec::read).transpose()?.unwrap_or_default();
+        if let Some(path) = &config {
+            tell_ignored(path, &file);
+        }
+        let given = flags.over(file);
+        let model = given.model.clone();
+        let job = job_fields(given);
+        let elsewhere = PartialSpec {
+            model: Some(ELSEWHERE.to_owned()),
+            out: Some(ELSEWHERE.into()),
+            ..PartialSpec::default()
+        };
+        let whole = TrainSpec::resolve(elsewhere.over(job.clone()), None, false)?;
+        Ok(Self { job, whole, model })
+    }
+}
+
+/// Without what the backbone and the worker decide.
+fn job_fields(given: PartialSpec) -> PartialSpec {
+    PartialSpec {
+        model: None,
+        out: None,
+        device: None,
+        dtype: None,
+        tp: None,
+        dp: None,
+        collective: None,
+        microbatch_tokens: None,
+        recompute: None,
+        allow_other_backbone: None,
+        threads: None,
+        method: None,
+        ..given
+    }
+}
+
+/// Says once which settings of a file have no meaning for a job.
+fn tell_ignored(path: &Path, file: &PartialSpec) {
+    let ignored = ignored(file);
+    if !ignored.is_empty() {
+        note(&format!(
+            "{}: {} {} left to the backbone and the worker",
+            path.display(),
+            ignored.join(", "),
+            if ignored.len() == 1 { "is" } else { "are" }
+        ));
+    }
+}
+
+fn ignored(file: &PartialSpec) -> Vec<&'static str> {
+    let given = [
+        ("out", file.out.is_some()),
+        ("device", file.device.is_some()),
+        ("dtype", file.dtype.is_some()),
+        ("tp", file.tp.is_some()),
+        ("dp", file.dp.is_some()),
+        ("collective", file.collective.is_some()),
+        ("microbatch-tokens", file.microbatch_tokens.is_some()),
+        ("recompute", file.recompute.is_some()),
+        ("allow-other-backbone", file.allow_other_backbone.is_some()),
+        ("threads", file.threads.is_some()),
+    ];
+    given.into_iter().filter(|(_, given)| *given).map(|(name, _)| name).collect()
+}
+
+/// The files of this machine.
+#[derive(Default)]
+struct Data {
+    files: Vec<LocalFile>,
+    examples: Option<Examples>,
+}
+
+impl Data {
+    /// Reads the files as a run would, so that a bad record is told before anything is sent, and puts their digests into `wire`.
+    fn read(spec: &TrainSpec, wire: &mut TrainingSpec, global: &Global) -> Result<Self> {
+        let _spinner = progress::spinner("reading the examples", global);
+        let train = texts(spec, &spec.train)?;
+        let eval = spec.eval.as_deref().map(|path| texts(spec, path)).transpose()?;
+        let mut files = Vec::new();
+        for (source, path) in [(&mut wire.train, Some(&spec.train)), (&mut wire.eval, spec.eval.as_ref())] {
+            if let (Some(source), Some(path)) = (source, path) {
+                let file = LocalFile::read(path)?;
+                source.source = Some(Source::Digest(file.digest.clone()));
+                files.push(file);
+            }
+        }
+        Ok(Self { files, examples: Some(plan::examples(spec, &train, eval.as_deref())) })
+    }
+}
+
+fn texts(spec: &TrainSpec, path: &Path) -> Result<Vec<TextExample>> {
+    let loaded =
+        load_text(path, &spec.task_format()?, LoadOptions { skip_bad_records: spec.skip_bad_records })?;
+    if let Some(first) = loaded.first_skipped.first() {
+        warn(&format!("{} records of {} are left out; the first: {first}", loaded.skipped, path.display()));
+    }
+    Ok(loaded.examples)
+}
+
+/// The backbone that was named, or the one that has the model.
+async fn choose(client: &Client, name: Option<&str>, model: Option<&str>) -> Result<Backbone> {
+    if let Some(name) = name {
+        return call!(client, backbones.get_backbone(GetBackboneRequest { name: name.to_owned() }));
+    }
+    let all =
+        pages!(client, backbones.list_backbones(ListBackbonesRequest::default()), backbones, usize::MAX);
+    let chosen = pick(all, model).context("no --backbone was given")?;
+    note(&format!("on the backbone {}", short(&chosen.name)));
+    Ok(chosen)
+}
+
+/// The one backbone that has the model; where several have it, the only one of them that is ready.
+fn pick(all: Vec<Backbone>, model: Option<&str>) -> Result<Backbone> {
+    let known = names_of(&all);
+    let fits = |backbone: &Backbone| model.is_none_or(|model| is_same_model(&backbone.model, model));
+    let mut fitting: Vec<Backbone> = all.into_iter().filter(fits).collect();
+    if fitting.len() > 1
+        && fitting.iter().filter(|backbone| backbone.state() == BackboneState::Ready).count() == 1
+    {
+        fitting.retain(|backbone| backbone.state() == BackboneState::Ready);
+    }
+    match (fitting.len(), model) {
+        (1, _) => Ok(fitting.remove(0)),
+        (0, Some(model)) if known.is_empty() => bad_input(format!(
+            "there is no backbone; create one: incipit backbone create --name NAME --model {model}"
+        )),
+        (0, Some(model)) => bad_input(format!(
+            "no backbone has the model {model} (there are {known}); name one with --backbone, or create one: incipit backbone \
+             create --name NAME --model {model}"
+        )),
+        (0, None) => {
+            bad_input("there is no backbone; create one: incipit backbone create --name NAME --model MODEL")
+        }
+        (_, Some(model)) => {
+            let several = names_of(&fitting);
+            bad_input(format!(
+                "several backbones have the model {model}: {several}; name one with --backbone"
+            ))
+        }
+        (_, None) => bad_input(format!("there are several backbones: {known}; name one with --backbone")),
+    }
+}
+
+fn names_of(backbones: &[Backbone]) -> String {
+    backbones.iter().map(|backbone| short(&backbone.name)).collect::<Vec<_>>().join(", ")
+}
+
+/// Whether two names are of one model: the same text, or directories that are the same here.
+fn is_same_model(one: &str, other: &str) -> bool {
+    let place = |model: &str| Path::new(model).canonicalize().ok();
+    one == other || place(one).is_some_and(|one| Some(one) == place(other))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn backbone(id: &str, model: &str, state: BackboneState) -> Backbone {
+        Backbone {
+            name: format!("backbones/{id}"),
+            model: model.into(),
+            state: state.into(),
+            ..Backbone::default()
+        }
+    }
+
+    fn picked(all: &[Backbone], model: Option<&str>) -> Result<String, String> {
+        pick(all.to_vec(), model).map(|backbone| short(&backbone.name)).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_model_picks_the_backbone() {
+        use BackboneState::{Loading, Ready};
+        let all = [backbone("a", "m", Ready), backbone("b", "n", Ready), backbone("c", "n", Loading)];
+        assert_eq!(picked(&all, Some("m")).as_deref(), Ok("a"));
+        assert_eq!(picked(&all, Some("n")).as_deref(), Ok("b"), "the ready one");
+        assert_eq!(picked(&all[..1], None).as_deref(), Ok("a"), "the only one");
+        for (all, model, part) in [
+            (&all[..], Some("x"), "there are a, b, c"),
+            (&all[..], None, "several backbones: a, b, c"),
+            (&all[..0], None, "incipit backbone create"),
+            (&all[..0], Some("m"), "--model m"),
+            (
+                &[backbone("a", "m", Ready), backbone("b", "m", Ready)][..],
+                Some("m"),
+                "a, b; name one with --backbone",
+            ),
+        ] {
+            let message = picked(all, model).unwrap_err();
+            assert!(message.contains(part), "no {part:?} in {message:?}");
+        }
+        assert!(is_same_model("/tmp/../tmp", "/tmp") && !is_same_model("/tmp/no/a", "/tmp/no/b"));
+    }
+
+    #[test]
+    fn what_the_machine_decides_is_no_part_of_a_job() {
+        let file = PartialSpec {
+            model: Some("m".into()),
+            out: Some("o".into()),
+            threads: Some(2),
+            lr: Some(0.5),
+            ..PartialSpec::default()
+        };
+        assert_eq!(ignored(&file), ["out", "threads"]);
+        assert_eq!(job_fields(file), PartialSpec { lr: Some(0.5), ..PartialSpec::default() });
+        assert_eq!(ignored(&PartialSpec::defaults()).len(), 7);
+    }
+}

@@ -1,0 +1,237 @@
+//! An engine, driven by its frames as an agent drives it, on the demo model.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{command, demo, incipit};
+use incipit_proto::v1::{self, JobState, JobWish, job_report::Report};
+use incipit_worker::frames::{self, FromEngine, Jobs, Join, LocalJob, Notice, Order, ToEngine};
+
+/// An engine's process, killed with the test.
+struct Engine {
+    child: Child,
+    orders: ChildStdin,
+    notices: BufReader<ChildStdout>,
+    _dir: tempfile::TempDir,
+    outbox: PathBuf,
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.child.kill().expect("it can be killed");
+        self.child.wait().expect("it ends");
+    }
+}
+
+impl Engine {
+    fn start() -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut child = command(&["engine", "--parent", &std::process::id().to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the engine starts");
+        let orders = child.stdin.take().expect("a pipe");
+        let notices = BufReader::new(child.stdout.take().expect("a pipe"));
+        let outbox = dir.path().to_owned();
+        Self { child, orders, notices, _dir: dir, outbox }
+    }
+
+    fn tell(&mut self, order: Order) {
+        frames::write(&mut self.orders, &ToEngine { order: Some(order) }).expect("the engine hears");
+    }
+
+    fn join(&mut self, epoch: u64, (tp, dp): (u32, u32)) {
+        let assignment = v1::EngineAssignment {
+            backbone: "backbones/demo".to_owned(),
+            epoch,
+            ranks: (0..tp * dp).collect(),
+            model: demo("model"),
+            dtype: "f32".to_owned(),
+            device: "cpu".to_owned(),
+            tp,
+            dp,
+            collective: "local".to_owned(),
+            microbatch_tokens: 0,
+        };
+        let outbox = self.outbox.to_string_lossy().into_owned();
+        self.tell(Order::Join(Join {
+            assignment: Some(assignment),
+            outbox,
+            neighbours: 1,
+            ..Join::default()
+        }));
+        let ready = self.hear(|notice| matches!(notice, Notice::Ready(ready) if ready.epoch == epoch));
+        let Notice::Ready(ready) = ready else { unreachable!() };
+        assert_eq!(ready.engine.expect("an engine").pid, self.child.id());
+    }
+
+    /// The next notice of this kind; what comes before is let go.
+    fn hear(&mut self, wanted: impl Fn(&Notice) -> bool) -> Notice {
+        let start = Instant::now();
+        loop {
+            let frame: FromEngine =
+                frames::read(&mut self.notices).expect("a frame").expect("the engine lives");
+            let notice = frame.notice.expect("a notice");
+            if let Notice::Failed(failed) = &notice {
+                panic!("{failed:?}");
+            }
+            if wanted(&notice) {
+                return notice;
+            }
+            assert!(start.elapsed() < Duration::from_secs(120), "nothing came");
+        }
+    }
+
+    fn report(&mut self, wanted: impl Fn(&v1::JobReport) -> bool) -> v1::JobReport {
+        let report = self.hear(|notice| matches!(notice, Notice::Job(report) if wanted(report)));
+        let Notice::Job(report) = report else { unreachable!() };
+        report
+    }
+}
+
+fn spec(seed: u64, steps: u64) -> v1::TrainingSpec {
+    v1::TrainingSpec {
+        prompt_length: Some(8),
+        batch_size: Some(8),
+        steps: Some(steps),
+        eval_every: Some(10),
+        checkpoint_every: Some(10),
+        seed: Some(seed),
+        ..v1::TrainingSpec::default()
+    }
+}
+
+fn job(name: &str, attempt: u32, spec: v1::TrainingSpec) -> LocalJob {
+    let job = format!("jobs/{name}");
+    let assignment =
+        v1::JobAssignment { job, attempt, spec: Some(spec), priority: 10, ..v1::JobAssignment::default() };
+    LocalJob {
+        assignment: Some(assignment),
+        train: demo("data/train.jsonl"),
+        eval: demo("data/eval.jsonl"),
+        checkpoint: String::new(),
+    }
+}
+
+fn wish(mut job: LocalJob, wish: JobWish) -> LocalJob {
+    job.assignment.as_mut().expect("an assignment").set_wish(wish);
+    job
+}
+
+/// What `incipit train` makes of the same.
+fn trained(dir: &Path, seed: u64, steps: u64) -> Vec<u8> {
+    let out = dir.join(format!("alone-{seed}")).display().to_string();
+    let (seed, steps) = (seed.to_string(), steps.to_string());
+    let (model, train, eval) = (demo("model"), demo("data/train.jsonl"), demo("data/eval.jsonl"));
+    incipit(&[
+        "train",
+        "--model",
+        &model,
+        "--train",
+        &train,
+        "--eval",
+        &eval,
+        "--out",
+        &out,
+        "--dtype",
+        "f32",
+        "--prompt-length",
+        "8",
+        "--batch-size",
+        "8",
+        "--steps",
+        &steps,
+        "--eval-every",
+        "10",
+        "--checkpoint-every",
+        "10",
+        "--seed",
+        &seed,
+        "-q",
+    ])
+    .ok();
+    std::fs::read(Path::new(&out).join("last/prompt.safetensors")).expect("a prompt")
+}
+
+/// The prompts of the last checkpoints that were saved, until all jobs have left.
+fn until_all_left(engine: &mut Engine, jobs: usize) -> BTreeMap<String, (v1::JobLeft, Vec<u8>)> {
+    let (mut prompts, mut left) = (BTreeMap::new(), BTreeMap::new());
+    while left.len() < jobs {
+        match engine.hear(|notice| matches!(notice, Notice::Saved(_) | Notice::Job(_))) {
+            Notice::Saved(saved) => {
+                let report = saved.report.expect("a report");
+                let prompt =
+                    std::fs::read(Path::new(&saved.dir).join("prompt.safetensors")).expect("a prompt");
+                prompts.insert(report.job, prompt);
+            }
+            Notice::Job(v1::JobReport { job, report: Some(Report::Left(end)), .. }) => {
+                let prompt = prompts.get(&job).cloned().unwrap_or_default();
+                left.insert(job, (end, prompt));
+            }
+            _ => {}
+        }
+    }
+    left
+}
+
+#[test]
+fn jobs_of_one_batch_end_in_the_bytes_that_each_has_alone() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut engine = Engine::start();
+    engine.join(1, (1, 1));
+    let jobs = (0..3).map(|seed| job(&format!("j{seed}"), 1, spec(seed, 25))).collect();
+    engine.tell(Order::Jobs(Jobs { epoch: 1, jobs }));
+    let left = until_all_left(&mut engine, 3);
+    for seed in 0..3 {
+        let (end, prompt) = &left[&format!("jobs/j{seed}")];
+        assert_eq!((end.state(), end.step), (JobState::Succeeded, 25), "{end:?}");
+        assert!(*prompt == trained(dir.path(), seed, 25), "the prompt of seed {seed} differs");
+    }
+}
+
+#[test]
+fn a_job_that_fails_or_is_cancelled_leaves_its_neighbour_as_it_was() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut engine = Engine::start();
+    engine.join(1, (1, 1));
+    let bad = v1::TrainingSpec { lr: Some(1e30), ..spec(5, 25) };
+    let good = job("good", 1, spec(7, 25));
+    let long = job("long", 1, spec(8, 1_000_000));
+    let jobs = vec![good.clone(), job("bad", 1, bad), long.clone()];
+    engine.tell(Order::Jobs(Jobs { epoch: 1, jobs }));
+    engine.report(|report| report.job == "jobs/long" && matches!(report.report, Some(Report::Measured(_))));
+    engine.tell(Order::Jobs(Jobs { epoch: 1, jobs: vec![good, wish(long, JobWish::Cancel)] }));
+    let left = until_all_left(&mut engine, 2);
+    assert_eq!(left["jobs/long"].0.state(), JobState::Cancelled);
+    assert!(left["jobs/good"].1 == trained(dir.path(), 7, 25), "the neighbour differs");
+}
+
+#[test]
+fn a_paused_job_goes_on_from_its_checkpoint_in_another_group_to_the_same_bytes() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut engine = Engine::start();
+    engine.join(1, (1, 2));
+    let first = job("p", 1, spec(3, 25));
+    engine.tell(Order::Jobs(Jobs { epoch: 1, jobs: vec![first.clone()] }));
+    engine.report(|report| matches!(report.report, Some(Report::Measured(_))));
+    engine.tell(Order::Jobs(Jobs { epoch: 1, jobs: vec![wish(first, JobWish::Pause)] }));
+    let saved = engine.hear(|notice| matches!(notice, Notice::Saved(_)));
+    let Notice::Saved(saved) = saved else { unreachable!() };
+    let left = until_all_left(&mut engine, 1);
+    let step = left["jobs/p"].0.step;
+    assert_eq!(left["jobs/p"].0.state(), JobState::Paused);
+    assert!((1..25).contains(&step), "{step}");
+    engine.join(2, (1, 2));
+    let second = LocalJob { checkpoint: saved.dir.clone(), ..job("p", 2, spec(3, 25)) };
+    engine.tell(Order::Jobs(Jobs { epoch: 2, jobs: vec![second] }));
+    let started = engine.report(|report| matches!(report.report, Some(Report::Started(_))));
+    assert!(matches!(started.report, Some(Report::Started(started)) if started.step == step));
+    let left = until_all_left(&mut engine, 1);
+    assert!(left["jobs/p"].1 == trained(dir.path(), 3, 25), "the prompt differs");
+}

@@ -1,0 +1,384 @@
+//! Blobs: bytes by their hash, in a directory or in an object store. A blob has its name only once all its bytes are there, are
+//! flushed, and have the hash that they were announced with.
+
+use std::{
+    error::Error as _,
+    fmt, io,
+    path::{Path as FilePath, PathBuf},
+    sync::Arc,
+    time::SystemTime,
+};
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt as _, TryStreamExt as _};
+use incipit_proto::Problem;
+use object_store::{
+    GetOptions, GetRange, MultipartUpload, ObjectStore, ObjectStoreExt as _, PutPayload,
+    local::LocalFileSystem, path::Path,
+};
+use tokio::sync::RwLock;
+use tonic::Code;
+
+pub mod garbage;
+mod upload;
+
+pub use upload::Upload;
+
+/// BLAKE3 of a blob, 64 hexadecimal digits.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Digest(String);
+
+impl Digest {
+    /// The digest in `text`.
+    ///
+    /// # Errors
+    /// If it is none; the problem names `field`.
+    pub fn parse(field: &str, text: &str) -> Result<Self, Problem> {
+        let hexadecimal = |c: u8| c.is_ascii_digit() || (b'a'..=b'f').contains(&c);
+        if text.len() == 64 && text.bytes().all(hexadecimal) {
+            return Ok(Self(text.to_owned()));
+        }
+        Err(Problem::field(field, format!("is {text:?}; give a BLAKE3 of 64 small hexadecimal digits")))
+    }
+
+    /// Of bytes.
+    #[must_use]
+    pub fn of(bytes: &[u8]) -> Self {
+        Self(blake3::hash(bytes).to_hex().to_string())
+    }
+
+    /// Its digits.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Why a blob cannot be stored or read.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The store's address is wrong.
+    #[error(
+        "{url:?} is no place for blobs ({why}); give a directory, or s3://, gs:// or az:// with a bucket"
+    )]
+    Place {
+        /// The address.
+        url: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// There is no such blob.
+    #[error("there is no blob {0}; upload it")]
+    Missing(Digest),
+    /// Other bytes than announced.
+    #[error(
+        "blob {announced} was sent with bytes whose BLAKE3 is {found}; nothing of it was kept: send it again"
+    )]
+    Hash {
+        /// What was announced.
+        announced: Digest,
+        /// What came.
+        found: Digest,
+    },
+    /// More or fewer bytes than announced.
+    #[error("blob {digest} was announced with {announced} bytes, and {found} came; nothing of it was kept")]
+    Size {
+        /// The blob.
+        digest: Digest,
+        /// What was announced.
+        announced: u64,
+        /// What came (of too many: as many as were read).
+        found: u64,
+    },
+    /// Larger than allowed.
+    #[error("blob {digest} has {size} bytes, and {limit} are allowed; raise limits.max_blob_bytes")]
+    TooLarge {
+        /// The blob.
+        digest: Digest,
+        /// Its size.
+        size: u64,
+        /// What is allowed.
+        limit: u64,
+    },
+    /// The disk is full.
+    #[error("there is no room left at {place}; make some (`incipit checkpoint gc`), or move the blobs")]
+    Full {
+        /// Where.
+        place: String,
+    },
+    /// The store failed.
+    #[error("the blob store at {place} failed: {why}")]
+    Store {
+        /// Where.
+        place: String,
+        /// What it said.
+        why: String,
+    },
+}
+
+/// The outcome of something done with blobs.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl From<Error> for Problem {
+    fn from(error: Error) -> Self {
+        let message = error.to_string();
+        match error {
+            Error::Place { url, .. } => {
+                Self::new(Code::InvalidArgument, "BLOB_PLACE", message).with("url", url)
+            }
+            Error::Missing(digest) => {
+                Self::new(Code::NotFound, "BLOB_MISSING", message).with("digest", digest)
+            }
+            Error::Hash { announced, found } => Self::new(Code::InvalidArgument, "BLOB_HASH", message)
+                .with("digest", announced)
+                .with("found", found),
+            Error::Size { digest, announced, found } => {
+                Self::new(Code::InvalidArgument, "BLOB_SIZE", message)
+                    .with("digest", digest)
+                    .with("announced", announced)
+                    .with("found", found)
+            }
+            Error::TooLarge { digest, size, limit } => {
+                Self::new(Code::InvalidArgument, "BLOB_TOO_LARGE", message)
+                    .with("digest", digest)
+                    .with("size", size)
+                    .with("limit", limit)
+            }
+            Error::Full { place } => {
+                Self::new(Code::ResourceExhausted, "NO_SPACE", message).with("path", place)
+            }
+            Error::Store { place, .. } => {
+                Self::new(Code::Unavailable, "BLOB_STORE", message).with("place", place)
+            }
+        }
+    }
+}
+
+/// A blob as it is listed.
+#[derive(Clone, Debug)]
+pub struct Listed {
+    /// Its name.
+    pub digest: Digest,
+    /// Its bytes.
+    pub size: u64,
+    /// When it was stored.
+    pub stored: SystemTime,
+}
+
+/// The blobs of a cluster. Clones share them.
+#[derive(Clone, Debug)]
+pub struct Blobs {
+    store: Arc<dyn ObjectStore>,
+    prefix: Path,
+    place: String,
+    limit: u64,
+    /// Read by whoever has the core name blobs, from looking for them until they are named; written by who deletes some.
+    naming: Arc<RwLock<()>>,
+}
+
+impl Blobs {
+    /// Opens the blobs at `place`, a directory (which is made) or a URL, each `limit` bytes at most. What uploads that were
+    /// interrupted left in a directory is removed.
+    ///
+    /// # Errors
+    /// If `place` is no place for blobs, or the directory cannot be made.
+    pub fn open(place: &str, limit: u64) -> Result<Self> {
+        let (store, prefix) =
+            if place.contains("://") { remote(place)? } else { local(FilePath::new(place))? };
+        Ok(Self { store, prefix, place: place.to_owned(), limit, naming: Arc::default() })
+    }
+
+    /// While this is held no blob is deleted: look for blobs, and have them named.
+    pub async fn hold(&self) -> tokio::sync::OwnedRwLockReadGuard<()> {
+        Arc::clone(&self.naming).read_owned().await
+    }
+
+    /// The size of a blob, if it is there.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn find(&self, digest: &Digest) -> Result<Option<u64>> {
+        match self.store.head(&self.key(digest)).await {
+            Ok(object) => Ok(Some(object.size)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(self.failed(&error)),
+        }
+    }
+
+    /// Which of `digests` are missing.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn missing(&self, digests: Vec<Digest>) -> Result<Vec<Digest>> {
+        let found = futures::stream::iter(digests).map(|digest| async move {
+            let found = self.find(&digest).await?;
+            Ok::<_, Error>(found.is_none().then_some(digest))
+        });
+        found.buffered(16).try_filter_map(|missing| async move { Ok(missing) }).try_collect().await
+    }
+
+    /// Begins to store a blob of `size` bytes.
+    ///
+    /// # Errors
+    /// If it is too large.
+    pub fn write(&self, digest: Digest, size: u64) -> Result<Upload> {
+        if size > self.limit {
+            return Err(Error::TooLarge { digest, size, limit: self.limit });
+        }
+        Ok(Upload::new(self.clone(), digest, size))
+    }
+
+    /// The bytes of a blob from `offset` on, in chunks. Past the end there are none.
+    ///
+    /// # Errors
+    /// If there is no such blob, or the store fails.
+    pub async fn read(
+        &self,
+        digest: &Digest,
+        offset: u64,
+    ) -> Result<impl Stream<Item = Result<Bytes>> + Send + use<>> {
+        let size = self.find(digest).await?.ok_or_else(|| Error::Missing(digest.clone()))?;
+        let blobs = self.clone();
+        let chunks = if offset < size {
+            let options = GetOptions { range: Some(GetRange::Offset(offset)), ..GetOptions::default() };
+            let got = self.store.get_opts(&self.key(digest), options).await;
+            got.map_err(|error| self.failed(&error))?.into_stream().left_stream()
+        } else {
+            futures::stream::empty().right_stream()
+        };
+        Ok(chunks.map_err(move |error| blobs.failed(&error)))
+    }
+
+    /// All blobs, in no order. What else lies there is left out.
+    pub fn list(&self) -> impl Stream<Item = Result<Listed>> + Send + use<> {
+        let blobs = self.clone();
+        self.store.list(Some(&self.prefix)).filter_map(move |object| {
+            let listed = match object {
+                Ok(object) => blobs.listed(&object).map(Ok),
+                Err(error) => Some(Err(blobs.failed(&error))),
+            };
+            async move { listed }
+        })
+    }
+
+    fn listed(&self, object: &object_store::ObjectMeta) -> Option<Listed> {
+        let mut parts = object.location.prefix_match(&self.prefix)?;
+        let (directory, rest) = (parts.next()?, parts.next()?);
+        let digest = Digest::parse("", &format!("{}{}", directory.as_ref(), rest.as_ref())).ok()?;
+        Some(Listed { digest, size: object.size, stored: object.last_modified.into() })
+    }
+
+    /// Deletes a blob. One that is not there is no error.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn delete(&self, digest: &Digest) -> Result<()> {
+        match self.store.delete(&self.key(digest)).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(self.failed(&error)),
+        }
+    }
+
+    /// Reads a blob and compares its hash and its size; `None` if both are right, else what is wrong. Then the bytes read.
+    ///
+    /// # Errors
+    /// If the store fails otherwise than by not having it.
+    pub async fn verify(&self, digest: &Digest, size: u64) -> Result<(Option<String>, u64)> {
+        let mut chunks = match self.read(digest, 0).await {
+            Ok(chunks) => Box::pin(chunks),
+            Err(Error::Missing(digest)) => return Ok((Some(format!("blob {digest} is missing")), 0)),
+            Err(error) => return Err(error),
+        };
+        let (mut hasher, mut found) = (blake3::Hasher::new(), 0);
+        while let Some(chunk) = chunks.try_next().await? {
+            hasher.update(&chunk);
+            found += chunk.len() as u64;
+        }
+        let hash = hasher.finalize().to_hex();
+        let wrong = if hash.as_str() != digest.as_str() {
+            Some(format!("blob {digest} has bytes whose BLAKE3 is {hash}"))
+        } else if found != size {
+            Some(format!("blob {digest} has {found} bytes instead of {size}"))
+        } else {
+            None
+        };
+        Ok((wrong, found))
+    }
+
+    async fn put(&self, digest: &Digest, bytes: PutPayload) -> Result<()> {
+        self.store.put(&self.key(digest), bytes).await.map_err(|error| self.failed(&error))?;
+        Ok(())
+    }
+
+    async fn put_parts(&self, digest: &Digest) -> Result<Box<dyn MultipartUpload>> {
+        self.store.put_multipart(&self.key(digest)).await.map_err(|error| self.failed(&error))
+    }
+
+    fn key(&self, digest: &Digest) -> Path {
+        let (directory, rest) = digest.as_str().split_at(2);
+        self.prefix.clone().join(directory).join(rest)
+    }
+
+    fn failed(&self, error: &object_store::Error) -> Error {
+        let place = self.place.clone();
+        if is_full(error) { Error::Full { place } } else { Error::Store { place, why: error.to_string() } }
+    }
+}
+
+/// Whether an error comes from a full disk, or a quota.
+fn is_full(error: &object_store::Error) -> bool {
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let kind = cause.downcast_ref::<io::Error>().map(io::Error::kind);
+        if matches!(kind, Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)) {
+            return true;
+        }
+        source = cause.source();
+    }
+    false
+}
+
+fn local(dir: &FilePath) -> Result<(Arc<dyn ObjectStore>, Path)> {
+    let failed =
+        |why: &dyn fmt::Display| Error::Place { url: dir.display().to_string(), why: why.to_string() };
+    std::fs::create_dir_all(dir).map_err(|e| failed(&e))?;
+    for path in interrupted(dir).map_err(|e| failed(&e))? {
+        std::fs::remove_file(path).map_err(|e| failed(&e))?;
+    }
+    let store = LocalFileSystem::new_with_prefix(dir).map_err(|e| failed(&e))?;
+    Ok((Arc::new(store.with_fsync(true)), Path::default()))
+}
+
+/// Files that uploads did not finish: `object_store` stages them beside their place, as `...#1`.
+fn interrupted(dir: &FilePath) -> io::Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            for entry in std::fs::read_dir(&path)? {
+                let path = entry?.path();
+                if path.to_string_lossy().contains('#') {
+                    found.push(path);
+                }
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn remote(url: &str) -> Result<(Arc<dyn ObjectStore>, Path)> {
+    let failed = |why: &dyn fmt::Display| Error::Place { url: url.to_owned(), why: why.to_string() };
+    let parsed = url::Url::parse(url).map_err(|e| failed(&e))?;
+    if !["s3", "gs", "az"].contains(&parsed.scheme()) {
+        return Err(failed(&"no such kind of store"));
+    }
+    let options = std::env::vars().map(|(key, value)| (key.to_ascii_lowercase(), value));
+    let (store, prefix) = object_store::parse_url_opts(&parsed, options).map_err(|e| failed(&e))?;
+    Ok((Arc::from(store), prefix))
+}

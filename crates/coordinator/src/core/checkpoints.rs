@@ -1,0 +1,116 @@
+//! Checkpoints and prompts: what is asked of them.
+
+use incipit_proto::{Problem, names::PromptName};
+
+use super::{
+    Core,
+    checkpoint::{PROMPT_FILE, PromptVersion, version_name},
+    effects::{Change, Resource},
+    input::{CheckpointRef, StepRef},
+    rows::{Counter, Target},
+};
+
+impl Core {
+    pub(super) fn delete_checkpoint(&mut self, target: &CheckpointRef) -> Result<Target, Problem> {
+        let checkpoint = self.find_checkpoint(target)?;
+        let (name, step) = (checkpoint.name(), checkpoint.step);
+        let refuse = |reason: &str, why: &str| {
+            Err(Problem::state(reason, format!("{name} {why}")).with("name", &name))
+        };
+        if checkpoint.pinned {
+            return refuse("CHECKPOINT_PINNED", "is pinned; unpin it first");
+        }
+        if self.is_promoted(&target.job, step) {
+            return refuse("CHECKPOINT_PROMOTED", "is a version of a prompt; delete that first");
+        }
+        let job = self.job(&target.job)?;
+        if !job.is_final() && job.committed_step == step {
+            return refuse(
+                "CHECKPOINT_NEEDED",
+                "is the last of a job that has not ended; cancel the job first",
+            );
+        }
+        if job.open_attempt().is_some_and(|attempt| attempt.start_step == step) {
+            return refuse("CHECKPOINT_NEEDED", "is what its job went on from; wait until the job has left");
+        }
+        let mut job = job.clone();
+        if job.best.is_some_and(|best| best.step == step) {
+            job.best = None;
+            self.put_job(job);
+        }
+        self.remove_checkpoint(&target.job, step);
+        Ok(Target::Nothing)
+    }
+
+    pub(super) fn pin_checkpoint(&mut self, target: &CheckpointRef, pinned: bool) -> Result<Target, Problem> {
+        let mut checkpoint = self.find_checkpoint(target)?.clone();
+        let step = checkpoint.step;
+        if checkpoint.pinned != pinned {
+            checkpoint.pinned = pinned;
+            self.put(Resource::Checkpoint(Box::new(checkpoint)));
+        }
+        Ok(Target::Checkpoint(target.job.clone(), step))
+    }
+
+    pub(super) fn promote(
+        &mut self,
+        prompt: PromptName,
+        target: &CheckpointRef,
+        description: String,
+    ) -> Result<Target, Problem> {
+        let checkpoint = self.find_checkpoint(target)?.clone();
+        let Some(file) = checkpoint.files.iter().find(|file| file.name == PROMPT_FILE) else {
+            let what = format!("{} has no file {PROMPT_FILE}; choose another one", checkpoint.name());
+            return Err(Problem::state("NO_PROMPT", what));
+        };
+        let last = self.rows.counters.get(prompt.as_str()).map_or(0, |counter| counter.value);
+        let versions = self.rows.prompts.range((prompt.clone(), 0)..=(prompt.clone(), u64::MAX));
+        let version = PromptVersion {
+            prompt: prompt.clone(),
+            version: last + 1,
+            job: checkpoint.job.clone(),
+            step: checkpoint.step,
+            previous: versions.last().map(|((_, version), _)| *version),
+            digest: file.digest.clone(),
+            backbone_fingerprint: checkpoint.backbone_fingerprint.clone(),
+            score: checkpoint.score,
+            description,
+            create_time: self.now,
+            created_revision: 0,
+            revision: 0,
+        };
+        let counter = Counter { name: prompt.to_string(), value: last + 1, expire_time: None };
+        self.change(Change::PutCounter(counter));
+        self.put(Resource::Prompt(Box::new(version)));
+        Ok(Target::Prompt(prompt, last + 1))
+    }
+
+    pub(super) fn delete_version(&mut self, prompt: &PromptName, version: u64) -> Result<Target, Problem> {
+        let Some(row) = self.rows.prompts.get(&(prompt.clone(), version)) else {
+            return Err(Problem::not_found(&version_name(prompt, version)));
+        };
+        let row = Box::new(row.clone());
+        self.remove(Resource::Prompt(row));
+        Ok(Target::Nothing)
+    }
+
+    /// The checkpoint that a caller means.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn find_checkpoint(&self, target: &CheckpointRef) -> Result<&super::checkpoint::Checkpoint, Problem> {
+        let job = self.job(&target.job)?;
+        let step = match target.step {
+            StepRef::At(step) => Some(step),
+            StepRef::Best => job.best.map(|best| best.step),
+            StepRef::Last => self.checkpoints_of(&job.name).map(|checkpoint| checkpoint.step).next(),
+        };
+        match step {
+            Some(step) => self.checkpoint(&target.job, step),
+            None => {
+                let which = if target.step == StepRef::Best { "best" } else { "last" };
+                Err(Problem::not_found(&format!("{}/checkpoints/{which}", target.job)))
+            }
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! What agents report: each report once, in order, and only what is of the current epoch and attempt.
+
+use incipit_proto::{
+    Problem,
+    names::{BackboneName, JobName, WorkerName},
+    v1::{BackboneState, JobReason, JobState, JobWish, LogLine, MetricPoint, metric_point::Point},
+};
+use tonic::Code;
+
+use super::{
+    Core,
+    checkpoint::{Checkpoint, CheckpointFile},
+    effects::{Change, Resource, ToAgent},
+    input::{JobEvent, Report},
+    job::{Best, Job},
+    jobs::cut,
+    transitions::JobCause,
+    worker::WorkerReports,
+};
+
+/// Warnings of a loader that are kept, at most.
+const MAX_WARNINGS: usize = 20;
+/// Characters of a line of a log, at most.
+const MAX_LINE: usize = 16 * 1024;
+
+impl Core {
+    pub(super) fn report(&mut self, worker: &WorkerName, sequence: u64, report: Report) {
+        let Some(reports) = self.rows.reports.get(worker) else { return };
+        let last = reports.sequence;
+        if sequence > last + 1 {
+            let what = format!("{worker} sent report {sequence}, and {} is next; connect again", last + 1);
+            self.close(worker, Problem::new(Code::Aborted, "SEQUENCE_GAP", what).with("acknowledged", last));
+            return;
+        }
+        if sequence == last + 1 {
+            let incarnation = reports.incarnation.clone();
+            self.take(worker, report);
+            self.change(Change::PutReports(WorkerReports { worker: worker.clone(), incarnation, sequence }));
+        }
+        self.send(worker, ToAgent::Acknowledged(last.max(sequence)));
+    }
+
+    fn take(&mut self, worker: &WorkerName, report: Report) {
+        match report {
+            Report::Engine { backbone, epoch, rank, event } => {
+                self.engine_report(worker, &backbone, (epoch, rank), event);
+            }
+            Report::Job { backbone, epoch, job, attempt, event } => {
+                if self.is_current(worker, &backbone, epoch, (&job, attempt)) {
+                    self.job_report(&job, event);
+                }
+            }
+            Report::Logs { backbone, job, lines } => self.log_report(worker, &backbone, job.as_ref(), lines),
+        }
+    }
+
+    /// Whether what is said of a job comes from where the job is.
+    fn is_current(
+        &self,
+        worker: &WorkerName,
+        backbone: &BackboneName,
+        epoch: u64,
+        (job, attempt): (&JobName, u32),
+    ) -> bool {
+        let Some(backbone) = self.rows.backbones.get(backbone) else { return false };
+        let Some(job) = self.rows.jobs.get(job) else { return false };
+        backbone.state == BackboneState::Ready
+            && backbone.epoch == epoch
+            && backbone.ranks.first().is_some_and(|rank| rank.worker == *worker)
+            && job.backbone == backbone.name
+            && job.state == JobState::Running
+            && job.open_attempt().is_some_and(|open| open.number == attempt && open.epoch == epoch)
+    }
+
+    fn job_report(&mut self, name: &JobName, event: JobEvent) {
+        match event {
+            JobEvent::Started { step, warnings } => {
+                self.progress.entry(name.clone()).or_default().step = step;
+                let Some(job) = self.rows.jobs.get(name) else { return };
+                let warnings: Vec<String> =
+                    warnings.iter().take(MAX_WARNINGS).map(|line| cut(line)).collect();
+                if job.warnings != warnings {
+                    self.put_job(Job { warnings, ..job.clone() });
+                }
+            }
+            JobEvent::Measured(points) => self.measured(name, points),
+            JobEvent::Saved { step, files, score, best } => self.saved(name, (step, files), score, best),
+            JobEvent::Left { state, reason, message, step } => {
+                self.left(name, (state, reason), &message, step);
+            }
+        }
+    }
+
+    fn measured(&mut self, name: &JobName, mut points: Vec<MetricPoint>) {
+        let Some(job) = self.rows.jobs.get(name) else { return };
+        let (backbone, is_new) = (job.backbone.clone(), job.start_time.is_none());
+        let now = self.now;
+        let progress = self.progress.entry(name.clone()).or_default();
+        for point in &points {
+            progress.step = progress.step.max(point.step);
+            match &point.point {
+                Some(Point::Training(training)) => {
+                    progress.loss = Some(training.loss);
+                    progress.rate.add(1.0, now);
+                    let tokens = self.token_rates.entry(backbone.clone()).or_default();
+                    tokens.add(training.num_tokens as f64, now);
+                }
+                Some(Point::Evaluation(evaluation)) if evaluation.best => {
+                    progress.best = Some((point.step, evaluation.score));
+                }
+                _ => {}
+            }
+        }
+        let mut marks = self.rows.metrics.get(name).copied().unwrap_or_default();
+        points.retain_mut(|point| marks.take(point));
+        if points.is_empty() {
+            return;
+        }
+        self.change(Change::AppendMetrics(name.clone(), points));
+        self.forgive_losses(&backbone);
+        if is_new {
+            self.begun(name);
+        }
+    }
+
+    fn begun(&mut self, name: &JobName) {
+        if let Some(job) = self.rows.jobs.get(name)
+            && job.start_time.is_none()
+        {
+            self.put_job(Job { start_time: Some(self.now), ..job.clone() });
+        }
+    }
+
+    fn saved(
+        &mut self,
+        name: &JobName,
+        (step, files): (u64, Vec<CheckpointFile>),
+        score: Option<f64>,
+        best: bool,
+    ) {
+        let Some(mut job) = self.rows.jobs.get(name).cloned() else { return };
+        if step <= job.committed_step {
+            // A checkpoint that is there already, told again by an engine that began anew, is no news; another one of the same step is a
+            // fault that must not replace what prompts may have been made from.
+            let known = self.rows.checkpoints.get(&(name.clone(), step));
+            if known.is_none_or(|known| known.files != files) {
+                let text = format!(
+                    "refused a checkpoint of step {step}: that of step {} is committed already, and is kept",
+                    job.committed_step
+                );
+                self.own_line(name, text);
+            }
+            return;
+        }
+        let Some(attempt) = job.open_attempt() else { return };
+        let (attempt, epoch) = (attempt.number, attempt.epoch);
+        let backbone = self.rows.backbones.get(&job.backbone);
+        let checkpoint = Checkpoint {
+            job: name.clone(),
+            step,
+            files,
+            backbone_fingerprint: backbone.map(|backbone| backbone.fingerprint.clone()).unwrap_or_default(),
+            score,
+            best,
+            pinned: false,
+            attempt,
+            epoch,
+            create_time: self.now,
+            created_revision: 0,
+            revision: 0,
+        };
+        if best {
+            self.dethrone(&job);
+            job.best = Some(Best { step, score });
+        }
+        job.committed_step = step;
+        job.start_time = job.start_time.or(Some(self.now));
+        let backbone = job.backbone.clone();
+        self.put(Resource::Checkpoint(Box::new(checkpoint)));
+        self.put_job(job);
+        let progress = self.progress.entry(name.clone()).or_default();
+        progress.step = progress.step.max(step);
+        self.forgive_losses(&backbone);
+        self.retain(name);
+    }
+
+    /// The best checkpoint so far is that no more.
+    fn dethrone(&mut self, job: &Job) {
+        let best = job.best.and_then(|best| self.rows.checkpoints.get(&(job.name.clone(), best.step)));
+        if let Some(best) = best {
+            let old = Checkpoint { best: false, ..best.clone() };
+            self.put(Resource::Checkpoint(Box::new(old)));
+        }
+    }
+
+    /// A job left its backbone. What was wished of it meanwhile goes before what its engine made of that.
+    fn left(&mut self, name: &JobName, (state, reason): (JobState, JobReason), message: &str, step: u64) {
+        let Some(job) = self.rows.jobs.get(name) else { return };
+        let wish = match job.wish {
+            JobWish::Pause => Some(JobCause::PauseDone),
+            JobWish::Cancel => Some(JobCause::CancelDone),
+            JobWish::Unspecified => None,
+        };
+        let (cause, reason) = match (state, reason) {
+            (JobState::Succeeded, JobReason::PatienceExhausted) => (JobCause::PatienceExhausted, reason),
+            (JobState::Succeeded, _) => (JobCause::StepsDone, JobReason::StepsDone),
+            (JobState::Cancelled, _) => (JobCause::CancelDone, JobReason::Requested),
+            (JobState::Paused, _) => (wish.unwrap_or(JobCause::PauseTakenBack), JobReason::Requested),
+            (_, reason) => {
+                let reason = failure(reason);
+                let again = job.retry_policy.reasons.contains(&reason)
+                    && job.num_failures < job.retry_policy.max_retries;
+                let cause = if again { wish.unwrap_or(JobCause::Retried) } else { JobCause::Failed(reason) };
+                (cause, reason)
+            }
+        };
+        self.end_attempt(name, cause, reason, message, Some(step));
+    }
+
+    fn log_report(
+        &mut self,
+        worker: &WorkerName,
+        backbone: &BackboneName,
+        job: Option<&JobName>,
+        mut lines: Vec<LogLine>,
+    ) {
+        let name = match job {
+            None if self.rows.backbones.contains_key(backbone) => backbone.to_string(),
+            Some(job) if self.rows.jobs.get(job).is_some_and(|job| job.backbone == *backbone) => {
+                job.to_string()
+            }
+            // Of something that is deleted: nobody can read it any more.
+            _ => return,
+        };
+        for line in &mut lines {
+            line.worker = worker.to_string();
+        }
+        self.append_lines(name, lines);
+    }
+
+    /// A line of the coordinator's own in a job's log.
+    fn own_line(&mut self, job: &JobName, text: String) {
+        let time = pbjson_time(self.now);
+        let line = LogLine { time: Some(time), level: "ERROR".to_owned(), text, ..LogLine::default() };
+        self.append_lines(job.to_string(), vec![line]);
+    }
+
+    fn append_lines(&mut self, name: String, mut lines: Vec<LogLine>) {
+        if lines.is_empty() {
+            return;
+        }
+        let next = self.rows.logs.get(&name).copied().unwrap_or(0);
+        for (offset, line) in (next..).zip(&mut lines) {
+            line.offset = offset;
+            if let Some((end, _)) = line.text.char_indices().nth(MAX_LINE) {
+                line.text.truncate(end);
+            }
+        }
+        self.change(Change::AppendLogs(name, lines));
+    }
+}
+
+fn pbjson_time(time: super::Time) -> pbjson_types::Timestamp {
+    crate::wire::timestamp(time)
+}
+
+/// The reason as far as a job can fail for it. Whatever else a worker gives is a fault of the worker's.
+fn failure(reason: JobReason) -> JobReason {
+    match reason {
+        JobReason::NonFinite
+        | JobReason::BadData
+        | JobReason::BadSpec
+        | JobReason::OutOfMemory
+        | JobReason::Internal => reason,
+        _ => JobReason::Internal,
+    }
+}

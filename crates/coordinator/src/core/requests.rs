@@ -1,0 +1,130 @@
+//! Requests: one effect a request id, and the answer.
+
+use incipit_proto::{Problem, names::WorkerName};
+use tonic::Code;
+
+use super::{
+    Core,
+    effects::{Change, Reply},
+    input::{Request, RequestKey},
+    rows::{RequestRecord, Target},
+};
+
+/// What a request led to.
+pub(super) enum Outcome {
+    /// It took effect, or asked for what is so already.
+    Done(Target),
+    /// Nothing was to be done; this is what it would have led to.
+    Shown(Reply),
+}
+
+/// What the answer is made from, once all is settled.
+pub(super) enum Answer {
+    Target(Target),
+    Reply(Reply),
+}
+
+impl Core {
+    pub(super) fn request(&mut self, key: Option<RequestKey>, request: Request) -> Result<Answer, Problem> {
+        if let Some(key) = &key
+            && let Some(record) = self.rows.requests.get(&key.id)
+        {
+            if record.hash == key.hash {
+                return Ok(Answer::Target(record.target.clone()));
+            }
+            let what =
+                format!("request_id {} was used for another request before; give each its own", key.id);
+            let problem = Problem::new(Code::InvalidArgument, "REQUEST_ID_REUSED", what);
+            return Err(problem.with("request_id", &key.id));
+        }
+        match self.dispatch(request)? {
+            Outcome::Shown(reply) => Ok(Answer::Reply(reply)),
+            Outcome::Done(target) => {
+                if let Some(RequestKey { id, hash }) = key {
+                    let record = RequestRecord { id, hash, target: target.clone(), time: self.now };
+                    self.change(Change::PutRequest(record));
+                }
+                Ok(Answer::Target(target))
+            }
+        }
+    }
+
+    fn dispatch(&mut self, request: Request) -> Result<Outcome, Problem> {
+        let target = match request {
+            Request::CreateJob { job, validate_only } => return self.create_job(*job, validate_only),
+            Request::CreateBackbone { backbone, validate_only } => {
+                return self.create_backbone(*backbone, validate_only);
+            }
+            Request::DeleteJob(target) => self.delete_job(&target)?,
+            Request::PauseJob(target) => self.pause_job(&target)?,
+            Request::ResumeJob(target) => self.resume_job(&target)?,
+            Request::CancelJob(target) => self.cancel_job(&target)?,
+            Request::DeleteBackbone { name, etag, force } => self.delete_backbone(&name, etag, force)?,
+            Request::DrainWorker(name) => self.drain_worker(name)?,
+            Request::DeleteCheckpoint(checkpoint) => self.delete_checkpoint(&checkpoint)?,
+            Request::PinCheckpoint { checkpoint, pinned } => self.pin_checkpoint(&checkpoint, pinned)?,
+            Request::PromotePrompt { prompt, checkpoint, description } => {
+                self.promote(prompt, &checkpoint, description)?
+            }
+            Request::DeletePromptVersion { prompt, version } => self.delete_version(&prompt, version)?,
+        };
+        Ok(Outcome::Done(target))
+    }
+
+    /// The answer, with everything as it is now.
+    pub(super) fn reply(&self, answer: Answer) -> Result<Reply, Problem> {
+        let target = match answer {
+            Answer::Reply(reply) => return Ok(reply),
+            Answer::Target(target) => target,
+        };
+        Ok(match target {
+            Target::Job(name) => Reply::Job(Box::new(self.job_view(&name)?)),
+            Target::Backbone(name) => Reply::Backbone(Box::new(self.backbone_view(&name)?)),
+            Target::Worker(name) => Reply::Worker(Box::new(self.worker_view(&name)?)),
+            Target::Checkpoint(job, step) => {
+                Reply::Checkpoint(Box::new(self.checkpoint(&job, step)?.clone()))
+            }
+            Target::Prompt(prompt, version) => {
+                Reply::Prompt(Box::new(self.prompt_version(&prompt, Some(version))?.clone()))
+            }
+            Target::Nothing => Reply::Done,
+        })
+    }
+
+    fn drain_worker(&mut self, name: WorkerName) -> Result<Target, Problem> {
+        if !self.rows.workers.contains_key(&name) {
+            return Err(Problem::not_found(name.as_str()));
+        }
+        self.drain(&name);
+        Ok(Target::Worker(name))
+    }
+
+    /// Forgets requests and counters that are too old to matter.
+    pub(super) fn prune_requests(&mut self) {
+        let (now, ttl) = (self.now, self.config.request_ttl_ms);
+        let old = self.rows.requests.values().filter(|record| now.since(record.time) >= ttl);
+        let old: Vec<String> = old.map(|record| record.id.clone()).collect();
+        for id in old {
+            self.change(Change::RemoveRequest(id));
+        }
+        let old = self.rows.counters.values();
+        let old = old.filter(|counter| counter.expire_time.is_some_and(|time| time <= now));
+        let old: Vec<String> = old.map(|counter| counter.name.clone()).collect();
+        for name in old {
+            self.change(Change::RemoveCounter(name));
+        }
+    }
+}
+
+/// Refuses a request that was made for another state of a resource.
+pub(super) fn check_etag(name: &str, etag: Option<u64>, revision: u64) -> Result<(), Problem> {
+    match etag {
+        Some(etag) if etag != revision => {
+            let what = format!(
+                "{name} has changed: its etag is {revision}, not {etag}; read it again, and decide again"
+            );
+            Err(Problem::new(Code::Aborted, "ETAG_MISMATCH", what).with("name", name).with("etag", revision))
+        }
+        _ => Ok(()),
+    }
+}

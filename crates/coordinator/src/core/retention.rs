@@ -1,0 +1,44 @@
+//! Which checkpoints of a job stay.
+
+use std::collections::BTreeSet;
+
+use incipit_proto::names::JobName;
+
+use super::{Core, effects::Resource, job::DEFAULT_KEEP};
+
+impl Core {
+    /// Removes the checkpoints that nothing keeps. Their blobs are left to the collection of garbage.
+    pub(super) fn retain(&mut self, name: &JobName) {
+        let Some(job) = self.rows.jobs.get(name) else { return };
+        // The newest is kept whatever is asked for: without it the job could not go on.
+        let keep = job.spec.keep.unwrap_or(DEFAULT_KEEP).max(1) as usize;
+        let kept_by_job = self.kept_steps(name);
+        let steps: Vec<u64> = self.checkpoints_of(name).map(|checkpoint| checkpoint.step).collect();
+        for step in steps.into_iter().skip(keep) {
+            let pinned = self.checkpoint(name, step).is_ok_and(|checkpoint| checkpoint.pinned);
+            if !pinned && !kept_by_job.contains(&step) && !self.is_promoted(name, step) {
+                self.remove_checkpoint(name, step);
+            }
+        }
+    }
+
+    /// Steps that a job holds on to: its best, its newest, and the one that its attempt went on from, which an agent
+    /// that comes back may be told again.
+    pub(super) fn kept_steps(&self, name: &JobName) -> BTreeSet<u64> {
+        let Some(job) = self.rows.jobs.get(name) else { return BTreeSet::new() };
+        let best = job.best.map(|best| best.step);
+        let start = job.open_attempt().map(|attempt| attempt.start_step);
+        [Some(job.committed_step), best, start].into_iter().flatten().collect()
+    }
+
+    pub(super) fn is_promoted(&self, job: &JobName, step: u64) -> bool {
+        self.rows.prompts.values().any(|version| version.job == *job && version.step == step)
+    }
+
+    pub(super) fn remove_checkpoint(&mut self, job: &JobName, step: u64) {
+        if let Some(checkpoint) = self.rows.checkpoints.get(&(job.clone(), step)) {
+            let checkpoint = Box::new(checkpoint.clone());
+            self.remove(Resource::Checkpoint(checkpoint));
+        }
+    }
+}

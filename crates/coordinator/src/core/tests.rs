@@ -1,0 +1,11 @@
+//! Tests of the core: stories, and a machine that tells random ones.
+
+mod backbones;
+mod jobs;
+mod machine;
+mod placement;
+mod reports;
+mod requests;
+mod states;
+mod workers;
+mod world;

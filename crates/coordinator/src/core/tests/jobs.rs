@@ -1,0 +1,272 @@
+//! Stories of jobs.
+
+use incipit_proto::v1::{EngineLossCause, JobReason, JobState, JobWish};
+use tonic::Code;
+
+use super::world::{World, job_name, left, new_job, saved, target, training};
+use crate::core::{
+    Reply, Request,
+    backbone::Collective,
+    input::{CheckpointRef, JobEvent, StepRef},
+    job::KEPT_ATTEMPTS,
+    read::JobFilter,
+};
+
+#[test]
+fn a_job_runs_at_once_where_there_is_room_and_waits_where_there_is_none() {
+    let mut world = World::ready();
+    for id in ["a", "b", "c"] {
+        world.create_job(id, "b");
+    }
+    assert_eq!(world.state("a"), (JobState::Running, JobReason::Started));
+    assert_eq!(world.state("b"), (JobState::Running, JobReason::Started));
+    assert_eq!(world.state("c"), (JobState::Queued, JobReason::WaitingForPlace));
+    world.job_event("w", "a", left(JobState::Succeeded, JobReason::StepsDone));
+    assert_eq!(world.state("a"), (JobState::Succeeded, JobReason::StepsDone));
+    assert_eq!(world.state("c"), (JobState::Running, JobReason::Started));
+}
+
+#[test]
+fn a_job_on_a_backbone_that_is_not_ready_says_so_and_starts_when_it_is() {
+    let mut world = World::new();
+    world.connect("w", 1, true);
+    world.create_backbone("b", super::world::spec(Collective::Local, 1, 1, 2));
+    world.create_job("j", "b");
+    assert_eq!(world.state("j"), (JobState::Queued, JobReason::BackboneNotReady));
+    world.load("w");
+    assert_eq!(world.state("j"), (JobState::Running, JobReason::Started));
+}
+
+#[test]
+fn a_higher_priority_jumps_ahead_by_minutes_and_nobody_starves() {
+    let mut world = World::ready();
+    world.create_job("a", "b");
+    world.create_job("b", "b");
+    world.create_job("low", "b");
+    world.wait_with(30_000, &["w"]);
+    let mut high = new_job("high", "b");
+    high.priority = 11;
+    world.ask(Request::CreateJob { job: Box::new(high.clone()), validate_only: false }).unwrap();
+    let position = |world: &World, id: &str| world.core.job_view(&job_name(id)).unwrap().queue_position;
+    assert_eq!((position(&world, "high"), position(&world, "low")), (0, 1));
+    world.wait_with(60_000, &["w"]);
+    high.name = job_name("later");
+    world.ask(Request::CreateJob { job: Box::new(high), validate_only: false }).unwrap();
+    assert_eq!((position(&world, "high"), position(&world, "low"), position(&world, "later")), (0, 1, 2));
+    let page = world.core.list_jobs(&JobFilter::default(), 2, "").unwrap();
+    let listed: Vec<_> = page.items.iter().map(|view| (view.job.name.id(), view.queue_position)).collect();
+    assert_eq!(listed, [("later", 2), ("high", 0)]);
+}
+
+#[test]
+fn a_pause_is_a_wish_until_the_engine_has_left() {
+    let mut world = World::running();
+    world.ask(Request::PauseJob(target("j"))).unwrap();
+    assert_eq!((world.state("j").0, world.wish("j")), (JobState::Running, JobWish::Pause));
+    let told = &world.agents.values().next().unwrap().jobs;
+    assert_eq!(told.values().next().unwrap().jobs[0].wish, JobWish::Pause);
+    world.job_event("w", "j", saved(5));
+    world.job_event("w", "j", left(JobState::Paused, JobReason::Requested));
+    assert_eq!(
+        (world.state("j"), world.wish("j")),
+        ((JobState::Paused, JobReason::Requested), JobWish::Unspecified)
+    );
+    world.ask(Request::ResumeJob(target("j"))).unwrap();
+    assert_eq!(world.state("j").0, JobState::Running);
+    let attempt = world.job("j").open_attempt().unwrap();
+    assert_eq!((attempt.number, attempt.start_step), (2, 5));
+}
+
+#[test]
+fn a_pause_that_is_taken_back_too_late_leads_to_the_queue_and_not_to_a_pause() {
+    let mut world = World::running();
+    world.ask(Request::PauseJob(target("j"))).unwrap();
+    world.ask(Request::ResumeJob(target("j"))).unwrap();
+    assert_eq!(world.wish("j"), JobWish::Unspecified);
+    world.job_event("w", "j", left(JobState::Paused, JobReason::Requested));
+    assert_eq!(world.state("j").0, JobState::Running);
+    assert_eq!(world.job("j").last_attempt(), 2);
+}
+
+#[test]
+fn a_wish_is_granted_when_the_rank_is_lost_before_the_engine_has_left() {
+    for (request, state) in [
+        (Request::PauseJob(target("j")), JobState::Paused),
+        (Request::CancelJob(target("j")), JobState::Cancelled),
+    ] {
+        let mut world = World::running();
+        world.ask(request).unwrap();
+        world.engine_lost("w", "b", 0, EngineLossCause::Exited);
+        assert_eq!(world.state("j"), (state, JobReason::Requested));
+        let end = world.job("j").attempts[0].end.clone().unwrap();
+        assert_eq!(end.reason, JobReason::RankLost);
+    }
+}
+
+#[test]
+fn a_job_that_was_done_before_its_cancellation_arrived_has_succeeded() {
+    let mut world = World::running();
+    world.ask(Request::CancelJob(target("j"))).unwrap();
+    let late = world.job_report("j", left(JobState::Succeeded, JobReason::StepsDone));
+    world.report("w", late.clone());
+    assert_eq!(world.state("j"), (JobState::Succeeded, JobReason::StepsDone));
+    // And one that is cancelled stays so, whatever comes behind.
+    let mut world = World::running();
+    world.ask(Request::CancelJob(target("j"))).unwrap();
+    world.job_event("w", "j", left(JobState::Cancelled, JobReason::Requested));
+    world.report("w", late);
+    assert_eq!(world.state("j"), (JobState::Cancelled, JobReason::Requested));
+}
+
+#[test]
+fn a_failure_is_tried_again_as_often_as_the_policy_says_and_no_other_is() {
+    let mut world = World::running();
+    world.job_event("w", "j", left(JobState::Failed, JobReason::OutOfMemory));
+    // Queued with RETRYING, and started again at once, as there is room.
+    assert_eq!((world.state("j").0, world.job("j").last_attempt()), (JobState::Running, 2));
+    world.job_event("w", "j", left(JobState::Failed, JobReason::OutOfMemory));
+    assert_eq!(world.state("j"), (JobState::Failed, JobReason::OutOfMemory));
+    let mut world = World::running();
+    world.job_event("w", "j", left(JobState::Failed, JobReason::NonFinite));
+    assert_eq!(world.state("j"), (JobState::Failed, JobReason::NonFinite));
+}
+
+#[test]
+fn a_failure_that_would_be_tried_again_grants_a_wish_instead() {
+    let mut world = World::running();
+    world.ask(Request::CancelJob(target("j"))).unwrap();
+    world.job_event("w", "j", left(JobState::Failed, JobReason::OutOfMemory));
+    assert_eq!(world.state("j"), (JobState::Cancelled, JobReason::Requested));
+}
+
+#[test]
+fn what_does_not_fit_the_state_is_refused_and_what_is_so_already_is_not() {
+    let mut world = World::running();
+    world.job_event("w", "j", left(JobState::Succeeded, JobReason::StepsDone));
+    let requests: [fn(_) -> Request; 3] = [Request::PauseJob, Request::ResumeJob, Request::CancelJob];
+    for request in requests {
+        let problem = world.ask(request(target("j"))).unwrap_err();
+        assert_eq!((problem.code, &*problem.reason), (Code::FailedPrecondition, "JOB_STATE"));
+    }
+    let mut world = World::ready();
+    for (id, request) in [("p", Request::PauseJob(target("p"))), ("c", Request::CancelJob(target("c")))] {
+        world.create_job("x", "b");
+        world.create_job("y", "b");
+        world.create_job(id, "b");
+        world.ask(request.clone()).unwrap();
+        let revision = world.core.revision();
+        world.ask(request).unwrap();
+        assert_eq!(world.core.revision(), revision);
+        for other in ["x", "y"] {
+            world.job_event("w", other, left(JobState::Succeeded, JobReason::StepsDone));
+            world.ask(Request::DeleteJob(target(other))).unwrap();
+        }
+    }
+    world.create_job("r", "b");
+    world.ask(Request::CancelJob(target("r"))).unwrap();
+    let problem = world.ask(Request::ResumeJob(target("r"))).unwrap_err();
+    assert!(problem.message.contains("being cancelled"), "{problem}");
+}
+
+#[test]
+fn an_etag_of_another_state_is_refused() {
+    let mut world = World::running();
+    let etag = world.job("j").revision;
+    let mut stale = target("j");
+    stale.etag = Some(etag - 1);
+    assert_eq!(world.ask(Request::PauseJob(stale)).unwrap_err().code, Code::Aborted);
+    let mut current = target("j");
+    current.etag = Some(etag);
+    world.ask(Request::PauseJob(current)).unwrap();
+}
+
+#[test]
+fn a_deleted_job_takes_all_with_it_and_late_reports_do_not_reach_one_of_its_name() {
+    let mut world = World::running();
+    world.job_event("w", "j", JobEvent::Measured(vec![training(1)]));
+    world.job_event("w", "j", saved(1));
+    assert_eq!(world.ask(Request::DeleteJob(target("j"))).unwrap_err().reason, "JOB_STATE");
+    let late = world.job_report("j", saved(9));
+    world.job_event("w", "j", left(JobState::Succeeded, JobReason::StepsDone));
+    world.ask(Request::DeleteJob(target("j"))).unwrap();
+    let rows = world.core.rows();
+    assert!(rows.jobs.is_empty() && rows.checkpoints.is_empty() && rows.metrics.is_empty());
+    world.create_job("j", "b");
+    assert_eq!(world.job("j").open_attempt().unwrap().number, 2);
+    world.report("w", late);
+    assert_eq!(world.job("j").committed_step, 0);
+}
+
+#[test]
+fn a_promoted_checkpoint_keeps_its_job() {
+    let mut world = World::running();
+    world.job_event("w", "j", saved(1));
+    world.job_event("w", "j", left(JobState::Succeeded, JobReason::StepsDone));
+    let prompt = incipit_proto::names::PromptName::of_id("id", "p").unwrap();
+    let checkpoint = CheckpointRef { job: job_name("j"), step: StepRef::Last };
+    let promote =
+        Request::PromotePrompt { prompt: prompt.clone(), checkpoint, description: "good".to_owned() };
+    let Reply::Prompt(first) = world.ask(promote.clone()).unwrap() else { panic!() };
+    let Reply::Prompt(second) = world.ask(promote.clone()).unwrap() else { panic!() };
+    assert_eq!((first.version, second.version, second.previous), (1, 2, Some(1)));
+    assert_eq!(world.ask(Request::DeleteJob(target("j"))).unwrap_err().reason, "CHECKPOINT_PROMOTED");
+    for version in [1, 2] {
+        world.ask(Request::DeletePromptVersion { prompt: prompt.clone(), version }).unwrap();
+    }
+    // The number of a version that is gone is not given again.
+    let Reply::Prompt(third) = world.ask(promote).unwrap() else { panic!() };
+    assert_eq!((third.version, third.previous), (3, None));
+    world.ask(Request::DeletePromptVersion { prompt, version: 3 }).unwrap();
+    world.ask(Request::DeleteJob(target("j"))).unwrap();
+}
+
+#[test]
+fn the_newest_the_best_the_pinned_and_the_one_gone_on_from_are_kept() {
+    let mut world = World::running();
+    let best =
+        |step| JobEvent::Saved { step, files: super::world::files(step), score: Some(0.9), best: true };
+    world.job_event("w", "j", best(1));
+    for step in 2..=4 {
+        world.job_event("w", "j", saved(step));
+    }
+    let pinned = CheckpointRef { job: job_name("j"), step: StepRef::At(2) };
+    world.ask(Request::PinCheckpoint { checkpoint: pinned, pinned: true }).unwrap();
+    world.ask(Request::PauseJob(target("j"))).unwrap();
+    world.job_event("w", "j", left(JobState::Paused, JobReason::Requested));
+    world.ask(Request::ResumeJob(target("j"))).unwrap();
+    for step in 5..=9 {
+        world.job_event("w", "j", saved(step));
+    }
+    let steps = |world: &World| {
+        world.core.checkpoints_of(&job_name("j")).map(|checkpoint| checkpoint.step).collect::<Vec<_>>()
+    };
+    assert_eq!(steps(&world), [9, 8, 7, 4, 2, 1]);
+    world.job_event("w", "j", left(JobState::Succeeded, JobReason::StepsDone));
+    assert_eq!(steps(&world), [9, 8, 7, 2, 1]);
+    let delete =
+        |step| Request::DeleteCheckpoint(CheckpointRef { job: job_name("j"), step: StepRef::At(step) });
+    assert_eq!(world.ask(delete(2)).unwrap_err().reason, "CHECKPOINT_PINNED");
+    world.ask(delete(1)).unwrap();
+    assert_eq!(world.job("j").best, None);
+    world.ask(delete(9)).unwrap();
+    assert_eq!(world.job("j").committed_step, 9);
+}
+
+#[test]
+fn the_last_checkpoint_of_a_job_that_goes_on_is_not_deleted() {
+    let mut world = World::running();
+    world.job_event("w", "j", saved(1));
+    let last = CheckpointRef { job: job_name("j"), step: StepRef::At(1) };
+    assert_eq!(world.ask(Request::DeleteCheckpoint(last)).unwrap_err().reason, "CHECKPOINT_NEEDED");
+}
+
+#[test]
+fn a_job_remembers_its_last_attempts_alone() {
+    let mut world = World::running();
+    for _ in 0..30 {
+        world.ask(Request::PauseJob(target("j"))).unwrap();
+        world.job_event("w", "j", left(JobState::Paused, JobReason::Requested));
+        world.ask(Request::ResumeJob(target("j"))).unwrap();
+    }
+    assert_eq!((world.job("j").attempts.len(), world.job("j").last_attempt()), (KEPT_ATTEMPTS, 31));
+}

@@ -1,0 +1,554 @@
+//! Random stories, and what must hold after every word of them.
+
+use std::collections::BTreeMap;
+
+use incipit_proto::{
+    names::{JobName, PromptName, WorkerName},
+    v1::{
+        BackboneState, EngineLossCause, EvalMetrics, EventKind, JobReason, JobState, MetricPoint,
+        WorkerState, metric_point::Point,
+    },
+};
+use proptest::{
+    collection::vec,
+    prelude::any,
+    test_runner::{Config as TestConfig, RngAlgorithm, TestCaseError, TestRng, TestRunner},
+};
+
+use super::world::{
+    World, backbone_name, files, job_name, makes_something, new_job, spec, target, training, worker_name,
+};
+use crate::core::{
+    AgentMessage, Change, Effects, Input, Request, RequestKey, Resource, Rows, Time,
+    backbone::Collective,
+    input::{CheckpointRef, EngineEvent, JobEvent, NewBackbone, Report, StepRef},
+    job::KEPT_ATTEMPTS,
+    transitions::{BACKBONE_TRANSITIONS, JOB_TRANSITIONS},
+};
+
+const WORKERS: [(&str, u32); 3] = [("w0", 2), ("w1", 1), ("w2", 3)];
+const JOBS: [&str; 6] = ["j0", "j1", "j2", "j3", "j4", "j5"];
+const BACKBONES: [&str; 3] = ["b0", "b1", "b2"];
+const REQUEST_TTL: u64 = 20_000;
+
+/// A word of a story: what happens, and to whom.
+type Word = (u8, u8, u8, u8);
+
+struct Machine {
+    world: World,
+    before: Rows,
+    /// Reports that were sent once, to be sent again when they are stale.
+    sent: Vec<(String, u64, Report)>,
+    /// When an attempt of a name was last seen, and its number and epoch.
+    attempts: BTreeMap<JobName, (Time, u32)>,
+    epochs: BTreeMap<String, (Time, u64)>,
+    marks: BTreeMap<JobName, (u64, [Option<u64>; 2])>,
+}
+
+impl Machine {
+    fn new() -> Self {
+        let mut world = World::new();
+        world.config.request_ttl_ms = REQUEST_TTL;
+        world.config.worker_ttl_ms = REQUEST_TTL;
+        world.restart();
+        let before = world.rows.clone();
+        let (attempts, epochs, marks) = Default::default();
+        Self { world, before, sent: Vec::new(), attempts, epochs, marks }
+    }
+
+    fn tell(&mut self, word: Word) {
+        let (what, a, b, c) = word;
+        let worker = WORKERS[a as usize % WORKERS.len()];
+        let job = JOBS[a as usize % JOBS.len()];
+        let backbone = BACKBONES[b as usize % BACKBONES.len()];
+        match what % 64 {
+            0..2 => self.create_backbone(backbone, a, c),
+            2 => {
+                let name = backbone_name(backbone);
+                self.ask(Request::DeleteBackbone { name, etag: None, force: a % 4 == 0 }, c);
+            }
+            3..9 => {
+                let mut new = new_job(job, backbone);
+                new.priority = 1 + u32::from(c % 20);
+                new.spec.keep = Some(1 + u32::from(c % 3));
+                self.ask(Request::CreateJob { job: Box::new(new), validate_only: c == 9 }, c);
+            }
+            9 => self.ask(Request::PauseJob(target(job)), c),
+            10..12 => self.ask(Request::ResumeJob(target(job)), c),
+            12 => self.ask(Request::CancelJob(target(job)), c),
+            13 => self.ask(Request::DeleteJob(target(job)), c),
+            14..16 => self.of_checkpoint(job, b, c),
+            16 => self.drop_version(c),
+            17..20 => self.connect(worker, b % 8 == 0),
+            20 => {
+                let effects = self.world.disconnect(worker.0);
+                self.hold_changes(&effects);
+            }
+            21..24 => self.beat(worker.0, b % 32 == 31),
+            24 if b % 4 == 0 => self.ask(Request::DrainWorker(worker_name(worker.0)), c),
+            25..33 => self.load(worker.0, b, c),
+            33 => self.lose(worker.0, b, c),
+            34..46 => self.job_event(worker.0, (b, c)),
+            46..49 => self.stale(c),
+            49 => self.again(worker.0, c),
+            50 => self.gap(worker.0),
+            51 => self.world.restart(),
+            52..54 => self.tick(1 + u64::from(c) * 7),
+            _ => self.everybody_beats(c),
+        }
+        self.hold_other();
+    }
+
+    fn handle(&mut self, input: Input) -> Effects {
+        let effects = self.world.handle(input);
+        self.hold_changes(&effects);
+        effects
+    }
+
+    fn ask(&mut self, request: Request, c: u8) {
+        // Few ids, so that some come again, with the same request or another.
+        let id = format!("r{}", c % 48);
+        let key = (!c.is_multiple_of(3)).then(|| RequestKey { id: id.clone(), hash: format!("{request:?}") });
+        let known = key.is_some() && self.world.rows.requests.contains_key(&id);
+        let effects = self.handle(Input::Request { actor: String::new(), key, request });
+        assert!(!(known && makes_something(&effects)), "I4: a request took effect twice");
+        assert!(effects.reply.is_some());
+    }
+
+    fn create_backbone(&mut self, id: &str, a: u8, c: u8) {
+        let (collective, tp, dp) = match a % 4 {
+            0 => (Collective::Local, 2, 1),
+            1 => (Collective::Gloo, 2, 1),
+            2 => (Collective::Gloo, 1, 2),
+            _ => (Collective::Gloo, 1, 1),
+        };
+        let spec = spec(collective, tp, dp, 1 + u32::from(c % 3));
+        let backbone = NewBackbone { name: backbone_name(id), spec, labels: BTreeMap::new() };
+        self.ask(Request::CreateBackbone { backbone: Box::new(backbone), validate_only: c == 1 }, c);
+    }
+
+    fn of_checkpoint(&mut self, job: &str, b: u8, c: u8) {
+        let step = match c % 3 {
+            0 => StepRef::Best,
+            1 => StepRef::Last,
+            _ => StepRef::At(u64::from(c) / 8),
+        };
+        let checkpoint = CheckpointRef { job: job_name(job), step };
+        let prompt = PromptName::of_id("id", "p").unwrap();
+        self.ask(
+            match b % 4 {
+                0 => Request::DeleteCheckpoint(checkpoint),
+                1 => Request::PinCheckpoint { checkpoint, pinned: true },
+                2 => Request::PinCheckpoint { checkpoint, pinned: false },
+                _ => Request::PromotePrompt { prompt, checkpoint, description: String::new() },
+            },
+            c,
+        );
+    }
+
+    fn drop_version(&mut self, c: u8) {
+        let prompt = PromptName::of_id("id", "p").unwrap();
+        self.ask(Request::DeletePromptVersion { prompt, version: u64::from(c % 8) }, c);
+    }
+
+    fn connect(&mut self, (id, slots): (&str, u32), anew: bool) {
+        let effects = self.world.connect(id, slots, anew);
+        self.hold_changes(&effects);
+        // What the welcome does not acknowledge is sent again.
+        let agent = &self.world.agents[&worker_name(id)];
+        let from = agent.acknowledged;
+        if anew || agent.sequence < from {
+            self.world.agents.get_mut(&worker_name(id)).unwrap().sequence = from;
+        }
+    }
+
+    fn connected(&self, id: &str) -> bool {
+        self.world.agents.get(&worker_name(id)).is_some_and(|agent| agent.connection.is_some())
+    }
+
+    fn beat(&mut self, id: &str, draining: bool) {
+        if self.connected(id) {
+            let effects = self.world.say(id, AgentMessage::Heartbeat { draining });
+            self.hold_changes(&effects);
+        }
+    }
+
+    fn report(&mut self, id: &str, report: Report) {
+        if !self.connected(id) {
+            return;
+        }
+        let agent = self.world.agents.get_mut(&worker_name(id)).unwrap();
+        // One that was lost with its connection counts as sent anew.
+        agent.sequence = agent.acknowledged + 1;
+        let sequence = agent.sequence;
+        self.sent.push((id.to_owned(), sequence, report.clone()));
+        let stale = self.is_stale(&report);
+        let effects = self.world.say(id, AgentMessage::Report { sequence, report });
+        let touches_jobs = effects.changes.iter().any(|change| {
+            matches!(
+                change,
+                Change::Put(_, Resource::Job(_) | Resource::Checkpoint(_)) | Change::AppendMetrics(..)
+            )
+        });
+        assert!(!(stale && touches_jobs), "I6: a stale report took effect");
+        self.hold_changes(&effects);
+    }
+
+    /// Whether a report is of a job that does not run, or runs in another attempt or epoch.
+    fn is_stale(&self, report: &Report) -> bool {
+        let Report::Job { epoch, job, attempt, .. } = report else { return false };
+        let open = self.before.jobs.get(job).and_then(|job| job.open_attempt());
+        open.is_none_or(|open| (open.number, open.epoch) != (*attempt, *epoch))
+    }
+
+    fn load(&mut self, id: &str, b: u8, c: u8) {
+        let engines = match self.world.agents.get(&worker_name(id)) {
+            Some(agent) if !agent.engines.is_empty() => agent.engines.clone(),
+            _ => return,
+        };
+        let engine = &engines[b as usize % engines.len()];
+        for rank in &engine.ranks {
+            let fingerprint = if c == 200 { "other" } else { "f" }.to_owned();
+            let event = EngineEvent::Ready { pid: 1, fingerprint, num_parameters: 1, d_model: 1 };
+            let agent = self.world.agents.get_mut(&worker_name(id)).unwrap();
+            agent.ready.retain(|(backbone, _, old)| (backbone, old) != (&engine.backbone, rank));
+            agent.ready.insert((engine.backbone.clone(), engine.epoch, *rank));
+            let (backbone, epoch) = (engine.backbone.clone(), engine.epoch);
+            self.report(id, Report::Engine { backbone, epoch, rank: *rank, event });
+        }
+    }
+
+    fn lose(&mut self, id: &str, b: u8, c: u8) {
+        let Some(agent) = self.world.agents.get(&worker_name(id)) else { return };
+        if agent.engines.is_empty() {
+            return;
+        }
+        let engine = agent.engines[b as usize % agent.engines.len()].clone();
+        let rank = engine.ranks[c as usize % engine.ranks.len()];
+        let cause = match c % 16 {
+            0 => EngineLossCause::BadModel,
+            1..6 => EngineLossCause::GroupFailed,
+            6..10 => EngineLossCause::Hung,
+            _ => EngineLossCause::Exited,
+        };
+        let alive = c.is_multiple_of(2);
+        if !alive {
+            let agent = self.world.agents.get_mut(&worker_name(id)).unwrap();
+            agent.ready.retain(|(backbone, _, old)| (backbone, *old) != (&engine.backbone, rank));
+        }
+        let event = EngineEvent::Lost { cause, message: "gone".to_owned(), alive };
+        let (backbone, epoch) = (engine.backbone, engine.epoch);
+        self.report(id, Report::Engine { backbone, epoch, rank, event });
+    }
+
+    fn job_event(&mut self, id: &str, (b, c): (u8, u8)) {
+        let Some(agent) = self.world.agents.get(&worker_name(id)) else { return };
+        let jobs: Vec<_> =
+            agent.jobs.values().flat_map(|jobs| jobs.jobs.iter().map(move |job| (jobs, job))).collect();
+        if jobs.is_empty() {
+            return;
+        }
+        let (group, assignment) = jobs[b as usize % jobs.len()];
+        let step = assignment.attempt.start_step + 1 + u64::from(c % 16);
+        let evaluation = EvalMetrics { best: c % 2 == 0, score: 0.5, ..EvalMetrics::default() };
+        let evaluation =
+            MetricPoint { step, point: Some(Point::Evaluation(evaluation)), ..MetricPoint::default() };
+        let event = match c % 8 {
+            0 => JobEvent::Started { step, warnings: vec![format!("w{c}")] },
+            1..4 => JobEvent::Measured(vec![training(step), training(step + 1), evaluation]),
+            4..7 => JobEvent::Saved { step, files: files(step), score: Some(0.5), best: c % 5 == 0 },
+            _ => {
+                let (state, reason) = match c / 8 % 8 {
+                    0 => (JobState::Paused, JobReason::Requested),
+                    1 => (JobState::Succeeded, JobReason::StepsDone),
+                    2 => (JobState::Succeeded, JobReason::PatienceExhausted),
+                    3 => (JobState::Failed, JobReason::NonFinite),
+                    4 => (JobState::Failed, JobReason::OutOfMemory),
+                    5 => (JobState::Cancelled, JobReason::Requested),
+                    6 => (JobState::Failed, JobReason::RankLost),
+                    _ => (JobState::Unspecified, JobReason::Unspecified),
+                };
+                JobEvent::Left { state, reason, message: String::new(), step }
+            }
+        };
+        let report = Report::Job {
+            backbone: group.backbone.clone(),
+            epoch: group.epoch,
+            job: assignment.job.clone(),
+            attempt: assignment.attempt.number,
+            event,
+        };
+        self.report(id, report);
+    }
+
+    /// Something that was true once is reported as if it were new.
+    fn stale(&mut self, c: u8) {
+        let of_jobs = self.sent.iter().rev().filter(|(_, _, report)| matches!(report, Report::Job { .. }));
+        let old = of_jobs.skip(c as usize % 16).find(|(_, _, report)| c >= 128 || self.is_stale(report));
+        if let Some((id, _, report)) = old.cloned() {
+            self.report(&id, report);
+        }
+    }
+
+    /// A report is sent again that was acknowledged: it must have no effect, and be acknowledged again.
+    fn again(&mut self, id: &str, c: u8) {
+        if !self.connected(id) {
+            return;
+        }
+        let acknowledged = self.world.agents[&worker_name(id)].acknowledged;
+        let mut old =
+            self.sent.iter().rev().filter(|(worker, sequence, _)| worker == id && *sequence <= acknowledged);
+        if let Some((_, sequence, report)) = old.nth(c as usize % 4).cloned() {
+            let effects = self.world.say(id, AgentMessage::Report { sequence, report });
+            let reports = |change: &&Change| !matches!(change, Change::Put(_, Resource::Backbone(_)));
+            assert_eq!(effects.changes.iter().find(reports), None, "a report took effect twice");
+            self.hold_changes(&effects);
+        }
+    }
+
+    fn gap(&mut self, id: &str) {
+        if !self.connected(id) {
+            return;
+        }
+        let agent = &self.world.agents[&worker_name(id)];
+        let (sequence, backbone) = (agent.acknowledged + 2, backbone_name("b0"));
+        let report = Report::Logs { backbone, job: None, lines: Vec::new() };
+        let effects = self.world.say(id, AgentMessage::Report { sequence, report });
+        self.hold_changes(&effects);
+        assert!(!self.connected(id), "a gap ends the connection");
+    }
+
+    fn tick(&mut self, milliseconds: u64) {
+        self.world.now = self.world.now.after(milliseconds);
+        self.handle(Input::Tick);
+    }
+
+    fn everybody_beats(&mut self, c: u8) {
+        for (id, _) in WORKERS {
+            self.beat(id, false);
+        }
+        self.tick(u64::from(c) * 4);
+    }
+
+    /// What must hold of what was just written.
+    fn hold_changes(&mut self, effects: &Effects) {
+        let mut rows = self.before.clone();
+        for change in &effects.changes {
+            if let Change::Put(stamp, _) | Change::Remove(stamp, _) = change {
+                assert_eq!(stamp.revision, rows.revision + 1, "I9: revisions have no gaps");
+            }
+            match change {
+                Change::Put(stamp, Resource::Job(job)) => {
+                    if let Some(old) = rows.jobs.get(&job.name) {
+                        assert_ne!(stamp.kind, EventKind::Created);
+                        assert!(!old.is_final() || old.state == job.state, "I2: a final state changed");
+                        assert!(old.committed_step <= job.committed_step, "I6: a committed step went back");
+                    }
+                    self.hold_attempts(&job.name, job.attempts.last().map(|attempt| attempt.number), &rows);
+                }
+                Change::Put(stamp, Resource::Checkpoint(new)) if stamp.kind == EventKind::Created => {
+                    let job = &rows.jobs[&new.job];
+                    let open = job.open_attempt().expect("I6: a checkpoint of a job that does not run");
+                    assert_eq!((open.number, open.epoch), (new.attempt, new.epoch), "I6: a stale checkpoint");
+                    assert_eq!(
+                        rows.backbones[&job.backbone].epoch, new.epoch,
+                        "I6: a checkpoint of an old epoch"
+                    );
+                    assert!(new.step > job.committed_step, "I6: a checkpoint from before");
+                }
+                Change::Put(_, Resource::Backbone(backbone)) => {
+                    self.hold_epoch(backbone.name.as_str(), backbone.epoch);
+                }
+                Change::Remove(_, Resource::Job(job)) => drop(self.marks.remove(&job.name)),
+                Change::AppendMetrics(job, points) => self.hold_metrics(job, points),
+                _ => {}
+            }
+            rows.apply(change);
+        }
+        self.before = rows;
+        assert_eq!(self.world.core.rows(), &self.before, "I7: the core is not what is stored");
+        self.hold_state();
+    }
+
+    fn hold_attempts(&mut self, name: &JobName, number: Option<u32>, rows: &Rows) {
+        let now = self.world.now;
+        let Some(number) = number else { return };
+        let known = rows.jobs.get(name).is_some_and(|job| job.last_attempt() == number);
+        if let Some((time, last)) = self.attempts.get(name)
+            && !known
+            && now.since(*time) < REQUEST_TTL
+        {
+            assert!(number > *last, "I3: an attempt came twice");
+        }
+        self.attempts.insert(name.clone(), (now, number));
+    }
+
+    fn hold_epoch(&mut self, name: &str, epoch: u64) {
+        let now = self.world.now;
+        if let Some((time, last)) = self.epochs.get(name)
+            && now.since(*time) < REQUEST_TTL
+        {
+            assert!(epoch >= *last, "I3: an epoch went back");
+        }
+        self.epochs.insert(name.to_owned(), (now, epoch));
+    }
+
+    fn hold_metrics(&mut self, job: &JobName, points: &[MetricPoint]) {
+        let (next, last) = self.marks.entry(job.clone()).or_default();
+        for point in points {
+            assert_eq!(point.offset, *next, "I10: offsets have no gaps");
+            *next += 1;
+            let kind = usize::from(matches!(point.point, Some(Point::Evaluation(_))));
+            assert!(last[kind].is_none_or(|last| point.step > last), "I10: a step came twice");
+            last[kind] = Some(point.step);
+        }
+    }
+
+    /// What must hold of the whole, always.
+    fn hold_state(&self) {
+        let (core, rows) = (&self.world.core, self.world.core.rows());
+        for job in rows.jobs.values() {
+            let allowed = JOB_TRANSITIONS.iter().any(|row| (row.2, row.3) == (job.state, job.reason));
+            assert!(allowed, "I8: {:?} for {:?}", job.state, job.reason);
+            assert_eq!(job.open_attempt().is_some(), job.state == JobState::Running, "I3: {job:?}");
+            let pairs = job.attempts.windows(2);
+            for pair in pairs {
+                assert!(
+                    pair[0].end.is_some()
+                        && pair[0].number + 1 == pair[1].number
+                        && pair[0].epoch <= pair[1].epoch,
+                    "I3"
+                );
+            }
+            assert!(job.attempts.len() <= KEPT_ATTEMPTS, "I11");
+            if job.state == JobState::Running {
+                self.hold_running(&job.backbone);
+            }
+            if !job.is_final() && job.committed_step > 0 {
+                assert!(core.checkpoint(&job.name, job.committed_step).is_ok(), "the job cannot go on");
+            }
+            if let Some(open) = job.open_attempt().filter(|open| open.start_step > 0) {
+                assert!(
+                    core.checkpoint(&job.name, open.start_step).is_ok(),
+                    "the attempt's checkpoint is gone"
+                );
+            }
+        }
+        for backbone in rows.backbones.values() {
+            let allowed =
+                BACKBONE_TRANSITIONS.iter().any(|row| (row.2, row.3) == (backbone.state, backbone.reason));
+            assert!(allowed, "I8: {:?} for {:?}", backbone.state, backbone.reason);
+            let (state, places) = (backbone.state, backbone.spec.max_running_jobs as usize);
+            let running = core.names_of(&backbone.name, JobState::Running).len();
+            assert!(running <= places, "I5: too many jobs");
+            if state == BackboneState::Ready {
+                assert!(
+                    running == places || core.queue(&backbone.name).is_empty(),
+                    "I5: a job waits for nothing"
+                );
+            }
+            if backbone.place_at.is_none() && state != BackboneState::Failed {
+                assert_eq!(backbone.ranks.len(), backbone.spec.num_ranks() as usize, "{backbone:?}");
+                assert!(backbone.ranks.iter().all(|rank| !rank.lost));
+            }
+        }
+        for worker in rows.workers.values() {
+            assert!(core.used(&worker.name, None).0 <= worker.slots, "I12: a slot is used twice");
+        }
+        assert!(rows.requests.len() <= 48, "I11");
+    }
+
+    fn hold_running(&self, name: &incipit_proto::names::BackboneName) {
+        let (core, rows) = (&self.world.core, self.world.core.rows());
+        let backbone = &rows.backbones[name];
+        assert_eq!(backbone.state, BackboneState::Ready, "I1: a job runs on {backbone:?}");
+        for rank in &backbone.ranks {
+            assert!(rank.ready && !rank.lost, "I1: {rank:?}");
+            assert_eq!(rows.workers[&rank.worker].state, WorkerState::Online, "I1: {rank:?}");
+            let presence = core.presences.get(&rank.worker).expect("I1: nobody there");
+            assert!(presence.lease > core.last_tick, "I1: the lease has run out");
+        }
+    }
+
+    /// What must hold of the agents: each knows what it is to have, if it is connected.
+    fn hold_other(&self) {
+        let rows = self.world.core.rows();
+        let connected = |id: &WorkerName| {
+            let agent = self.world.agents.get(id);
+            agent.filter(|agent| agent.connection.is_some())
+        };
+        for backbone in rows.backbones.values() {
+            let Some(leader) = backbone.ranks.first() else { continue };
+            if let Some(agent) = connected(&leader.worker)
+                && backbone.state == BackboneState::Ready
+            {
+                let told = agent.jobs.get(&backbone.name).expect("a leader that was not told its jobs");
+                assert_eq!(told.epoch, backbone.epoch);
+                let told: Vec<_> =
+                    told.jobs.iter().map(|job| (&job.job, job.attempt.number, job.wish)).collect();
+                let running = rows.jobs.values();
+                let running =
+                    running.filter(|job| job.state == JobState::Running && job.backbone == backbone.name);
+                let running: Vec<_> = running.map(|job| (&job.name, job.last_attempt(), job.wish)).collect();
+                assert_eq!(told, running, "a leader has other jobs than it should");
+            }
+        }
+        for (id, agent) in self.world.agents.iter().filter(|(_, agent)| agent.connection.is_some()) {
+            let ranks = |backbone: &crate::core::Backbone| {
+                let ranks = backbone.ranks.iter().filter(|rank| rank.worker == *id && !rank.lost);
+                let ranks: Vec<u32> = ranks.map(|rank| rank.rank).collect();
+                (!ranks.is_empty()).then(|| (backbone.name.clone(), backbone.epoch, ranks))
+            };
+            let wanted: Vec<_> = rows.backbones.values().filter_map(ranks).collect();
+            let told = agent.engines.iter();
+            let told: Vec<_> =
+                told.map(|engine| (engine.backbone.clone(), engine.epoch, engine.ranks.clone())).collect();
+            assert_eq!(told, wanted, "{id} has other engines than it should");
+        }
+    }
+}
+
+fn tell_stories(cases: u32, seed: u8) {
+    println!("{cases} stories from seed {seed}");
+    let config =
+        TestConfig { cases, failure_persistence: None, max_shrink_iters: 20_000, ..TestConfig::default() };
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[seed; 32]);
+    let word = (any::<u8>(), any::<u8>(), any::<u8>(), any::<u8>());
+    let mut counts = BTreeMap::new();
+    let counts_cell = std::cell::RefCell::new(&mut counts);
+    let result = TestRunner::new_with_rng(config, rng).run(&vec(word, 300), |story| {
+        let mut machine = Machine::new();
+        for word in story {
+            machine.tell(word);
+        }
+        let mut counts = counts_cell.borrow_mut();
+        for job in machine.world.core.rows().jobs.values() {
+            *counts.entry(format!("{:?} {:?}", job.state, job.reason)).or_insert(0_u32) += 1;
+        }
+        for backbone in machine.world.core.rows().backbones.values() {
+            *counts.entry(format!("backbone {:?} {:?}", backbone.state, backbone.reason)).or_insert(0) += 1;
+        }
+        Ok::<(), TestCaseError>(())
+    });
+    println!("where they ended: {counts:#?}");
+    if let Err(error) = result {
+        panic!("{error}");
+    }
+    // The stories must go somewhere, or they prove nothing.
+    for state in
+        ["Running", "Paused", "Succeeded", "Failed", "Cancelled", "backbone Ready", "backbone Degraded"]
+    {
+        assert!(counts.keys().any(|key| key.starts_with(state)), "no story ended in {state}");
+    }
+}
+
+#[test]
+fn whatever_happens_in_whatever_order_the_invariants_hold() {
+    tell_stories(256, 7);
+}
+
+#[test]
+#[ignore = "long: 20,000 stories"]
+fn the_invariants_hold_in_very_many_stories() {
+    tell_stories(20_000, 11);
+}

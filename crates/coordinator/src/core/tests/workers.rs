@@ -1,0 +1,173 @@
+//! Stories of workers.
+
+use incipit_proto::v1::{BackboneReason, BackboneState, JobReason, JobState, WorkerState};
+
+use super::world::{World, backbone_name, spec, worker_name};
+use crate::core::{AgentMessage, Input, Request, ToAgent, backbone::Collective, input::RendezvousKey};
+
+fn state(world: &World, id: &str) -> WorkerState {
+    world.core.rows().workers[&worker_name(id)].state
+}
+
+#[test]
+fn a_broken_connection_is_no_loss_and_an_expired_lease_is() {
+    let mut world = World::running();
+    world.disconnect("w");
+    world.wait(3500);
+    assert_eq!((state(&world, "w"), world.state("j").0), (WorkerState::Online, JobState::Running));
+    world.connect("w", 4, false);
+    world.wait(3500);
+    assert_eq!(world.state("j").0, JobState::Running);
+    assert_eq!(world.job("j").last_attempt(), 1);
+    world.wait(500);
+    assert_eq!(state(&world, "w"), WorkerState::Lost);
+    assert_eq!(world.state("j"), (JobState::Queued, JobReason::BackboneRecovering));
+    let closed = world.agents[&worker_name("w")].closed.clone().unwrap();
+    assert_eq!(closed.reason, "LEASE_LOST");
+}
+
+#[test]
+fn a_coordinator_that_stood_still_does_not_take_its_workers_for_lost() {
+    let mut world = World::running();
+    world.now = world.now.after(60_000);
+    world.handle(Input::Tick);
+    assert_eq!(world.state("j").0, JobState::Running);
+    world.beat("w");
+    world.wait_with(5000, &["w"]);
+    assert_eq!(world.state("j").0, JobState::Running);
+}
+
+#[test]
+fn a_new_process_of_the_same_name_has_lost_what_the_old_one_had() {
+    let mut world = World::running();
+    let effects = world.connect("w", 4, true);
+    assert!(effects.sends.iter().any(|send| matches!(send.message, ToAgent::Close(_))));
+    assert_eq!(state(&world, "w"), WorkerState::Online);
+    assert_eq!(world.state("j"), (JobState::Queued, JobReason::BackboneRecovering));
+    assert_eq!((world.backbone("b").epoch, world.backbone("b").reason), (2, BackboneReason::WorkerLost));
+    world.load("w");
+    assert_eq!(world.state("j").0, JobState::Running);
+}
+
+#[test]
+fn of_two_workers_of_one_name_the_older_one_is_not_let_in_again() {
+    let mut world = World::running();
+    world.connect("w", 4, true);
+    let epoch = world.backbone("b").epoch;
+    world.agents.get_mut(&worker_name("w")).unwrap().incarnation = 1;
+    let effects = world.connect("w", 4, false);
+    let [send] = &*effects.sends else { panic!("{effects:?}") };
+    let ToAgent::Close(problem) = &send.message else { panic!("{send:?}") };
+    assert_eq!(problem.reason, "WORKER_REPLACED");
+    assert!(effects.changes.is_empty());
+    assert_eq!(world.backbone("b").epoch, epoch);
+}
+
+#[test]
+fn an_engine_that_a_worker_comes_back_without_is_lost() {
+    let mut world = World::running();
+    world.disconnect("w");
+    world.agents.get_mut(&worker_name("w")).unwrap().ready.clear();
+    world.connect("w", 4, false);
+    assert_eq!(world.state("j"), (JobState::Queued, JobReason::BackboneRecovering));
+    assert_eq!(world.backbone("b").epoch, 2);
+}
+
+#[test]
+fn jobs_run_on_while_the_coordinator_is_away() {
+    let mut world = World::running();
+    world.restart();
+    world.wait(9000);
+    assert_eq!(world.state("j").0, JobState::Running);
+    let effects = world.connect("w", 4, false);
+    assert_eq!((world.state("j").0, world.job("j").last_attempt()), (JobState::Running, 1));
+    // All is told again, as what was sent last may never have arrived.
+    assert!(
+        effects
+            .sends
+            .iter()
+            .any(|send| matches!(&send.message, ToAgent::Engines(engines) if engines.len() == 1))
+    );
+    assert!(
+        effects.sends.iter().any(|send| matches!(&send.message, ToAgent::Jobs(jobs) if jobs.jobs.len() == 1))
+    );
+    let mut world = World::running();
+    world.restart();
+    world.wait(10_000);
+    assert_eq!((state(&world, "w"), world.state("j").0), (WorkerState::Lost, JobState::Queued));
+}
+
+#[test]
+fn draining_the_only_worker_leaves_the_backbone_without_a_place() {
+    let mut world = World::running();
+    world.ask(Request::DrainWorker(worker_name("w"))).unwrap();
+    assert_eq!(state(&world, "w"), WorkerState::Draining);
+    let backbone = world.backbone("b");
+    assert_eq!((backbone.state, backbone.reason), (BackboneState::Degraded, BackboneReason::WorkerDrained));
+    assert_eq!(world.state("j"), (JobState::Queued, JobReason::BackboneRecovering));
+    assert!(world.agents[&worker_name("w")].engines.is_empty());
+    // Draining lasts over a break, and ends with the process.
+    world.disconnect("w");
+    world.connect("w", 4, false);
+    assert_eq!(state(&world, "w"), WorkerState::Draining);
+    world.connect("w", 4, true);
+    assert_eq!(world.backbone("b").epoch, 2);
+}
+
+#[test]
+fn draining_one_of_two_workers_moves_its_ranks() {
+    let mut world = World::running();
+    world.connect("v", 1, true);
+    world.say("w", AgentMessage::Heartbeat { draining: true });
+    assert_eq!(world.backbone("b").ranks[0].worker, worker_name("v"));
+    world.load("v");
+    assert_eq!(world.state("j").0, JobState::Running);
+}
+
+#[test]
+fn what_comes_over_an_old_connection_has_no_effect() {
+    let mut world = World::running();
+    let old = world.agents[&worker_name("w")].connection.unwrap();
+    world.connect("w", 4, false);
+    world.handle(Input::Disconnected { worker: worker_name("w"), connection: old });
+    assert!(world.core.presences[&worker_name("w")].connection.is_some());
+    let effects = world.handle(Input::Agent {
+        worker: worker_name("w"),
+        connection: old,
+        message: AgentMessage::Heartbeat { draining: true },
+    });
+    assert_eq!(effects, Default::default());
+}
+
+#[test]
+fn a_worker_that_is_lost_for_a_day_is_forgotten() {
+    let mut world = World::new();
+    world.connect("w", 4, true);
+    world.disconnect("w");
+    world.wait(5000);
+    world.now = world.now.after(world.config.worker_ttl_ms);
+    world.handle(Input::Tick);
+    assert!(world.core.rows().workers.is_empty() && world.core.rows().reports.is_empty());
+}
+
+#[test]
+fn ranks_find_each_other_whoever_comes_first_and_an_old_epoch_is_forgotten() {
+    let mut world = World::new();
+    world.connect("w1", 1, true);
+    world.connect("w2", 1, true);
+    world.create_backbone("b", spec(Collective::Gloo, 2, 1, 2));
+    let key = |epoch, key: &str| RendezvousKey { backbone: backbone_name("b"), epoch, key: key.to_owned() };
+    let put = |epoch, name: &str| AgentMessage::RendezvousPut { key: key(epoch, name), value: "v".into() };
+    let answers = |effects: &crate::core::Effects| {
+        effects.sends.iter().filter(|send| matches!(send.message, ToAgent::Rendezvous { .. })).count()
+    };
+    assert_eq!(answers(&world.say("w2", AgentMessage::RendezvousGet(key(1, "a")))), 0);
+    assert_eq!(answers(&world.say("w1", put(1, "a"))), 1);
+    assert_eq!(answers(&world.say("w2", AgentMessage::RendezvousGet(key(1, "a")))), 1);
+    world.load("w1");
+    world.engine_lost("w1", "b", 0, incipit_proto::v1::EngineLossCause::Exited);
+    assert_eq!(world.backbone("b").epoch, 2);
+    assert_eq!(answers(&world.say("w2", AgentMessage::RendezvousGet(key(1, "a")))), 0);
+    assert_eq!(answers(&world.say("w2", AgentMessage::RendezvousGet(key(2, "a")))), 0);
+    assert_eq!(answers(&world.say("w1", put(2, "a"))), 1);
+}

@@ -1,0 +1,250 @@
+//! Workers: connections, leases, drains.
+
+use incipit_proto::{
+    Problem,
+    names::{BackboneName, WorkerName},
+    v1::{BackboneReason, BackboneState, WorkerState},
+};
+use tonic::Code;
+
+use super::{
+    Core,
+    backbone::{Collective, RankPlacement},
+    backbones::Loss,
+    effects::{Change, Resource, Send, ToAgent},
+    input::{AgentMessage, EngineStatus, Hello},
+    presence::Presence,
+    time::Time,
+    worker::{KEPT_INCARNATIONS, Worker, WorkerReports},
+};
+
+/// Milliseconds from one look at what is too old to the next.
+const PRUNE_INTERVAL_MS: u64 = 60_000;
+
+impl Core {
+    /// After a restart: workers that were there are given time to come back.
+    pub(super) fn expect_workers(&mut self) {
+        let lease = self.now.after(u64::from(self.config.lease_ms) + self.config.restart_grace_ms);
+        for worker in self.rows.workers.values().filter(|worker| worker.state != WorkerState::Lost) {
+            let presence = Presence {
+                connection: None,
+                lease,
+                heartbeat: worker.connect_time,
+                told_engines: None,
+                told_jobs: Default::default(),
+            };
+            self.presences.insert(worker.name.clone(), presence);
+        }
+    }
+
+    pub(super) fn connected(&mut self, connection: u64, hello: Hello) {
+        let name = hello.worker.clone();
+        let old = self.rows.workers.get(&name).cloned();
+        if let Some(old) = &old
+            && old.past.contains(&hello.incarnation)
+        {
+            let what =
+                format!("another process has taken the name {name}; give every machine a name of its own");
+            let problem = Problem::state("WORKER_REPLACED", what).with("worker", &name);
+            self.effects.sends.push(Send { worker: name, connection, message: ToAgent::Close(problem) });
+            return;
+        }
+        let comes_back = old.as_ref().is_some_and(|old| old.incarnation == hello.incarnation);
+        if comes_back {
+            self.close(
+                &name,
+                Problem::new(Code::Aborted, "RECONNECTED", format!("{name} has connected again")),
+            );
+        } else {
+            self.lose_worker(&name, &format!("{name} was started again"));
+            let reports =
+                WorkerReports { worker: name.clone(), incarnation: hello.incarnation.clone(), sequence: 0 };
+            self.change(Change::PutReports(reports));
+        }
+        let (protocol, engines) = (hello.protocol, hello.engines.clone());
+        let worker = self.introduced(hello, old, comes_back);
+        self.put(Resource::Worker(Box::new(worker)));
+        let presence = Presence {
+            connection: Some(connection),
+            lease: self.lease(),
+            heartbeat: self.now,
+            told_engines: None,
+            told_jobs: Default::default(),
+        };
+        self.presences.insert(name.clone(), presence);
+        let acknowledged = self.rows.reports.get(&name).map_or(0, |reports| reports.sequence);
+        self.send(&name, ToAgent::Welcome { protocol, acknowledged });
+        self.lose_missing(&name, &engines);
+        let led: Vec<BackboneName> = self.led_by(&name).collect();
+        self.dirty.extend(led);
+    }
+
+    fn introduced(&self, hello: Hello, old: Option<Worker>, comes_back: bool) -> Worker {
+        let (mut past, mut draining, mut created_revision) = (Vec::new(), false, 0);
+        if let Some(old) = old {
+            (past, created_revision) = (old.past, old.created_revision);
+            if comes_back {
+                draining = old.draining;
+            } else {
+                past.push(old.incarnation);
+                let excess = past.len().saturating_sub(KEPT_INCARNATIONS);
+                past.drain(..excess);
+            }
+        }
+        Worker {
+            name: hello.worker,
+            state: if draining { WorkerState::Draining } else { WorkerState::Online },
+            draining,
+            incarnation: hello.incarnation,
+            past,
+            machine: hello.machine,
+            slots: hello.slots,
+            version: hello.version,
+            connect_time: self.now,
+            lost_time: None,
+            created_revision,
+            revision: 0,
+        }
+    }
+
+    /// Engines that were ready and that an agent, back again, does not have, are lost.
+    fn lose_missing(&mut self, worker: &WorkerName, engines: &[EngineStatus]) {
+        let there = |name: &BackboneName, epoch: u64, rank: u32, together: bool| {
+            engines.iter().any(|engine| {
+                engine.backbone == *name && engine.epoch == epoch && (engine.rank == rank || together)
+            })
+        };
+        let mut missing: Vec<(BackboneName, Vec<u32>)> = Vec::new();
+        for backbone in self.rows.backbones.values() {
+            let together = backbone.spec.collective == Collective::Local;
+            let ranks = backbone.ranks.iter().filter(|rank| {
+                rank.worker == *worker
+                    && rank.ready
+                    && !there(&backbone.name, backbone.epoch, rank.rank, together)
+            });
+            let ranks: Vec<u32> = ranks.map(|rank| rank.rank).collect();
+            if !ranks.is_empty() {
+                missing.push((backbone.name.clone(), ranks));
+            }
+        }
+        for (name, ranks) in missing {
+            let message = format!("{worker} came back without rank {}", ranks[0]);
+            let loss = Loss { reason: BackboneReason::EngineExited, message: &message, counts: true };
+            self.lose_ranks(&name, |placement| ranks.contains(&placement.rank), &loss);
+        }
+    }
+
+    pub(super) fn agent(&mut self, worker: &WorkerName, connection: u64, message: AgentMessage) {
+        let (now, lease) = (self.now, self.lease());
+        match self.presences.get_mut(worker) {
+            Some(presence) if presence.connection == Some(connection) => {
+                (presence.lease, presence.heartbeat) = (presence.lease.max(lease), now);
+            }
+            _ => return,
+        }
+        match message {
+            AgentMessage::Heartbeat { draining: true } => self.drain(worker),
+            AgentMessage::Heartbeat { draining: false } => {}
+            AgentMessage::Report { sequence, report } => self.report(worker, sequence, report),
+            AgentMessage::RendezvousPut { key, value } => self.rendezvous_put(worker, &key, &value),
+            AgentMessage::RendezvousGet(key) => self.rendezvous_get(worker, connection, key),
+        }
+    }
+
+    pub(super) fn disconnected(&mut self, worker: &WorkerName, connection: u64) {
+        if let Some(presence) = self.presences.get_mut(worker)
+            && presence.connection == Some(connection)
+        {
+            presence.connection = None;
+        }
+    }
+
+    pub(super) fn tick(&mut self) {
+        self.forgive_stall();
+        let expired = self.presences.iter().filter(|(_, presence)| presence.lease <= self.now);
+        let expired: Vec<WorkerName> = expired.map(|(name, _)| name.clone()).collect();
+        for name in expired {
+            self.lose_worker(&name, &format!("{name} gave no sign of life for {} ms", self.config.lease_ms));
+        }
+        if self.now >= self.next_prune {
+            self.next_prune = self.now.after(PRUNE_INTERVAL_MS);
+            self.prune_requests();
+            self.forget_workers();
+        }
+    }
+
+    /// Where ticks themselves were late, this process stood still (a slow disk, a stopped machine), and what workers said meanwhile waits
+    /// behind this tick. That is not theirs to pay for.
+    fn forgive_stall(&mut self) {
+        let gap = self.now.since(self.last_tick);
+        self.last_tick = self.now;
+        if gap > u64::from(self.config.lease_ms) / 2 {
+            for presence in self.presences.values_mut() {
+                presence.lease = presence.lease.after(gap);
+            }
+        }
+    }
+
+    fn forget_workers(&mut self) {
+        let (now, ttl) = (self.now, self.config.worker_ttl_ms);
+        let old = self.rows.workers.values();
+        let old = old.filter(|worker| worker.lost_time.is_some_and(|time| now.since(time) >= ttl));
+        let old: Vec<Worker> = old.cloned().collect();
+        for worker in old {
+            self.change(Change::RemoveReports(worker.name.clone()));
+            self.remove(Resource::Worker(Box::new(worker)));
+        }
+    }
+
+    /// A worker is gone, and its engines with it, as far as anybody knows.
+    pub(super) fn lose_worker(&mut self, name: &WorkerName, message: &str) {
+        self.close(name, Problem::new(Code::Unavailable, "LEASE_LOST", format!("{message}; connect again")));
+        self.presences.remove(name);
+        let Some(worker) = self.rows.workers.get(name) else { return };
+        if worker.state == WorkerState::Lost {
+            return;
+        }
+        let mut worker = worker.clone();
+        (worker.state, worker.lost_time) = (WorkerState::Lost, Some(self.now));
+        self.put(Resource::Worker(Box::new(worker)));
+        self.clear_worker(name, &Loss { reason: BackboneReason::WorkerLost, message, counts: false });
+    }
+
+    /// Gives a worker nothing more, and moves what it has.
+    pub(super) fn drain(&mut self, name: &WorkerName) {
+        let Some(worker) = self.rows.workers.get(name) else { return };
+        if worker.state != WorkerState::Online {
+            return;
+        }
+        let mut worker = worker.clone();
+        (worker.state, worker.draining) = (WorkerState::Draining, true);
+        self.put(Resource::Worker(Box::new(worker)));
+        let message = format!("{name} is being drained");
+        self.clear_worker(
+            name,
+            &Loss { reason: BackboneReason::WorkerDrained, message: &message, counts: false },
+        );
+    }
+
+    fn clear_worker(&mut self, name: &WorkerName, loss: &Loss<'_>) {
+        let there = |rank: &RankPlacement| rank.worker == *name && !rank.lost;
+        let backbones = self.rows.backbones.values().filter(|backbone| backbone.ranks.iter().any(there));
+        let backbones: Vec<BackboneName> = backbones.map(|backbone| backbone.name.clone()).collect();
+        for backbone in backbones {
+            self.lose_ranks(&backbone, there, loss);
+        }
+    }
+
+    fn lease(&self) -> Time {
+        self.now.after(u64::from(self.config.lease_ms))
+    }
+
+    /// Backbones whose jobs a worker is told: those that are ready, and whose rank 0 it has.
+    pub(super) fn led_by(&self, worker: &WorkerName) -> impl Iterator<Item = BackboneName> {
+        let leads = |backbone: &&super::Backbone| {
+            backbone.state == BackboneState::Ready
+                && backbone.ranks.first().is_some_and(|rank| rank.worker == *worker)
+        };
+        self.rows.backbones.values().filter(leads).map(|backbone| backbone.name.clone())
+    }
+}

@@ -1,0 +1,221 @@
+//! The agents' service: one stream each way for as long as an agent is connected.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use futures::StreamExt as _;
+use incipit_proto::{
+    Problem,
+    names::WorkerName,
+    v1::{
+        self, AttachRequest, AttachResponse, JobState, agent_service_server::AgentService, attach_request,
+        job_report,
+    },
+};
+use tokio::sync::oneshot;
+use tonic::{Code, Request, Response, Status, Streaming};
+
+use super::{Context, pages::Out, stopping};
+use crate::{
+    blobs::Digest,
+    core::{
+        Config, Core,
+        input::{AgentMessage, Input},
+    },
+    doors::Subject,
+    shell::Outbox,
+    wire,
+};
+
+/// How long an agent may take to say hello.
+const HELLO: Duration = Duration::from_secs(10);
+
+/// How often the core hears that an agent is there whose report is being checked.
+const ALIVE: Duration = Duration::from_secs(1);
+
+/// Implements the service.
+#[derive(Clone, Debug)]
+pub(crate) struct Agent {
+    context: Context,
+    connections: Arc<AtomicU64>,
+}
+
+impl Agent {
+    pub(crate) fn new(context: Context) -> Self {
+        Self { context, connections: Arc::new(AtomicU64::new(1)) }
+    }
+}
+
+#[tonic::async_trait]
+impl AgentService for Agent {
+    type AttachStream = Out<AttachResponse>;
+
+    async fn attach(
+        &self,
+        request: Request<Streaming<AttachRequest>>,
+    ) -> Result<Response<Self::AttachStream>, Status> {
+        let subject = request.extensions().get::<Subject>().cloned().unwrap_or_default();
+        let mut messages = request.into_inner();
+        let first = tokio::time::timeout(HELLO, messages.message()).await;
+        let first = first.map_err(|_| no_hello())??.and_then(|first| first.message);
+        let Some(attach_request::Message::Hello(hello)) = first else { return Err(no_hello().into()) };
+        subject.set(&hello.worker);
+        let hello = wire::hello(hello, &self.context.cluster)?;
+        let connection = self.connections.fetch_add(1, Ordering::Relaxed);
+        let (worker, outbox) = (hello.worker.clone(), Arc::new(Outbox::default()));
+        let incarnation = hello.incarnation.clone();
+        self.context.handle.connect(hello, connection, Arc::clone(&outbox)).await?;
+        let config = self.context.handle.read(|core, _| core.config().clone()).await?;
+        let (listening, gone) = oneshot::channel();
+        let inbound = Inbound { context: self.context.clone(), worker, incarnation, connection, outbox };
+        let outgoing = outgoing(&inbound, config, listening);
+        tokio::spawn(inbound.run(messages, gone));
+        Ok(Response::new(outgoing))
+    }
+}
+
+fn no_hello() -> Problem {
+    Problem::state("NO_HELLO", "an agent says hello first, and at once")
+}
+
+/// What is sent over a connection; `listening` is dropped with it.
+fn outgoing(inbound: &Inbound, config: Config, listening: oneshot::Sender<()>) -> Out<AttachResponse> {
+    let (context, outbox) = (inbound.context.clone(), Arc::clone(&inbound.outbox));
+    let state = (context, outbox, config, Some(listening));
+    let messages = futures::stream::unfold(state, |(context, outbox, config, listening)| async move {
+        listening.as_ref()?;
+        let next = tokio::select! {
+            next = outbox.next() => next?,
+            () = context.stopped() => Err(stopping()),
+        };
+        match next.and_then(|message| wire::to_agent(message, &context.cluster, &config)) {
+            Ok(message) => Some((Ok(message), (context, outbox, config, listening))),
+            Err(problem) => Some((Err(Status::from(problem)), (context, outbox, config, None))),
+        }
+    });
+    messages.boxed()
+}
+
+/// The incoming side of a connection.
+struct Inbound {
+    context: Context,
+    worker: WorkerName,
+    incarnation: String,
+    connection: u64,
+    outbox: Arc<Outbox>,
+}
+
+impl Inbound {
+    async fn run(self, messages: Streaming<AttachRequest>, gone: oneshot::Receiver<()>) {
+        let ended = tokio::select! {
+            ended = self.hear(messages) => ended,
+            _ = gone => Ok(()),
+        };
+        if let Err(problem) = ended {
+            tracing::warn!("the connection of {} is ended: {problem}", self.worker);
+            self.outbox.close(problem);
+        }
+        let input = Input::Disconnected { worker: self.worker, connection: self.connection };
+        let _ = self.context.handle.tell(input).await; // The coordinator ends: nobody is left to be told.
+    }
+
+    async fn hear(&self, mut messages: Streaming<AttachRequest>) -> Result<(), Problem> {
+        loop {
+            let message = match messages.message().await {
+                Ok(Some(message)) => message,
+                Ok(None) => {
+                    let what = "the agent has said all that it wanted to";
+                    return Err(Problem::new(Code::Cancelled, "AGENT_LEFT", what));
+                }
+                Err(status) => return Err(Problem::from(&status)),
+            };
+            let held = match self.saved(&message) {
+                Some(files) => self.check(message.sequence, files).await?,
+                None => None,
+            };
+            self.tell(wire::agent_message(message)?).await?;
+            if let Some(held) = held {
+                // Blobs may be deleted again once the core has named these.
+                let handle = self.context.handle.clone();
+                tokio::spawn(async move {
+                    let _ = handle.read(|_, _| ()).await; // The coordinator ends: it deletes nothing.
+                    drop(held);
+                });
+            }
+        }
+    }
+
+    async fn tell(&self, message: AgentMessage) -> Result<(), Problem> {
+        let (worker, connection) = (self.worker.clone(), self.connection);
+        self.context.handle.tell(Input::Agent { worker, connection, message }).await
+    }
+
+    /// The report of a checkpoint, if this is one.
+    fn saved<'a>(&self, message: &'a AttachRequest) -> Option<&'a v1::JobReport> {
+        match &message.message {
+            Some(attach_request::Message::Job(report)) => {
+                matches!(report.report, Some(job_report::Report::Saved(_))).then_some(report)
+            }
+            _ => None,
+        }
+    }
+
+    /// Checks that the files of a checkpoint are stored, if the report can take effect. While what it returns is held, they stay.
+    async fn check(
+        &self,
+        sequence: u64,
+        report: &v1::JobReport,
+    ) -> Result<Option<tokio::sync::OwnedRwLockReadGuard<()>>, Problem> {
+        let Some(job_report::Report::Saved(saved)) = &report.report else { return Ok(None) };
+        let digests = saved.files.iter().map(|file| Digest::parse("files.digest", &file.digest));
+        let digests = digests.collect::<Result<Vec<_>, _>>()?;
+        if !self.counts(sequence, report).await? {
+            return Ok(None);
+        }
+        let look = async {
+            let held = self.context.blobs.hold().await;
+            let missing = self.context.blobs.missing(digests).await?;
+            Ok::<_, Problem>((held, missing))
+        };
+        tokio::pin!(look);
+        let (held, missing) = loop {
+            // A slow object store is not the agent's fault.
+            match tokio::time::timeout(ALIVE, &mut look).await {
+                Ok(found) => break found?,
+                Err(_) => self.tell(AgentMessage::Heartbeat { draining: false }).await?,
+            }
+        };
+        if let Some(digest) = missing.first() {
+            let what = format!(
+                "{} reports a checkpoint of {} whose blob {digest} is not there; upload it, and report again",
+                self.worker, report.job
+            );
+            return Err(Problem::state("BLOB_MISSING", what).with("digest", digest).with("job", &report.job));
+        }
+        Ok(Some(held))
+    }
+
+    /// Whether a report is new, and of the present epoch and attempt: of others the blobs may be gone, and nothing is lost.
+    async fn counts(&self, sequence: u64, report: &v1::JobReport) -> Result<bool, Problem> {
+        let (worker, incarnation) = (self.worker.clone(), self.incarnation.clone());
+        let (backbone, job) = (report.backbone.clone(), report.job.clone());
+        let (epoch, attempt) = (report.epoch, report.attempt);
+        let look = move |core: &Core, _| {
+            let rows = core.rows();
+            let stored = rows.reports.get(&worker).filter(|stored| stored.incarnation == incarnation);
+            let is_new = stored.is_none_or(|stored| sequence > stored.sequence);
+            let job = rows.jobs.values().find(|known| known.name.as_str() == job);
+            let current = job.is_some_and(|job| {
+                let attempt = job.open_attempt().filter(|open| open.number == attempt && open.epoch == epoch);
+                job.backbone.as_str() == backbone && job.state == JobState::Running && attempt.is_some()
+            });
+            is_new && current
+        };
+        self.context.handle.read(look).await
+    }
+}

@@ -1,0 +1,126 @@
+//! What a job may be told to train.
+
+use std::collections::BTreeSet;
+
+use incipit_proto::v1::{
+    DataSource, Loss, Metric, Optimizer, Recipe, Schedule, TrainingSpec, data_source::Source,
+};
+
+use super::{
+    Roots,
+    check::{Checks, MAX_TEXT, is_digest, is_file_name},
+};
+
+/// Notes what is wrong with a specification. Whether its data can be used is for the worker to say, which reads them.
+pub(super) fn check_spec(checks: &mut Checks, spec: &TrainingSpec, roots: &Roots) {
+    match &spec.train {
+        Some(train) => check_data(checks, "job.spec.train", train, roots),
+        None => checks.wrong("job.spec.train", "is missing; say what to train on"),
+    }
+    if let Some(eval) = &spec.eval {
+        check_data(checks, "job.spec.eval", eval, roots);
+    }
+    checks.text("job.spec.inputs", spec.inputs.as_deref());
+    checks.text("job.spec.targets", spec.targets.as_deref());
+    checks.text("job.spec.labels", spec.labels.as_deref());
+    check_numbers(checks, spec);
+    check_choices(checks, spec);
+    check_init(checks, spec.prompt_init.as_deref());
+    check_evaluation(checks, spec);
+}
+
+fn check_data(checks: &mut Checks, field: &str, data: &DataSource, roots: &Roots) {
+    match &data.source {
+        None => checks.wrong(field, "has neither digest nor path; give one"),
+        Some(Source::Digest(digest)) if !is_digest(digest) => {
+            let what = format!("is {digest:.80?}; give a BLAKE3 as 64 small hexadecimal digits");
+            checks.wrong(format!("{field}.digest"), what);
+        }
+        Some(Source::Digest(_)) => {}
+        Some(Source::Path(path)) => checks.path(&format!("{field}.path"), path, &roots.data, "data"),
+    }
+    // A path has a name of its own.
+    let needed = !matches!(data.source, Some(Source::Path(_)));
+    if (needed || !data.file_name.is_empty()) && !is_file_name(&data.file_name) {
+        let what = format!("is {:.80?}; give the file's own name, without directories", data.file_name);
+        checks.wrong(format!("{field}.file_name"), what);
+    }
+}
+
+fn check_numbers(checks: &mut Checks, spec: &TrainingSpec) {
+    const MAX_STEPS: u64 = 1_000_000_000;
+    checks.range("job.spec.prompt_length", spec.prompt_length, 1..=10_000);
+    checks.range("job.spec.warmup_steps", spec.warmup_steps, 0..=MAX_STEPS);
+    checks.range("job.spec.batch_size", spec.batch_size, 1..=65_536);
+    checks.range("job.spec.steps", spec.steps, 1..=MAX_STEPS);
+    checks.range("job.spec.max_input_length", spec.max_input_length, 1..=65_536);
+    checks.range("job.spec.max_target_length", spec.max_target_length, 1..=65_536);
+    checks.range("job.spec.eval_every", spec.eval_every, 1..=MAX_STEPS);
+    checks.range("job.spec.checkpoint_every", spec.checkpoint_every, 1..=MAX_STEPS);
+    checks.range("job.spec.keep", spec.keep, 1..=1000);
+    checks.range("job.spec.patience", spec.patience, 1..=1_000_000);
+    checks.range("job.spec.weight_decay", spec.weight_decay, 0.0..=1e6);
+    checks.range("job.spec.z_loss", spec.z_loss, 0.0..=1e6);
+    if let Some(lr) = spec.lr
+        && !(lr > 0.0 && lr <= 1e6)
+    {
+        checks.wrong("job.spec.lr", format!("is {lr}; give more than 0, and at most 1e6"));
+    }
+    if let Some(dropout) = spec.dropout
+        && !(0.0..1.0).contains(&dropout)
+    {
+        checks.wrong("job.spec.dropout", format!("is {dropout}; give 0 to less than 1"));
+    }
+}
+
+fn check_choices(checks: &mut Checks, spec: &TrainingSpec) {
+    let choices = [
+        ("job.spec.recipe", spec.recipe, Recipe::try_from(spec.recipe).is_ok()),
+        ("job.spec.optimizer", spec.optimizer, Optimizer::try_from(spec.optimizer).is_ok()),
+        ("job.spec.schedule", spec.schedule, Schedule::try_from(spec.schedule).is_ok()),
+        ("job.spec.loss", spec.loss, Loss::try_from(spec.loss).is_ok()),
+    ];
+    for (field, number, _) in choices.into_iter().filter(|(_, _, known)| !known) {
+        checks.wrong(field, format!("is {number}, which nobody here knows"));
+    }
+    let known = |number: &i32| Metric::try_from(*number).is_ok_and(|metric| metric != Metric::Unspecified);
+    if let Some(number) = spec.metrics.iter().find(|number| !known(number)) {
+        checks.wrong("job.spec.metrics", format!("has {number}, which nobody here knows"));
+    }
+    if spec.metrics.iter().collect::<BTreeSet<_>>().len() < spec.metrics.len() {
+        checks.wrong("job.spec.metrics", "has a metric twice");
+    }
+}
+
+/// As the worker parses it, but for files, which are on machines of nobody's.
+fn check_init(checks: &mut Checks, init: Option<&str>) {
+    let Some(init) = init else { return };
+    let fits = match init.split_once(':') {
+        None => matches!(init, "class-label" | "vocab" | "uniform"),
+        Some(("text", text)) => !text.trim().is_empty() && text.len() <= MAX_TEXT,
+        Some(("uniform", range)) => {
+            let number = |text: &str| text.trim().parse::<f32>().ok().filter(|number| number.is_finite());
+            let bounds = range.split_once(',').and_then(|(low, high)| Some((number(low)?, number(high)?)));
+            bounds.is_some_and(|(low, high)| low < high)
+        }
+        Some(_) => false,
+    };
+    if !fits {
+        let what = format!("is {init:.80?}; give class-label, vocab, uniform, uniform:LOW,HIGH or text:TEXT");
+        checks.wrong("job.spec.prompt_init", what);
+    }
+}
+
+fn check_evaluation(checks: &mut Checks, spec: &TrainingSpec) {
+    if spec.eval.is_some() {
+        return;
+    }
+    let given = [
+        ("job.spec.eval_every", spec.eval_every.is_some()),
+        ("job.spec.patience", spec.patience.is_some()),
+        ("job.spec.metrics", !spec.metrics.is_empty()),
+    ];
+    for (field, _) in given.into_iter().filter(|(_, given)| *given) {
+        checks.wrong(field, "is of no use without job.spec.eval; give that too, or leave this out");
+    }
+}

@@ -1,0 +1,234 @@
+use std::collections::BTreeMap;
+
+use incipit_proto::v1::{self, DataSource, TrainingSpec, data_source::Source};
+use tonic::Code;
+
+use super::*;
+use crate::core::input::{AgentMessage, Request};
+
+fn roots() -> Roots {
+    Roots { data: vec!["/data".into()], models: vec!["/models".into()], hub: false }
+}
+
+fn data(source: Source) -> Option<DataSource> {
+    Some(DataSource { source: Some(source), file_name: "train.jsonl".to_owned() })
+}
+
+fn good() -> v1::CreateJobRequest {
+    let train = data(Source::Digest("0a".repeat(32)));
+    let spec = TrainingSpec { train: train.clone(), eval: train, ..TrainingSpec::default() };
+    let job = v1::Job { backbone: "backbones/b".to_owned(), spec: Some(spec), ..v1::Job::default() };
+    v1::CreateJobRequest { job: Some(job), ..v1::CreateJobRequest::default() }
+}
+
+/// The fields that are wrong once a good request is changed.
+fn wrong(change: impl FnOnce(&mut v1::Job, &mut TrainingSpec)) -> Vec<String> {
+    let mut request = good();
+    let mut job = request.job.take().unwrap();
+    let mut spec = job.spec.take().unwrap();
+    change(&mut job, &mut spec);
+    job.spec = Some(spec);
+    request.job = Some(job);
+    match create_job(&request, "made-up", &roots()) {
+        Ok(_) => Vec::new(),
+        Err(problem) => {
+            assert_eq!(problem.code, Code::InvalidArgument);
+            problem.fields.into_iter().map(|(field, _)| field).collect()
+        }
+    }
+}
+
+#[test]
+fn a_job_without_a_name_gets_one_and_what_is_left_out_has_defaults() {
+    let asked = create_job(&good(), "made-up", &roots()).unwrap();
+    let Request::CreateJob { job, validate_only: false } = asked.request else { panic!() };
+    assert_eq!((job.name.as_str(), job.priority, asked.key), ("jobs/made-up", 10, None));
+    assert_eq!(digests_of(&job.spec).count(), 2);
+}
+
+#[test]
+fn the_made_up_name_does_not_tell_a_request_from_itself() {
+    let mut request = good();
+    request.request_id = "8C3B4E8A-0000-4000-8000-000000000001".to_owned();
+    let (first, again) =
+        (create_job(&request, "x", &roots()).unwrap(), create_job(&request, "y", &roots()).unwrap());
+    assert_eq!(first.key, again.key);
+    request.job.as_mut().unwrap().priority = 11;
+    let other = create_job(&request, "x", &roots()).unwrap();
+    assert_eq!(first.key.as_ref().unwrap().id, other.key.as_ref().unwrap().id);
+    assert_ne!(first.key.unwrap().hash, other.key.unwrap().hash);
+    request.request_id = "1".to_owned();
+    assert_eq!(create_job(&request, "x", &roots()).unwrap_err().fields[0].0, "request_id");
+}
+
+#[test]
+fn numbers_out_of_their_ranges_are_refused_by_their_fields() {
+    for (field, change) in [
+        ("batch_size", (|spec| spec.batch_size = Some(0)) as fn(&mut TrainingSpec)),
+        ("batch_size", |spec| spec.batch_size = Some(65_537)),
+        ("steps", |spec| spec.steps = Some(0)),
+        ("steps", |spec| spec.steps = Some(1_000_000_001)),
+        ("prompt_length", |spec| spec.prompt_length = Some(10_001)),
+        ("lr", |spec| spec.lr = Some(0.0)),
+        ("lr", |spec| spec.lr = Some(f64::NAN)),
+        ("lr", |spec| spec.lr = Some(f64::INFINITY)),
+        ("dropout", |spec| spec.dropout = Some(1.0)),
+        ("dropout", |spec| spec.dropout = Some(f64::NAN)),
+        ("weight_decay", |spec| spec.weight_decay = Some(f64::NAN)),
+        ("z_loss", |spec| spec.z_loss = Some(-1.0)),
+        ("keep", |spec| spec.keep = Some(0)),
+        ("optimizer", |spec| spec.optimizer = 99),
+        ("recipe", |spec| spec.recipe = -1),
+        ("schedule", |spec| spec.schedule = 7),
+        ("loss", |spec| spec.loss = 7),
+        ("metrics", |spec| spec.metrics = vec![0]),
+        ("metrics", |spec| spec.metrics = vec![1, 1]),
+        ("inputs", |spec| spec.inputs = Some("x".repeat(16 * 1024 + 1))),
+        ("labels", |spec| spec.labels = Some(String::new())),
+        ("prompt_init", |spec| spec.prompt_init = Some("file:/etc/passwd".to_owned())),
+        ("prompt_init", |spec| spec.prompt_init = Some("uniform:1,0".to_owned())),
+        ("prompt_init", |spec| spec.prompt_init = Some("text: ".to_owned())),
+        ("train", |spec| spec.train = None),
+        ("train.digest", |spec| spec.train = data(Source::Digest("AB".repeat(32)))),
+        ("train.path", |spec| spec.train = data(Source::Path("/data/../etc/passwd".to_owned()))),
+        ("train.path", |spec| spec.train = data(Source::Path("/database/x".to_owned()))),
+        ("train.path", |spec| spec.train = data(Source::Path("data/x".to_owned()))),
+        ("train.path", |spec| spec.train = data(Source::Path("/data//x".to_owned()))),
+        ("train.file_name", |spec| spec.train.as_mut().unwrap().file_name = "../x".to_owned()),
+        ("train.file_name", |spec| spec.train.as_mut().unwrap().file_name = String::new()),
+    ] {
+        assert_eq!(wrong(|_, spec| change(spec)), [format!("job.spec.{field}")]);
+    }
+    assert_eq!(wrong(|_, spec| spec.train = data(Source::Path("/data/x".to_owned()))), [""; 0]);
+    for init in ["class-label", "vocab", "uniform", "uniform:-0.5, 0.5", "text:Is it so?"] {
+        assert_eq!(wrong(|_, spec| spec.prompt_init = Some(init.to_owned())), [""; 0]);
+    }
+}
+
+#[test]
+fn what_needs_data_to_evaluate_on_is_refused_without_them() {
+    let fields = wrong(|_, spec| {
+        spec.eval = None;
+        (spec.patience, spec.eval_every, spec.metrics) = (Some(3), Some(100), vec![1]);
+    });
+    assert_eq!(fields, ["job.spec.eval_every", "job.spec.patience", "job.spec.metrics"]);
+}
+
+#[test]
+fn all_that_is_wrong_is_said_at_once() {
+    let fields = wrong(|job, spec| {
+        job.backbone = "b".to_owned();
+        job.priority = 101;
+        job.labels = BTreeMap::from([(String::new(), "x".to_owned())]);
+        job.retry_policy = Some(v1::RetryPolicy { max_retries: 11, reasons: vec![5] });
+        spec.lr = Some(-1.0);
+    });
+    let expected = [
+        "job.backbone",
+        "job.spec.lr",
+        "job.priority",
+        "job.labels",
+        "job.retry_policy.max_retries",
+        "job.retry_policy.reasons",
+    ];
+    assert_eq!(fields, expected);
+}
+
+#[test]
+fn a_model_is_a_path_under_a_root_or_one_of_the_hub_where_that_is_allowed() {
+    let refused = |model: &str, roots: &Roots| {
+        let backbone = v1::Backbone { model: model.to_owned(), ..v1::Backbone::default() };
+        let backbone_id = "b".to_owned();
+        let request =
+            v1::CreateBackboneRequest { backbone_id, backbone: Some(backbone), ..Default::default() };
+        create_backbone(&request, roots).is_err()
+    };
+    let with_hub = Roots { hub: true, ..roots() };
+    assert!(
+        !refused("/models/t5", &roots()) && refused("/models/../t5", &roots()) && refused("/t5", &roots())
+    );
+    assert!(refused("google/t5-small", &roots()) && !refused("google/t5-small", &with_hub));
+    for model in ["", "t5", "../t5", "a/b/c", "a/..", "https://x/y"] {
+        assert!(refused(model, &with_hub), "{model}");
+    }
+}
+
+#[test]
+fn a_backbone_has_defaults_and_knows_its_words() {
+    let backbone = v1::Backbone { model: "/models/t5".to_owned(), ..v1::Backbone::default() };
+    let mut request = v1::CreateBackboneRequest {
+        backbone_id: "b".to_owned(),
+        backbone: Some(backbone),
+        ..Default::default()
+    };
+    let Request::CreateBackbone { backbone, .. } = create_backbone(&request, &roots()).unwrap().request
+    else {
+        panic!()
+    };
+    let spec = backbone.spec;
+    assert_eq!(
+        (spec.dtype.as_str(), spec.device.as_str(), spec.collective.as_str()),
+        ("bf16", "cpu", "local")
+    );
+    assert_eq!((spec.tp, spec.dp, spec.max_running_jobs), (1, 1, 32));
+    let wanted = request.backbone.as_mut().unwrap();
+    (wanted.dtype, wanted.collective, wanted.tp) = ("f16".to_owned(), "nccl".to_owned(), 65);
+    let fields = create_backbone(&request, &roots()).unwrap_err().fields;
+    let fields: Vec<_> = fields.iter().map(|(field, _)| &**field).collect();
+    assert_eq!(fields, ["backbone.dtype", "backbone.tp", "backbone.collective"]);
+}
+
+#[test]
+fn names_of_checkpoints_and_versions_are_parsed_and_nothing_else_is() {
+    assert_eq!(checkpoint_ref("name", "jobs/j/checkpoints/00000500").unwrap().step, StepRef::At(500));
+    assert_eq!(checkpoint_ref("name", "jobs/j/checkpoints/best").unwrap().step, StepRef::Best);
+    for name in [
+        "jobs/j",
+        "jobs/j/checkpoints/",
+        "jobs/j/checkpoints/+5",
+        "jobs/J/checkpoints/5",
+        "jobs/j/checkpoints/5/6",
+    ] {
+        assert_eq!(checkpoint_ref("name", name).unwrap_err().fields[0].0, "name", "{name}");
+    }
+    assert_eq!(version_ref("name", "prompts/p/versions/3").unwrap().1, Some(3));
+    assert_eq!(version_ref("name", "prompts/p/versions/latest").unwrap().1, None);
+    assert!(version_ref("name", "prompts/p/versions/-1").is_err());
+}
+
+#[test]
+fn an_agent_of_another_cluster_or_another_protocol_is_refused() {
+    let good = v1::Hello {
+        protocol_min: 1,
+        protocol_max: 9,
+        worker: "workers/w".to_owned(),
+        incarnation: "i".to_owned(),
+        ..v1::Hello::default()
+    };
+    assert_eq!(hello(good.clone(), "c").unwrap().protocol, PROTOCOL_MAX);
+    let other = v1::Hello { cluster_id: "d".to_owned(), ..good.clone() };
+    assert_eq!(hello(other, "c").unwrap_err().reason, "OTHER_CLUSTER");
+    let newer = v1::Hello { protocol_min: 2, ..good };
+    assert_eq!(hello(newer, "c").unwrap_err().reason, "PROTOCOL");
+}
+
+#[test]
+fn a_report_without_a_number_or_with_a_path_for_a_name_ends_the_stream() {
+    let saved = |name: &str| v1::CheckpointSaved {
+        files: vec![v1::CheckpointFile { name: name.to_owned(), digest: "0".repeat(64), size: 1 }],
+        ..v1::CheckpointSaved::default()
+    };
+    let message = |sequence, name: &str| v1::AttachRequest {
+        sequence,
+        message: Some(v1::attach_request::Message::Job(v1::JobReport {
+            backbone: "backbones/b".to_owned(),
+            job: "jobs/j".to_owned(),
+            report: Some(v1::job_report::Report::Saved(saved(name))),
+            ..v1::JobReport::default()
+        })),
+    };
+    assert!(matches!(agent_message(message(1, "a")), Ok(AgentMessage::Report { sequence: 1, .. })));
+    assert!(agent_message(message(0, "a")).is_err());
+    assert!(agent_message(message(1, "a/../b")).is_err());
+    assert!(agent_message(v1::AttachRequest::default()).is_err());
+}

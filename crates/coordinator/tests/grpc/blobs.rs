@@ -1,0 +1,195 @@
+//! Blobs, over gRPC.
+
+use super::common::*;
+use incipit_coordinator::{Config, Limits};
+use incipit_proto::{
+    Problem,
+    client::Client,
+    v1::{CollectGarbageRequest, FindBlobsRequest, ReadBlobRequest, WriteBlobRequest},
+};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+use tonic::{Code, Status};
+
+fn files(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { found.extend(files(&path)) } else { found.push(path) }
+    }
+    found
+}
+
+fn bytes(length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    blake3::Hasher::new().update(b"blob").finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+async fn read(client: &Client, digest: &str, offset: u64) -> Result<Vec<u8>, Status> {
+    let request = ReadBlobRequest { digest: digest.to_owned(), offset };
+    let mut stream = client.blobs().read_blob(request).await?.into_inner();
+    let mut bytes = Vec::new();
+    while let Some(part) = stream.message().await? {
+        assert!(part.data.len() <= 1 << 20);
+        bytes.extend_from_slice(&part.data);
+    }
+    Ok(bytes)
+}
+
+fn reason(status: &Status) -> (Code, String) {
+    (status.code(), Problem::from(status).reason)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blobs_small_and_large_and_empty_come_back_from_any_offset() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(config(dir.path())).await;
+    let client = connect(&running).await;
+    for length in [0, 1, 1 << 20, (20 << 20) + 3] {
+        let bytes = bytes(length);
+        let digest = upload(&client, &bytes).await.unwrap();
+        assert_eq!(read(&client, &digest, 0).await.unwrap(), bytes);
+        let offset = length - length / 3;
+        assert_eq!(read(&client, &digest, offset as u64).await.unwrap(), bytes[offset..]);
+        assert!(read(&client, &digest, length as u64 + 1).await.unwrap().is_empty());
+        let path = dir.path().join("blobs").join(&digest[..2]).join(&digest[2..]);
+        assert_eq!(fs::read(path).unwrap(), bytes);
+        let request = FindBlobsRequest { digests: vec![digest, "0".repeat(64)] };
+        let missing = client.blobs().find_blobs(request).await.unwrap().into_inner().missing;
+        assert_eq!(missing, ["0".repeat(64)]);
+    }
+    assert_eq!(reason(&read(&client, &"0".repeat(64), 0).await.unwrap_err()).0, Code::NotFound);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bytes_of_another_hash_or_size_leave_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let limits = Limits { max_blob_bytes: 30 << 20, ..Limits::default() };
+    let running = start(Config { limits, ..config(dir.path()) }).await;
+    let client = connect(&running).await;
+    for length in [5usize, (9 << 20) + 5] {
+        let bytes = bytes(length);
+        let digest = blake3::hash(&bytes).to_hex().to_string();
+        let (wrong, size) = ("0".repeat(64), length as u64);
+        let refused = upload_as(&client, &wrong, size, &bytes).await.unwrap_err();
+        assert_eq!(reason(&refused), (Code::InvalidArgument, "BLOB_HASH".to_owned()));
+        for announced in [size - 1, size + 1] {
+            let refused = upload_as(&client, &digest, announced, &bytes).await.unwrap_err();
+            assert_eq!(reason(&refused), (Code::InvalidArgument, "BLOB_SIZE".to_owned()));
+        }
+        let refused = upload_as(&client, &digest, 31 << 20, &bytes).await.unwrap_err();
+        assert_eq!(reason(&refused), (Code::InvalidArgument, "BLOB_TOO_LARGE".to_owned()));
+    }
+    let part = WriteBlobRequest { digest: "0".repeat(64), size: 2 << 20, data: bytes(2 << 20).into() };
+    let refused = client.blobs().write_blob(tokio_stream::once(part)).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    let traversal = upload_as(&client, "../../etc/passwd", 1, b"x").await.unwrap_err();
+    assert_eq!(traversal.code(), Code::InvalidArgument);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(files(&dir.path().join("blobs")), Vec::<PathBuf>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_is_broken_off_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(config(dir.path())).await;
+    let client = connect(&running).await;
+    let bytes = bytes(12 << 20);
+    let digest = blake3::hash(&bytes).to_hex().to_string();
+    let (sender, receiver) = tokio::sync::mpsc::channel(1);
+    let uploading = tokio::spawn({
+        let client = client.clone();
+        async move { client.blobs().write_blob(tokio_stream::wrappers::ReceiverStream::new(receiver)).await }
+    });
+    let size = bytes.len() as u64;
+    sender.send(WriteBlobRequest { digest: digest.clone(), size, ..Default::default() }).await.unwrap();
+    for part in bytes[..10 << 20].chunks(1 << 20) {
+        sender.send(WriteBlobRequest { data: part.to_vec().into(), ..Default::default() }).await.unwrap();
+    }
+    uploading.abort();
+    drop(sender);
+    for _ in 0..100 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        if files(&dir.path().join("blobs")).is_empty() {
+            return;
+        }
+    }
+    panic!("left over: {:?}", files(&dir.path().join("blobs")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_blob_is_healed_by_another_upload() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(config(dir.path())).await;
+    let client = connect(&running).await;
+    let digest = upload(&client, b"right").await.unwrap();
+    let path = dir.path().join("blobs").join(&digest[..2]).join(&digest[2..]);
+    fs::write(&path, b"wrong").unwrap();
+    upload(&client, b"right").await.unwrap();
+    assert_eq!(read(&client, &digest, 0).await.unwrap(), b"right");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_nothing_names_is_deleted_once_it_is_old() {
+    use incipit_proto::v1::data_source::Source;
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(config(dir.path())).await;
+    let client = with_backbone(&running).await;
+    let (data, old, new) = (
+        upload(&client, b"data").await.unwrap(),
+        upload(&client, b"old").await.unwrap(),
+        upload(&client, b"new").await.unwrap(),
+    );
+    let mut request = job_request("j");
+    let train = request.job.as_mut().unwrap().spec.as_mut().unwrap().train.as_mut().unwrap();
+    train.source = Some(Source::Digest(data.clone()));
+    client.jobs().create_job(request).await.unwrap();
+    for digest in [&data, &old] {
+        let file = fs::File::open(dir.path().join("blobs").join(&digest[..2]).join(&digest[2..])).unwrap();
+        let then = std::time::SystemTime::now() - Duration::from_secs(2 * 3600);
+        file.set_times(fs::FileTimes::new().set_modified(then)).unwrap();
+    }
+    for validate_only in [true, false] {
+        let request = CollectGarbageRequest { validate_only };
+        let garbage = client.checkpoints().collect_garbage(request).await.unwrap().into_inner();
+        assert_eq!((garbage.digests, garbage.bytes), (vec![old.clone()], 3));
+    }
+    let request = FindBlobsRequest { digests: vec![data, old.clone(), new] };
+    assert_eq!(client.blobs().find_blobs(request).await.unwrap().into_inner().missing, [old]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_is_said_with_its_path_and_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let full = dir.path().join("small");
+    fs::create_dir(&full).unwrap();
+    let mounted = std::process::Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=4m", "tmpfs"])
+        .arg(&full)
+        .status()
+        .is_ok_and(|status| status.success());
+    if !mounted {
+        eprintln!("SKIPPED: no tmpfs can be mounted here, so that no disk is full");
+        return;
+    }
+    let running = start(Config { blobs: Some(full.display().to_string()), ..config(dir.path()) }).await;
+    let client = connect(&running).await;
+    let outcomes = [upload(&client, &bytes(6 << 20)).await, upload(&client, &bytes(12 << 20)).await];
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let left = files(&full);
+    let small = upload(&client, b"there is room for this").await;
+    drop(running);
+    let unmounted = std::process::Command::new("umount").arg("-l").arg(&full).status().unwrap();
+    assert!(unmounted.success());
+    for outcome in outcomes {
+        let status = outcome.unwrap_err();
+        assert_eq!(reason(&status), (Code::ResourceExhausted, "NO_SPACE".to_owned()), "{status}");
+        assert!(status.message().contains(&*full.display().to_string()), "{status}");
+    }
+    assert_eq!(left, Vec::<PathBuf>::new());
+    small.unwrap();
+}

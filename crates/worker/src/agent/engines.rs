@@ -1,0 +1,235 @@
+//! The engines of a machine: those that it is to have, and those that it has.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use incipit_proto::v1::{EngineAssignment, EngineAssignments, EngineStatus};
+
+use crate::agent::core::{Action, Config, HUNG_AFTER, STUCK_AFTER, Time};
+use crate::frames::{Join, Order};
+
+/// Names an engine's process.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Key {
+    /// `backbones/{backbone}`.
+    pub backbone: String,
+    /// Its rank; of ranks that are threads of one process, the first.
+    pub rank: u32,
+}
+
+/// An engine's process.
+#[derive(Clone, Debug)]
+pub struct Engine {
+    /// What it was told last.
+    pub assignment: EngineAssignment,
+    /// Its number among this machine's engines.
+    pub local_rank: u32,
+    /// Whether it has loaded and met the others of its group.
+    pub ready: bool,
+    /// Whether the coordinator was told that it is of no use in its epoch.
+    pub lost: bool,
+    /// Whether it was killed, and will end.
+    pub dying: bool,
+    /// Whether all its jobs are saved.
+    pub drained: bool,
+    /// Plans carried out.
+    pub progress: u64,
+    /// When it last said that it is alive.
+    pub alive_at: Time,
+    /// Since when it is to join a group that it has not begun to join.
+    pub told_at: Option<Time>,
+    /// The last line that it wrote to standard error.
+    pub last_words: String,
+}
+
+impl Engine {
+    /// Epoch of its group.
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.assignment.epoch
+    }
+}
+
+/// The engines.
+#[derive(Debug)]
+pub(crate) struct Engines {
+    outbox: String,
+    address: String,
+    wanted: BTreeMap<Key, EngineAssignment>,
+    running: BTreeMap<Key, Engine>,
+    /// Engines that have ended in this epoch: started again under a new one only.
+    ended: BTreeSet<(Key, u64)>,
+}
+
+impl Engines {
+    pub(crate) fn new(config: &Config) -> Self {
+        Self {
+            outbox: config.outbox.clone(),
+            address: config.address.clone(),
+            wanted: BTreeMap::new(),
+            running: BTreeMap::new(),
+            ended: BTreeSet::new(),
+        }
+    }
+
+    pub(crate) fn all(&self) -> &BTreeMap<Key, Engine> {
+        &self.running
+    }
+
+    pub(crate) fn get_mut(&mut self, key: &Key) -> Option<&mut Engine> {
+        self.running.get_mut(key)
+    }
+
+    /// Engines of a group on this machine.
+    pub(crate) fn of_group(&self, backbone: &str, epoch: u64) -> Vec<Key> {
+        let of_group = |(key, engine): &(&Key, &Engine)| key.backbone == backbone && engine.epoch() == epoch;
+        self.running.iter().filter(of_group).map(|(key, _)| key.clone()).collect()
+    }
+
+    /// Engines that lead.
+    pub(crate) fn leaders(&self) -> Vec<Key> {
+        self.running
+            .iter()
+            .filter(|(key, engine)| key.rank == 0 && engine.ready)
+            .map(|(key, _)| key.clone())
+            .collect()
+    }
+
+    /// Whether no engine has a job that is not saved.
+    pub(crate) fn are_drained(&self) -> bool {
+        self.running
+            .iter()
+            .all(|(key, engine)| key.rank != 0 || engine.drained || !engine.ready || engine.lost)
+    }
+
+    /// Takes the list of engines that this machine is to have.
+    pub(crate) fn assign(&mut self, assignments: EngineAssignments, now: Time, actions: &mut Vec<Action>) {
+        self.wanted.clear();
+        for assignment in assignments.engines {
+            let processes = if assignment.collective == "local" { 1 } else { assignment.ranks.len() };
+            for rank in assignment.ranks.iter().take(processes) {
+                let key = Key { backbone: assignment.backbone.clone(), rank: *rank };
+                self.wanted.insert(key, assignment.clone());
+            }
+        }
+        let wanted = &self.wanted;
+        self.ended.retain(|(key, epoch)| wanted.get(key).is_some_and(|wanted| wanted.epoch == *epoch));
+        self.reconcile(now, actions);
+    }
+
+    /// Starts what is to run and does not, ends what is not to run, and has engines join their new groups.
+    pub(crate) fn reconcile(&mut self, now: Time, actions: &mut Vec<Action>) {
+        let unwanted: Vec<Key> =
+            self.running.keys().filter(|key| !self.wanted.contains_key(*key)).cloned().collect();
+        for key in unwanted {
+            self.kill(&key, actions);
+        }
+        let wanted: Vec<(Key, EngineAssignment)> =
+            self.wanted.iter().map(|(key, assignment)| (key.clone(), assignment.clone())).collect();
+        for (key, assignment) in wanted {
+            match self.running.get(&key) {
+                None if self.ended.contains(&(key.clone(), assignment.epoch)) => {}
+                None => self.start(key, assignment, now, actions),
+                Some(engine) if engine.dying || engine.assignment == assignment => {}
+                Some(engine) if can_join(&engine.assignment, &assignment) => {
+                    self.join(&key, assignment, now, actions)
+                }
+                Some(_) => self.kill(&key, actions),
+            }
+        }
+    }
+
+    fn start(&mut self, key: Key, assignment: EngineAssignment, now: Time, actions: &mut Vec<Action>) {
+        let used: BTreeSet<u32> = self.running.values().map(|engine| engine.local_rank).collect();
+        let local_rank = (0..).find(|number| !used.contains(number)).unwrap_or_default();
+        let engine = Engine {
+            assignment: assignment.clone(),
+            local_rank,
+            ready: false,
+            lost: false,
+            dying: false,
+            drained: false,
+            progress: 0,
+            alive_at: now,
+            told_at: None,
+            last_words: String::new(),
+        };
+        self.running.insert(key.clone(), engine);
+        actions.push(Action::Start(key.clone()));
+        self.join(&key, assignment, now, actions);
+    }
+
+    fn join(&mut self, key: &Key, assignment: EngineAssignment, now: Time, actions: &mut Vec<Action>) {
+        let neighbours = self.wanted.len() as u32;
+        let (address, outbox) = (self.address.clone(), self.outbox.clone());
+        let Some(engine) = self.running.get_mut(key) else { return };
+        engine.assignment = assignment.clone();
+        (engine.ready, engine.lost, engine.drained, engine.alive_at) = (false, false, false, now);
+        engine.told_at = Some(now);
+        let join = Join {
+            assignment: Some(assignment),
+            rank: key.rank,
+            address,
+            outbox,
+            neighbours,
+            local_rank: engine.local_rank,
+        };
+        actions.push(Action::Tell(key.clone(), Box::new(Order::Join(join))));
+    }
+
+    /// Kills an engine. It is there until its process has ended.
+    pub(crate) fn kill(&mut self, key: &Key, actions: &mut Vec<Action>) {
+        if let Some(engine) = self.running.get_mut(key)
+            && !engine.dying
+        {
+            (engine.dying, engine.ready, engine.lost) = (true, false, true);
+            actions.push(Action::Kill(key.clone()));
+        }
+    }
+
+    /// An engine's process has ended.
+    pub(crate) fn ended(&mut self, key: &Key) -> Option<Engine> {
+        let engine = self.running.remove(key)?;
+        self.ended.insert((key.clone(), engine.epoch()));
+        Some(engine)
+    }
+
+    /// Engines that gave no sign of life for too long.
+    pub(crate) fn hung(&self, now: Time) -> Vec<Key> {
+        let hung = |(_, engine): &(&Key, &Engine)| !engine.dying && now > engine.alive_at + HUNG_AFTER;
+        self.running.iter().filter(hung).map(|(key, _)| key.clone()).collect()
+    }
+
+    /// Engines that wait for ranks of a group that is no more, and do not come to the new one.
+    pub(crate) fn stuck(&self, now: Time) -> Vec<Key> {
+        let stuck = |(_, engine): &(&Key, &Engine)| {
+            !engine.dying && engine.told_at.is_some_and(|told| now > told + STUCK_AFTER)
+        };
+        self.running.iter().filter(stuck).map(|(key, _)| key.clone()).collect()
+    }
+
+    /// Nobody could have been heard until now.
+    pub(crate) fn forgive(&mut self, now: Time) {
+        for engine in self.running.values_mut() {
+            engine.alive_at = now;
+            engine.told_at = engine.told_at.map(|_| now);
+        }
+    }
+
+    pub(crate) fn status(&self) -> Vec<EngineStatus> {
+        let status = |(key, engine): (&Key, &Engine)| EngineStatus {
+            backbone: key.backbone.clone(),
+            epoch: engine.epoch(),
+            rank: key.rank,
+            ready: engine.ready,
+            progress: engine.progress,
+        };
+        self.running.iter().filter(|(_, engine)| !engine.dying).map(status).collect()
+    }
+}
+
+/// Whether an engine can go on under another assignment with the weights that it has.
+fn can_join(was: &EngineAssignment, now: &EngineAssignment) -> bool {
+    let same = EngineAssignment { epoch: was.epoch, ranks: was.ranks.clone(), ..now.clone() };
+    // With ranks as threads, the process has all of them.
+    same == *was && now.epoch > was.epoch && (now.collective != "local" || now.ranks == was.ranks)
+}

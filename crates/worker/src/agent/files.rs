@@ -1,0 +1,287 @@
+//! Files between the coordinator's blobs and this machine: data and checkpoints of jobs to here, saved checkpoints to there.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use incipit_proto::Problem;
+use incipit_proto::client::{Client, problem_of};
+use incipit_proto::v1::{self, data_source::Source};
+use incipit_tune::atomic;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::sync::{Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Code;
+
+use crate::agent::core::Refused;
+use crate::frames::LocalJob;
+
+/// Bytes of a message that carries a part of a blob.
+const PART: usize = 256 << 10;
+/// Files that travel at once.
+const AT_ONCE: usize = 4;
+/// Data that are kept for later jobs, in bytes: the least recently used go beyond.
+const KEPT: u64 = 32 << 30;
+
+/// This machine's files.
+#[derive(Clone)]
+pub(crate) struct Files {
+    dir: PathBuf,
+    travelling: Arc<Semaphore>,
+}
+
+/// Why a file did not travel.
+#[derive(Debug)]
+pub(crate) enum Stopped {
+    /// The connection broke: trying again may help.
+    Broken(Problem),
+    /// It was refused.
+    Refused(Problem),
+    /// This machine's disk is the reason.
+    Local(String),
+}
+
+impl From<&tonic::Status> for Stopped {
+    fn from(status: &tonic::Status) -> Self {
+        let problem = problem_of(status);
+        let broken =
+            [Code::Unavailable, Code::Cancelled, Code::DeadlineExceeded, Code::Unknown, Code::Aborted];
+        if broken.contains(&problem.code) { Self::Broken(problem) } else { Self::Refused(problem) }
+    }
+}
+
+impl std::fmt::Display for Stopped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Broken(problem) | Self::Refused(problem) => problem.fmt(f),
+            Self::Local(what) => f.write_str(what),
+        }
+    }
+}
+
+impl Files {
+    /// Files under `dir`. What an earlier agent left half-done is removed.
+    ///
+    /// # Errors
+    /// If the system refuses; the message names the directory.
+    pub(crate) fn open(dir: &Path) -> incipit_tune::Result<Self> {
+        for part in ["data", "checkpoints", "outbox"] {
+            atomic::create_dir(&dir.join(part))?;
+            atomic::clean(&dir.join(part))?;
+        }
+        // Reports of what lies here are gone with the process that made them.
+        for part in ["checkpoints", "outbox"] {
+            atomic::remove_dir(&dir.join(part))?;
+            atomic::create_dir(&dir.join(part))?;
+        }
+        Ok(Self { dir: dir.to_owned(), travelling: Arc::new(Semaphore::new(AT_ONCE)) })
+    }
+
+    /// Where engines leave checkpoints.
+    pub(crate) fn outbox(&self) -> PathBuf {
+        self.dir.join("outbox")
+    }
+
+    /// Has a job's data and checkpoint here.
+    pub(crate) async fn fetch(&self, client: &Client, job: &v1::JobAssignment) -> Result<LocalJob, Stopped> {
+        let _turn = self.travelling.acquire().await;
+        let spec = job.spec.clone().unwrap_or_default();
+        let train = self.data(client, spec.train.as_ref()).await?;
+        let eval = self.data(client, spec.eval.as_ref()).await?;
+        let checkpoint = match &job.checkpoint {
+            None => String::new(),
+            Some(checkpoint) => self.checkpoint(client, &job.job, checkpoint).await?,
+        };
+        self.evict(&[&train, &eval]).await;
+        Ok(LocalJob { assignment: Some(job.clone()), train, eval, checkpoint })
+    }
+
+    async fn data(&self, client: &Client, source: Option<&v1::DataSource>) -> Result<String, Stopped> {
+        let Some(source) = source else { return Ok(String::new()) };
+        let digest = match &source.source {
+            Some(Source::Path(path)) => return Ok(path.clone()),
+            Some(Source::Digest(digest)) => digest,
+            None => return Ok(String::new()),
+        };
+        let name = if source.file_name.is_empty() { "data.jsonl" } else { &source.file_name };
+        // The name's ending tells the format, so that it is part of the place.
+        let path = self.dir.join("data").join(digest).join(name);
+        if tokio::fs::try_exists(&path).await.unwrap_or(false) {
+            touch(&path);
+        } else {
+            let part = self.dir.join("data").join(format!(".{digest}-{name}.part"));
+            download(client, digest, &part).await?;
+            place(&part, &path).await.map_err(|error| local("write", &path, &error))?;
+        }
+        Ok(path.to_string_lossy().into_owned())
+    }
+
+    async fn checkpoint(
+        &self,
+        client: &Client,
+        job: &str,
+        checkpoint: &v1::Checkpoint,
+    ) -> Result<String, Stopped> {
+        let of_job = self.dir.join("checkpoints").join(job.replace('/', "-"));
+        let dir = of_job.join(format!("step-{:08}", checkpoint.step));
+        // What is here of the job is older, or of an attempt that left.
+        let _ = tokio::fs::remove_dir_all(&of_job).await;
+        tokio::fs::create_dir_all(&dir).await.map_err(|error| local("create", &dir, &error))?;
+        for file in &checkpoint.files {
+            download(client, &file.digest, &dir.join(&file.name)).await?;
+        }
+        Ok(dir.to_string_lossy().into_owned())
+    }
+
+    /// Stores the files of a checkpoint as blobs.
+    pub(crate) async fn store(
+        &self,
+        client: &Client,
+        files: &[v1::CheckpointFile],
+        dir: &str,
+    ) -> Result<(), Stopped> {
+        let _turn = self.travelling.acquire().await;
+        let digests = files.iter().map(|file| file.digest.clone()).collect();
+        let found = client
+            .blobs()
+            .find_blobs(v1::FindBlobsRequest { digests })
+            .await
+            .map_err(|status| Stopped::from(&status))?;
+        let missing = found.into_inner().missing;
+        for file in files.iter().filter(|file| missing.contains(&file.digest)) {
+            upload(client, file, &Path::new(dir).join(&file.name)).await?;
+        }
+        Ok(())
+    }
+
+    /// Removes a checkpoint that is stored.
+    pub(crate) async fn remove(&self, dir: &str) {
+        if let Err(error) = tokio::fs::remove_dir_all(dir).await
+            && error.kind() != ErrorKind::NotFound
+        {
+            tracing::warn!("cannot remove {dir}: {error}");
+        }
+    }
+
+    /// Removes the data that were not used for the longest time, beyond what may be kept.
+    async fn evict(&self, in_use: &[&str]) {
+        let data = self.dir.join("data");
+        let in_use: Vec<PathBuf> = in_use.iter().map(PathBuf::from).collect();
+        let evicted = tokio::task::spawn_blocking(move || evict(&data, &in_use)).await;
+        if let Ok(Err(error)) = evicted {
+            tracing::warn!("cannot remove old data: {error}");
+        }
+    }
+}
+
+fn evict(data: &Path, in_use: &[PathBuf]) -> std::io::Result<()> {
+    let mut files: Vec<(SystemTime, u64, PathBuf)> = Vec::new();
+    for dir in std::fs::read_dir(data)?.filter_map(Result::ok).filter(|entry| entry.path().is_dir()) {
+        for file in std::fs::read_dir(dir.path())?.filter_map(Result::ok) {
+            let metadata = file.metadata()?;
+            files.push((metadata.modified()?, metadata.len(), file.path()));
+        }
+    }
+    files.sort();
+    let mut total: u64 = files.iter().map(|(_, size, _)| size).sum();
+    for (_, size, path) in files {
+        if total <= KEPT {
+            break;
+        }
+        if !in_use.contains(&path) {
+            std::fs::remove_file(&path)?;
+            total -= size;
+        }
+    }
+    Ok(())
+}
+
+/// Marks a file as used now.
+fn touch(path: &Path) {
+    // Where that fails, the file only looks older.
+    let _ = std::fs::File::open(path).and_then(|file| file.set_modified(SystemTime::now()));
+}
+
+async fn place(part: &Path, path: &Path) -> std::io::Result<()> {
+    if let Some(dir) = path.parent() {
+        tokio::fs::create_dir_all(dir).await?;
+    }
+    tokio::fs::rename(part, path).await
+}
+
+fn local(action: &str, path: &Path, error: &std::io::Error) -> Stopped {
+    Stopped::Local(format!("cannot {action} {}: {error}", path.display()))
+}
+
+async fn download(client: &Client, digest: &str, path: &Path) -> Result<(), Stopped> {
+    let told = |error: std::io::Error| local("write", path, &error);
+    let request = v1::ReadBlobRequest { digest: digest.to_owned(), offset: 0 };
+    let response = client.blobs().read_blob(request).await.map_err(|status| Stopped::from(&status))?;
+    let mut parts = response.into_inner();
+    let mut file = tokio::fs::File::create(path).await.map_err(told)?;
+    let mut hasher = blake3::Hasher::new();
+    while let Some(part) = parts.message().await.map_err(|status| Stopped::from(&status))? {
+        hasher.update(&part.data);
+        file.write_all(&part.data).await.map_err(told)?;
+    }
+    file.sync_all().await.map_err(told)?;
+    if hasher.finalize().to_hex().as_str() == digest {
+        return Ok(());
+    }
+    // A stream that ended early looks like this as well.
+    let what = format!("what came of the blob {digest} has another hash");
+    Err(Stopped::Broken(Problem::new(Code::DataLoss, "BLOB_DAMAGED", what)))
+}
+
+async fn upload(client: &Client, file: &v1::CheckpointFile, path: &Path) -> Result<(), Stopped> {
+    let mut reader = tokio::fs::File::open(path).await.map_err(|error| local("read", path, &error))?;
+    let (sender, parts) = mpsc::channel(4);
+    let first = v1::WriteBlobRequest { digest: file.digest.clone(), size: file.size, data: Bytes::new() };
+    let reading = async move {
+        let mut part = first;
+        loop {
+            if sender.send(part).await.is_err() {
+                return Ok(());
+            }
+            let mut data = vec![0; PART];
+            let length = reader.read(&mut data).await?;
+            if length == 0 {
+                return Ok(());
+            }
+            data.truncate(length);
+            part = v1::WriteBlobRequest { data: data.into(), ..v1::WriteBlobRequest::default() };
+        }
+    };
+    let mut blobs = client.blobs();
+    let (read, written) = tokio::join!(reading, blobs.write_blob(ReceiverStream::new(parts)));
+    read.map_err(|error: std::io::Error| local("read", path, &error))?;
+    written.map_err(|status| Stopped::from(&status))?;
+    Ok(())
+}
+
+impl From<Stopped> for Refused {
+    fn from(stopped: Stopped) -> Self {
+        let reason = match &stopped {
+            Stopped::Refused(problem) if problem.code == Code::NotFound => v1::JobReason::BadData,
+            _ => v1::JobReason::Internal,
+        };
+        Self { reason, message: format!("its files cannot be had: {stopped}") }
+    }
+}
+
+/// Tries until it works, or trying does not help.
+pub(crate) async fn persist<T, F: Future<Output = Result<T, Stopped>>>(
+    attempt: impl Fn() -> F,
+) -> Result<T, Stopped> {
+    let mut pause = Duration::from_millis(100);
+    loop {
+        match attempt().await {
+            Err(Stopped::Broken(problem)) => tracing::debug!("will try again: {problem}"),
+            done => return done,
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_secs(2));
+    }
+}

@@ -1,0 +1,55 @@
+//! The agent of a machine: keeps a connection to the coordinator, runs the engines that it is told to run, and carries files to and fro.
+
+pub mod core;
+mod engines;
+mod files;
+mod jobs;
+mod line;
+mod outbox;
+mod process;
+mod shell;
+
+use std::path::PathBuf;
+
+use incipit_proto::client::ClientConfig;
+
+pub use engines::{Engine, Key};
+pub use shell::run;
+
+/// What an agent is told.
+#[derive(Clone, Debug)]
+pub struct AgentConfig {
+    /// Where the coordinator is.
+    pub coordinator: ClientConfig,
+    /// Last part of the worker's name.
+    pub worker_id: String,
+    /// Ranks that it can hold: one for each GPU, or on a machine without any as many as are wanted.
+    pub slots: u32,
+    /// Directory for data, checkpoints on their way, and what is left to do after a restart. One agent has it.
+    pub state_dir: PathBuf,
+    /// An address of this machine that other ranks can reach; found out where none is given.
+    pub address: Option<String>,
+    /// The program that is an engine, and the arguments that make it one. It is given `--parent PID` besides.
+    pub engine: (PathBuf, Vec<String>),
+}
+
+/// Why an agent ended that should not have.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The directory cannot be used.
+    #[error("cannot {action} {}: {source}; pass another --state-dir", path.display())]
+    StateDir {
+        /// What could not be done.
+        action: &'static str,
+        /// With what.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Another agent has the directory.
+    #[error("another agent works in {}; end it, or pass another --state-dir", .0.display())]
+    InUse(PathBuf),
+    /// The worker's name cannot be one.
+    #[error(transparent)]
+    Name(#[from] incipit_proto::Problem),
+}

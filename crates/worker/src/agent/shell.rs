@@ -1,0 +1,248 @@
+//! The agent's shell: brings what happens to the core, and does what it wants done.
+
+use std::collections::BTreeMap;
+use std::fs::{File, TryLockError};
+use std::path::Path;
+use std::time::Duration;
+
+use incipit_proto::client::Client;
+use incipit_proto::names::WorkerName;
+use incipit_proto::v1::{self, AttachRequest};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, MissedTickBehavior};
+
+use crate::agent::core::{Action, Config, Core, Input, Time};
+use crate::agent::files::{Files, Stopped, persist};
+use crate::agent::process::Process;
+use crate::agent::{AgentConfig, Error, Key, line};
+
+/// How often the core is told that time has passed.
+const TICK: Duration = Duration::from_millis(100);
+/// What engines have said and the core has not heard, at most.
+const WAITING: usize = 256;
+
+/// Runs an agent until somebody asks it to end by `signals`: once, and it saves everything first; twice, and it ends at once. Is to
+/// run on the main thread of the process: the system ends engines with the thread that has started them.
+///
+/// # Errors
+/// If its directory cannot be used.
+pub async fn run(config: AgentConfig, mut signals: mpsc::Receiver<()>) -> Result<(), Error> {
+    let _lock = lock(&config.state_dir)?;
+    let mut shell = Shell::new(config)?;
+    let (events_sender, mut events) = mpsc::channel(WAITING);
+    let line = tokio::spawn(line::keep(shell.config.coordinator.clone(), events_sender));
+    let mut ticks = tokio::time::interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while !shell.is_done() {
+        let input = tokio::select! {
+            Some(()) = signals.recv() => Input::Terminate,
+            Some(event) = events.recv() => shell.on_line(event),
+            _ = ticks.tick() => Input::Tick,
+            Some(input) = shell.done.recv() => input,
+            Some(input) = shell.engines.recv(), if !shell.core.is_full() => input,
+        };
+        shell.handle(input);
+    }
+    line.abort();
+    Ok(())
+}
+
+struct Shell {
+    config: AgentConfig,
+    core: Core,
+    began: Instant,
+    files: Files,
+    processes: BTreeMap<Key, Process>,
+    outgoing: Option<mpsc::UnboundedSender<AttachRequest>>,
+    /// The newest connection, for those who carry files.
+    client: watch::Sender<Option<Client>>,
+    engines: mpsc::Receiver<Input>,
+    engines_sender: mpsc::Sender<Input>,
+    /// What was fetched and stored.
+    done: mpsc::Receiver<Input>,
+    done_sender: mpsc::Sender<Input>,
+    exiting: bool,
+}
+
+impl Shell {
+    fn new(config: AgentConfig) -> Result<Self, Error> {
+        let worker = WorkerName::of_id("worker", &config.worker_id)?;
+        let files = Files::open(&config.state_dir).map_err(|error| {
+            let source = std::io::Error::other(error.to_string());
+            Error::StateDir { action: "use", path: config.state_dir.clone(), source }
+        })?;
+        let core = Core::new(Config {
+            worker: worker.to_string(),
+            incarnation: uuid::Uuid::new_v4().to_string(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            machine: machine(),
+            slots: config.slots,
+            outbox: files.outbox().to_string_lossy().into_owned(),
+            address: config
+                .address
+                .clone()
+                .or_else(|| local_address(&config.coordinator.endpoint))
+                .unwrap_or_default(),
+        });
+        let (engines_sender, engines) = mpsc::channel(WAITING);
+        let (done_sender, done) = mpsc::channel(WAITING);
+        Ok(Self {
+            config,
+            core,
+            began: Instant::now(),
+            files,
+            processes: BTreeMap::new(),
+            outgoing: None,
+            client: watch::Sender::new(None),
+            engines,
+            engines_sender,
+            done,
+            done_sender,
+            exiting: false,
+        })
+    }
+
+    /// Whether all is done, and no engine is left.
+    fn is_done(&self) -> bool {
+        self.exiting && self.processes.is_empty()
+    }
+
+    fn on_line(&mut self, event: line::Event) -> Input {
+        match event {
+            line::Event::Up(client, outgoing) => {
+                self.outgoing = Some(outgoing);
+                self.client.send_replace(Some(client));
+                Input::Connected
+            }
+            line::Event::Received(response) => Input::Received(response),
+            line::Event::Down => {
+                self.outgoing = None;
+                Input::Disconnected
+            }
+        }
+    }
+
+    fn handle(&mut self, input: Input) {
+        if let Input::Ended(key, how) = &input {
+            tracing::info!("engine {} of {}: {how}", key.rank, key.backbone);
+            self.processes.remove(key);
+        }
+        let now = self.began.elapsed().as_millis() as Time;
+        for action in self.core.handle(input, now) {
+            self.act(action);
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Send(request) => {
+                // A broken line says so by itself.
+                self.outgoing.as_ref().map(|outgoing| outgoing.send(request));
+            }
+            Action::Disconnect(why) => {
+                tracing::error!("{why}");
+                self.outgoing = None;
+            }
+            Action::Start(key) => self.start(key),
+            Action::Tell(key, order) => {
+                if let Some(process) = self.processes.get(&key) {
+                    process.tell(*order);
+                }
+            }
+            Action::Kill(key) => {
+                if let Some(process) = self.processes.get(&key) {
+                    process.kill();
+                }
+            }
+            Action::Fetch(job) => self.fetch(*job),
+            Action::Store { sequence, files, dir } => self.store(sequence, files, dir),
+            Action::Remove(dir) => {
+                let files = self.files.clone();
+                tokio::spawn(async move { files.remove(&dir).await });
+            }
+            Action::Exit => self.exiting = true,
+        }
+    }
+
+    fn start(&mut self, key: Key) {
+        match Process::start(&self.config, &key, self.engines_sender.clone()) {
+            Ok(process) => {
+                self.processes.insert(key, process);
+            }
+            Err(error) => {
+                let how = format!("{} cannot be started: {error}", self.config.engine.0.display());
+                let sender = self.done_sender.clone();
+                tokio::spawn(async move { sender.send(Input::Ended(key, how)).await });
+            }
+        }
+    }
+
+    fn fetch(&self, job: v1::JobAssignment) {
+        let (files, client, sender) = (self.files.clone(), self.client.subscribe(), self.done_sender.clone());
+        tokio::spawn(async move {
+            let once = || async {
+                let client = connected(client.clone()).await?;
+                files.fetch(&client, &job).await
+            };
+            let fetched = persist(once).await.map_err(Into::into);
+            sender.send(Input::Fetched((job.job, job.attempt), fetched)).await
+        });
+    }
+
+    fn store(&self, sequence: u64, list: Vec<v1::CheckpointFile>, dir: String) {
+        let (files, client, sender) = (self.files.clone(), self.client.subscribe(), self.done_sender.clone());
+        tokio::spawn(async move {
+            let once = || async {
+                let client = connected(client.clone()).await?;
+                files.store(&client, &list, &dir).await
+            };
+            let stored = persist(once).await.map_err(|stopped| stopped.to_string());
+            sender.send(Input::Stored(sequence, stored)).await
+        });
+    }
+}
+
+/// The connection, as soon as there is one.
+async fn connected(mut client: watch::Receiver<Option<Client>>) -> Result<Client, Stopped> {
+    let found = client.wait_for(Option::is_some).await.map(|client| client.clone());
+    found.ok().flatten().ok_or_else(|| Stopped::Local("the agent is ending".to_owned()))
+}
+
+/// The address from which this machine reaches the coordinator. No packet is sent to find it.
+fn local_address(endpoint: &str) -> Option<String> {
+    let authority = endpoint.split("://").nth(1)?.split('/').next()?;
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0").ok()?;
+    socket.connect(authority).ok()?;
+    Some(socket.local_addr().ok()?.ip().to_string())
+}
+
+/// The directory for this process alone, until it ends.
+fn lock(dir: &Path) -> Result<File, Error> {
+    let told = |action| {
+        let path = dir.to_owned();
+        move |source| Error::StateDir { action, path, source }
+    };
+    std::fs::create_dir_all(dir).map_err(told("create"))?;
+    let file = File::create(dir.join("lock")).map_err(told("write to"))?;
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => Err(Error::InUse(dir.to_owned())),
+        // A file system without locks cannot tell us; that is no reason not to work there.
+        _ => Ok(file),
+    }
+}
+
+/// This machine.
+fn machine() -> v1::Machine {
+    let gpus = incipit_kernels::gpus().unwrap_or_default();
+    let mut collectives = vec!["local".to_owned()];
+    collectives.extend(cfg!(feature = "gloo").then(|| "gloo".to_owned()));
+    collectives.extend(cfg!(feature = "cuda").then(|| "nccl".to_owned()));
+    v1::Machine {
+        hostname: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        cpu_cores: std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32),
+        memory_bytes: rustix::system::sysinfo().totalram,
+        isa: incipit_kernels::isa().name().to_owned(),
+        gpus: gpus.into_iter().map(|gpu| gpu.name).collect(),
+        collectives,
+    }
+}

@@ -1,0 +1,282 @@
+//! One group of ranks, from their meeting to its end.
+
+use std::path::PathBuf;
+use std::str::FromStr as _;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use incipit_collective::{Mesh, Options, Ranks};
+use incipit_proto::v1::{EngineAssignment, EngineLossCause, EngineReady};
+use incipit_tune::backbone::Backbone;
+use incipit_tune::device::DeviceChoice;
+use incipit_tune::engine::EngineOptions;
+use incipit_tune::ranks::on_threads;
+use incipit_tune::spec::{Backend, Precision};
+
+use crate::engine::failure::{Failure, Result};
+use crate::engine::lead::{Leader, State};
+use crate::engine::load::Loader;
+use crate::engine::machine::Machine;
+use crate::engine::plan::Plan;
+use crate::engine::rendezvous::Answers;
+use crate::engine::resident::{Residents, sent};
+use crate::engine::saver::Saver;
+use crate::engine::voice::Voice;
+use crate::engine::{Inbox, Loss, Mail, Next};
+use crate::frames::{Join, Notice, Ready};
+
+/// How long a rank waits for the others: as long as the slowest disk takes to load a model. A rank that is gone is found by its agent or
+/// by the coordinator long before, and one that waits for it in vain is killed when there is a new group.
+const DEADLINE: Duration = Duration::from_secs(600);
+
+/// What outlives a group: the backbones of this process, by rank.
+#[derive(Default)]
+pub(crate) struct Held {
+    backbones: Vec<Mutex<Option<Backbone>>>,
+}
+
+/// A group that this process takes part in.
+pub(crate) struct Group<'a> {
+    pub(crate) join: &'a Join,
+    pub(crate) voice: &'a Voice,
+    pub(crate) answers: &'a Arc<Answers>,
+    /// The inbox's other end.
+    pub(crate) loaded: &'a Sender<Mail>,
+}
+
+/// What an assignment says, read.
+struct Settings {
+    mesh: Mesh,
+    machine: Machine,
+    device: DeviceChoice,
+    backend: Backend,
+    engine: EngineOptions,
+    options: Options,
+}
+
+impl Group<'_> {
+    /// Meets the other ranks, loads what is not loaded, and works until the agent wants something else.
+    ///
+    /// # Errors
+    /// If the model cannot be loaded, or the ranks cannot go on together. What is loaded stays.
+    pub(crate) fn stay(&self, held: &mut Held, inbox: &Inbox) -> std::result::Result<Next, Loss> {
+        let bad = |message: String| (EngineLossCause::BadModel, message);
+        let assignment =
+            self.join.assignment.as_ref().ok_or_else(|| bad("no backbone was named".to_owned()))?;
+        let settings = settings(assignment, self.join.local_rank as usize).map_err(bad)?;
+        let world = settings.mesh.world();
+        held.backbones.resize_with(world, Mutex::default);
+        let threads = threads(self.join.neighbours);
+        if settings.backend == Backend::Local {
+            let work = |ranks: Ranks| self.work(&settings, ranks, &held.backbones, inbox);
+            let results = on_threads(settings.mesh, Some(threads), &settings.options, |ranks| {
+                Ok::<_, incipit_tune::Error>(work(ranks))
+            });
+            return first_cause(
+                results
+                    .into_iter()
+                    .map(|result| result.unwrap_or_else(|error| Err(Failure::from(error).into()))),
+            );
+        }
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        let pool = pool.map_err(|error| bad(format!("cannot start {threads} threads: {error}")))?;
+        pool.install(|| {
+            let ranks = self.connect(&settings).map_err(|error| Loss::from(Failure::from(error)))?;
+            self.work(&settings, ranks, &held.backbones, inbox)
+        })
+    }
+
+    /// Meets the ranks that are processes.
+    fn connect(&self, settings: &Settings) -> incipit_collective::Result<Ranks> {
+        let store = Arc::new(crate::engine::rendezvous::CoordinatorStore {
+            voice: self.voice.clone(),
+            answers: self.answers.clone(),
+            backbone: settings.options.job.clone(),
+            epoch: settings.options.epoch,
+            address: self.join.address.parse().ok(),
+        });
+        let rank = self.join.rank as usize;
+        match settings.backend {
+            #[cfg(feature = "gloo")]
+            Backend::Gloo => incipit_collective::gloo::connect(settings.mesh, rank, store, &settings.options),
+            #[cfg(feature = "cuda")]
+            Backend::Nccl => connect_nccl(settings, rank, store),
+            _ => {
+                let _ = (store, rank);
+                unreachable!("what is not built in was refused with the assignment")
+            }
+        }
+    }
+
+    fn work(
+        &self,
+        settings: &Settings,
+        ranks: Ranks,
+        held: &[Mutex<Option<Backbone>>],
+        inbox: &Inbox,
+    ) -> std::result::Result<Next, Loss> {
+        let ranks = Arc::new(ranks);
+        let mut held = held[ranks.rank()].lock().unwrap_or_else(PoisonError::into_inner);
+        let worked = self.load(settings, &ranks, &mut held).and_then(|()| {
+            let Some(backbone) = &*held else { unreachable!("it is loaded") };
+            self.serve(settings, &ranks, backbone, inbox).map_err(Loss::from)
+        });
+        if let Err((_, message)) = &worked {
+            ranks.abort(message);
+        }
+        worked
+    }
+
+    /// Loads the backbone, or has the one that is loaded join the new group.
+    fn load(
+        &self,
+        settings: &Settings,
+        ranks: &Arc<Ranks>,
+        held: &mut Option<Backbone>,
+    ) -> std::result::Result<(), Loss> {
+        let Machine { model, dtype } = &settings.machine;
+        let told = |error: incipit_tune::Error| {
+            let failure = Failure::from(error);
+            if failure.of_group { Loss::from(failure) } else { (EngineLossCause::BadModel, failure.message) }
+        };
+        if let Some(backbone) = held {
+            return backbone.regroup(ranks).map_err(told);
+        }
+        *held =
+            Some(Backbone::load_on(model, *dtype, settings.device, settings.engine, ranks).map_err(told)?);
+        Ok(())
+    }
+
+    fn serve(&self, settings: &Settings, ranks: &Ranks, backbone: &Backbone, inbox: &Inbox) -> Result<Next> {
+        // Every rank has loaded once all have come here.
+        ranks.world().barrier()?;
+        let epoch = settings.options.epoch;
+        if ranks.leads() || settings.backend != Backend::Local {
+            let engine = EngineReady {
+                pid: std::process::id(),
+                fingerprint: backbone.fingerprint.to_string(),
+                num_parameters: backbone.num_parameters,
+                d_model: backbone.config().d_model as u32,
+                microbatch_tokens: backbone.engine.microbatch_tokens() as u32,
+            };
+            self.voice.say(Notice::Ready(Ready { epoch, engine: Some(engine) }));
+        }
+        if !ranks.leads() {
+            return self.follow(settings, ranks, backbone);
+        }
+        let leader = Leader {
+            backbone,
+            ranks,
+            voice: self.voice,
+            saver: Saver::start(PathBuf::from(&self.join.outbox), self.voice.clone()),
+            loader: Loader::start(backbone, settings.machine.clone(), self.loaded.clone()),
+            name: settings.options.job.clone(),
+            epoch,
+            state: State::default(),
+        };
+        leader.lead(&inbox.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Carries out the leader's plans, until it has no more.
+    fn follow(&self, settings: &Settings, ranks: &Ranks, backbone: &Backbone) -> Result<Next> {
+        let mut residents = Residents::default();
+        loop {
+            let plan = Plan::hear(ranks)?;
+            residents.carry_out(&plan, backbone, |admission| sent(admission, &settings.machine))?;
+            if settings.backend != Backend::Local {
+                self.voice.advance();
+            }
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn connect_nccl(
+    settings: &Settings,
+    rank: usize,
+    store: Arc<dyn incipit_collective::store::Store>,
+) -> incipit_collective::Result<Ranks> {
+    let number = settings.options.local_rank.unwrap_or(rank);
+    let device = settings.device.open_for(number).map_err(|error| incipit_collective::Error::Backend {
+        what: format!("the GPU of rank {rank}"),
+        cause: error.to_string(),
+    })?;
+    incipit_collective::nccl::connect(settings.mesh, rank, store, &device, &settings.options)
+}
+
+impl From<Failure> for Loss {
+    fn from(failure: Failure) -> Self {
+        (EngineLossCause::GroupFailed, failure.message)
+    }
+}
+
+/// What the leader came to; or, if a rank failed, why: the ranks that only lost another one know less.
+fn first_cause(
+    results: impl Iterator<Item = std::result::Result<Next, Loss>>,
+) -> std::result::Result<Next, Loss> {
+    let mut failure: Option<Loss> = None;
+    let mut next = None;
+    for (rank, result) in results.enumerate() {
+        match result {
+            Ok(found) => next = Some(found),
+            Err((cause, message)) => {
+                let message = format!("rank {rank}: {message}");
+                let better = failure.as_ref().is_none_or(|(known, _)| {
+                    *known == EngineLossCause::GroupFailed && cause == EngineLossCause::BadModel
+                });
+                if better {
+                    failure = Some((cause, message));
+                }
+            }
+        }
+    }
+    // When the leader goes on, the others lose it.
+    match (next, failure) {
+        (Some(next), _) => Ok(next),
+        (None, Some(failure)) => Err(failure),
+        (None, None) => Ok(Next::End),
+    }
+}
+
+/// A process's share of the machine's cores.
+fn threads(neighbours: u32) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    (cores / neighbours.max(1) as usize).max(1)
+}
+
+fn settings(assignment: &EngineAssignment, local_rank: usize) -> std::result::Result<Settings, String> {
+    let (tp, dp) = (assignment.tp.max(1) as usize, assignment.dp.max(1) as usize);
+    let backend = Backend::from_str(&assignment.collective).map_err(|error| error.to_string())?;
+    let built = match backend {
+        Backend::Local => true,
+        Backend::Gloo => cfg!(feature = "gloo"),
+        Backend::Nccl => cfg!(feature = "cuda"),
+    };
+    if !built {
+        return Err(format!(
+            "this worker was built without {backend}; build it with that feature, or choose another collective"
+        ));
+    }
+    Ok(Settings {
+        mesh: Mesh::new(tp, dp, tp.saturating_mul(dp)).map_err(|error| error.to_string())?,
+        machine: Machine {
+            model: assignment.model.clone(),
+            dtype: Precision::from_str(&assignment.dtype).map_err(|error| error.to_string())?,
+        },
+        device: DeviceChoice::from_str(&assignment.device).map_err(|error| error.to_string())?,
+        backend,
+        engine: EngineOptions {
+            microbatch_tokens: (assignment.microbatch_tokens > 0)
+                .then_some(assignment.microbatch_tokens as usize),
+            ..EngineOptions::default()
+        },
+        options: Options {
+            deadline: DEADLINE,
+            connect_deadline: DEADLINE,
+            epoch: assignment.epoch,
+            job: assignment.backbone.clone(),
+            local_rank: Some(local_rank),
+        },
+    })
+}

@@ -1,0 +1,86 @@
+//! An engine: a process that holds one rank's part of a backbone, or with ranks as threads all of it, for as long as its agent lives.
+//!
+//! It is told by its agent which model to load and which group of ranks to join, and, if it leads, which jobs to train. What it
+//! measures and saves it tells the agent. Nothing of it outlives it: a job goes on elsewhere from its last checkpoint.
+
+mod failure;
+mod group;
+mod lead;
+mod load;
+mod machine;
+mod plan;
+mod points;
+mod rendezvous;
+mod resident;
+mod saver;
+mod share;
+mod voice;
+
+use std::io::{Read, Write};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use incipit_proto::v1::EngineLossCause;
+
+use crate::engine::group::{Group, Held};
+use crate::engine::load::Loaded;
+use crate::engine::rendezvous::Answers;
+use crate::engine::voice::Voice;
+use crate::frames::{Failed, Join, Notice, Order};
+
+/// What comes to the engine's main thread.
+pub(crate) enum Mail {
+    /// From the agent.
+    Order(Order),
+    /// From the thread that loads data.
+    Loaded(Box<Loaded>),
+}
+
+/// Where it comes. One thread at a time reads it: the leader of a group, or between two groups the main thread.
+pub(crate) type Inbox = Mutex<Receiver<Mail>>;
+
+/// What comes after a group of ranks.
+pub(crate) enum Next {
+    /// Another one.
+    Join(Box<Join>),
+    /// Nothing: the agent is gone.
+    End,
+}
+
+/// Runs an engine that hears its agent on `input` and answers on `output`, until the agent is gone.
+pub fn run(input: impl Read + Send + 'static, output: impl Write + Send + 'static) {
+    let voice = Voice::new(output);
+    let answers = Arc::<Answers>::default();
+    let (sender, inbox) = channel();
+    voice::listen(input, sender.clone(), answers.clone());
+    let inbox = Mutex::new(inbox);
+    let mut held = Held::default();
+    let mut next = await_join(&inbox);
+    while let Next::Join(join) = next {
+        let epoch = join.assignment.as_ref().map_or(0, |assignment| assignment.epoch);
+        voice.say(Notice::Joining(epoch));
+        let group = Group { join: &join, voice: &voice, answers: &answers, loaded: &sender };
+        next = match group.stay(&mut held, &inbox) {
+            Ok(next) => next,
+            Err((cause, message)) => {
+                voice.log("", "ERROR", format!("epoch {epoch} ends: {message}"));
+                voice.say(Notice::Failed(Failed { epoch, cause: cause.into(), message }));
+                await_join(&inbox)
+            }
+        };
+    }
+}
+
+/// Waits for the next group; whatever else comes belongs to one that is gone.
+fn await_join(inbox: &Inbox) -> Next {
+    let inbox = inbox.lock().unwrap_or_else(PoisonError::into_inner);
+    for mail in &*inbox {
+        if let Mail::Order(Order::Join(join)) = mail {
+            return Next::Join(Box::new(join));
+        }
+    }
+    Next::End
+}
+
+/// Why a group came to its end.
+pub(crate) type Loss = (EngineLossCause, String);

@@ -1,0 +1,161 @@
+//! Writes checkpoints where the agent takes them from, on a thread of its own, and keeps the order of what is said of jobs.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+
+use incipit_proto::v1::{
+    CheckpointFile, CheckpointSaved, JobLeft, JobReason, JobReport, JobState, job_report::Report,
+};
+use incipit_tune::checkpoint::{self, Checkpoint};
+
+use crate::engine::voice::Voice;
+use crate::frames::{Notice, Saved};
+
+/// Checkpoints that wait at most: the backbone waits for the disk beyond.
+const WAITING: usize = 8;
+
+/// What is to be said.
+enum Task {
+    Say(Notice),
+    Save(Box<Save>),
+    /// That a job has left, and how.
+    Leave(JobReport, JobLeft),
+    /// Answer when all before is done.
+    Flush(SyncSender<()>),
+}
+
+struct Save {
+    checkpoint: Checkpoint,
+    /// Without what is told of the checkpoint.
+    report: JobReport,
+    saved: CheckpointSaved,
+}
+
+/// The way to the thread that writes.
+#[derive(Clone)]
+pub(crate) struct Saver {
+    tasks: Sender<Task>,
+    waiting: Arc<AtomicUsize>,
+}
+
+impl Saver {
+    /// Saves under `outbox`.
+    pub(crate) fn start(outbox: PathBuf, voice: Voice) -> Self {
+        let (tasks, queue) = channel();
+        let waiting = Arc::<AtomicUsize>::default();
+        let desk = Desk { outbox, voice, waiting: waiting.clone(), unsaved: BTreeMap::new() };
+        std::thread::spawn(move || desk.serve(&queue));
+        Self { tasks, waiting }
+    }
+
+    /// Says something of a job, behind everything that was said before.
+    pub(crate) fn say(&self, notice: Notice) {
+        let _ = self.tasks.send(Task::Say(notice));
+    }
+
+    /// Saves a checkpoint and reports it, with the score of the evaluation at its step if there was one, and whether that is the job's
+    /// best. If it cannot be written, the log says so, and the job goes on.
+    pub(crate) fn save(&self, checkpoint: Checkpoint, score: Option<f64>, best: bool, report: JobReport) {
+        if self.waiting.fetch_add(1, Ordering::Relaxed) >= WAITING {
+            self.flush();
+        }
+        let saved = CheckpointSaved { step: checkpoint.state.step, files: Vec::new(), score, best };
+        let _ = self.tasks.send(Task::Save(Box::new(Save { checkpoint, report, saved })));
+    }
+
+    /// Says that a job has left. It has not succeeded if its last checkpoint could not be written.
+    pub(crate) fn leave(&self, report: JobReport, left: JobLeft) {
+        let _ = self.tasks.send(Task::Leave(report, left));
+    }
+
+    /// Waits until all is written and said.
+    pub(crate) fn flush(&self) {
+        let (done, wait) = sync_channel(1);
+        if self.tasks.send(Task::Flush(done)).is_ok() {
+            let _ = wait.recv();
+        }
+    }
+}
+
+/// What the thread has.
+struct Desk {
+    outbox: PathBuf,
+    voice: Voice,
+    waiting: Arc<AtomicUsize>,
+    /// Jobs whose last checkpoint could not be written, and why.
+    unsaved: BTreeMap<String, String>,
+}
+
+impl Desk {
+    fn serve(mut self, queue: &Receiver<Task>) {
+        for task in queue {
+            match task {
+                Task::Say(notice) => self.voice.say(notice),
+                Task::Save(save) => {
+                    self.save(*save);
+                    self.waiting.fetch_sub(1, Ordering::Relaxed);
+                }
+                Task::Leave(report, left) => self.leave(report, left),
+                Task::Flush(done) => drop(done.send(())),
+            }
+        }
+    }
+
+    fn save(&mut self, save: Save) {
+        let Save { checkpoint, mut report, mut saved } = save;
+        let (job, step) = (report.job.clone(), saved.step);
+        let dir = self.outbox.join(format!("{}-{}-{step:08}", job.replace('/', "-"), report.attempt));
+        let written = checkpoint::save(&dir, &checkpoint).map_err(|error| error.to_string());
+        match written.and_then(|()| files(&dir)) {
+            Ok(files) => {
+                self.unsaved.remove(&job);
+                let bytes: u64 = files.iter().map(|file| file.size).sum();
+                saved.files = files;
+                report.report = Some(Report::Saved(saved));
+                let dir = dir.to_string_lossy().into_owned();
+                self.voice.say(Notice::Saved(Saved { report: Some(report), dir }));
+                self.voice.log(&job, "INFO", format!("saved a checkpoint of step {step}, {bytes} bytes"));
+            }
+            Err(error) => {
+                let text =
+                    format!("the checkpoint of step {step} was not saved, and training goes on: {error}");
+                self.voice.log(&job, "ERROR", text);
+                self.unsaved.insert(job, error);
+            }
+        }
+    }
+
+    fn leave(&mut self, mut report: JobReport, mut left: JobLeft) {
+        if let Some(error) = self.unsaved.remove(&report.job) {
+            left.message = format!("its last checkpoint could not be saved: {error}");
+            if left.state() == JobState::Succeeded {
+                left.set_state(JobState::Failed);
+                left.set_reason(JobReason::Internal);
+            }
+        }
+        let text = format!("left the backbone after {} steps: {}", left.step, left.message);
+        self.voice.log(&report.job, "INFO", text);
+        report.report = Some(Report::Left(left));
+        self.voice.say(Notice::Job(report));
+    }
+}
+
+/// The files of a checkpoint.
+fn files(dir: &Path) -> Result<Vec<CheckpointFile>, String> {
+    let mut files = Vec::new();
+    let told = |error: std::io::Error| format!("cannot read {}: {error}", dir.display());
+    for entry in std::fs::read_dir(dir).map_err(told)? {
+        let entry = entry.map_err(told)?;
+        let bytes = std::fs::read(entry.path()).map_err(told)?;
+        files.push(CheckpointFile {
+            name: entry.file_name().to_string_lossy().into_owned(),
+            digest: blake3::hash(&bytes).to_hex().to_string(),
+            size: bytes.len() as u64,
+        });
+    }
+    files.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(files)
+}

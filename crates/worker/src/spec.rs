@@ -1,0 +1,307 @@
+//! A job's settings as they cross the wire: a [`PartialSpec`] as a [`TrainingSpec`], and back.
+//!
+//! What a machine decides is no part of them: the model, where it runs, how it is divided, and where the results go. Those come from the
+//! backbone, or from the worker. Whatever a job leaves open stays open on the wire, and is filled in by the recipe and the defaults where
+//! the job is trained.
+
+use std::path::{Path, PathBuf};
+
+use incipit_data::metrics::Metric;
+use incipit_proto::{
+    Problem,
+    v1::{self, DataSource, TrainingSpec, data_source::Source},
+};
+use incipit_tune::{
+    recipe::{LossReduction, OptimizerName, Recipe},
+    schedule::Schedule,
+    spec::PartialSpec,
+};
+
+/// Defines for each enumeration of ours the way to its number on the wire, and the way back. 0 is what was left open.
+macro_rules! enumerations {
+    ($($to:ident, $from:ident: $ours:ident = v1::$wire:ident { $($our:ident = $their:ident),+ $(,)? })+) => {
+        $(
+            fn $to(ours: Option<$ours>) -> i32 {
+                ours.map_or(v1::$wire::Unspecified, |ours| match ours { $($ours::$our => v1::$wire::$their,)+ }) as i32
+            }
+
+            fn $from(field: &str, number: i32) -> Result<Option<$ours>, Problem> {
+                match v1::$wire::try_from(number) {
+                    Ok(v1::$wire::Unspecified) => Ok(None),
+                    $(Ok(v1::$wire::$their) => Ok(Some($ours::$our)),)+
+                    Err(_) => Err(Problem::field(
+                        field,
+                        format!(concat!("is {}, which is no ", stringify!($wire), " that this version knows"), number),
+                    )),
+                }
+            }
+        )+
+    };
+}
+
+enumerations! {
+    recipe_to_wire, recipe_from_wire: Recipe = v1::Recipe { Paper = Paper, ReleasedCode = ReleasedCode }
+    optimizer_to_wire, optimizer_from_wire: OptimizerName = v1::Optimizer { Adafactor = Adafactor, AdamW = Adamw, Sgd = Sgd }
+    schedule_to_wire, schedule_from_wire: Schedule = v1::Schedule { Constant = Constant, Linear = Linear, Cosine = Cosine }
+    loss_to_wire, loss_from_wire: LossReduction = v1::Loss { Mean = Mean, Sum = Sum }
+    metric_to_wire, metric_from_wire: Metric = v1::Metric {
+        Accuracy = Accuracy, ExactMatch = ExactMatch, TokenF1 = TokenF1, MacroF1 = MacroF1,
+    }
+}
+
+/// What a job may set of `spec`, for the wire. Files of examples are named by their paths; whoever uploads them puts digests in their
+/// places.
+///
+/// # Errors
+/// If a value cannot be written down: a count beyond 32 bits, a path that is not UTF-8, no metric at all, or a prompt that starts from
+/// a file.
+pub fn to_wire(spec: &PartialSpec) -> Result<TrainingSpec, Problem> {
+    if spec.metrics.as_ref().is_some_and(Vec::is_empty) {
+        return Err(Problem::field("spec.metrics", "is empty; name at least one, such as accuracy"));
+    }
+    refuse_file(spec.prompt_init.as_deref())?;
+    let metrics = spec.metrics.iter().flatten();
+    Ok(TrainingSpec {
+        train: spec.train.as_deref().map(|path| source("spec.train", path)).transpose()?,
+        eval: spec.eval.as_deref().map(|path| source("spec.eval", path)).transpose()?,
+        inputs: spec.inputs.clone(),
+        targets: spec.targets.clone(),
+        labels: spec.labels.clone(),
+        prompt_length: count("spec.prompt_length", spec.prompt_length)?,
+        prompt_init: spec.prompt_init.clone(),
+        recipe: recipe_to_wire(spec.recipe),
+        optimizer: optimizer_to_wire(spec.optimizer),
+        lr: spec.lr,
+        schedule: schedule_to_wire(spec.schedule),
+        warmup_steps: spec.warmup_steps,
+        weight_decay: spec.weight_decay,
+        batch_size: count("spec.batch_size", spec.batch_size)?,
+        steps: spec.steps,
+        max_input_length: count("spec.max_input_length", spec.max_input_length)?,
+        max_target_length: count("spec.max_target_length", spec.max_target_length)?,
+        dropout: spec.dropout,
+        z_loss: spec.z_loss,
+        loss: loss_to_wire(spec.loss),
+        shuffle: spec.shuffle,
+        seed: spec.seed,
+        eval_every: spec.eval_every,
+        checkpoint_every: spec.checkpoint_every,
+        keep: count("spec.keep", spec.keep)?,
+        patience: spec.patience,
+        metrics: metrics.map(|metric| metric_to_wire(Some(*metric))).collect(),
+        skip_bad_records: spec.skip_bad_records,
+    })
+}
+
+/// The settings in `wire`. `find` tells where the examples of a source lie on this machine.
+///
+/// # Errors
+/// If a value means nothing to this version, or `find` refuses.
+pub fn from_wire(
+    wire: &TrainingSpec,
+    find: impl Fn(&DataSource) -> Result<PathBuf, Problem>,
+) -> Result<PartialSpec, Problem> {
+    refuse_file(wire.prompt_init.as_deref())?;
+    let metric = |number: &i32| {
+        let unspecified = || Problem::field("spec.metrics", "has an entry without a name; leave it out");
+        metric_from_wire("spec.metrics", *number)?.ok_or_else(unspecified)
+    };
+    let metrics = wire.metrics.iter().map(metric).collect::<Result<Vec<_>, _>>()?;
+    Ok(PartialSpec {
+        train: wire.train.as_ref().map(&find).transpose()?,
+        eval: wire.eval.as_ref().map(&find).transpose()?,
+        inputs: wire.inputs.clone(),
+        targets: wire.targets.clone(),
+        labels: wire.labels.clone(),
+        prompt_length: wire.prompt_length.map(|n| n as usize),
+        prompt_init: wire.prompt_init.clone(),
+        recipe: recipe_from_wire("spec.recipe", wire.recipe)?,
+        optimizer: optimizer_from_wire("spec.optimizer", wire.optimizer)?,
+        lr: wire.lr,
+        schedule: schedule_from_wire("spec.schedule", wire.schedule)?,
+        warmup_steps: wire.warmup_steps,
+        weight_decay: wire.weight_decay,
+        batch_size: wire.batch_size.map(|n| n as usize),
+        steps: wire.steps,
+        max_input_length: wire.max_input_length.map(|n| n as usize),
+        max_target_length: wire.max_target_length.map(|n| n as usize),
+        dropout: wire.dropout,
+        z_loss: wire.z_loss,
+        loss: loss_from_wire("spec.loss", wire.loss)?,
+        shuffle: wire.shuffle,
+        seed: wire.seed,
+        eval_every: wire.eval_every,
+        checkpoint_every: wire.checkpoint_every,
+        keep: wire.keep.map(|n| n as usize),
+        patience: wire.patience,
+        metrics: (!metrics.is_empty()).then_some(metrics),
+        skip_bad_records: wire.skip_bad_records,
+        ..PartialSpec::default()
+    })
+}
+
+/// The path of a source that is a path on the workers' machines.
+///
+/// # Errors
+/// If it is a blob, or nothing.
+pub fn path_of(source: &DataSource) -> Result<PathBuf, Problem> {
+    match &source.source {
+        Some(Source::Path(path)) => Ok(PathBuf::from(path)),
+        Some(Source::Digest(digest)) => {
+            Err(Problem::field("spec", format!("names the blob {digest} where a path is needed")))
+        }
+        None => Err(Problem::field(
+            "spec",
+            "has a source of examples that names neither a blob nor a path; name one",
+        )),
+    }
+}
+
+fn source(field: &str, path: &Path) -> Result<DataSource, Problem> {
+    let text = |part: Option<&str>| {
+        part.map(str::to_owned)
+            .ok_or_else(|| Problem::field(field, format!("{} is not UTF-8; rename it", path.display())))
+    };
+    let Some(name) = path.file_name() else {
+        return Err(Problem::field(field, format!("{} is no file; name one", path.display())));
+    };
+    Ok(DataSource { source: Some(Source::Path(text(path.to_str())?)), file_name: text(name.to_str())? })
+}
+
+fn count(field: &str, count: Option<usize>) -> Result<Option<u32>, Problem> {
+    let narrow = |n: usize| {
+        u32::try_from(n).map_err(|_| {
+            Problem::field(field, format!("is {n}, which is too many; pass at most {}", u32::MAX))
+        })
+    };
+    count.map(narrow).transpose()
+}
+
+/// A file would have to be on the worker, and the job's numbers would depend on what it holds at the time.
+fn refuse_file(prompt_init: Option<&str>) -> Result<(), Problem> {
+    match prompt_init.filter(|init| init.starts_with("file:")) {
+        Some(init) => Err(Problem::field(
+            "spec.prompt_init",
+            format!(
+                "is {init:?}, and a job cannot start from a file; pass class-label, vocab, uniform or text:TEXT"
+            ),
+        )),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::{option, prelude::*};
+
+    use super::*;
+
+    fn count() -> impl Strategy<Value = Option<usize>> {
+        option::of(any::<u32>().prop_map(|n| n as usize))
+    }
+
+    fn number() -> impl Strategy<Value = Option<f64>> {
+        option::of(proptest::num::f64::NORMAL | proptest::num::f64::ZERO)
+    }
+
+    fn file() -> impl Strategy<Value = Option<PathBuf>> {
+        option::of("(/[a-z é]{1,8}){0,3}/[a-z.]{0,6}[a-z]".prop_map(PathBuf::from))
+    }
+
+    fn one_of<T: Clone + std::fmt::Debug + 'static>(all: &[T]) -> impl Strategy<Value = Option<T>> + use<T> {
+        option::of(proptest::sample::select(all.to_vec()))
+    }
+
+    prop_compose! {
+        fn data()(
+            train in file(),
+            eval in file(),
+            texts in [option::of(".{0,12}"), option::of(".{0,12}"), option::of(".{0,12}")],
+            counts in [count(), count(), count(), count(), count()],
+            prompt_init in option::of("class-label|vocab|uniform|uniform:-1,1|text:.{1,9}"),
+            skip_bad_records in any::<Option<bool>>(),
+        ) -> PartialSpec {
+            let [inputs, targets, labels] = texts;
+            let [prompt_length, batch_size, max_input_length, max_target_length, keep] = counts;
+            PartialSpec {
+                train, eval, inputs, targets, labels, prompt_length, batch_size, max_input_length, max_target_length, keep,
+                prompt_init, skip_bad_records, ..PartialSpec::default()
+            }
+        }
+    }
+
+    prop_compose! {
+        fn job()(
+            data in data(),
+            recipe in one_of(&[Recipe::Paper, Recipe::ReleasedCode]),
+            optimizer in one_of(&[OptimizerName::Adafactor, OptimizerName::AdamW, OptimizerName::Sgd]),
+            schedule in one_of(&[Schedule::Constant, Schedule::Linear, Schedule::Cosine]),
+            loss in one_of(&[LossReduction::Mean, LossReduction::Sum]),
+            numbers in [number(), number(), number(), number()],
+            longs in any::<[Option<u64>; 5]>(),
+            shuffle in any::<Option<bool>>(),
+            patience in any::<Option<u32>>(),
+            metrics in option::of(proptest::sample::subsequence(Metric::ALL.to_vec(), 1..=4).prop_shuffle()),
+        ) -> PartialSpec {
+            let [lr, weight_decay, dropout, z_loss] = numbers;
+            let [warmup_steps, steps, seed, eval_every, checkpoint_every] = longs;
+            PartialSpec {
+                recipe, optimizer, schedule, loss, lr, weight_decay, dropout, z_loss, warmup_steps, steps, seed, eval_every,
+                checkpoint_every, shuffle, patience, metrics, ..data
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_a_job_sets_crosses_the_wire_unchanged(spec in job()) {
+            let wire = to_wire(&spec).unwrap();
+            prop_assert_eq!(from_wire(&wire, path_of).unwrap(), spec);
+        }
+
+        #[test]
+        fn whatever_comes_in_is_read_or_refused(numbers in [-1..6i32, -1..6, -1..6, -1..6, -1..6]) {
+            let [recipe, optimizer, schedule, loss, metric] = numbers;
+            let wire = TrainingSpec { recipe, optimizer, schedule, loss, metrics: vec![metric], ..TrainingSpec::default() };
+            if let Ok(spec) = from_wire(&wire, path_of) {
+                prop_assert_eq!(to_wire(&spec).unwrap(), wire);
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_machine_decides_stays_behind() {
+        let defaults = PartialSpec { prompt_init: None, ..PartialSpec::defaults() };
+        let machine =
+            PartialSpec { model: Some("m".to_owned()), out: Some("o".into()), threads: Some(3), ..defaults };
+        let back = from_wire(&to_wire(&machine).unwrap(), path_of).unwrap();
+        assert_eq!(
+            (back.model, back.out, back.device, back.tp, back.threads),
+            (None, None, None, None, None)
+        );
+        assert_eq!(back.lr, Some(0.3));
+    }
+
+    #[test]
+    fn what_cannot_be_written_down_is_refused_with_its_field() {
+        let none = PartialSpec::default;
+        for (spec, field) in [
+            (PartialSpec { keep: Some(1 << 40), ..none() }, "spec.keep"),
+            (PartialSpec { metrics: Some(Vec::new()), ..none() }, "spec.metrics"),
+            (PartialSpec { prompt_init: Some("file:p.npy".to_owned()), ..none() }, "spec.prompt_init"),
+            (PartialSpec { train: Some("/".into()), ..none() }, "spec.train"),
+        ] {
+            assert_eq!(to_wire(&spec).unwrap_err().fields[0].0, field);
+        }
+    }
+
+    #[test]
+    fn a_blob_is_found_where_the_worker_has_put_it() {
+        let source =
+            DataSource { source: Some(Source::Digest("ab".to_owned())), file_name: "a.csv".to_owned() };
+        let wire = TrainingSpec { train: Some(source), ..TrainingSpec::default() };
+        let spec = from_wire(&wire, |source| Ok(Path::new("/cache").join(&source.file_name))).unwrap();
+        assert_eq!(spec.train, Some("/cache/a.csv".into()));
+        assert!(from_wire(&wire, path_of).is_err());
+    }
+}

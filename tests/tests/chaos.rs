@@ -1,0 +1,243 @@
+//! A cluster whose processes are killed and stopped at random moments, for many rounds, with jobs running all the time.
+//!
+//! `INCIPIT_SEED` gives another seed, `INCIPIT_ROUNDS` another number of rounds.
+
+mod common;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, ensure};
+use common::cluster::{Cluster, engines_of, spec, trained};
+use incipit_proto::v1::{self, BackboneState, JobState, event::Resource};
+use rustix::process::Signal;
+
+/// Steps of a job, and how many jobs run at once.
+const STEPS: u64 = 150;
+const JOBS: usize = 3;
+/// Distinct jobs: their prompts are compared with undisturbed ones.
+const SEEDS: u64 = 4;
+/// A loss has to be noticed within this.
+const NOTICED: Duration = Duration::from_secs(5);
+
+/// Numbers that only look random (splitmix64).
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % sides
+    }
+}
+
+fn variable(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
+}
+
+/// What is done to the cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Blow {
+    KillCoordinator,
+    KillAgent,
+    KillEngine,
+    StopEngine,
+    StopAgent,
+}
+
+const BLOWS: [Blow; 5] =
+    [Blow::KillCoordinator, Blow::KillAgent, Blow::KillEngine, Blow::StopEngine, Blow::StopAgent];
+
+struct Chaos {
+    cluster: Cluster,
+    dice: Dice,
+    submitted: Vec<(String, u64)>,
+    agents: BTreeSet<u32>,
+    /// How long it took to notice, by what was done.
+    noticed: BTreeMap<Blow, Vec<Duration>>,
+}
+
+#[test]
+#[ignore = "long: 50 rounds of processes killed and stopped"]
+fn whatever_is_killed_or_stopped_every_job_ends_once_and_in_its_own_bytes() -> Result<()> {
+    let (seed, rounds) = (variable("INCIPIT_SEED", 1), variable("INCIPIT_ROUNDS", 50));
+    println!("INCIPIT_SEED={seed} INCIPIT_ROUNDS={rounds}");
+    let dir = tempfile::tempdir()?;
+    let mut chaos = Chaos::begin(dir.path(), seed)?;
+    for round in 0..rounds {
+        chaos.top_up()?;
+        chaos.round(round)?;
+    }
+    let (cluster, submitted) = (&chaos.cluster, &chaos.submitted);
+    for (job, _) in submitted {
+        let ended = cluster.wait_end(job)?;
+        ensure!(ended.state() == JobState::Succeeded, "{job}: {}\n{}", ended.message, cluster.logs());
+    }
+    check_events(&cluster.events()?)?;
+    check_results(&chaos, dir.path())?;
+    for (blow, times) in &chaos.noticed {
+        let worst = times.iter().max().copied().unwrap_or_default();
+        println!("{blow:?}: {} times, noticed after {worst:?} at most", times.len());
+        ensure!(worst < NOTICED, "{blow:?} was noticed after {worst:?}");
+    }
+    let agents = std::mem::take(&mut chaos.agents);
+    drop(chaos);
+    std::thread::sleep(Duration::from_millis(500));
+    for agent in agents {
+        ensure!(engines_of(agent).is_empty(), "the agent {agent} left an engine behind");
+    }
+    Ok(())
+}
+
+impl Chaos {
+    fn begin(dir: &Path, seed: u64) -> Result<Self> {
+        let cluster = Cluster::start(dir)?;
+        let mut chaos = Self {
+            cluster,
+            dice: Dice(seed),
+            submitted: Vec::new(),
+            agents: BTreeSet::new(),
+            noticed: BTreeMap::new(),
+        };
+        for worker in ["w1", "w2", "w3"] {
+            chaos.start_worker(worker)?;
+        }
+        chaos.cluster.create_backbone("b", (1, 2), if cfg!(feature = "gloo") { "gloo" } else { "local" })?;
+        chaos.cluster.wait_ready("b")?;
+        Ok(chaos)
+    }
+
+    fn start_worker(&mut self, name: &str) -> Result<()> {
+        self.cluster.start_worker_with(name, 1)?;
+        self.agents.extend(self.cluster.workers.get(name).map(std::process::Child::id));
+        Ok(())
+    }
+
+    /// Has some jobs running or waiting.
+    fn top_up(&mut self) -> Result<()> {
+        let unfinished = |job: &&v1::Job| [JobState::Queued, JobState::Running].contains(&job.state());
+        let running = self.cluster.jobs()?.iter().filter(unfinished).count();
+        for _ in running..JOBS {
+            let number = self.submitted.len() as u64;
+            let (job, seed) = (format!("j{number}"), number % SEEDS);
+            let spec = v1::TrainingSpec { checkpoint_every: Some(10), ..spec(seed, STEPS) };
+            self.cluster.submit(&job, "b", spec, &uuid::Uuid::new_v4().to_string())?;
+            self.submitted.push((job, seed));
+        }
+        Ok(())
+    }
+
+    fn round(&mut self, round: u64) -> Result<()> {
+        let before = self.cluster.wait_ready("b")?;
+        std::thread::sleep(Duration::from_millis(self.dice.roll(1500)));
+        let blow = BLOWS[self.dice.roll(BLOWS.len() as u64) as usize];
+        println!("round {round}: {blow:?} at epoch {}", before.epoch);
+        let began = SystemTime::now();
+        let places = usize::try_from(self.dice.roll(before.ranks.len() as u64))?;
+        let place = before.ranks[places].clone();
+        let worker = place.worker.trim_start_matches("workers/").to_owned();
+        match blow {
+            Blow::KillCoordinator => {
+                let mut coordinator = self.cluster.coordinator.take().context("it runs")?;
+                coordinator.kill()?;
+                coordinator.wait()?;
+                std::thread::sleep(Duration::from_millis(self.dice.roll(1500)));
+                return self.cluster.start_coordinator();
+            }
+            Blow::KillAgent => {
+                let mut agent = self.cluster.workers.remove(&worker).context("it runs")?;
+                agent.kill()?;
+                agent.wait()?;
+            }
+            Blow::KillEngine => Cluster::signal(place.pid, Signal::KILL)?,
+            Blow::StopEngine => Cluster::signal(place.pid, Signal::STOP)?,
+            Blow::StopAgent => {
+                let agent = self.cluster.workers.get(&worker).context("it runs")?.id();
+                Cluster::signal(agent, Signal::STOP)?;
+            }
+        }
+        let lost = self.cluster.wait_for("the loss to be noticed", |cluster| {
+            let events = cluster.events()?;
+            let newer = |event: &&v1::Event| matches!(&event.resource, Some(Resource::Backbone(b)) if b.epoch > before.epoch
+                || b.state() == BackboneState::Degraded && b.epoch == before.epoch && event.time.as_ref().is_some_and(|t| time(t) >= began));
+            Ok(events.iter().find(newer).cloned())
+        })?;
+        let at = time(lost.time.as_ref().context("a time")?);
+        self.noticed.entry(blow).or_default().push(at.duration_since(began).unwrap_or_default());
+        match blow {
+            Blow::KillAgent => self.start_worker(&worker)?,
+            Blow::StopAgent => {
+                std::thread::sleep(Duration::from_millis(self.dice.roll(1000)));
+                let agent = self.cluster.workers.get(&worker).context("it runs")?.id();
+                Cluster::signal(agent, Signal::CONT)?;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+fn time(stamp: &pbjson_types::Timestamp) -> SystemTime {
+    UNIX_EPOCH + Duration::new(stamp.seconds as u64, stamp.nanos as u32)
+}
+
+/// What must hold at every revision.
+fn check_events(events: &[v1::Event]) -> Result<()> {
+    let mut jobs: BTreeMap<String, v1::Job> = BTreeMap::new();
+    let mut epoch = 0;
+    for (place, event) in events.iter().enumerate() {
+        ensure!(event.revision == place as u64 + 1, "revision {} at place {place}", event.revision);
+        match &event.resource {
+            Some(Resource::Backbone(backbone)) => {
+                ensure!(backbone.epoch >= epoch, "the epoch went back at revision {}", event.revision);
+                epoch = backbone.epoch;
+            }
+            Some(Resource::Job(job)) => {
+                check_job(jobs.get(&job.name), job, epoch)
+                    .with_context(|| format!("revision {}", event.revision))?;
+                jobs.insert(job.name.clone(), job.clone());
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn check_job(before: Option<&v1::Job>, job: &v1::Job, epoch: u64) -> Result<()> {
+    let is_final = |state| [JobState::Succeeded, JobState::Failed, JobState::Cancelled].contains(&state);
+    ensure!(job.reason != 0, "{} is {:?} without a reason", job.name, job.state());
+    let open: Vec<&v1::JobAttempt> =
+        job.attempts.iter().filter(|attempt| attempt.end_time.is_none()).collect();
+    ensure!(open.len() == usize::from(job.state() == JobState::Running), "{}: {open:?}", job.name);
+    ensure!(open.iter().all(|attempt| attempt.epoch <= epoch), "{} runs in an epoch to come", job.name);
+    ensure!(
+        job.attempts.windows(2).all(|pair| pair[0].number < pair[1].number && pair[0].epoch <= pair[1].epoch)
+    );
+    if let Some(before) = before {
+        ensure!(!is_final(before.state()) || before.state() == job.state(), "{} left its end", job.name);
+        let committed = |job: &v1::Job| job.progress.as_ref().map_or(0, |progress| progress.committed_step);
+        ensure!(committed(before) <= committed(job), "{} lost a checkpoint", job.name);
+    }
+    Ok(())
+}
+
+fn check_results(chaos: &Chaos, dir: &Path) -> Result<()> {
+    let listed: BTreeSet<String> = chaos.cluster.jobs()?.iter().map(|job| job.name.clone()).collect();
+    let submitted: BTreeSet<String> = chaos.submitted.iter().map(|(job, _)| format!("jobs/{job}")).collect();
+    ensure!(listed == submitted, "listed {listed:?}, submitted {submitted:?}");
+    let undisturbed: Vec<Vec<u8>> =
+        (0..SEEDS).map(|seed| trained(dir, seed, STEPS, (1, 1))).collect::<Result<_>>()?;
+    for (job, seed) in &chaos.submitted {
+        ensure!(
+            chaos.cluster.last_prompt(job)? == undisturbed[*seed as usize],
+            "the prompt of {job} differs"
+        );
+        let steps: Vec<u64> = chaos.cluster.points(job)?.iter().map(|point| point.step).collect();
+        ensure!(steps == (1..=STEPS).collect::<Vec<_>>(), "{job}: {steps:?}");
+    }
+    println!("{} jobs ended, each in its own bytes", chaos.submitted.len());
+    Ok(())
+}

@@ -1,0 +1,138 @@
+//! A cluster of real processes: jobs end in the bytes that they have alone, whatever happens to the processes.
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use common::cluster::{Cluster, engines_of, spec, trained};
+use incipit_proto::v1::{self, BackboneState, JobReason, JobState};
+use rustix::process::Signal;
+
+fn id() -> String {
+    uuid::Uuid::new_v4().to_string()
+}
+
+#[test]
+fn jobs_on_one_backbone_end_in_the_bytes_of_training_runs() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut cluster = Cluster::start(dir.path())?;
+    cluster.start_worker("w1")?;
+    cluster.create_backbone("b", (1, 2), "local")?;
+    cluster.wait_ready("b")?;
+    for seed in 0..3 {
+        cluster.submit(&format!("j{seed}"), "b", spec(seed, 45), &id())?;
+    }
+    for seed in 0..3 {
+        let job = cluster.wait_end(&format!("j{seed}"))?;
+        ensure!(job.state() == JobState::Succeeded, "{}: {}", job.name, job.message);
+        ensure!(
+            cluster.last_prompt(&format!("j{seed}"))? == trained(dir.path(), seed, 45, (1, 2))?,
+            "seed {seed}"
+        );
+        let points = cluster.points(&format!("j{seed}"))?;
+        let steps: Vec<u64> = points.iter().map(|point| point.step).collect();
+        ensure!(steps == (1..=45).collect::<Vec<_>>(), "{steps:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_killed_engine_is_named_at_once_and_its_jobs_go_on_to_the_same_bytes() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut cluster = Cluster::start(dir.path())?;
+    cluster.start_worker("w1")?;
+    cluster.create_backbone("b", (1, 1), "local")?;
+    let backbone = cluster.wait_ready("b")?;
+    cluster.submit("j", "b", spec(1, 400), &id())?;
+    cluster.wait_for("a checkpoint", |cluster| {
+        Ok(cluster.job("j")?.progress.filter(|progress| progress.committed_step >= 20).map(drop))
+    })?;
+    let start = Instant::now();
+    Cluster::signal(backbone.ranks[0].pid, Signal::KILL)?;
+    let lost = cluster.wait_for("the loss", |cluster| {
+        let found = cluster.backbone("b")?;
+        Ok((found.epoch > backbone.epoch).then_some(found))
+    })?;
+    println!("noticed after {:?}: {}", start.elapsed(), lost.message);
+    ensure!(start.elapsed() < Duration::from_secs(5));
+    ensure!(lost.message.contains("rank 0") || lost.state() != BackboneState::Degraded, "{}", lost.message);
+    let job = cluster.wait_end("j")?;
+    ensure!(job.state() == JobState::Succeeded, "{}", job.message);
+    ensure!(job.attempts.len() == 2 && job.attempts[0].reason() == JobReason::RankLost, "{:?}", job.attempts);
+    ensure!(cluster.last_prompt("j")? == trained(dir.path(), 1, 400, (1, 1))?);
+    Ok(())
+}
+
+#[test]
+fn a_killed_coordinator_comes_back_to_training_that_never_stopped() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut cluster = Cluster::start(dir.path())?;
+    cluster.start_worker("w1")?;
+    cluster.create_backbone("b", (1, 1), "local")?;
+    cluster.wait_ready("b")?;
+    let request = id();
+    cluster.submit("j", "b", spec(2, 600), &request)?;
+    cluster.wait_for("a step", |cluster| Ok(cluster.job("j")?.progress.filter(|p| p.step > 5).map(drop)))?;
+    let mut coordinator = cluster.coordinator.take().expect("it runs");
+    coordinator.kill()?;
+    coordinator.wait()?;
+    std::thread::sleep(Duration::from_millis(700));
+    cluster.start_coordinator()?;
+    // Sent again, a request makes no second job.
+    cluster.submit("j", "b", spec(2, 600), &request)?;
+    ensure!(cluster.jobs()?.len() == 1);
+    let job = cluster.wait_end("j")?;
+    ensure!(job.state() == JobState::Succeeded, "{}", job.message);
+    ensure!(job.attempts.len() == 1, "{:?}", job.attempts);
+    ensure!(cluster.last_prompt("j")? == trained(dir.path(), 2, 600, (1, 1))?);
+    let revisions: Vec<u64> = cluster.events()?.iter().map(|event| event.revision).collect();
+    ensure!(revisions == (1..=revisions.len() as u64).collect::<Vec<_>>(), "{revisions:?}");
+    Ok(())
+}
+
+#[test]
+fn a_killed_agent_leaves_no_engine_behind_and_another_machine_goes_on() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut cluster = Cluster::start(dir.path())?;
+    cluster.start_worker("w1")?;
+    cluster.create_backbone("b", (1, 1), "local")?;
+    cluster.wait_ready("b")?;
+    cluster.submit("j", "b", spec(3, 400), &id())?;
+    cluster.wait_for("a step", |cluster| Ok(cluster.job("j")?.progress.filter(|p| p.step > 5).map(drop)))?;
+    cluster.start_worker("w2")?;
+    let mut agent = cluster.workers.remove("w1").expect("it runs");
+    let pid = agent.id();
+    ensure!(engines_of(pid).len() == 1);
+    agent.kill()?;
+    agent.wait()?;
+    cluster.wait_for("its engine's end", |_| Ok(engines_of(pid).is_empty().then_some(())))?;
+    let job = cluster.wait_end("j")?;
+    ensure!(job.state() == JobState::Succeeded, "{}", job.message);
+    ensure!(cluster.last_prompt("j")? == trained(dir.path(), 3, 400, (1, 1))?);
+    Ok(())
+}
+
+#[test]
+fn a_worker_that_is_asked_to_end_saves_its_jobs_first() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut cluster = Cluster::start(dir.path())?;
+    cluster.start_worker("w1")?;
+    cluster.create_backbone("b", (1, 1), "local")?;
+    cluster.wait_ready("b")?;
+    let never_by_itself = v1::TrainingSpec { checkpoint_every: Some(1_000_000), ..spec(4, 1_000_000) };
+    cluster.submit("j", "b", never_by_itself, &id())?;
+    cluster.wait_for("a step", |cluster| Ok(cluster.job("j")?.progress.filter(|p| p.step > 5).map(drop)))?;
+    let mut agent = cluster.workers.remove("w1").expect("it runs");
+    Cluster::signal(agent.id(), Signal::TERM)?;
+    let start = Instant::now();
+    ensure!(agent.wait()?.success());
+    println!("ended after {:?}", start.elapsed());
+    let job = cluster.wait_for("the job in the queue", |cluster| {
+        let job = cluster.job("j")?;
+        Ok((job.state() == JobState::Queued).then_some(job))
+    })?;
+    let saved = job.progress.unwrap_or_default().committed_step;
+    ensure!(saved > 5, "saved at step {saved}");
+    Ok(())
+}

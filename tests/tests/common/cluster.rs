@@ -1,0 +1,397 @@
+//! A cluster of real processes on this machine, to be disturbed.
+
+use std::collections::BTreeMap;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use incipit_proto::client::{Client, ClientConfig};
+use incipit_proto::v1;
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::runtime::Runtime;
+
+use super::command;
+
+/// A file of the demo. Paths that cross the wire are whole ones.
+fn demo(path: &str) -> String {
+    let path = super::demo(path);
+    std::fs::canonicalize(&path).map_or(path, |path| path.display().to_string())
+}
+
+/// Longest that anything here is waited for.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A coordinator and its workers. Whatever runs is killed with this.
+pub(crate) struct Cluster {
+    dir: PathBuf,
+    pub(crate) port: u16,
+    pub(crate) coordinator: Option<Child>,
+    pub(crate) workers: BTreeMap<String, Child>,
+    runtime: Runtime,
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        let children = self.coordinator.iter_mut().chain(self.workers.values_mut());
+        children.for_each(|child| {
+            let _ = child.kill();
+            let _ = child.wait();
+        });
+    }
+}
+
+impl Cluster {
+    /// A coordinator without workers, with everything under `dir`.
+    pub(crate) fn start(dir: &Path) -> Result<Self> {
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let mut cluster =
+            Self { dir: dir.to_owned(), port, coordinator: None, workers: BTreeMap::new(), runtime };
+        cluster.start_coordinator()?;
+        Ok(cluster)
+    }
+
+    pub(crate) fn start_coordinator(&mut self) -> Result<()> {
+        let (data, listen) = (self.dir.join("coordinator"), format!("127.0.0.1:{}", self.port));
+        let data = data.display().to_string();
+        let args = [
+            "coordinator",
+            "--insecure",
+            "--data",
+            &data,
+            "--listen",
+            &listen,
+            "--model-root",
+            "/",
+            "--data-root",
+            "/",
+            "-v",
+        ];
+        let mut command = command(&args)?;
+        self.coordinator = Some(command.stderr(self.log("coordinator")?).spawn()?);
+        self.wait_for("the coordinator to answer", |cluster| Ok(cluster.client().is_ok().then_some(())))
+    }
+
+    pub(crate) fn start_worker(&mut self, name: &str) -> Result<()> {
+        self.start_worker_with(name, 4)
+    }
+
+    /// A worker with room for so many ranks.
+    pub(crate) fn start_worker_with(&mut self, name: &str, slots: u32) -> Result<()> {
+        let (state, endpoint, slots) = (self.dir.join(name), self.endpoint(), slots.to_string());
+        let state = state.display().to_string();
+        let args = [
+            "worker",
+            "--coordinator",
+            &endpoint,
+            "--name",
+            name,
+            "--slots",
+            &slots,
+            "--state-dir",
+            &state,
+            "-v",
+        ];
+        let mut command = command(&args)?;
+        self.workers.insert(name.to_owned(), command.stderr(self.log(name)?).spawn()?);
+        Ok(())
+    }
+
+    fn log(&self, name: &str) -> Result<Stdio> {
+        let path = self.dir.join(format!("{name}.log"));
+        Ok(std::fs::File::options().create(true).append(true).open(path)?.into())
+    }
+
+    /// What all have logged, for a test that failed.
+    pub(crate) fn logs(&self) -> String {
+        let names = ["coordinator"].into_iter().chain(self.workers.keys().map(String::as_str));
+        names
+            .map(|name| {
+                let text = std::fs::read_to_string(self.dir.join(format!("{name}.log"))).unwrap_or_default();
+                let lines: Vec<&str> = text.lines().collect();
+                format!("--- {name}\n{}\n", lines[lines.len().saturating_sub(40)..].join("\n"))
+            })
+            .collect()
+    }
+
+    pub(crate) fn endpoint(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
+    /// A new connection.
+    pub(crate) fn client(&self) -> Result<Client> {
+        let mut config = ClientConfig::new(self.endpoint());
+        config.connect_timeout = Duration::from_secs(1);
+        Ok(self.runtime.block_on(Client::connect(&config))?)
+    }
+
+    /// Makes calls, also while the coordinator comes back.
+    pub(crate) fn call<T>(&self, call: impl AsyncFn(Client) -> Result<T, tonic::Status>) -> Result<T> {
+        let start = Instant::now();
+        loop {
+            let done = self.client().and_then(|client| Ok(self.runtime.block_on(call(client))?));
+            match done {
+                Ok(done) => return Ok(done),
+                Err(error) if start.elapsed() > Duration::from_secs(20) => return Err(error),
+                Err(error) => {
+                    let status = error.downcast_ref::<tonic::Status>().map(tonic::Status::code);
+                    let passing = [tonic::Code::Unavailable, tonic::Code::Unknown, tonic::Code::Cancelled];
+                    if status.is_some_and(|code| !passing.contains(&code)) {
+                        return Err(error);
+                    }
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+            }
+        }
+    }
+
+    /// Waits until there is something.
+    pub(crate) fn wait_for<T>(&self, what: &str, find: impl Fn(&Self) -> Result<Option<T>>) -> Result<T> {
+        let start = Instant::now();
+        loop {
+            if let Some(found) = find(self)? {
+                return Ok(found);
+            }
+            if start.elapsed() > PATIENCE {
+                bail!("waited in vain for {what}\n{}", self.logs());
+            }
+            std::thread::sleep(Duration::from_millis(30));
+        }
+    }
+
+    /// Has the demo model held, on a mesh.
+    pub(crate) fn create_backbone(&self, id: &str, (tp, dp): (u32, u32), collective: &str) -> Result<()> {
+        let backbone = v1::Backbone {
+            model: demo("model"),
+            dtype: "f32".to_owned(),
+            tp,
+            dp,
+            collective: collective.to_owned(),
+            ..v1::Backbone::default()
+        };
+        let request = v1::CreateBackboneRequest {
+            backbone_id: id.to_owned(),
+            backbone: Some(backbone),
+            request_id: uuid::Uuid::new_v4().to_string(),
+            validate_only: false,
+        };
+        self.call(async |client| client.backbones().create_backbone(request.clone()).await)?;
+        Ok(())
+    }
+
+    pub(crate) fn backbone(&self, id: &str) -> Result<v1::Backbone> {
+        let request = v1::GetBackboneRequest { name: format!("backbones/{id}") };
+        Ok(self.call(async |client| client.backbones().get_backbone(request.clone()).await)?.into_inner())
+    }
+
+    pub(crate) fn wait_ready(&self, id: &str) -> Result<v1::Backbone> {
+        self.wait_for("the backbone", |cluster| {
+            let backbone = cluster.backbone(id)?;
+            ensure!(
+                backbone.state() != v1::BackboneState::Failed,
+                "{}\n{}",
+                backbone.message,
+                cluster.logs()
+            );
+            Ok((backbone.state() == v1::BackboneState::Ready).then_some(backbone))
+        })
+    }
+
+    /// Hands in a job; with the same `request_id` it is the same one.
+    pub(crate) fn submit(
+        &self,
+        job: &str,
+        backbone: &str,
+        spec: v1::TrainingSpec,
+        request_id: &str,
+    ) -> Result<v1::Job> {
+        let request = v1::CreateJobRequest {
+            job_id: job.to_owned(),
+            job: Some(v1::Job {
+                backbone: format!("backbones/{backbone}"),
+                spec: Some(spec),
+                ..v1::Job::default()
+            }),
+            request_id: request_id.to_owned(),
+            validate_only: false,
+        };
+        Ok(self.call(async |client| client.jobs().create_job(request.clone()).await)?.into_inner())
+    }
+
+    /// Hands in a job with a priority.
+    pub(crate) fn submit_with(
+        &self,
+        job: &str,
+        backbone: &str,
+        spec: v1::TrainingSpec,
+        priority: u32,
+    ) -> Result<()> {
+        let backbone = format!("backbones/{backbone}");
+        let request = v1::CreateJobRequest {
+            job_id: job.to_owned(),
+            job: Some(v1::Job { backbone, spec: Some(spec), priority, ..v1::Job::default() }),
+            request_id: uuid::Uuid::new_v4().to_string(),
+            validate_only: false,
+        };
+        self.call(async |client| client.jobs().create_job(request.clone()).await)?;
+        Ok(())
+    }
+
+    pub(crate) fn cancel(&self, id: &str) -> Result<()> {
+        let request = v1::CancelJobRequest { name: format!("jobs/{id}"), ..v1::CancelJobRequest::default() };
+        self.call(async |client| client.jobs().cancel_job(request.clone()).await)?;
+        Ok(())
+    }
+
+    /// Tokens that went through the backbone for a job.
+    pub(crate) fn tokens(&self, id: &str) -> Result<u64> {
+        let of_point = |point: &v1::MetricPoint| match &point.point {
+            Some(v1::metric_point::Point::Training(step)) => step.num_tokens,
+            _ => 0,
+        };
+        Ok(self.points(id)?.iter().map(of_point).sum())
+    }
+
+    pub(crate) fn job(&self, id: &str) -> Result<v1::Job> {
+        let request = v1::GetJobRequest { name: format!("jobs/{id}") };
+        Ok(self.call(async |client| client.jobs().get_job(request.clone()).await)?.into_inner())
+    }
+
+    pub(crate) fn jobs(&self) -> Result<Vec<v1::Job>> {
+        let request = v1::ListJobsRequest { page_size: 1000, ..v1::ListJobsRequest::default() };
+        Ok(self.call(async |client| client.jobs().list_jobs(request.clone()).await)?.into_inner().jobs)
+    }
+
+    /// Waits until a job has reached a final state.
+    pub(crate) fn wait_end(&self, id: &str) -> Result<v1::Job> {
+        use v1::JobState::{Cancelled, Failed, Succeeded};
+        self.wait_for(&format!("the end of job {id}"), |cluster| {
+            let job = cluster.job(id)?;
+            Ok([Succeeded, Failed, Cancelled].contains(&job.state()).then_some(job))
+        })
+    }
+
+    /// The prompt of a job's last checkpoint, as its file has it.
+    pub(crate) fn last_prompt(&self, id: &str) -> Result<Vec<u8>> {
+        let request = v1::GetCheckpointRequest { name: format!("jobs/{id}/checkpoints/last") };
+        let checkpoint = self
+            .call(async |client| client.checkpoints().get_checkpoint(request.clone()).await)?
+            .into_inner();
+        let file =
+            checkpoint.files.iter().find(|file| file.name == "prompt.safetensors").context("no prompt")?;
+        let request = v1::ReadBlobRequest { digest: file.digest.clone(), offset: 0 };
+        self.call(async |client| {
+            let mut parts = client.blobs().read_blob(request.clone()).await?.into_inner();
+            let mut bytes = Vec::new();
+            while let Some(part) = parts.message().await? {
+                bytes.extend(part.data);
+            }
+            Ok(bytes)
+        })
+    }
+
+    /// Everything that a job measured.
+    pub(crate) fn points(&self, id: &str) -> Result<Vec<v1::MetricPoint>> {
+        let request = v1::StreamMetricsRequest { name: format!("jobs/{id}"), offset: 0, follow: false };
+        self.call(async |client| {
+            let mut pages = client.jobs().stream_metrics(request.clone()).await?.into_inner();
+            let mut points = Vec::new();
+            while let Some(page) = pages.message().await? {
+                points.extend(page.points);
+            }
+            Ok(points)
+        })
+    }
+
+    /// Every change so far.
+    pub(crate) fn events(&self) -> Result<Vec<v1::Event>> {
+        let newest =
+            self.call(async |client| client.events().get_server_info(v1::GetServerInfoRequest {}).await)?;
+        let newest = newest.into_inner().revision;
+        let request = v1::WatchEventsRequest { start_revision: 1, name_prefixes: Vec::new() };
+        self.call(async |client| {
+            let mut pages = client.events().watch_events(request.clone()).await?.into_inner();
+            let mut events: Vec<v1::Event> = Vec::new();
+            while events.last().map_or(0, |event| event.revision) < newest {
+                let Some(page) = pages.message().await? else { break };
+                events.extend(page.events);
+            }
+            Ok(events)
+        })
+    }
+
+    /// Kills a process at once, or stops it where it stands.
+    pub(crate) fn signal(pid: u32, signal: Signal) -> Result<()> {
+        let pid = Pid::from_raw(pid.try_into()?).context("a process")?;
+        Ok(kill_process(pid, signal)?)
+    }
+}
+
+/// Examples and steps of a job that takes a moment.
+pub(crate) fn spec(seed: u64, steps: u64) -> v1::TrainingSpec {
+    let source = |file: &str| v1::DataSource {
+        file_name: file.to_owned(),
+        source: Some(v1::data_source::Source::Path(demo(&format!("data/{file}")))),
+    };
+    v1::TrainingSpec {
+        train: Some(source("train.jsonl")),
+        prompt_length: Some(8),
+        batch_size: Some(8),
+        steps: Some(steps),
+        checkpoint_every: Some(20),
+        seed: Some(seed),
+        ..v1::TrainingSpec::default()
+    }
+}
+
+/// The prompt that `incipit train` makes of [`spec`].
+pub(crate) fn trained(dir: &Path, seed: u64, steps: u64, (tp, dp): (u32, u32)) -> Result<Vec<u8>> {
+    let out = dir.join(format!("alone-{seed}-{steps}"));
+    let (model, train, out_arg) = (demo("model"), demo("data/train.jsonl"), out.display().to_string());
+    let [seed, steps, tp, dp] = [seed, steps, u64::from(tp), u64::from(dp)].map(|number| number.to_string());
+    super::incipit(&[
+        "train",
+        "--model",
+        &model,
+        "--train",
+        &train,
+        "--out",
+        &out_arg,
+        "--dtype",
+        "f32",
+        "--prompt-length",
+        "8",
+        "--batch-size",
+        "8",
+        "--steps",
+        &steps,
+        "--checkpoint-every",
+        "20",
+        "--seed",
+        &seed,
+        "--tp",
+        &tp,
+        "--dp",
+        &dp,
+        "-q",
+    ])?
+    .ok()?;
+    Ok(std::fs::read(out.join("last/prompt.safetensors"))?)
+}
+
+/// Processes whose parent or group is gone would show here: those that hold a backbone for the agent `pid`.
+pub(crate) fn engines_of(agent: u32) -> Vec<u32> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
+        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
+        let agent = agent.to_string();
+        if words.get(1) == Some(&&b"engine"[..]) && words.iter().any(|word| *word == agent.as_bytes()) {
+            found.push(pid);
+        }
+    }
+    found
+}
