@@ -141,17 +141,11 @@ impl Chaos {
         let worker = place.worker.trim_start_matches("workers/").to_owned();
         match blow {
             Blow::KillCoordinator => {
-                let mut coordinator = self.cluster.coordinator.take().context("it runs")?;
-                coordinator.kill()?;
-                coordinator.wait()?;
+                self.cluster.kill_coordinator()?;
                 std::thread::sleep(Duration::from_millis(self.dice.roll(1500)));
                 return self.cluster.start_coordinator();
             }
-            Blow::KillAgent => {
-                let mut agent = self.cluster.workers.remove(&worker).context("it runs")?;
-                agent.kill()?;
-                agent.wait()?;
-            }
+            Blow::KillAgent => drop(self.cluster.kill_worker(&worker)?),
             Blow::KillEngine => Cluster::signal(place.pid, Signal::KILL)?,
             Blow::StopEngine => Cluster::signal(place.pid, Signal::STOP)?,
             Blow::StopAgent => {

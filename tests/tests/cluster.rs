@@ -44,7 +44,7 @@ fn a_killed_engine_is_named_at_once_and_its_jobs_go_on_to_the_same_bytes() -> Re
     cluster.start_worker("w1")?;
     cluster.create_backbone("b", (1, 1), "local")?;
     let backbone = cluster.wait_ready("b")?;
-    cluster.submit("j", "b", spec(1, 400), &id())?;
+    cluster.submit("j", "b", spec(1, 150), &id())?;
     cluster.wait_for("a checkpoint", |cluster| {
         Ok(cluster.job("j")?.progress.filter(|progress| progress.committed_step >= 20).map(drop))
     })?;
@@ -60,7 +60,7 @@ fn a_killed_engine_is_named_at_once_and_its_jobs_go_on_to_the_same_bytes() -> Re
     let job = cluster.wait_end("j")?;
     ensure!(job.state() == JobState::Succeeded, "{}", job.message);
     ensure!(job.attempts.len() == 2 && job.attempts[0].reason() == JobReason::RankLost, "{:?}", job.attempts);
-    ensure!(cluster.last_prompt("j")? == trained(dir.path(), 1, 400, (1, 1))?);
+    ensure!(cluster.last_prompt("j")? == trained(dir.path(), 1, 150, (1, 1))?);
     Ok(())
 }
 
@@ -72,20 +72,18 @@ fn a_killed_coordinator_comes_back_to_training_that_never_stopped() -> Result<()
     cluster.create_backbone("b", (1, 1), "local")?;
     cluster.wait_ready("b")?;
     let request = id();
-    cluster.submit("j", "b", spec(2, 600), &request)?;
+    cluster.submit("j", "b", spec(2, 250), &request)?;
     cluster.wait_for("a step", |cluster| Ok(cluster.job("j")?.progress.filter(|p| p.step > 5).map(drop)))?;
-    let mut coordinator = cluster.coordinator.take().expect("it runs");
-    coordinator.kill()?;
-    coordinator.wait()?;
+    cluster.kill_coordinator()?;
     std::thread::sleep(Duration::from_millis(700));
     cluster.start_coordinator()?;
     // Sent again, a request makes no second job.
-    cluster.submit("j", "b", spec(2, 600), &request)?;
+    cluster.submit("j", "b", spec(2, 250), &request)?;
     ensure!(cluster.jobs()?.len() == 1);
     let job = cluster.wait_end("j")?;
     ensure!(job.state() == JobState::Succeeded, "{}", job.message);
     ensure!(job.attempts.len() == 1, "{:?}", job.attempts);
-    ensure!(cluster.last_prompt("j")? == trained(dir.path(), 2, 600, (1, 1))?);
+    ensure!(cluster.last_prompt("j")? == trained(dir.path(), 2, 250, (1, 1))?);
     let revisions: Vec<u64> = cluster.events()?.iter().map(|event| event.revision).collect();
     ensure!(revisions == (1..=revisions.len() as u64).collect::<Vec<_>>(), "{revisions:?}");
     Ok(())
@@ -98,18 +96,16 @@ fn a_killed_agent_leaves_no_engine_behind_and_another_machine_goes_on() -> Resul
     cluster.start_worker("w1")?;
     cluster.create_backbone("b", (1, 1), "local")?;
     cluster.wait_ready("b")?;
-    cluster.submit("j", "b", spec(3, 400), &id())?;
+    cluster.submit("j", "b", spec(3, 150), &id())?;
     cluster.wait_for("a step", |cluster| Ok(cluster.job("j")?.progress.filter(|p| p.step > 5).map(drop)))?;
     cluster.start_worker("w2")?;
-    let mut agent = cluster.workers.remove("w1").expect("it runs");
-    let pid = agent.id();
-    ensure!(engines_of(pid).len() == 1);
-    agent.kill()?;
-    agent.wait()?;
+    let running = cluster.workers["w1"].id();
+    ensure!(engines_of(running).len() == 1);
+    let pid = cluster.kill_worker("w1")?;
     cluster.wait_for("its engine's end", |_| Ok(engines_of(pid).is_empty().then_some(())))?;
     let job = cluster.wait_end("j")?;
     ensure!(job.state() == JobState::Succeeded, "{}", job.message);
-    ensure!(cluster.last_prompt("j")? == trained(dir.path(), 3, 400, (1, 1))?);
+    ensure!(cluster.last_prompt("j")? == trained(dir.path(), 3, 150, (1, 1))?);
     Ok(())
 }
 
@@ -123,10 +119,9 @@ fn a_worker_that_is_asked_to_end_saves_its_jobs_first() -> Result<()> {
     let never_by_itself = v1::TrainingSpec { checkpoint_every: Some(1_000_000), ..spec(4, 1_000_000) };
     cluster.submit("j", "b", never_by_itself, &id())?;
     cluster.wait_for("a step", |cluster| Ok(cluster.job("j")?.progress.filter(|p| p.step > 5).map(drop)))?;
-    let mut agent = cluster.workers.remove("w1").expect("it runs");
-    Cluster::signal(agent.id(), Signal::TERM)?;
     let start = Instant::now();
-    ensure!(agent.wait()?.success());
+    Cluster::signal(cluster.workers["w1"].id(), Signal::TERM)?;
+    ensure!(cluster.workers.get_mut("w1").expect("it runs").wait()?.success());
     println!("ended after {:?}", start.elapsed());
     let job = cluster.wait_for("the job in the queue", |cluster| {
         let job = cluster.job("j")?;

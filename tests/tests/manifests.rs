@@ -252,7 +252,7 @@ fn secrets(objects: &[Value]) -> Result<()> {
             .context(secret.to_owned())?;
         let files: BTreeSet<&str> = made
             .split_whitespace()
-            .filter_map(|word| Some(word.strip_prefix("--from-file=")?.rsplit('/').next()?))
+            .filter_map(|word| word.strip_prefix("--from-file=")?.rsplit('/').next())
             .collect();
         let used: BTreeSet<&str> =
             names.split("/secrets/").skip(1).filter_map(|rest| rest.split(['"', ' ', '\\']).next()).collect();

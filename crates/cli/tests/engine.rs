@@ -228,7 +228,7 @@ fn a_paused_job_goes_on_from_its_checkpoint_in_another_group_to_the_same_bytes()
     assert_eq!(left["jobs/p"].0.state(), JobState::Paused);
     assert!((1..25).contains(&step), "{step}");
     engine.join(2, (1, 2));
-    let second = LocalJob { checkpoint: saved.dir.clone(), ..job("p", 2, spec(3, 25)) };
+    let second = LocalJob { checkpoint: saved.dir, ..job("p", 2, spec(3, 25)) };
     engine.tell(Order::Jobs(Jobs { epoch: 2, jobs: vec![second] }));
     let started = engine.report(|report| matches!(report.report, Some(Report::Started(_))));
     assert!(matches!(started.report, Some(Report::Started(started)) if started.step == step));

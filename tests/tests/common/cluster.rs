@@ -322,6 +322,22 @@ impl Cluster {
         })
     }
 
+    /// Kills a worker's agent, whose process that was is returned.
+    pub(crate) fn kill_worker(&mut self, name: &str) -> Result<u32> {
+        let mut agent = self.workers.remove(name).context("it runs")?;
+        let killed = agent.kill();
+        agent.wait()?;
+        killed?;
+        Ok(agent.id())
+    }
+
+    pub(crate) fn kill_coordinator(&mut self) -> Result<()> {
+        let mut coordinator = self.coordinator.take().context("it runs")?;
+        let killed = coordinator.kill();
+        coordinator.wait()?;
+        Ok(killed?)
+    }
+
     /// Kills a process at once, or stops it where it stands.
     pub(crate) fn signal(pid: u32, signal: Signal) -> Result<()> {
         let pid = Pid::from_raw(pid.try_into()?).context("a process")?;
@@ -389,7 +405,7 @@ pub(crate) fn engines_of(agent: u32) -> Vec<u32> {
         let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
         let agent = agent.to_string();
-        if words.get(1) == Some(&&b"engine"[..]) && words.iter().any(|word| *word == agent.as_bytes()) {
+        if words.get(1) == Some(&&b"engine"[..]) && words.contains(&agent.as_bytes()) {
             found.push(pid);
         }
     }

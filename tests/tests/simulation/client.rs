@@ -78,6 +78,7 @@ impl World {
             self.agents.push(Agent { slots, ..Agent::default() });
             self.soon(1, 3_000, Event::AgentStarts(machine));
         }
+        self.longest_load = if self.chance.one_in(6) { 30_000 } else { 2_000 };
         self.faults_end = if self.faulty { self.chance.between(8_000, 45_000) } else { 20_000 };
         let names: Vec<&'static str> = backbones
             .iter()

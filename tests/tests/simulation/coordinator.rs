@@ -8,6 +8,7 @@ use incipit_proto::Problem;
 
 use crate::simulation::client::Answer;
 use crate::simulation::link::LinkId;
+use crate::simulation::oracle::Stale;
 use crate::simulation::world::{Event, Time, World};
 
 /// The cluster's id.
@@ -134,7 +135,7 @@ impl World {
             if let Input::Disconnected { connection, .. } = &input {
                 batch.gone.push(*connection);
             }
-            let before = self.oracle.look_at(&core, &input);
+            let before = Stale::of(&core, &input);
             let Effects { changes, sends, reply } = core.handle(input, self.core_time());
             if let Some(what) = before.and_then(|stale| stale.broken_by(&changes)) {
                 self.broken("S4 (what is stale has no effect)", || what);

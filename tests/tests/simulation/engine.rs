@@ -152,7 +152,15 @@ impl World {
         if self.alive(pid).is_none_or(|engine| engine.hung) {
             return;
         }
-        let Some(order) = self.engines.get_mut(&pid).and_then(|engine| engine.orders.pop_front()) else {
+        let Some(engine) = self.engines.get_mut(&pid) else { return };
+        // Whoever loads or waits for others reads no orders meanwhile, but hears the answers of the rendezvous.
+        let alone = engine.peers.len() as u64 + 1 < engine.world;
+        let waits = engine.stage == Stage::Loading || (engine.stage == Stage::Meeting && alone);
+        let next = engine.orders.iter().position(|order| !waits || matches!(order, Order::Rendezvous(_)));
+        let Some(order) = next.and_then(|next| engine.orders.remove(next)) else {
+            if waits && !engine.orders.is_empty() {
+                self.later(100, Event::EngineHears(pid));
+            }
             return;
         };
         match order {
@@ -182,7 +190,9 @@ impl World {
         engine.peers.clear();
         engine.leader = Leader::default();
         let (group, loaded) = (engine.group, engine.loaded);
-        let took = if loaded { self.chance.between(5, 50) } else { self.chance.between(100, 2_000) };
+        let took =
+            if loaded { self.chance.between(5, 50) } else { self.chance.between(100, self.longest_load) };
+        self.notice(pid, Notice::Joining(assignment.epoch));
         self.later(took, Event::EngineLoads(pid, group));
     }
 

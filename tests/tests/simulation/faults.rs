@@ -103,6 +103,7 @@ impl World {
             core.and_then(|core| core.engines().get(&engine.key)).filter(|known| !known.lost && !known.dying);
         let Some(epoch) = known.map(|known| known.assignment.epoch) else { return };
         self.watch(Watch {
+            pid: Some(pid),
             machine: Some(engine.machine),
             backbone: engine.key.backbone.clone(),
             epoch,
@@ -118,7 +119,7 @@ impl World {
         let engines = agent.core.as_ref().filter(|_| !away).map(|core| core.engines().clone());
         for (key, engine) in engines.unwrap_or_default() {
             let (backbone, epoch) = (key.backbone, engine.assignment.epoch);
-            self.watch(Watch { machine: None, backbone, epoch, since: self.now });
+            self.watch(Watch { pid: None, machine: None, backbone, epoch, since: self.now });
         }
     }
 

@@ -9,6 +9,7 @@ use incipit_proto::names::{JobName, WorkerName};
 use incipit_proto::v1::{BackboneState, JobState, JobWish, MetricPoint, WorkerState, metric_point::Point};
 
 use crate::simulation::chance::{digest, first_prompt, loss, next_prompt};
+use crate::simulation::engine::Pid;
 use crate::simulation::world::{Machine, Time, World};
 
 /// What is known besides what is stored.
@@ -30,6 +31,8 @@ pub(crate) struct Oracle {
 pub(crate) struct Watch {
     /// Who has to notice it, besides the coordinator.
     pub(crate) machine: Option<Machine>,
+    /// The process that it is about, if it is one.
+    pub(crate) pid: Option<Pid>,
     pub(crate) backbone: String,
     pub(crate) epoch: u64,
     pub(crate) since: Time,
@@ -52,10 +55,11 @@ impl Oracle {
         }
         chain[step as usize]
     }
+}
 
+impl Stale {
     /// Whether an input is a report that is stale, or comes again.
-    #[allow(clippy::unused_self, reason = "what an oracle does")]
-    pub(crate) fn look_at(&self, core: &Core, input: &Input) -> Option<Stale> {
+    pub(crate) fn of(core: &Core, input: &Input) -> Option<Self> {
         let Input::Agent { worker, message: AgentMessage::Report { sequence, report }, .. } = input else {
             return None;
         };
@@ -70,11 +74,9 @@ impl Oracle {
         });
         let current = leads && open.is_some_and(|open| (open.number, open.epoch) == (*attempt, *epoch));
         let was_running = known.is_some_and(|job| job.state == JobState::Running);
-        (again || !current).then(|| Stale { job: job.clone(), was_running, what: format!("{input:?}") })
+        (again || !current).then(|| Self { job: job.clone(), was_running, what: format!("{input:?}") })
     }
-}
 
-impl Stale {
     /// What it says if it took effect.
     pub(crate) fn broken_by(self, changes: &[Change]) -> Option<String> {
         let took_effect = changes.iter().any(|change| match change {

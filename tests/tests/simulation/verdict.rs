@@ -24,7 +24,12 @@ impl World {
                 && backbone.place_at.is_none()
                 && backbone.state != BackboneState::Failed
         });
-        if !unnoticed {
+        // One that was waiting for ranks that are gone is replaced under the same epoch, without a word.
+        let replaced = watch.machine.zip(watch.pid).is_some_and(|(machine, pid)| {
+            let mut others = self.agents[machine].processes.iter().filter(|(_, other)| **other > pid);
+            others.any(|(key, _)| key.backbone == watch.backbone)
+        });
+        if !unnoticed || replaced {
             self.told.losses_noticed += 1;
         } else if !self.is_excused(&watch) {
             let backbone = format!("{backbone:?}");

@@ -23,7 +23,7 @@ const PATIENCE: Time = 300_000;
 const REST: u32 = 6;
 
 /// What happens. A number that counts up with its owner says for which life of it that is meant.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Event {
     CoordinatorStarts,
     CoordinatorTicks(u64),
@@ -116,6 +116,8 @@ pub(crate) struct World {
     /// What did not hold, first.
     pub(crate) broken: Option<String>,
     pub(crate) faults_end: Time,
+    /// How long a model takes to load, at most.
+    pub(crate) longest_load: Time,
     next_id: u64,
     at_rest: u32,
     queue: BinaryHeap<Reverse<(Time, u64, Slot)>>,
@@ -160,6 +162,7 @@ impl World {
             told: Told::default(),
             broken: None,
             faults_end: 0,
+            longest_load: 2_000,
             next_id: 0,
             at_rest: 0,
             queue: BinaryHeap::new(),

@@ -144,7 +144,7 @@ async fn hold(coordinator: ClientConfig, name: String, backbone: v1::Backbone) {
             "loading backbones/{name}; train on it: incipit job submit --backbone {name} --train FILE"
         )),
         Err(Problem { code: tonic::Code::AlreadyExists, .. }) => {
-            note(&format!("backbones/{name} is there from before"))
+            note(&format!("backbones/{name} is there from before"));
         }
         Err(problem) => note(&format!("backbones/{name} cannot be had: {problem}")),
     }

@@ -9,6 +9,7 @@ use incipit_proto::v1::{
 use crate::agent::engines::{Engine, Engines, Key};
 use crate::agent::jobs::Jobs;
 use crate::agent::outbox::Outbox;
+use crate::agent::rendezvous::Rendezvous;
 use crate::frames::{LocalJob, Notice, Order};
 
 /// Milliseconds on a clock that only goes forward.
@@ -45,6 +46,7 @@ pub struct Config {
 
 /// What the agent hears.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one at a time")]
 pub enum Input {
     /// There is a connection to the coordinator.
     Connected,
@@ -130,13 +132,6 @@ pub struct Core {
     /// Whether it has asked to be drained.
     leaving: bool,
     actions: Vec<Action>,
-}
-
-/// What has to be said again after a break: the coordinator keeps it in memory alone.
-#[derive(Debug, Default)]
-struct Rendezvous {
-    puts: Vec<v1::RendezvousPut>,
-    gets: Vec<v1::RendezvousGet>,
 }
 
 impl Core {
@@ -281,8 +276,12 @@ impl Core {
         engine.alive_at = now;
         match notice {
             Notice::Alive(progress) => engine.progress = progress,
-            Notice::Joining(epoch) if epoch == engine.epoch() => engine.told_at = None,
-            Notice::Joining(_) => {}
+            Notice::Joining(epoch) => {
+                engine.begun = true;
+                if epoch == engine.epoch() {
+                    engine.told_at = None;
+                }
+            }
             Notice::Ready(ready) if ready.epoch == engine.epoch() => {
                 engine.ready = true;
                 let report = engine_report::Report::Ready(ready.engine.unwrap_or_default());
@@ -396,7 +395,7 @@ impl Core {
 
     /// Tells the leaders of their jobs, as far as the files are here.
     fn hand_on(&mut self) {
-        for (key, jobs) in self.jobs.to_tell(&self.engines) {
+        for (key, jobs) in self.jobs.untold(&self.engines) {
             self.act(Action::Tell(key, Box::new(Order::Jobs(jobs))));
         }
     }
@@ -414,14 +413,24 @@ impl Core {
             self.lost(&key, EngineLossCause::Hung, message, false);
             self.engines.kill(&key, &mut self.actions);
         }
-        for key in self.engines.stuck(now) {
+        for (key, begun) in self.engines.stuck(now) {
             let silent = STUCK_AFTER as f64 / 1e3;
-            let message = format!(
-                "the engine of rank {} did not leave its old group for {silent} s and was killed",
-                key.rank
+            if !begun {
+                let message =
+                    format!("the engine of rank {} did not begin for {silent} s and was killed", key.rank);
+                self.lost(&key, EngineLossCause::Hung, message, false);
+                self.engines.kill(&key, &mut self.actions);
+                continue;
+            }
+            let text = format!(
+                "the engine did not leave its old group for {silent} s and is started again: it waits for ranks that are gone"
             );
-            self.lost(&key, EngineLossCause::Hung, message, false);
-            self.engines.kill(&key, &mut self.actions);
+            self.log(
+                &key,
+                String::new(),
+                v1::LogLine { level: "WARN".to_owned(), text, ..v1::LogLine::default() },
+            );
+            self.engines.restart(&key, &mut self.actions);
         }
         if self.welcomed && now >= self.last_heartbeat + self.heartbeat {
             self.beat(now);
@@ -473,19 +482,8 @@ impl Core {
     /// Sends what can be sent.
     fn flush(&mut self) {
         if self.welcomed {
-            let ready: VecDeque<AttachRequest> = self.outbox.to_send();
+            let ready: VecDeque<AttachRequest> = self.outbox.take_unsent();
             self.actions.extend(ready.into_iter().map(Action::Send));
         }
-    }
-}
-
-impl Rendezvous {
-    /// Forgets what belongs to groups that are no more.
-    fn forget_old(&mut self, assignments: &v1::EngineAssignments) {
-        let known = |backbone: &str, epoch: u64| {
-            assignments.engines.iter().any(|engine| engine.backbone == backbone && engine.epoch <= epoch)
-        };
-        self.puts.retain(|put| known(&put.backbone, put.epoch));
-        self.gets.retain(|get| known(&get.backbone, get.epoch));
     }
 }

@@ -37,6 +37,10 @@ pub struct Engine {
     pub alive_at: Time,
     /// Since when it is to join a group that it has not begun to join.
     pub told_at: Option<Time>,
+    /// Whether it has begun to join any group.
+    pub begun: bool,
+    /// Whether it was killed to be started again in the epoch that it has not begun to join.
+    pub again: bool,
     /// The last line that it wrote to standard error.
     pub last_words: String,
 }
@@ -128,17 +132,17 @@ impl Engines {
         for (key, assignment) in wanted {
             match self.running.get(&key) {
                 None if self.ended.contains(&(key.clone(), assignment.epoch)) => {}
-                None => self.start(key, assignment, now, actions),
+                None => self.start(&key, &assignment, now, actions),
                 Some(engine) if engine.dying || engine.assignment == assignment => {}
                 Some(engine) if can_join(&engine.assignment, &assignment) => {
-                    self.join(&key, assignment, now, actions)
+                    self.join(&key, assignment, now, actions);
                 }
                 Some(_) => self.kill(&key, actions),
             }
         }
     }
 
-    fn start(&mut self, key: Key, assignment: EngineAssignment, now: Time, actions: &mut Vec<Action>) {
+    fn start(&mut self, key: &Key, assignment: &EngineAssignment, now: Time, actions: &mut Vec<Action>) {
         let used: BTreeSet<u32> = self.running.values().map(|engine| engine.local_rank).collect();
         let local_rank = (0..).find(|number| !used.contains(number)).unwrap_or_default();
         let engine = Engine {
@@ -151,11 +155,13 @@ impl Engines {
             progress: 0,
             alive_at: now,
             told_at: None,
+            begun: false,
+            again: false,
             last_words: String::new(),
         };
         self.running.insert(key.clone(), engine);
         actions.push(Action::Start(key.clone()));
-        self.join(&key, assignment, now, actions);
+        self.join(key, assignment.clone(), now, actions);
     }
 
     fn join(&mut self, key: &Key, assignment: EngineAssignment, now: Time, actions: &mut Vec<Action>) {
@@ -186,10 +192,21 @@ impl Engines {
         }
     }
 
+    /// Kills an engine that does not come to its new group, and has it started again. No rank of that group is lost by this, so that the
+    /// others go on waiting for it: a new epoch would leave them as stuck as it was, and so on for ever.
+    pub(crate) fn restart(&mut self, key: &Key, actions: &mut Vec<Action>) {
+        self.kill(key, actions);
+        if let Some(engine) = self.running.get_mut(key) {
+            engine.again = true;
+        }
+    }
+
     /// An engine's process has ended.
     pub(crate) fn ended(&mut self, key: &Key) -> Option<Engine> {
         let engine = self.running.remove(key)?;
-        self.ended.insert((key.clone(), engine.epoch()));
+        if !engine.again {
+            self.ended.insert((key.clone(), engine.epoch()));
+        }
         Some(engine)
     }
 
@@ -199,12 +216,12 @@ impl Engines {
         self.running.iter().filter(hung).map(|(key, _)| key.clone()).collect()
     }
 
-    /// Engines that wait for ranks of a group that is no more, and do not come to the new one.
-    pub(crate) fn stuck(&self, now: Time) -> Vec<Key> {
+    /// Engines that wait for ranks of a group that is no more, and do not come to the new one; and whether they have begun at all.
+    pub(crate) fn stuck(&self, now: Time) -> Vec<(Key, bool)> {
         let stuck = |(_, engine): &(&Key, &Engine)| {
             !engine.dying && engine.told_at.is_some_and(|told| now > told + STUCK_AFTER)
         };
-        self.running.iter().filter(stuck).map(|(key, _)| key.clone()).collect()
+        self.running.iter().filter(stuck).map(|(key, engine)| (key.clone(), engine.begun)).collect()
     }
 
     /// Nobody could have been heard until now.

@@ -29,6 +29,7 @@ struct Job {
 }
 
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "nearly all are here")]
 enum Files {
     /// They were asked for.
     Coming,
@@ -97,7 +98,7 @@ impl Jobs {
     }
 
     /// What leaders that are ready have to be told.
-    pub(crate) fn to_tell(&mut self, engines: &Engines) -> Vec<(Key, frames::Jobs)> {
+    pub(crate) fn untold(&mut self, engines: &Engines) -> Vec<(Key, frames::Jobs)> {
         let mut orders = Vec::new();
         for (name, backbone) in &mut self.backbones {
             let key = Key { backbone: name.clone(), rank: 0 };

@@ -7,6 +7,7 @@ mod jobs;
 mod line;
 mod outbox;
 mod process;
+mod rendezvous;
 mod shell;
 
 use std::path::PathBuf;

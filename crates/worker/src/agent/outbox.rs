@@ -124,7 +124,7 @@ impl Outbox {
     }
 
     /// What can be said now, in order.
-    pub(crate) fn to_send(&mut self) -> VecDeque<AttachRequest> {
+    pub(crate) fn take_unsent(&mut self) -> VecDeque<AttachRequest> {
         let unsent = self.reports.iter().skip_while(|entry| entry.sequence <= self.sent);
         let ready: VecDeque<AttachRequest> = unsent
             .take_while(|entry| entry.ready)
@@ -155,5 +155,60 @@ fn without_checkpoint(left: &mut v1::JobLeft, why: &str) {
         left.message = format!("its last checkpoint could not be stored: {why}");
         left.set_state(v1::JobState::Failed);
         left.set_reason(v1::JobReason::Internal);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of_job(report: Report) -> Message {
+        Message::Job(v1::JobReport {
+            job: "jobs/j".to_owned(),
+            attempt: 1,
+            report: Some(report),
+            ..v1::JobReport::default()
+        })
+    }
+
+    fn saved(step: u64) -> Message {
+        of_job(Report::Saved(v1::CheckpointSaved { step, ..v1::CheckpointSaved::default() }))
+    }
+
+    fn succeeded() -> Message {
+        let (state, reason) = (v1::JobState::Succeeded.into(), v1::JobReason::StepsDone.into());
+        of_job(Report::Left(v1::JobLeft { state, reason, ..v1::JobLeft::default() }))
+    }
+
+    fn state_at_the_end(outbox: &mut Outbox) -> v1::JobState {
+        match outbox.take_unsent().pop_back().unwrap().message.unwrap() {
+            Message::Job(v1::JobReport { report: Some(Report::Left(left)), .. }) => left.state(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_job_whose_last_checkpoint_cannot_be_stored_has_not_succeeded() {
+        let mut outbox = Outbox::default();
+        let sequence = outbox.hold(saved(7), "dir".to_owned());
+        outbox.report(succeeded());
+        outbox.replace(sequence, "no space");
+        assert_eq!(state_at_the_end(&mut outbox), v1::JobState::Failed, "it had left already");
+        let mut outbox = Outbox::default();
+        let sequence = outbox.hold(saved(7), "dir".to_owned());
+        outbox.replace(sequence, "no space");
+        outbox.report(succeeded());
+        assert_eq!(state_at_the_end(&mut outbox), v1::JobState::Failed, "it left later");
+    }
+
+    #[test]
+    fn a_checkpoint_that_is_stored_makes_up_for_an_earlier_one_that_is_not() {
+        let mut outbox = Outbox::default();
+        let first = outbox.hold(saved(5), "first".to_owned());
+        let second = outbox.hold(saved(7), "second".to_owned());
+        outbox.report(succeeded());
+        outbox.replace(first, "no space");
+        outbox.release(second);
+        assert_eq!(state_at_the_end(&mut outbox), v1::JobState::Succeeded);
     }
 }

@@ -136,8 +136,10 @@ impl Shell {
     fn act(&mut self, action: Action) {
         match action {
             Action::Send(request) => {
-                // A broken line says so by itself.
-                self.outgoing.as_ref().map(|outgoing| outgoing.send(request));
+                if let Some(outgoing) = &self.outgoing {
+                    // A broken line says so by itself.
+                    drop(outgoing.send(request));
+                }
             }
             Action::Disconnect(why) => {
                 tracing::error!("{why}");

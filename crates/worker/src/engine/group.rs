@@ -122,9 +122,8 @@ impl Group<'_> {
             let Some(backbone) = &*held else { unreachable!("it is loaded") };
             self.serve(settings, &ranks, backbone, inbox).map_err(Loss::from)
         });
-        if let Err((_, message)) = &worked {
-            ranks.abort(message);
-        }
+        // Those that wait for this rank learn that it comes no more: the backbone keeps the group from being dropped.
+        ranks.abort(worked.as_ref().err().map_or("the group has come to its end", |(_, message)| message));
         worked
     }
 

@@ -192,7 +192,7 @@ impl Leader<'_> {
         let Some(entry) = self.state.jobs.get_mut(&attempt) else { return };
         match begin {
             Ok(begin) => entry.stage = Stage::Waiting(Box::new(begin)),
-            Err(failure) => self.fail(&attempt, failure),
+            Err(failure) => self.fail(&attempt, &failure),
         }
     }
 
@@ -268,7 +268,7 @@ impl Leader<'_> {
         self.state.left.insert(job.clone());
     }
 
-    fn fail(&mut self, job: &Attempt, failure: Failure) {
+    fn fail(&mut self, job: &Attempt, failure: &Failure) {
         self.leave(job, (JobState::Failed, failure.reason), &failure.message);
     }
 
@@ -333,14 +333,14 @@ impl Leader<'_> {
             let Some(job) = self.by_key(key) else { continue };
             match admitted {
                 Ok(()) => self.started(&job, key),
-                Err(failure) => self.fail(&job, failure),
+                Err(failure) => self.fail(&job, &failure),
             }
         }
         for (key, step) in outcome.steps {
             let Some(job) = self.by_key(key) else { continue };
             match step {
                 Ok(update) => self.measured(&job, points::of_step(&update, took)),
-                Err(failure) => self.fail(&job, failure),
+                Err(failure) => self.fail(&job, &failure),
             }
         }
         if let Some((key, evaluated)) = outcome.evaluated
@@ -358,7 +358,7 @@ impl Leader<'_> {
                     }
                     self.measured(&job, points::of_evaluation(step, &evaluation, best));
                 }
-                Err(failure) => self.fail(&job, failure),
+                Err(failure) => self.fail(&job, &failure),
             }
         }
     }

@@ -29,6 +29,7 @@ use crate::engine::voice::Voice;
 use crate::frames::{Failed, Join, Notice, Order};
 
 /// What comes to the engine's main thread.
+#[expect(clippy::large_enum_variant, reason = "few are on their way at once")]
 pub(crate) enum Mail {
     /// From the agent.
     Order(Order),

@@ -1,0 +1,182 @@
+//! What must hold whatever happens.
+
+use super::*;
+
+impl Machine {
+    /// What must hold of what was just written.
+    pub(super) fn hold_changes(&mut self, effects: &Effects) {
+        let mut rows = self.before.clone();
+        for change in &effects.changes {
+            if let Change::Put(stamp, _) | Change::Remove(stamp, _) = change {
+                assert_eq!(stamp.revision, rows.revision + 1, "I9: revisions have no gaps");
+            }
+            match change {
+                Change::Put(stamp, Resource::Job(job)) => {
+                    if let Some(old) = rows.jobs.get(&job.name) {
+                        assert_ne!(stamp.kind, EventKind::Created);
+                        assert!(!old.is_final() || old.state == job.state, "I2: a final state changed");
+                        assert!(old.committed_step <= job.committed_step, "I6: a committed step went back");
+                    }
+                    self.hold_attempts(&job.name, job.attempts.last().map(|attempt| attempt.number), &rows);
+                }
+                Change::Put(stamp, Resource::Checkpoint(new)) if stamp.kind == EventKind::Created => {
+                    let job = &rows.jobs[&new.job];
+                    let open = job.open_attempt().expect("I6: a checkpoint of a job that does not run");
+                    assert_eq!((open.number, open.epoch), (new.attempt, new.epoch), "I6: a stale checkpoint");
+                    assert_eq!(
+                        rows.backbones[&job.backbone].epoch, new.epoch,
+                        "I6: a checkpoint of an old epoch"
+                    );
+                    assert!(new.step > job.committed_step, "I6: a checkpoint from before");
+                }
+                Change::Put(_, Resource::Backbone(backbone)) => {
+                    self.hold_epoch(backbone.name.as_str(), backbone.epoch);
+                }
+                Change::Remove(_, Resource::Job(job)) => drop(self.marks.remove(&job.name)),
+                Change::AppendMetrics(job, points) => self.hold_metrics(job, points),
+                _ => {}
+            }
+            rows.apply(change);
+        }
+        self.before = rows;
+        assert_eq!(self.world.core.rows(), &self.before, "I7: the core is not what is stored");
+        self.hold_state();
+    }
+
+    pub(super) fn hold_attempts(&mut self, name: &JobName, number: Option<u32>, rows: &Rows) {
+        let now = self.world.now;
+        let Some(number) = number else { return };
+        let known = rows.jobs.get(name).is_some_and(|job| job.last_attempt() == number);
+        if let Some((time, last)) = self.attempts.get(name)
+            && !known
+            && now.since(*time) < REQUEST_TTL
+        {
+            assert!(number > *last, "I3: an attempt came twice");
+        }
+        self.attempts.insert(name.clone(), (now, number));
+    }
+
+    pub(super) fn hold_epoch(&mut self, name: &str, epoch: u64) {
+        let now = self.world.now;
+        if let Some((time, last)) = self.epochs.get(name)
+            && now.since(*time) < REQUEST_TTL
+        {
+            assert!(epoch >= *last, "I3: an epoch went back");
+        }
+        self.epochs.insert(name.to_owned(), (now, epoch));
+    }
+
+    pub(super) fn hold_metrics(&mut self, job: &JobName, points: &[MetricPoint]) {
+        let (next, last) = self.marks.entry(job.clone()).or_default();
+        for point in points {
+            assert_eq!(point.offset, *next, "I10: offsets have no gaps");
+            *next += 1;
+            let kind = usize::from(matches!(point.point, Some(Point::Evaluation(_))));
+            assert!(last[kind].is_none_or(|last| point.step > last), "I10: a step came twice");
+            last[kind] = Some(point.step);
+        }
+    }
+
+    /// What must hold of the whole, always.
+    pub(super) fn hold_state(&self) {
+        let (core, rows) = (&self.world.core, self.world.core.rows());
+        for job in rows.jobs.values() {
+            let allowed = JOB_TRANSITIONS.iter().any(|row| (row.2, row.3) == (job.state, job.reason));
+            assert!(allowed, "I8: {:?} for {:?}", job.state, job.reason);
+            assert_eq!(job.open_attempt().is_some(), job.state == JobState::Running, "I3: {job:?}");
+            let pairs = job.attempts.windows(2);
+            for pair in pairs {
+                assert!(
+                    pair[0].end.is_some()
+                        && pair[0].number + 1 == pair[1].number
+                        && pair[0].epoch <= pair[1].epoch,
+                    "I3"
+                );
+            }
+            assert!(job.attempts.len() <= KEPT_ATTEMPTS, "I11");
+            if job.state == JobState::Running {
+                self.hold_running(&job.backbone);
+            }
+            if !job.is_final() && job.committed_step > 0 {
+                assert!(core.checkpoint(&job.name, job.committed_step).is_ok(), "the job cannot go on");
+            }
+            if let Some(open) = job.open_attempt().filter(|open| open.start_step > 0) {
+                assert!(
+                    core.checkpoint(&job.name, open.start_step).is_ok(),
+                    "the attempt's checkpoint is gone"
+                );
+            }
+        }
+        for backbone in rows.backbones.values() {
+            let allowed =
+                BACKBONE_TRANSITIONS.iter().any(|row| (row.2, row.3) == (backbone.state, backbone.reason));
+            assert!(allowed, "I8: {:?} for {:?}", backbone.state, backbone.reason);
+            let (state, places) = (backbone.state, backbone.spec.max_running_jobs as usize);
+            let running = core.names_of(&backbone.name, JobState::Running).len();
+            assert!(running <= places, "I5: too many jobs");
+            if state == BackboneState::Ready {
+                assert!(
+                    running == places || core.queue(&backbone.name).is_empty(),
+                    "I5: a job waits for nothing"
+                );
+            }
+            if backbone.place_at.is_none() && state != BackboneState::Failed {
+                assert_eq!(backbone.ranks.len(), backbone.spec.num_ranks() as usize, "{backbone:?}");
+                assert!(backbone.ranks.iter().all(|rank| !rank.lost));
+            }
+        }
+        for worker in rows.workers.values() {
+            assert!(core.used(&worker.name, None).0 <= worker.slots, "I12: a slot is used twice");
+        }
+        assert!(rows.requests.len() <= 48, "I11");
+    }
+
+    pub(super) fn hold_running(&self, name: &incipit_proto::names::BackboneName) {
+        let (core, rows) = (&self.world.core, self.world.core.rows());
+        let backbone = &rows.backbones[name];
+        assert_eq!(backbone.state, BackboneState::Ready, "I1: a job runs on {backbone:?}");
+        for rank in &backbone.ranks {
+            assert!(rank.ready && !rank.lost, "I1: {rank:?}");
+            assert_eq!(rows.workers[&rank.worker].state, WorkerState::Online, "I1: {rank:?}");
+            let presence = core.presences.get(&rank.worker).expect("I1: nobody there");
+            assert!(presence.lease > core.last_tick, "I1: the lease has run out");
+        }
+    }
+
+    /// What must hold of the agents: each knows what it is to have, if it is connected.
+    pub(super) fn hold_other(&self) {
+        let rows = self.world.core.rows();
+        let connected = |id: &WorkerName| {
+            let agent = self.world.agents.get(id);
+            agent.filter(|agent| agent.connection.is_some())
+        };
+        for backbone in rows.backbones.values() {
+            let Some(leader) = backbone.ranks.first() else { continue };
+            if let Some(agent) = connected(&leader.worker)
+                && backbone.state == BackboneState::Ready
+            {
+                let told = agent.jobs.get(&backbone.name).expect("a leader that was not told its jobs");
+                assert_eq!(told.epoch, backbone.epoch);
+                let told: Vec<_> =
+                    told.jobs.iter().map(|job| (&job.job, job.attempt.number, job.wish)).collect();
+                let running = rows.jobs.values();
+                let running =
+                    running.filter(|job| job.state == JobState::Running && job.backbone == backbone.name);
+                let running: Vec<_> = running.map(|job| (&job.name, job.last_attempt(), job.wish)).collect();
+                assert_eq!(told, running, "a leader has other jobs than it should");
+            }
+        }
+        for (id, agent) in self.world.agents.iter().filter(|(_, agent)| agent.connection.is_some()) {
+            let ranks = |backbone: &crate::core::Backbone| {
+                let ranks = backbone.ranks.iter().filter(|rank| rank.worker == *id && !rank.lost);
+                let ranks: Vec<u32> = ranks.map(|rank| rank.rank).collect();
+                (!ranks.is_empty()).then(|| (backbone.name.clone(), backbone.epoch, ranks))
+            };
+            let wanted: Vec<_> = rows.backbones.values().filter_map(ranks).collect();
+            let told = agent.engines.iter();
+            let told: Vec<_> =
+                told.map(|engine| (engine.backbone.clone(), engine.epoch, engine.ranks.clone())).collect();
+            assert_eq!(told, wanted, "{id} has other engines than it should");
+        }
+    }
+}
