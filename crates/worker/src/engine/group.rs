@@ -82,13 +82,13 @@ impl Group<'_> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
         let pool = pool.map_err(|error| bad(format!("cannot start {threads} threads: {error}")))?;
         pool.install(|| {
-            let ranks = self.connect(&settings).map_err(|error| Loss::from(Failure::from(error)))?;
+            let ranks = self.connect(&settings).map_err(Loss::from)?;
             self.work(&settings, ranks, &held.backbones, inbox)
         })
     }
 
     /// Meets the ranks that are processes.
-    fn connect(&self, settings: &Settings) -> incipit_collective::Result<Ranks> {
+    fn connect(&self, settings: &Settings) -> Result<Ranks> {
         let store = Arc::new(crate::engine::rendezvous::CoordinatorStore {
             voice: self.voice.clone(),
             answers: self.answers.clone(),
@@ -99,7 +99,9 @@ impl Group<'_> {
         let rank = self.join.rank as usize;
         match settings.backend {
             #[cfg(feature = "gloo")]
-            Backend::Gloo => incipit_collective::gloo::connect(settings.mesh, rank, store, &settings.options),
+            Backend::Gloo => {
+                Ok(incipit_collective::gloo::connect(settings.mesh, rank, store, &settings.options)?)
+            }
             #[cfg(feature = "cuda")]
             Backend::Nccl => connect_nccl(settings, rank, store),
             _ => {
@@ -195,13 +197,10 @@ fn connect_nccl(
     settings: &Settings,
     rank: usize,
     store: Arc<dyn incipit_collective::store::Store>,
-) -> incipit_collective::Result<Ranks> {
+) -> Result<Ranks> {
     let number = settings.options.local_rank.unwrap_or(rank);
-    let device = settings.device.open_for(number).map_err(|error| incipit_collective::Error::Backend {
-        what: format!("the GPU of rank {rank}"),
-        cause: error.to_string(),
-    })?;
-    incipit_collective::nccl::connect(settings.mesh, rank, store, &device, &settings.options)
+    let device = settings.device.open_for(number)?;
+    Ok(incipit_collective::nccl::connect(settings.mesh, rank, store, &device, &settings.options)?)
 }
 
 impl From<Failure> for Loss {
