@@ -83,6 +83,13 @@ fn unsafe_code_is_in_kernels_in_the_memory_map_and_in_the_bindings_to_gloo_and_n
 }
 
 #[test]
+fn the_coordinator_which_knows_nothing_of_training_has_its_defaults() {
+    use incipit_coordinator::core::job::{DEFAULT_KEEP, DEFAULT_STEPS};
+    let defaults = incipit_tune::spec::PartialSpec::defaults();
+    assert_eq!((defaults.steps, defaults.keep), (Some(DEFAULT_STEPS), Some(DEFAULT_KEEP as usize)));
+}
+
+#[test]
 fn files_stay_readable() -> anyhow::Result<()> {
     for path in sources()? {
         let text = fs::read_to_string(&path)?;

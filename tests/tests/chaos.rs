@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
-use common::cluster::{Cluster, engines_of, spec, trained};
+use common::cluster::{Cluster, engines_of, id, spec, trained};
 use incipit_proto::v1::{self, BackboneState, JobState, event::Resource};
 use rustix::process::Signal;
 
@@ -124,7 +124,7 @@ impl Chaos {
             let number = self.submitted.len() as u64;
             let (job, seed) = (format!("j{number}"), number % SEEDS);
             let spec = v1::TrainingSpec { checkpoint_every: Some(10), ..spec(seed, STEPS) };
-            self.cluster.submit(&job, "b", spec, &uuid::Uuid::new_v4().to_string())?;
+            self.cluster.submit(&job, "b", spec, &id())?;
             self.submitted.push((job, seed));
         }
         Ok(())

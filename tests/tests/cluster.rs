@@ -5,13 +5,9 @@ mod common;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use common::cluster::{Cluster, engines_of, spec, trained};
-use incipit_proto::v1::{self, BackboneState, JobReason, JobState};
+use common::cluster::{Cluster, engines_of, id, spec, trained};
+use incipit_proto::v1::{self, BackboneState, JobReason, JobState, event::Resource};
 use rustix::process::Signal;
-
-fn id() -> String {
-    uuid::Uuid::new_v4().to_string()
-}
 
 #[test]
 fn jobs_on_one_backbone_end_in_the_bytes_of_training_runs() -> Result<()> {
@@ -56,7 +52,15 @@ fn a_killed_engine_is_named_at_once_and_its_jobs_go_on_to_the_same_bytes() -> Re
     })?;
     println!("noticed after {:?}: {}", start.elapsed(), lost.message);
     ensure!(start.elapsed() < Duration::from_secs(5));
-    ensure!(lost.message.contains("rank 0") || lost.state() != BackboneState::Degraded, "{}", lost.message);
+    let events = cluster.events()?;
+    let told = events.iter().find_map(|event| match &event.resource {
+        Some(Resource::Backbone(told)) if told.state() == BackboneState::Degraded => {
+            Some(told.message.clone())
+        }
+        _ => None,
+    });
+    let told = told.unwrap_or_default();
+    ensure!(told.contains("rank 0") && told.contains("SIGKILL"), "the loss is told as {told:?}");
     let job = cluster.wait_end("j")?;
     ensure!(job.state() == JobState::Succeeded, "{}", job.message);
     ensure!(job.attempts.len() == 2 && job.attempts[0].reason() == JobReason::RankLost, "{:?}", job.attempts);

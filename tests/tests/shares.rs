@@ -5,12 +5,8 @@ mod common;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use common::cluster::{Cluster, spec};
+use common::cluster::{Cluster, id, spec};
 use incipit_proto::v1::{self, JobState};
-
-fn id() -> String {
-    uuid::Uuid::new_v4().to_string()
-}
 
 #[test]
 #[ignore = "long: 100 jobs one after the other"]

@@ -48,6 +48,8 @@ fn tell_all(seeds: std::ops::Range<u64>) {
     let seconds = start.elapsed().as_secs_f64();
     println!("seeds {seeds:?}: {:.1} stories a second; in all {sum:?}", count as f64 / seconds);
     assert!(failures.is_empty(), "INCIPIT_SEED=N tells one of them: {failures:?}");
+    let exercised = [sum.faults, sum.losses_noticed, sum.checkpoints, sum.steps];
+    assert!(exercised.iter().all(|count| *count > 0), "nothing was put to the test: {sum:?}");
 }
 
 #[test]

@@ -41,12 +41,6 @@ impl Digest {
         Err(Problem::field(field, format!("is {text:?}; give a BLAKE3 of 64 small hexadecimal digits")))
     }
 
-    /// Of bytes.
-    #[must_use]
-    pub fn of(bytes: &[u8]) -> Self {
-        Self(blake3::hash(bytes).to_hex().to_string())
-    }
-
     /// Its digits.
     #[must_use]
     pub fn as_str(&self) -> &str {

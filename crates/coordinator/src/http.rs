@@ -52,7 +52,8 @@ async fn snapshot(shared: &Shared) -> Result<Snapshot, (StatusCode, String)> {
 }
 
 async fn livez(State(shared): State<Shared>) -> impl IntoResponse {
-    snapshot(&shared).await.map(|_| "ok\n")
+    let alive = shared.handle.read(|_, _| ()).await;
+    alive.map(|()| "ok\n").map_err(|problem| (StatusCode::SERVICE_UNAVAILABLE, format!("{problem}\n")))
 }
 
 async fn healthz(State(shared): State<Shared>) -> impl IntoResponse {

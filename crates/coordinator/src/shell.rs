@@ -162,7 +162,7 @@ async fn tick(queue: mpsc::WeakSender<Command>) {
         interval.tick().await;
         let Some(queue) = queue.upgrade() else { return };
         if let Err(mpsc::error::TrySendError::Closed(_)) = queue.try_send(Command::Input(Input::Tick, None)) {
-            return; // Of a full queue every input tells the time.
+            return; // A full queue is behind; the next tick makes up for it.
         }
     }
 }

@@ -31,6 +31,12 @@ const APPLICATION: i32 = 0x494e_4350;
 /// Why the store cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// A read broke off.
+    #[error("a read of the database broke off: {why}; this is a mistake in the program")]
+    Reader {
+        /// How.
+        why: String,
+    },
     /// The directory cannot be used.
     #[error("cannot use the data directory {path}: {source}")]
     Directory {

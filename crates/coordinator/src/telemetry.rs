@@ -86,7 +86,11 @@ impl Telemetry {
                 Change::Put(stamp, Resource::Job(job)) => {
                     let began = job.open_attempt().filter(|attempt| attempt.start_time == stamp.time);
                     if let Some(attempt) = began {
-                        let waited = Duration::from_millis(attempt.start_time.since(job.enqueue_time));
+                        // One that was thrown off keeps its place of before, and did not wait while it ran.
+                        let before =
+                            job.attempts.iter().rev().nth(1).and_then(|attempt| attempt.end.as_ref());
+                        let since = before.map_or(job.enqueue_time, |end| end.time.max(job.enqueue_time));
+                        let waited = Duration::from_millis(attempt.start_time.since(since));
                         self.queue_wait.observe(waited.as_secs_f64());
                     }
                 }

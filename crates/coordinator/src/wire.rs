@@ -16,7 +16,7 @@ use incipit_proto::{
 use prost::Message;
 
 pub use self::{
-    agent::{PROTOCOL_MAX, PROTOCOL_MIN, agent_message, hello, to_agent},
+    agent::{agent_message, hello, to_agent},
     requests::{
         Asked, cancel_job, create_backbone, create_job, delete_backbone, delete_checkpoint, delete_job,
         delete_prompt_version, drain_worker, pause_job, pin_checkpoint, promote_prompt, resume_job,

@@ -27,6 +27,8 @@ pub struct Backbone {
     pub tokenizer: Tokenizer,
     /// Names its numbers.
     pub fingerprint: Fingerprint,
+    /// What this rank has hashed of it.
+    pub digests: Digests,
     /// How many numbers it has.
     pub num_parameters: u64,
     /// What it was asked for as: a directory, or a name on the hub.
@@ -62,10 +64,13 @@ impl Backbone {
         })?;
         let tokenizer = incipit_weights::load_tokenizer(checkpoint.dir())?;
         let t5 = T5::load_on(config, &checkpoint, dtype.into(), &TensorAxis::of(ranks), &device)?;
+        let engine = Engine::on(Arc::new(t5), options, ranks.clone())?;
+        let digests = own_digests(&checkpoint, ranks);
         Ok(Self {
-            engine: Engine::on(Arc::new(t5), options, ranks.clone())?,
+            engine,
             tokenizer,
-            fingerprint: fingerprint(&checkpoint, ranks)?,
+            fingerprint: fingerprint(&checkpoint, ranks, &digests)?,
+            digests,
             num_parameters: checkpoint.num_parameters(),
             name: model.to_owned(),
         })
@@ -75,18 +80,18 @@ impl Backbone {
     /// group make this call together, or [`Self::load_on`] where a process begins anew: both exchange the same. What failed in the
     /// old group, or in an earlier call of this, leaves nothing behind.
     ///
-    /// The files are read once more, as by the rank that loads them now, to see that both have the same weights.
+    /// What this rank hashed when it loaded is compared with what a rank that loads now finds in the files.
     ///
     /// # Errors
-    /// [`Error::Regroup`] if this rank would have another place or device in the new group, or the model's files have changed; also
-    /// if they cannot be read, or an exchange of the new group fails.
+    /// [`Error::Regroup`] if this rank would have another place or device in the new group, or another rank has other weights; also
+    /// if the files are gone, or an exchange of the new group fails.
     pub fn regroup(&mut self, ranks: &Arc<Ranks>) -> Result<()> {
         self.engine.check_place(ranks)?;
         let dir = directory(&self.name, ranks)?;
         self.engine.regroup(ranks)?;
         let checkpoint = Checkpoint::open(&dir, self.engine.model().dtype())?;
-        if fingerprint(&checkpoint, ranks)? != self.fingerprint {
-            let what = format!("the files of {} have changed since they were loaded", self.name);
+        if fingerprint(&checkpoint, ranks, &self.digests)? != self.fingerprint {
+            let what = format!("another rank has other weights of {}; were its files changed?", self.name);
             return Err(Error::Regroup { what });
         }
         Ok(())
@@ -114,12 +119,16 @@ fn directory(model: &str, ranks: &Ranks) -> Result<PathBuf> {
     ranks::in_turns(ranks, || Ok(incipit_weights::resolve(model)?))
 }
 
-/// The fingerprint of the whole checkpoint, of which each rank of a replica hashes what it reads anyway.
-fn fingerprint(checkpoint: &Checkpoint, ranks: &Ranks) -> Result<Fingerprint> {
+/// What each rank of a replica hashes: what it reads anyway.
+fn own_digests(checkpoint: &Checkpoint, ranks: &Ranks) -> Digests {
     let shard = ranks.shard(Axis::Tensor);
     // What all ranks have, all hash: so it is noticed if they read different files.
     let share = |parts| if parts == 1 { 0..1 } else { shard.portion(parts) };
-    let own = checkpoint.fingerprint_parts(&sharded_dim, &share);
+    checkpoint.fingerprint_parts(&sharded_dim, &share)
+}
+
+/// The fingerprint of the whole checkpoint, of which this rank has hashed `own`.
+fn fingerprint(checkpoint: &Checkpoint, ranks: &Ranks, own: &Digests) -> Result<Fingerprint> {
     let mut all = Digests::default();
     for bytes in gather_bytes(&**ranks.tensor(), &own.to_bytes())? {
         all.merge(Digests::from_bytes(&bytes)?);

@@ -20,6 +20,11 @@ fn demo(path: &str) -> String {
     std::fs::canonicalize(&path).map_or(path, |path| path.display().to_string())
 }
 
+/// A new id for a request.
+pub(crate) fn id() -> String {
+    uuid::Uuid::new_v4().to_string()
+}
+
 /// Longest that anything here is waited for.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -174,7 +179,7 @@ impl Cluster {
         let request = v1::CreateBackboneRequest {
             backbone_id: id.to_owned(),
             backbone: Some(backbone),
-            request_id: uuid::Uuid::new_v4().to_string(),
+            request_id: self::id(),
             validate_only: false,
         };
         self.call(async |client| client.backbones().create_backbone(request.clone()).await)?;
@@ -202,41 +207,34 @@ impl Cluster {
     /// Hands in a job; with the same `request_id` it is the same one.
     pub(crate) fn submit(
         &self,
-        job: &str,
+        id: &str,
         backbone: &str,
         spec: v1::TrainingSpec,
         request_id: &str,
     ) -> Result<v1::Job> {
-        let request = v1::CreateJobRequest {
-            job_id: job.to_owned(),
-            job: Some(v1::Job {
-                backbone: format!("backbones/{backbone}"),
-                spec: Some(spec),
-                ..v1::Job::default()
-            }),
-            request_id: request_id.to_owned(),
-            validate_only: false,
-        };
-        Ok(self.call(async |client| client.jobs().create_job(request.clone()).await)?.into_inner())
+        self.create_job(id, backbone, v1::Job { spec: Some(spec), ..v1::Job::default() }, request_id)
     }
 
     /// Hands in a job with a priority.
     pub(crate) fn submit_with(
         &self,
-        job: &str,
+        job_id: &str,
         backbone: &str,
         spec: v1::TrainingSpec,
         priority: u32,
     ) -> Result<()> {
-        let backbone = format!("backbones/{backbone}");
+        let job = v1::Job { spec: Some(spec), priority, ..v1::Job::default() };
+        self.create_job(job_id, backbone, job, &id()).map(drop)
+    }
+
+    fn create_job(&self, id: &str, backbone: &str, job: v1::Job, request_id: &str) -> Result<v1::Job> {
         let request = v1::CreateJobRequest {
-            job_id: job.to_owned(),
-            job: Some(v1::Job { backbone, spec: Some(spec), priority, ..v1::Job::default() }),
-            request_id: uuid::Uuid::new_v4().to_string(),
+            job_id: id.to_owned(),
+            job: Some(v1::Job { backbone: format!("backbones/{backbone}"), ..job }),
+            request_id: request_id.to_owned(),
             validate_only: false,
         };
-        self.call(async |client| client.jobs().create_job(request.clone()).await)?;
-        Ok(())
+        Ok(self.call(async |client| client.jobs().create_job(request.clone()).await)?.into_inner())
     }
 
     pub(crate) fn cancel(&self, id: &str) -> Result<()> {

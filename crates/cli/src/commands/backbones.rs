@@ -209,7 +209,7 @@ async fn until_settled(client: &Client, mut backbone: Backbone, global: &Global)
 }
 
 /// A directory of this machine under its whole path: who reads it stands elsewhere. Another name as it is.
-fn as_elsewhere(model: &str) -> String {
+pub(crate) fn as_elsewhere(model: &str) -> String {
     let path = Path::new(model);
     let whole = if path.is_dir() { path.canonicalize().ok() } else { None };
     whole.and_then(|path| path.to_str().map(str::to_owned)).unwrap_or_else(|| model.to_owned())

@@ -96,6 +96,8 @@ pub(crate) fn run(args: &UpArgs) -> Result<Exit> {
             done = &mut ended => done.map_err(anyhow::Error::from).and_then(|done| done.context("the coordinator ends")),
         }
     })?;
+    // With its runtime goes the agent's connection, which would keep the coordinator waiting.
+    drop(here);
     let _ = stop.send(());
     if !ended.is_finished() {
         behind.block_on(ended)?.context("the coordinator ends")?;
@@ -106,9 +108,7 @@ pub(crate) fn run(args: &UpArgs) -> Result<Exit> {
 impl UpArgs {
     fn backbone(&self) -> Result<Option<(String, v1::Backbone)>> {
         let Some(model) = &self.model else { return Ok(None) };
-        let directory = std::path::Path::new(model);
-        let model =
-            if directory.is_dir() { directory.canonicalize()?.display().to_string() } else { model.clone() };
+        let model = super::backbones::as_elsewhere(model);
         let last = model.rsplit('/').next().unwrap_or_default();
         let Some(name) = name_of(last) else {
             return bad_input(format!(

@@ -45,7 +45,7 @@ pub enum Input {
         /// The connection.
         connection: u64,
     },
-    /// Time went on: once or twice a second.
+    /// Time went on: ten times a second.
     Tick,
 }
 

@@ -41,7 +41,8 @@ impl Core {
         let cause = if self.is_ready(&job.backbone) { JobCause::Created } else { JobCause::CreatedEarly };
         self.step(&mut job, cause, "");
         if validate_only {
-            let view = JobView { job, progress: None, steps_per_second: 0.0, queue_position: 0 };
+            let queue_position = self.queue_position(&job);
+            let view = JobView { job, progress: None, steps_per_second: 0.0, queue_position };
             return Ok(Outcome::Shown(Reply::Job(Box::new(view))));
         }
         let name = job.name.clone();

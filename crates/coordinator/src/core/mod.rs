@@ -136,6 +136,7 @@ impl Core {
     pub fn handle(&mut self, input: Input, now: Time) -> Effects {
         self.now = self.now.max(now);
         self.actor.clear();
+        let tick = matches!(input, Input::Tick);
         let answer = match input {
             Input::Request { actor, key, request } => {
                 self.actor = actor;
@@ -158,14 +159,17 @@ impl Core {
                 None
             }
         };
-        self.settle();
+        self.settle(tick);
         self.effects.reply = answer.map(|answer| answer.and_then(|target| self.reply(target)));
         mem::take(&mut self.effects)
     }
 
     /// Places what waits for a place, gives jobs to backbones that have one, and says so to the agents.
-    fn settle(&mut self) {
-        self.place_waiting();
+    fn settle(&mut self, tick: bool) {
+        // Room comes and goes with workers and backbones, and what waits for its time waits for a tick.
+        if tick || self.engines_dirty {
+            self.place_waiting();
+        }
         let mut touched = BTreeSet::new();
         while let Some(name) = self.dirty.pop_first() {
             self.admit(&name);

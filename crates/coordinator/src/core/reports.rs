@@ -93,7 +93,7 @@ impl Core {
 
     fn measured(&mut self, name: &JobName, mut points: Vec<MetricPoint>) {
         let Some(job) = self.rows.jobs.get(name) else { return };
-        let (backbone, is_new) = (job.backbone.clone(), job.start_time.is_none());
+        let backbone = job.backbone.clone();
         let now = self.now;
         let progress = self.progress.entry(name.clone()).or_default();
         for point in &points {
@@ -118,9 +118,7 @@ impl Core {
         }
         self.change(Change::AppendMetrics(name.clone(), points));
         self.forgive_losses(&backbone);
-        if is_new {
-            self.begun(name);
-        }
+        self.begun(name);
     }
 
     fn begun(&mut self, name: &JobName) {
@@ -240,7 +238,7 @@ impl Core {
 
     /// A line of the coordinator's own in a job's log.
     fn own_line(&mut self, job: &JobName, text: String) {
-        let time = pbjson_time(self.now);
+        let time = crate::wire::timestamp(self.now);
         let line = LogLine { time: Some(time), level: "ERROR".to_owned(), text, ..LogLine::default() };
         self.append_lines(job.to_string(), vec![line]);
     }
@@ -258,10 +256,6 @@ impl Core {
         }
         self.change(Change::AppendLogs(name, lines));
     }
-}
-
-fn pbjson_time(time: super::Time) -> pbjson_types::Timestamp {
-    crate::wire::timestamp(time)
 }
 
 /// The reason as far as a job can fail for it. Whatever else a worker gives is a fault of the worker's.

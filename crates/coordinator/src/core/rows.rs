@@ -74,6 +74,12 @@ pub struct MetricMarks {
 impl MetricMarks {
     /// Takes a point, if its step is beyond what is stored of its kind, and sets its offset.
     pub fn take(&mut self, point: &mut MetricPoint) -> bool {
+        point.offset = self.next_offset;
+        self.note(point)
+    }
+
+    /// The same of a point that has its offset.
+    fn note(&mut self, point: &MetricPoint) -> bool {
         let last = match &point.point {
             Some(Point::Training(_)) => &mut self.training_step,
             Some(Point::Evaluation(_)) => &mut self.evaluation_step,
@@ -83,7 +89,6 @@ impl MetricMarks {
             return false;
         }
         *last = Some(point.step);
-        point.offset = self.next_offset;
         self.next_offset += 1;
         true
     }
@@ -156,7 +161,7 @@ impl Rows {
             Change::AppendMetrics(job, points) => {
                 let marks = self.metrics.entry(job.clone()).or_default();
                 for point in points {
-                    marks.take(&mut point.clone());
+                    marks.note(point);
                 }
             }
             Change::AppendLogs(name, lines) => {

@@ -11,7 +11,7 @@ use incipit_proto::{
     },
 };
 use tokio::sync::Semaphore;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::{Context, pages::Out};
 use crate::{
@@ -71,7 +71,9 @@ impl BlobService for Blobs {
             let _permit = permit;
             receive(blobs, messages, subject).await
         });
-        let size = task.await.map_err(|_| Status::internal("the upload broke"))??;
+        let size = task
+            .await
+            .map_err(|_| Problem::new(Code::Internal, "BROKE", "the upload broke off; try again"))??;
         Ok(Response::new(WriteBlobResponse { size }))
     }
 

@@ -70,7 +70,10 @@ where
         match end {
             Ok(Ok(())) => None,
             Ok(Err(problem)) => Some(Err(Status::from(problem))),
-            Err(_) => Some(Err(Status::internal("the stream broke"))),
+            Err(_) => {
+                let broke = Problem::new(Code::Internal, "BROKE", "the stream broke off; go on where it was");
+                Some(Err(broke.into()))
+            }
         }
     });
     Ok(Box::pin(pages.chain(end)))

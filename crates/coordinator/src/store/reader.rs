@@ -149,7 +149,10 @@ impl Reader {
         let reader = self.clone();
         let done = tokio::task::spawn_blocking(move || reader.read(read)).await;
         drop(permit);
-        done.unwrap_or(Err(rusqlite::Error::InvalidQuery)).map_err(failed)
+        match done {
+            Ok(done) => done.map_err(failed),
+            Err(broke) => Err(Error::Reader { why: broke.to_string() }),
+        }
     }
 
     fn read<T>(&self, read: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {

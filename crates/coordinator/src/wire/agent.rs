@@ -2,6 +2,7 @@
 
 use incipit_proto::{
     Problem,
+    client::PROTOCOL,
     names::{BackboneName, JobName, WorkerName},
     v1::{
         self, attach_request::Message as Said, attach_response::Message as Told, engine_report, job_report,
@@ -19,10 +20,6 @@ use crate::core::{
     input::{AgentMessage, EngineEvent, EngineStatus, JobEvent, RendezvousKey, Report},
 };
 
-/// Oldest protocol that the coordinator speaks.
-pub const PROTOCOL_MIN: u32 = 1;
-/// Newest protocol that the coordinator speaks.
-pub const PROTOCOL_MAX: u32 = 1;
 /// Ranks that a worker can hold, at most.
 const MAX_SLOTS: u32 = 1024;
 /// Files of a checkpoint, at most.
@@ -33,10 +30,9 @@ const MAX_FILES: usize = 64;
 /// # Errors
 /// If it speaks no protocol of ours, belongs to another cluster, or something is wrong with what it says.
 pub fn hello(message: v1::Hello, cluster_id: &str) -> Result<Hello, Problem> {
-    let protocol = message.protocol_max.min(PROTOCOL_MAX);
-    if protocol < message.protocol_min.max(PROTOCOL_MIN) {
+    if !(message.protocol_min..=message.protocol_max).contains(&PROTOCOL) {
         let what = format!(
-            "the agent speaks protocols {} to {}, and the coordinator {PROTOCOL_MIN} to {PROTOCOL_MAX}; install the same version",
+            "the agent speaks protocols {} to {}, and the coordinator {PROTOCOL}; install the same version",
             message.protocol_min, message.protocol_max
         );
         return Err(Problem::state("PROTOCOL", what));
@@ -62,7 +58,7 @@ pub fn hello(message: v1::Hello, cluster_id: &str) -> Result<Hello, Problem> {
         worker: WorkerName::parse("hello.worker", &message.worker)?,
         incarnation: message.incarnation,
         version: message.version,
-        protocol,
+        protocol: PROTOCOL,
         machine: message.machine.unwrap_or_default(),
         slots: message.slots,
         engines: engines.collect::<Result<_, Problem>>()?,

@@ -109,7 +109,7 @@ impl Checks {
 
 /// Whether a text is a BLAKE3, as we write it.
 pub(super) fn is_digest(text: &str) -> bool {
-    text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+    crate::blobs::Digest::parse("", text).is_ok()
 }
 
 /// Whether a text names a file in whatever directory.

@@ -125,8 +125,13 @@ impl Outbox {
 
     /// What can be said now, in order.
     pub(crate) fn take_unsent(&mut self) -> VecDeque<AttachRequest> {
-        let unsent = self.reports.iter().skip_while(|entry| entry.sequence <= self.sent);
-        let ready: VecDeque<AttachRequest> = unsent
+        // Sequences have no gaps: the place follows from the first.
+        let first = self.reports.front().map_or(self.last + 1, |entry| entry.sequence);
+        let sent = (self.sent + 1).saturating_sub(first) as usize;
+        let ready: VecDeque<AttachRequest> = self
+            .reports
+            .iter()
+            .skip(sent)
             .take_while(|entry| entry.ready)
             .map(|entry| AttachRequest { sequence: entry.sequence, message: Some(entry.message.clone()) })
             .collect();

@@ -297,21 +297,31 @@ impl Leader<'_> {
     fn plan(&mut self) -> (Plan, BTreeMap<Key, Begin>) {
         let State { residents, share, jobs, dismissals, .. } = &mut self.state;
         let mut plan = Plan { dismissals: std::mem::take(dismissals), ..Plan::default() };
-        let mut begins = BTreeMap::new();
-        for entry in jobs.values_mut() {
+        let (mut begins, mut failed) = (BTreeMap::new(), Vec::new());
+        for (job, entry) in jobs {
             if let Stage::Waiting(_) = &entry.stage
                 && let Stage::Waiting(begin) = std::mem::replace(&mut entry.stage, Stage::Resident)
             {
-                plan.admissions.push(admission(entry, &begin, self.ranks.mesh().world() > 1));
+                match admission(entry, &begin, self.ranks.mesh().world() > 1) {
+                    Ok(admission) => plan.admissions.push(admission),
+                    Err(failure) => {
+                        failed.push((job.clone(), failure));
+                        continue;
+                    }
+                }
                 begins.insert(entry.key, *begin);
                 share.add(entry.key, entry.priority);
             }
         }
         let budget = self.backbone.engine.microbatch_tokens() as u64;
-        let turn = share.turn(budget, |key| residents.want(key));
+        let wants = residents.wants(budget);
+        let turn = share.turn(budget, |key| wants.get(&key).copied());
         match turn[..] {
-            [key] if residents.want(key).is_some_and(|want| !want.shared) => plan.evaluation = Some(key),
+            [key] if wants.get(&key).is_some_and(|want| !want.shared) => plan.evaluation = Some(key),
             _ => plan.steps = turn,
+        }
+        for (job, failure) in failed {
+            self.fail(&job, &failure);
         }
         (plan, begins)
     }
@@ -386,7 +396,6 @@ impl Leader<'_> {
 
     /// Reports what a job has measured, if it is time.
     fn report(&mut self, job: &Attempt, at_once: bool) {
-        let report = self.about(job);
         let Some(entry) = self.state.jobs.get_mut(job) else { return };
         let due = at_once || entry.reported.is_none_or(|reported| reported.elapsed() >= REPORT);
         if entry.points.is_empty() || !due {
@@ -395,7 +404,7 @@ impl Leader<'_> {
         entry.reported = Some(Instant::now());
         let points = std::mem::take(&mut entry.points);
         let measured = Some(Report::Measured(v1::JobMeasured { points }));
-        self.saver.say(Notice::Job(v1::JobReport { report: measured, ..report }));
+        self.saver.say(Notice::Job(v1::JobReport { report: measured, ..self.about(job) }));
     }
 
     /// A report of a job, without what is reported.
@@ -415,7 +424,10 @@ fn attempt(assignment: &v1::JobAssignment) -> Option<Attempt> {
 }
 
 /// What the other ranks, where there are some, need of a job that comes.
-fn admission(entry: &Entry, begin: &Begin, to_others: bool) -> Admission {
+///
+/// # Errors
+/// If its checkpoint cannot be sent.
+fn admission(entry: &Entry, begin: &Begin, to_others: bool) -> Result<Admission> {
     let (spec, eval) = (&begin.spec, begin.spec.eval.as_deref());
     let path = |path: &std::path::Path| path.to_string_lossy().into_owned();
     let mut admission = Admission {
@@ -427,9 +439,9 @@ fn admission(entry: &Entry, begin: &Begin, to_others: bool) -> Admission {
     };
     if to_others {
         admission.task = begin.task.to_bytes();
-        // A checkpoint that was read can be written.
-        admission.checkpoint =
-            begin.checkpoint.as_ref().and_then(|checkpoint| checkpoint.to_bytes().ok()).unwrap_or_default();
+        if let Some(checkpoint) = &begin.checkpoint {
+            admission.checkpoint = checkpoint.to_bytes()?;
+        }
     }
-    admission
+    Ok(admission)
 }

@@ -52,18 +52,11 @@ impl Residents {
         self.jobs.get_mut(&key)
     }
 
-    /// What a job wants next; nothing where its next thing is not the backbone's.
-    pub(crate) fn want(&self, key: Key) -> Option<Want> {
-        let resident = self.jobs.get(&key)?;
-        match resident.tenant.due() {
-            Due::Step => Some(Want { tokens: tokens(&resident.tenant.job().batch()), shared: true }),
-            Due::Evaluate => {
-                // Before its first round the cost is not known: a round is about as much as a microbatch.
-                let tokens = resident.evaluation.as_ref().map_or(1, PartialEvaluation::next_cost);
-                Some(Want { tokens: tokens as u64, shared: false })
-            }
-            Due::Checkpoint | Due::End(_) => None,
-        }
+    /// What each job wants next; those are left out whose next thing is not the backbone's. `microbatch` is what goes through it at once,
+    /// in tokens.
+    pub(crate) fn wants(&self, microbatch: u64) -> BTreeMap<Key, Want> {
+        let want = |(key, resident): (&Key, &Resident)| Some((*key, resident.want(microbatch)?));
+        self.jobs.iter().filter_map(want).collect()
     }
 
     /// Carries out a plan; all ranks do so together. `begin` gives what the jobs that come begin with.
@@ -130,6 +123,18 @@ impl Residents {
 }
 
 impl Resident {
+    fn want(&self, microbatch: u64) -> Option<Want> {
+        match self.tenant.due() {
+            Due::Step => Some(Want { tokens: tokens(&self.tenant.job().batch()), shared: true }),
+            Due::Evaluate => {
+                // Before its first round the cost is not known: a round is about as much as a microbatch.
+                let known = self.evaluation.as_ref().map(|evaluation| evaluation.next_cost() as u64);
+                Some(Want { tokens: known.unwrap_or(microbatch), shared: false })
+            }
+            Due::Checkpoint | Due::End(_) => None,
+        }
+    }
+
     fn round(&mut self, backbone: &Backbone) -> Result<Option<Evaluation>> {
         let mut evaluation = match self.evaluation.take() {
             Some(evaluation) => evaluation,
