@@ -1,16 +1,19 @@
-//! A cluster whose processes are killed and stopped at random moments, for many rounds, with jobs running all the time.
+//! A cluster whose processes are killed and stopped, and whose machines are cut off, at random moments, for many rounds, with jobs
+//! running all the time. Its workers are on machines of a network of their own; where no such network can be had, on this one.
 //!
 //! `INCIPIT_SEED` gives another seed, `INCIPIT_ROUNDS` another number of rounds.
 
 mod common;
+mod rig;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use common::cluster::{Cluster, engines_of, id, spec, trained};
 use incipit_proto::v1::{self, BackboneState, JobState, event::Resource};
+use rig::network::Network;
 use rustix::process::Signal;
 
 /// Steps of a job, and how many jobs run at once.
@@ -46,13 +49,27 @@ enum Blow {
     KillEngine,
     StopEngine,
     StopAgent,
+    /// For longer than a lease.
+    CutLink,
+    /// For so short that nobody need notice.
+    ShakeLink,
 }
 
-const BLOWS: [Blow; 5] =
-    [Blow::KillCoordinator, Blow::KillAgent, Blow::KillEngine, Blow::StopEngine, Blow::StopAgent];
+/// Those of links, which need a network, are the last [`OF_LINKS`].
+const BLOWS: [Blow; 7] = [
+    Blow::KillCoordinator,
+    Blow::KillAgent,
+    Blow::KillEngine,
+    Blow::StopEngine,
+    Blow::StopAgent,
+    Blow::CutLink,
+    Blow::ShakeLink,
+];
+const OF_LINKS: usize = 2;
 
 struct Chaos {
     cluster: Cluster,
+    network: Option<Network>,
     dice: Dice,
     submitted: Vec<(String, u64)>,
     agents: BTreeSet<u32>,
@@ -94,9 +111,14 @@ fn whatever_is_killed_or_stopped_every_job_ends_once_and_in_its_own_bytes() -> R
 
 impl Chaos {
     fn begin(dir: &Path, seed: u64) -> Result<Self> {
-        let cluster = Cluster::start(dir)?;
+        let network = Network::start()?;
+        let cluster = match &network {
+            Some(network) => Cluster::start_at(dir, network.address())?,
+            None => Cluster::start(dir)?,
+        };
         let mut chaos = Self {
             cluster,
+            network,
             dice: Dice(seed),
             submitted: Vec::new(),
             agents: BTreeSet::new(),
@@ -111,7 +133,11 @@ impl Chaos {
     }
 
     fn start_worker(&mut self, name: &str) -> Result<()> {
-        self.cluster.start_worker_with(name, 1)?;
+        let mut command = self.cluster.worker(name, 1)?;
+        if let Some(network) = &mut self.network {
+            command = network.command(name, &command)?;
+        }
+        self.cluster.spawn_worker(name, command)?;
         self.agents.extend(self.cluster.workers.get(name).map(std::process::Child::id));
         Ok(())
     }
@@ -133,7 +159,8 @@ impl Chaos {
     fn round(&mut self, round: u64) -> Result<()> {
         let before = self.cluster.wait_ready("b")?;
         std::thread::sleep(Duration::from_millis(self.dice.roll(1500)));
-        let blow = BLOWS[self.dice.roll(BLOWS.len() as u64) as usize];
+        let blows = if self.network.is_some() { &BLOWS[..] } else { &BLOWS[..BLOWS.len() - OF_LINKS] };
+        let blow = blows[self.dice.roll(blows.len() as u64) as usize];
         println!("round {round}: {blow:?} at epoch {}", before.epoch);
         let began = SystemTime::now();
         let places = usize::try_from(self.dice.roll(before.ranks.len() as u64))?;
@@ -155,6 +182,12 @@ impl Chaos {
                 let agent = self.cluster.workers.get(&worker).context("it runs")?.id();
                 Cluster::signal(agent, Signal::STOP)?;
             }
+            Blow::CutLink => self.set_link(&worker, false)?,
+            Blow::ShakeLink => {
+                self.set_link(&worker, false)?;
+                std::thread::sleep(Duration::from_millis(self.dice.roll(3000)));
+                return self.set_link(&worker, true);
+            }
         }
         let lost = self.cluster.wait_for("the loss to be noticed", |cluster| {
             let events = cluster.events()?;
@@ -162,6 +195,13 @@ impl Chaos {
                 || b.state() == BackboneState::Degraded && b.epoch == before.epoch && event.time.as_ref().is_some_and(|t| time(t) >= began));
             Ok(events.iter().find(newer).cloned())
         })?;
+        let Some(Resource::Backbone(after)) = &lost.resource else { bail!("{lost:?}") };
+        let culprits = [worker.clone(), format!("rank {}", place.rank)];
+        ensure!(
+            culprits.iter().any(|culprit| after.message.contains(culprit)),
+            "{culprits:?}: {}",
+            after.message
+        );
         let at = time(lost.time.as_ref().context("a time")?);
         self.noticed.entry(blow).or_default().push(at.duration_since(began).unwrap_or_default());
         match blow {
@@ -171,9 +211,19 @@ impl Chaos {
                 let agent = self.cluster.workers.get(&worker).context("it runs")?.id();
                 Cluster::signal(agent, Signal::CONT)?;
             }
+            Blow::CutLink => {
+                std::thread::sleep(Duration::from_millis(self.dice.roll(6000)));
+                self.set_link(&worker, true)?;
+            }
             _ => {}
         }
         Ok(())
+    }
+}
+
+impl Chaos {
+    fn set_link(&self, worker: &str, up: bool) -> Result<()> {
+        self.network.as_ref().context("a network")?.set_link(worker, up)
     }
 }
 

@@ -15,7 +15,7 @@ const MAX_FRAME: usize = 64 << 20;
 #[derive(Clone, PartialEq, Message)]
 pub struct ToEngine {
     /// What it says.
-    #[prost(oneof = "Order", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "Order", tags = "1, 2, 3")]
     pub order: Option<Order>,
 }
 
@@ -31,9 +31,6 @@ pub enum Order {
     /// The answer to a question of the rendezvous.
     #[prost(message, tag = "3")]
     Rendezvous(v1::RendezvousValue),
-    /// Save all jobs, take no more, and say so when it is done.
-    #[prost(message, tag = "4")]
-    Drain(Drain),
 }
 
 /// Which part of which model an engine is to hold, and whom it is to meet.
@@ -87,15 +84,11 @@ pub struct LocalJob {
     pub checkpoint: String,
 }
 
-/// See [`Order::Drain`].
-#[derive(Clone, PartialEq, Message)]
-pub struct Drain {}
-
 /// What an engine says.
 #[derive(Clone, PartialEq, Message)]
 pub struct FromEngine {
     /// What it says.
-    #[prost(oneof = "Notice", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
+    #[prost(oneof = "Notice", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
     pub notice: Option<Notice>,
 }
 
@@ -126,11 +119,8 @@ pub enum Notice {
     /// A question for what other ranks have left.
     #[prost(message, tag = "8")]
     Get(v1::RendezvousGet),
-    /// All jobs are saved, and none will go on.
-    #[prost(message, tag = "9")]
-    Drained(Drain),
     /// It has left every group but that of this epoch, which it joins now.
-    #[prost(uint64, tag = "10")]
+    #[prost(uint64, tag = "9")]
     Joining(u64),
 }
 

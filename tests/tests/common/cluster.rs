@@ -1,9 +1,9 @@
 //! A cluster of real processes on this machine, to be disturbed.
 
 use std::collections::BTreeMap;
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -35,6 +35,13 @@ pub(crate) struct Cluster {
     pub(crate) coordinator: Option<Child>,
     pub(crate) workers: BTreeMap<String, Child>,
     runtime: Runtime,
+    door: Option<Door>,
+}
+
+/// How a coordinator is reached from other machines: with TLS and tokens.
+struct Door {
+    address: Ipv4Addr,
+    token: String,
 }
 
 impl Drop for Cluster {
@@ -50,31 +57,47 @@ impl Drop for Cluster {
 impl Cluster {
     /// A coordinator without workers, with everything under `dir`.
     pub(crate) fn start(dir: &Path) -> Result<Self> {
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let mut cluster =
-            Self { dir: dir.to_owned(), port, coordinator: None, workers: BTreeMap::new(), runtime };
+        let mut cluster = Self::new(dir, Ipv4Addr::LOCALHOST)?;
         cluster.start_coordinator()?;
         Ok(cluster)
     }
 
+    /// The same, for workers on other machines, which reach it at this address.
+    pub(crate) fn start_at(dir: &Path, address: Ipv4Addr) -> Result<Self> {
+        let mut cluster = Self::new(dir, address)?;
+        let (data, host) = (cluster.data(), address.to_string());
+        let made = super::incipit(&["coordinator", "init", "--data", &data, "--host", &host])?.ok()?;
+        let token = made.stdout.lines().find_map(|line| line.strip_prefix("admin token"));
+        let token = token.context("no token")?.trim().to_owned();
+        cluster.door = Some(Door { address, token });
+        cluster.start_coordinator()?;
+        Ok(cluster)
+    }
+
+    fn new(dir: &Path, address: Ipv4Addr) -> Result<Self> {
+        let port = TcpListener::bind((address, 0))?.local_addr()?.port();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let (coordinator, workers) = (None, BTreeMap::new());
+        Ok(Self { dir: dir.to_owned(), port, coordinator, workers, runtime, door: None })
+    }
+
+    fn data(&self) -> String {
+        self.dir.join("coordinator").display().to_string()
+    }
+
+    /// A file of the coordinator's certificates.
+    fn tls(&self, file: &str) -> PathBuf {
+        self.dir.join("coordinator/tls").join(file)
+    }
+
     pub(crate) fn start_coordinator(&mut self) -> Result<()> {
-        let (data, listen) = (self.dir.join("coordinator"), format!("127.0.0.1:{}", self.port));
-        let data = data.display().to_string();
-        let args = [
-            "coordinator",
-            "--insecure",
-            "--data",
-            &data,
-            "--listen",
-            &listen,
-            "--model-root",
-            "/",
-            "--data-root",
-            "/",
-            "-v",
-        ];
-        let mut command = command(&args)?;
+        let (data, listen) = (self.data(), format!("{}:{}", self.address(), self.port));
+        let roots = ["--model-root", "/", "--data-root", "/", "-v"];
+        let mut command =
+            command(&[&["coordinator", "--data", &data, "--listen", &listen], &roots[..]].concat())?;
+        if self.door.is_none() {
+            command.arg("--insecure");
+        }
         self.coordinator = Some(command.stderr(self.log("coordinator")?).spawn()?);
         self.wait_for("the coordinator to answer", |cluster| Ok(cluster.client().is_ok().then_some(())))
     }
@@ -85,6 +108,18 @@ impl Cluster {
 
     /// A worker with room for so many ranks.
     pub(crate) fn start_worker_with(&mut self, name: &str, slots: u32) -> Result<()> {
+        let command = self.worker(name, slots)?;
+        self.spawn_worker(name, command)
+    }
+
+    /// Starts a worker by a command that was made by [`Cluster::worker`].
+    pub(crate) fn spawn_worker(&mut self, name: &str, mut command: Command) -> Result<()> {
+        self.workers.insert(name.to_owned(), command.stderr(self.log(name)?).spawn()?);
+        Ok(())
+    }
+
+    /// The program as a worker.
+    pub(crate) fn worker(&self, name: &str, slots: u32) -> Result<Command> {
         let (state, endpoint, slots) = (self.dir.join(name), self.endpoint(), slots.to_string());
         let state = state.display().to_string();
         let args = [
@@ -100,8 +135,11 @@ impl Cluster {
             "-v",
         ];
         let mut command = command(&args)?;
-        self.workers.insert(name.to_owned(), command.stderr(self.log(name)?).spawn()?);
-        Ok(())
+        if self.door.is_some() {
+            let files = [("--ca", "ca.pem"), ("--cert", "worker.pem"), ("--key", "worker-key.pem")];
+            command.args(files.iter().flat_map(|(flag, file)| [(*flag).into(), self.tls(file)]));
+        }
+        Ok(command)
     }
 
     fn log(&self, name: &str) -> Result<Stdio> {
@@ -121,14 +159,22 @@ impl Cluster {
             .collect()
     }
 
+    fn address(&self) -> Ipv4Addr {
+        self.door.as_ref().map_or(Ipv4Addr::LOCALHOST, |door| door.address)
+    }
+
     pub(crate) fn endpoint(&self) -> String {
-        format!("http://127.0.0.1:{}", self.port)
+        let scheme = if self.door.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}:{}", self.address(), self.port)
     }
 
     /// A new connection.
     pub(crate) fn client(&self) -> Result<Client> {
         let mut config = ClientConfig::new(self.endpoint());
         config.connect_timeout = Duration::from_secs(1);
+        if let Some(door) = &self.door {
+            (config.token, config.ca) = (Some(door.token.clone()), Some(self.tls("ca.pem")));
+        }
         Ok(self.runtime.block_on(Client::connect(&config))?)
     }
 

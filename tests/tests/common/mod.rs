@@ -94,11 +94,7 @@ fn build() -> Result<PathBuf> {
         .args(["build", "--workspace", "--bin", "incipit", "--offline", "--quiet"])
         .args(["--profile", if name == "debug" { "dev" } else { name }])
         // As this test was built, or cargo would build the program anew.
-        .args(if cfg!(feature = "gloo") {
-            &["--features", "incipit-cli/gloo,incipit-tests/gloo"][..]
-        } else {
-            &[]
-        })
+        .args(["--features", &features().join(",")])
         .arg("--target-dir")
         .arg(target)
         .args(["--message-format", "json-render-diagnostics"])
@@ -110,6 +106,16 @@ fn build() -> Result<PathBuf> {
     // The one thing asked for: the only message with an executable.
     let executable = messages.filter_map(|m| Some(PathBuf::from(m["executable"].as_str()?))).next();
     executable.context("cargo did not say where it is")
+}
+
+/// The features with which this test was built, those of other packages as well.
+fn features() -> Vec<&'static str> {
+    let gloo = ["incipit-cli/gloo", "incipit-tests/gloo"];
+    let emulator = ["incipit-kernels/emulator", "incipit-tests/emulator"];
+    let mut features = Vec::new();
+    features.extend(gloo.into_iter().filter(|_| cfg!(feature = "gloo")));
+    features.extend(emulator.into_iter().filter(|_| cfg!(feature = "emulator")));
+    features
 }
 
 pub(crate) fn root() -> PathBuf {

@@ -3,6 +3,8 @@
 // Not every test file uses all of it.
 #![allow(dead_code)]
 
+pub(crate) mod network;
+
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Child, Command};

@@ -167,7 +167,6 @@ impl World {
             Order::Join(join) => self.join(pid, join),
             Order::Jobs(jobs) => self.take_jobs(pid, jobs),
             Order::Rendezvous(value) => self.meet(pid, &value),
-            Order::Drain(_) => self.drain_jobs(pid),
         }
     }
 

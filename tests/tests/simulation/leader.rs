@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use incipit_proto::v1::{
     self, CheckpointFile, JobReason, JobState, JobWish, StepMetrics, job_report::Report, metric_point::Point,
 };
-use incipit_worker::frames::{Drain, Jobs, LocalJob, Log, Notice, Saved};
+use incipit_worker::frames::{Jobs, LocalJob, Log, Notice, Saved};
 
 use crate::simulation::chance::{digest, first_prompt, loss, next_prompt};
 use crate::simulation::client::FAILS_AT;
@@ -24,7 +24,6 @@ type Attempt = (String, u32);
 pub(crate) struct Leader {
     jobs: BTreeMap<Attempt, Resident>,
     left: BTreeSet<Attempt>,
-    draining: bool,
 }
 
 /// A job on the backbone, or on its way there.
@@ -46,7 +45,7 @@ impl World {
     /// Takes the list of jobs that a backbone is to have.
     pub(crate) fn take_jobs(&mut self, pid: Pid, Jobs { epoch, jobs }: Jobs) {
         let Some(engine) = self.engines.get(&pid) else { return };
-        if engine.epoch != epoch || engine.stage != Stage::Ready || engine.leader.draining {
+        if engine.epoch != epoch || engine.stage != Stage::Ready {
             return;
         }
         let key = |local: &LocalJob| local.assignment.as_ref().map(|job| (job.job.clone(), job.attempt));
@@ -122,6 +121,10 @@ impl World {
             JobWish::Pause => {
                 self.save(pid, job);
                 return self.leave(pid, job, JobState::Paused, JobReason::Requested);
+            }
+            JobWish::Yield => {
+                self.save(pid, job);
+                return self.leave(pid, job, JobState::Queued, JobReason::Requested);
             }
             JobWish::Unspecified => {}
         }
@@ -210,22 +213,6 @@ impl World {
             engine.leader.jobs.remove(job);
             engine.leader.left.insert(job.clone());
         }
-    }
-
-    /// Saves everything, and takes part in nothing more.
-    pub(crate) fn drain_jobs(&mut self, pid: Pid) {
-        let Some(engine) = self.engines.get(&pid).filter(|engine| engine.stage == Stage::Ready) else {
-            return;
-        };
-        let jobs: Vec<Attempt> = engine.leader.jobs.keys().cloned().collect();
-        for job in &jobs {
-            self.save(pid, job);
-        }
-        if let Some(engine) = self.engines.get_mut(&pid) {
-            engine.leader.jobs.clear();
-            engine.leader.draining = true;
-        }
-        self.notice(pid, Notice::Drained(Drain {}));
     }
 
     fn tell_of(&mut self, pid: Pid, job: &Attempt, report: Report) {

@@ -142,12 +142,11 @@ impl World {
 
     /// The service takes what is in the outbox, as far as it is not too late.
     pub(crate) fn pumps(&mut self, id: LinkId) {
-        let config = self.coordinator.config.clone();
         loop {
             let Some(link) = self.links.get_mut(&id).filter(|link| link.open && !link.ended) else { return };
             let next = std::pin::pin!(link.outbox.next()).poll(&mut Context::from_waker(Waker::noop()));
             let Poll::Ready(Some(message)) = next else { return };
-            let message = message.and_then(|message| wire::to_agent(message, CLUSTER, &config));
+            let message = message.and_then(|message| wire::to_agent(message, CLUSTER));
             link.ended = message.is_err();
             link.down.push_back(message.ok());
             let (ended, lost) = (link.ended, link.gone());

@@ -48,6 +48,10 @@ pub enum ToAgent {
     Welcome {
         /// The protocol that both speak.
         protocol: u32,
+        /// Milliseconds from one heartbeat to the next.
+        heartbeat_interval_ms: u32,
+        /// Milliseconds without a message after which the worker is taken for lost.
+        lease_ms: u32,
         /// Reports up to this sequence are stored.
         acknowledged: u64,
     },

@@ -137,7 +137,7 @@ impl Core {
         self.now = self.now.max(now);
         self.actor.clear();
         let tick = matches!(input, Input::Tick);
-        let answer = match input {
+        let outcome = match input {
             Input::Request { actor, key, request } => {
                 self.actor = actor;
                 Some(self.request(key, request))
@@ -160,12 +160,15 @@ impl Core {
             }
         };
         self.settle(tick);
-        self.effects.reply = answer.map(|answer| answer.and_then(|target| self.reply(target)));
+        self.effects.reply = outcome.map(|outcome| outcome.and_then(|outcome| self.reply(outcome)));
         mem::take(&mut self.effects)
     }
 
     /// Places what waits for a place, gives jobs to backbones that have one, and says so to the agents.
     fn settle(&mut self, tick: bool) {
+        for name in self.dirty.clone() {
+            self.vacate(&name);
+        }
         // Room comes and goes with workers and backbones, and what waits for its time waits for a tick.
         if tick || self.engines_dirty {
             self.place_waiting();

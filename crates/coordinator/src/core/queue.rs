@@ -28,7 +28,9 @@ impl Core {
             return;
         }
         let free = match state {
-            BackboneState::Ready => places.saturating_sub(self.names_of(name, JobState::Running).len()),
+            BackboneState::Ready if !self.is_to_move(name) => {
+                places.saturating_sub(self.names_of(name, JobState::Running).len())
+            }
             _ => 0,
         };
         for (place, (job, reason)) in queue.into_iter().enumerate() {

@@ -10,7 +10,7 @@ use incipit_proto::{
 
 pub use super::presence::Progress;
 use super::{
-    Config, Core,
+    Core,
     backbone::{Backbone, Collective, Device},
     checkpoint::{Checkpoint, PromptVersion, checkpoint_name, version_name},
     job::Job,
@@ -77,12 +77,6 @@ impl JobFilter {
 }
 
 impl Core {
-    /// What it was told.
-    #[must_use]
-    pub fn config(&self) -> &Config {
-        &self.config
-    }
-
     /// Everything that is stored.
     #[must_use]
     pub fn rows(&self) -> &Rows {

@@ -54,6 +54,18 @@ impl Core {
         }
     }
 
+    /// Whether a report, which has not been taken yet, will have an effect. Reports of engines and lines of logs have none that matters here.
+    #[must_use]
+    pub fn awaits(&self, worker: &WorkerName, sequence: u64, report: &Report) -> bool {
+        let is_new = self.rows.reports.get(worker).is_none_or(|stored| sequence > stored.sequence);
+        match report {
+            Report::Job { backbone, epoch, job, attempt, .. } => {
+                is_new && self.is_current(worker, backbone, *epoch, (job, *attempt))
+            }
+            Report::Engine { .. } | Report::Logs { .. } => false,
+        }
+    }
+
     /// Whether what is said of a job comes from where the job is.
     fn is_current(
         &self,
@@ -197,13 +209,14 @@ impl Core {
         let wish = match job.wish {
             JobWish::Pause => Some(JobCause::PauseDone),
             JobWish::Cancel => Some(JobCause::CancelDone),
-            JobWish::Unspecified => None,
+            JobWish::Unspecified | JobWish::Yield => None,
         };
         let (cause, reason) = match (state, reason) {
             (JobState::Succeeded, JobReason::PatienceExhausted) => (JobCause::PatienceExhausted, reason),
             (JobState::Succeeded, _) => (JobCause::StepsDone, JobReason::StepsDone),
             (JobState::Cancelled, _) => (JobCause::CancelDone, JobReason::Requested),
             (JobState::Paused, _) => (wish.unwrap_or(JobCause::PauseTakenBack), JobReason::Requested),
+            (JobState::Queued, _) => (wish.unwrap_or(JobCause::Yielded), JobReason::Requested),
             (_, reason) => {
                 let reason = failure(reason);
                 let again = job.retry_policy.reasons.contains(&reason)

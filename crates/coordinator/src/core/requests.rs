@@ -1,6 +1,6 @@
 //! Requests: one effect a request id, and the answer.
 
-use incipit_proto::{Problem, names::WorkerName};
+use incipit_proto::{Problem, names::WorkerName, v1::WorkerState};
 use tonic::Code;
 
 use super::{
@@ -10,7 +10,7 @@ use super::{
     rows::{RequestRecord, Target},
 };
 
-/// What a request led to.
+/// What a request led to: the answer is made from it, once all is settled.
 pub(super) enum Outcome {
     /// It took effect, or asked for what is so already.
     Done(Target),
@@ -18,35 +18,25 @@ pub(super) enum Outcome {
     Shown(Reply),
 }
 
-/// What the answer is made from, once all is settled.
-pub(super) enum Answer {
-    Target(Target),
-    Reply(Reply),
-}
-
 impl Core {
-    pub(super) fn request(&mut self, key: Option<RequestKey>, request: Request) -> Result<Answer, Problem> {
+    pub(super) fn request(&mut self, key: Option<RequestKey>, request: Request) -> Result<Outcome, Problem> {
         if let Some(key) = &key
             && let Some(record) = self.rows.requests.get(&key.id)
         {
             if record.hash == key.hash {
-                return Ok(Answer::Target(record.target.clone()));
+                return Ok(Outcome::Done(record.target.clone()));
             }
             let what =
                 format!("request_id {} was used for another request before; give each its own", key.id);
             let problem = Problem::new(Code::InvalidArgument, "REQUEST_ID_REUSED", what);
             return Err(problem.with("request_id", &key.id));
         }
-        match self.dispatch(request)? {
-            Outcome::Shown(reply) => Ok(Answer::Reply(reply)),
-            Outcome::Done(target) => {
-                if let Some(RequestKey { id, hash }) = key {
-                    let record = RequestRecord { id, hash, target: target.clone(), time: self.now };
-                    self.change(Change::PutRequest(record));
-                }
-                Ok(Answer::Target(target))
-            }
+        let outcome = self.dispatch(request)?;
+        if let (Outcome::Done(target), Some(RequestKey { id, hash })) = (&outcome, key) {
+            let record = RequestRecord { id, hash, target: target.clone(), time: self.now };
+            self.change(Change::PutRequest(record));
         }
+        Ok(outcome)
     }
 
     fn dispatch(&mut self, request: Request) -> Result<Outcome, Problem> {
@@ -72,10 +62,10 @@ impl Core {
     }
 
     /// The answer, with everything as it is now.
-    pub(super) fn reply(&self, answer: Answer) -> Result<Reply, Problem> {
-        let target = match answer {
-            Answer::Reply(reply) => return Ok(reply),
-            Answer::Target(target) => target,
+    pub(super) fn reply(&self, outcome: Outcome) -> Result<Reply, Problem> {
+        let target = match outcome {
+            Outcome::Shown(reply) => return Ok(reply),
+            Outcome::Done(target) => target,
         };
         Ok(match target {
             Target::Job(name) => Reply::Job(Box::new(self.job_view(&name)?)),
@@ -92,8 +82,10 @@ impl Core {
     }
 
     fn drain_worker(&mut self, name: WorkerName) -> Result<Target, Problem> {
-        if !self.rows.workers.contains_key(&name) {
-            return Err(Problem::not_found(name.as_str()));
+        let worker = self.rows.workers.get(&name).ok_or_else(|| Problem::not_found(name.as_str()))?;
+        if worker.state == WorkerState::Lost {
+            let what = format!("{name} is lost, and has nothing that could be drained");
+            return Err(Problem::state("WORKER_LOST", what).with("name", &name));
         }
         self.drain(&name);
         Ok(Target::Worker(name))

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use incipit_proto::{
     Problem,
     names::{BackboneName, WorkerName},
-    v1::{BackboneState, JobState},
+    v1::{BackboneState, JobState, JobWish},
 };
 
 use super::{
@@ -89,14 +89,17 @@ impl Core {
         let jobs = self.rows.jobs.values();
         let jobs: Vec<&Job> =
             jobs.filter(|job| job.state == JobState::Running && job.backbone == *name).collect();
-        let key = jobs.iter().map(|job| (job.name.clone(), job.last_attempt(), job.wish)).collect();
+        let moves = self.is_to_move(name);
+        let wish =
+            |job: &Job| if moves && job.wish == JobWish::Unspecified { JobWish::Yield } else { job.wish };
+        let key = jobs.iter().map(|job| (job.name.clone(), job.last_attempt(), wish(job))).collect();
         let told = ToldJobs { epoch, jobs: key };
         let Some(presence) = self.presences.get(&leader) else { return };
         let Some(connection) = presence.connection else { return };
         if presence.told_jobs.get(name) == Some(&told) {
             return;
         }
-        let jobs = jobs.into_iter().filter_map(|job| self.assignment(job)).collect();
+        let jobs = jobs.into_iter().filter_map(|job| self.assignment(job, wish(job))).collect();
         let message = ToAgent::Jobs(JobAssignments { backbone: name.clone(), epoch, jobs });
         if let Some(presence) = self.presences.get_mut(&leader) {
             presence.told_jobs.insert(name.clone(), told);
@@ -104,7 +107,7 @@ impl Core {
         self.effects.sends.push(Send { worker: leader, connection, message });
     }
 
-    fn assignment(&self, job: &Job) -> Option<JobAssignment> {
+    fn assignment(&self, job: &Job, wish: JobWish) -> Option<JobAssignment> {
         let attempt = job.open_attempt()?.clone();
         let checkpoint = self.rows.checkpoints.get(&(job.name.clone(), attempt.start_step));
         Some(JobAssignment {
@@ -112,7 +115,7 @@ impl Core {
             spec: job.spec.clone(),
             priority: job.priority,
             checkpoint: checkpoint.cloned().map(Box::new),
-            wish: job.wish,
+            wish,
             attempt,
         })
     }

@@ -31,6 +31,8 @@ pub enum JobCause {
     CancelDone,
     /// It left for a pause that nobody wishes any more.
     PauseTakenBack,
+    /// It left, saved, since its backbone is to move.
+    Yielded,
     /// It left with all its steps.
     StepsDone,
     /// It left because nothing got better.
@@ -56,6 +58,7 @@ pub const JOB_TRANSITIONS: &[(Option<Js>, JobCause, Js, Jr)] = &[
     (Some(Js::Running), JobCause::RankLost, Js::Queued, Jr::BackboneRecovering),
     (Some(Js::Running), JobCause::Retried, Js::Queued, Jr::Retrying),
     (Some(Js::Running), JobCause::PauseTakenBack, Js::Queued, Jr::WaitingForPlace),
+    (Some(Js::Running), JobCause::Yielded, Js::Queued, Jr::BackboneRecovering),
     (Some(Js::Running), JobCause::PauseDone, Js::Paused, Jr::Requested),
     (Some(Js::Running), JobCause::CancelDone, Js::Cancelled, Jr::Requested),
     (Some(Js::Running), JobCause::StepsDone, Js::Succeeded, Jr::StepsDone),

@@ -1,14 +1,16 @@
 //! Workers: connections, leases, drains.
 
+use std::collections::BTreeSet;
+
 use incipit_proto::{
     Problem,
     names::{BackboneName, WorkerName},
-    v1::{BackboneReason, BackboneState, WorkerState},
+    v1::{BackboneReason, BackboneState, JobState, WorkerState},
 };
 use tonic::Code;
 
 use super::{
-    Core,
+    Config, Core,
     backbone::{Collective, RankPlacement},
     backbones::Loss,
     effects::{Change, Resource, Send, ToAgent},
@@ -73,7 +75,8 @@ impl Core {
         };
         self.presences.insert(name.clone(), presence);
         let acknowledged = self.rows.reports.get(&name).map_or(0, |reports| reports.sequence);
-        self.send(&name, ToAgent::Welcome { protocol, acknowledged });
+        let Config { heartbeat_interval_ms, lease_ms, .. } = self.config;
+        self.send(&name, ToAgent::Welcome { protocol, heartbeat_interval_ms, lease_ms, acknowledged });
         self.lose_missing(&name, &engines);
         let led: Vec<BackboneName> = self.led_by(&name).collect();
         self.dirty.extend(led);
@@ -210,7 +213,7 @@ impl Core {
         self.clear_worker(name, &Loss { reason: BackboneReason::WorkerLost, message, counts: false });
     }
 
-    /// Gives a worker nothing more, and moves what it has.
+    /// Gives a worker nothing more. What it has moves as soon as the jobs on it are saved.
     pub(super) fn drain(&mut self, name: &WorkerName) {
         let Some(worker) = self.rows.workers.get(name) else { return };
         if worker.state != WorkerState::Online {
@@ -219,20 +222,42 @@ impl Core {
         let mut worker = worker.clone();
         (worker.state, worker.draining) = (WorkerState::Draining, true);
         self.put(Resource::Worker(Box::new(worker)));
-        let message = format!("{name} is being drained");
-        self.clear_worker(
-            name,
-            &Loss { reason: BackboneReason::WorkerDrained, message: &message, counts: false },
-        );
+        let backbones = self.backbones_on(name);
+        self.dirty.extend(backbones);
+    }
+
+    /// Takes a backbone off the workers that are being drained, once its jobs have left.
+    pub(super) fn vacate(&mut self, backbone: &BackboneName) {
+        if !self.is_to_move(backbone) || !self.names_of(backbone, JobState::Running).is_empty() {
+            return;
+        }
+        let draining = self.rows.workers.values().filter(|worker| worker.draining);
+        let draining: BTreeSet<WorkerName> = draining.map(|worker| worker.name.clone()).collect();
+        let there = |rank: &RankPlacement| draining.contains(&rank.worker) && !rank.lost;
+        let names: Vec<&str> = draining.iter().map(WorkerName::as_str).collect();
+        let message = format!("{} is being drained", names.join(", "));
+        let loss = Loss { reason: BackboneReason::WorkerDrained, message: &message, counts: false };
+        self.lose_ranks(backbone, there, &loss);
+    }
+
+    /// Whether a rank of a backbone is on a worker that is being drained.
+    pub(super) fn is_to_move(&self, backbone: &BackboneName) -> bool {
+        let on_drained = |rank: &RankPlacement| {
+            !rank.lost && self.rows.workers.get(&rank.worker).is_some_and(|worker| worker.draining)
+        };
+        self.rows.backbones.get(backbone).is_some_and(|backbone| backbone.ranks.iter().any(on_drained))
     }
 
     fn clear_worker(&mut self, name: &WorkerName, loss: &Loss<'_>) {
-        let there = |rank: &RankPlacement| rank.worker == *name && !rank.lost;
-        let backbones = self.rows.backbones.values().filter(|backbone| backbone.ranks.iter().any(there));
-        let backbones: Vec<BackboneName> = backbones.map(|backbone| backbone.name.clone()).collect();
-        for backbone in backbones {
-            self.lose_ranks(&backbone, there, loss);
+        for backbone in self.backbones_on(name) {
+            self.lose_ranks(&backbone, |rank| rank.worker == *name && !rank.lost, loss);
         }
+    }
+
+    fn backbones_on(&self, worker: &WorkerName) -> Vec<BackboneName> {
+        let there = |rank: &RankPlacement| rank.worker == *worker && !rank.lost;
+        let backbones = self.rows.backbones.values().filter(|backbone| backbone.ranks.iter().any(there));
+        backbones.map(|backbone| backbone.name.clone()).collect()
     }
 
     fn lease(&self) -> Time {

@@ -12,10 +12,7 @@ use futures::StreamExt as _;
 use incipit_proto::{
     Problem,
     names::WorkerName,
-    v1::{
-        self, AttachRequest, AttachResponse, JobState, agent_service_server::AgentService, attach_request,
-        job_report,
-    },
+    v1::{AttachRequest, AttachResponse, agent_service_server::AgentService, attach_request},
 };
 use tokio::sync::oneshot;
 use tonic::{Code, Request, Response, Status, Streaming};
@@ -24,8 +21,8 @@ use super::{Context, pages::Out, stopping};
 use crate::{
     blobs::Digest,
     core::{
-        Config, Core,
-        input::{AgentMessage, Input},
+        Core,
+        input::{AgentMessage, Input, JobEvent, Report},
     },
     doors::Subject,
     shell::Outbox,
@@ -68,12 +65,10 @@ impl AgentService for Agent {
         let hello = wire::hello(hello, &self.context.cluster)?;
         let connection = self.connections.fetch_add(1, Ordering::Relaxed);
         let (worker, outbox) = (hello.worker.clone(), Arc::new(Outbox::default()));
-        let incarnation = hello.incarnation.clone();
         self.context.handle.connect(hello, connection, Arc::clone(&outbox)).await?;
-        let config = self.context.handle.read(|core, _| core.config().clone()).await?;
         let (listening, gone) = oneshot::channel();
-        let inbound = Inbound { context: self.context.clone(), worker, incarnation, connection, outbox };
-        let outgoing = outgoing(&inbound, config, listening);
+        let inbound = Inbound { context: self.context.clone(), worker, connection, outbox };
+        let outgoing = outgoing(&inbound, listening);
         tokio::spawn(inbound.run(messages, gone));
         Ok(Response::new(outgoing))
     }
@@ -84,18 +79,18 @@ fn no_hello() -> Problem {
 }
 
 /// What is sent over a connection; `listening` is dropped with it.
-fn outgoing(inbound: &Inbound, config: Config, listening: oneshot::Sender<()>) -> Out<AttachResponse> {
+fn outgoing(inbound: &Inbound, listening: oneshot::Sender<()>) -> Out<AttachResponse> {
     let (context, outbox) = (inbound.context.clone(), Arc::clone(&inbound.outbox));
-    let state = (context, outbox, config, Some(listening));
-    let messages = futures::stream::unfold(state, |(context, outbox, config, listening)| async move {
+    let state = (context, outbox, Some(listening));
+    let messages = futures::stream::unfold(state, |(context, outbox, listening)| async move {
         listening.as_ref()?;
         let next = tokio::select! {
             next = outbox.next() => next?,
             () = context.stopped() => Err(stopping()),
         };
-        match next.and_then(|message| wire::to_agent(message, &context.cluster, &config)) {
-            Ok(message) => Some((Ok(message), (context, outbox, config, listening))),
-            Err(problem) => Some((Err(Status::from(problem)), (context, outbox, config, None))),
+        match next.and_then(|message| wire::to_agent(message, &context.cluster)) {
+            Ok(message) => Some((Ok(message), (context, outbox, listening))),
+            Err(problem) => Some((Err(Status::from(problem)), (context, outbox, None))),
         }
     });
     messages.boxed()
@@ -105,7 +100,6 @@ fn outgoing(inbound: &Inbound, config: Config, listening: oneshot::Sender<()>) -
 struct Inbound {
     context: Context,
     worker: WorkerName,
-    incarnation: String,
     connection: u64,
     outbox: Arc<Outbox>,
 }
@@ -134,11 +128,9 @@ impl Inbound {
                 }
                 Err(status) => return Err(Problem::from(&status)),
             };
-            let held = match self.saved(&message) {
-                Some(files) => self.check(message.sequence, files).await?,
-                None => None,
-            };
-            self.tell(wire::agent_message(message)?).await?;
+            let message = wire::agent_message(message)?;
+            let held = self.check(&message).await?;
+            self.tell(message).await?;
             if let Some(held) = held {
                 // Blobs may be deleted again once the core has named these.
                 let handle = self.context.handle.clone();
@@ -155,26 +147,19 @@ impl Inbound {
         self.context.handle.tell(Input::Agent { worker, connection, message }).await
     }
 
-    /// The report of a checkpoint, if this is one.
-    fn saved<'a>(&self, message: &'a AttachRequest) -> Option<&'a v1::JobReport> {
-        match &message.message {
-            Some(attach_request::Message::Job(report)) => {
-                matches!(report.report, Some(job_report::Report::Saved(_))).then_some(report)
-            }
-            _ => None,
-        }
-    }
-
-    /// Checks that the files of a checkpoint are stored, if the report can take effect. While what it returns is held, they stay.
+    /// Checks that the files of a checkpoint are stored, if this is the report of one and can take effect: of others the blobs may be gone,
+    /// and nothing is lost. While what it returns is held, they stay.
     async fn check(
         &self,
-        sequence: u64,
-        report: &v1::JobReport,
+        message: &AgentMessage,
     ) -> Result<Option<tokio::sync::OwnedRwLockReadGuard<()>>, Problem> {
-        let Some(job_report::Report::Saved(saved)) = &report.report else { return Ok(None) };
-        let digests = saved.files.iter().map(|file| Digest::parse("files.digest", &file.digest));
+        let AgentMessage::Report { sequence, report } = message else { return Ok(None) };
+        let Report::Job { job, event: JobEvent::Saved { files, .. }, .. } = report else { return Ok(None) };
+        let digests = files.iter().map(|file| Digest::parse("files.digest", &file.digest));
         let digests = digests.collect::<Result<Vec<_>, _>>()?;
-        if !self.counts(sequence, report).await? {
+        let (worker, sequence, asked) = (self.worker.clone(), *sequence, report.clone());
+        let look = move |core: &Core, _| core.awaits(&worker, sequence, &asked);
+        if !self.context.handle.read(look).await? {
             return Ok(None);
         }
         let look = async {
@@ -192,30 +177,11 @@ impl Inbound {
         };
         if let Some(digest) = missing.first() {
             let what = format!(
-                "{} reports a checkpoint of {} whose blob {digest} is not there; upload it, and report again",
-                self.worker, report.job
+                "{} reports a checkpoint of {job} whose blob {digest} is not there; upload it, and report again",
+                self.worker
             );
-            return Err(Problem::state("BLOB_MISSING", what).with("digest", digest).with("job", &report.job));
+            return Err(Problem::state("BLOB_MISSING", what).with("digest", digest).with("job", job));
         }
         Ok(Some(held))
-    }
-
-    /// Whether a report is new, and of the present epoch and attempt: of others the blobs may be gone, and nothing is lost.
-    async fn counts(&self, sequence: u64, report: &v1::JobReport) -> Result<bool, Problem> {
-        let (worker, incarnation) = (self.worker.clone(), self.incarnation.clone());
-        let (backbone, job) = (report.backbone.clone(), report.job.clone());
-        let (epoch, attempt) = (report.epoch, report.attempt);
-        let look = move |core: &Core, _| {
-            let rows = core.rows();
-            let stored = rows.reports.get(&worker).filter(|stored| stored.incarnation == incarnation);
-            let is_new = stored.is_none_or(|stored| sequence > stored.sequence);
-            let job = rows.jobs.values().find(|known| known.name.as_str() == job);
-            let current = job.is_some_and(|job| {
-                let attempt = job.open_attempt().filter(|open| open.number == attempt && open.epoch == epoch);
-                job.backbone.as_str() == backbone && job.state == JobState::Running && attempt.is_some()
-            });
-            is_new && current
-        };
-        self.context.handle.read(look).await
     }
 }

@@ -16,7 +16,7 @@ use super::{
     Context,
     pages::{Out, Sink, stream},
 };
-use crate::{store::EventRow, wire};
+use crate::wire;
 
 /// How often a watcher to whom nothing is sent hears where everything stands.
 const MARK: Duration = Duration::from_secs(10);
@@ -75,21 +75,19 @@ impl Watch {
         let mut mark = tokio::time::interval_at(tokio::time::Instant::now() + MARK, MARK);
         loop {
             newest.mark_unchanged(); // Before the reading: what comes meanwhile is read by the next round.
-            let page = self.context.reader.events(self.next).await?;
-            if page.rows.is_empty() {
+            let page = self.context.reader.events(self.next, self.prefixes.clone()).await?;
+            let Some(first) = page.first else {
                 tokio::select! {
                     changed = newest.changed() => changed.map_err(|_| super::stopping())?,
                     _ = mark.tick() => self.send(&sink, Vec::new(), self.next).await?,
                 }
                 continue;
-            }
-            if page.rows.first().is_some_and(|row| row.stamp.revision != self.next) {
+            };
+            if first != self.next {
                 return Err(self.compacted().await?);
             }
-            let wanted: Vec<EventRow> = page.rows.into_iter().filter(|row| self.wants(row)).collect();
-            let sent = !wanted.is_empty();
-            if sent {
-                let events = wanted.iter().map(|row| wire::event(&row.stamp, &row.resource)).collect();
+            if !page.rows.is_empty() {
+                let events = page.rows.iter().map(|row| wire::event(&row.stamp, &row.resource)).collect();
                 self.send(&sink, events, page.next).await?;
                 mark.reset();
             }
@@ -104,11 +102,6 @@ impl Watch {
         next_revision: u64,
     ) -> Result<(), Problem> {
         sink.send(WatchEventsResponse { events, next_revision }, "next_revision", self.next).await
-    }
-
-    fn wants(&self, row: &EventRow) -> bool {
-        let name = row.resource.name();
-        self.prefixes.is_empty() || self.prefixes.iter().any(|prefix| name.starts_with(prefix.as_str()))
     }
 
     /// Refuses to begin at what is not kept any more.

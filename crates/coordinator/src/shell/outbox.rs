@@ -107,9 +107,10 @@ mod tests {
         for _ in 0..100 {
             outbox.push(ToAgent::Engines(Vec::new()));
         }
-        outbox.push(ToAgent::Welcome { protocol: 1, acknowledged: 0 });
+        let welcome =
+            ToAgent::Welcome { protocol: 1, heartbeat_interval_ms: 1, lease_ms: 1, acknowledged: 0 };
+        outbox.push(welcome.clone());
         outbox.close(Problem::state("X", "x"));
-        let welcome = ToAgent::Welcome { protocol: 1, acknowledged: 0 };
         assert_eq!(outbox.next().await, Some(Ok(welcome)));
         assert_eq!(outbox.next().await, Some(Ok(ToAgent::Engines(Vec::new()))));
         assert_eq!(outbox.next().await, Some(Ok(ToAgent::Acknowledged(7))));

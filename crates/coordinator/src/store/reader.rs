@@ -28,8 +28,10 @@ const BYTES: usize = 512 << 10;
 /// Some of what is stored, in order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Page<T> {
-    /// The rows. None if there are none yet.
+    /// The rows that are wanted. None if there are none yet.
     pub rows: Vec<T>,
+    /// Where the first row is, wanted or not, if there is one.
+    pub first: Option<u64>,
     /// Where the next page begins.
     pub next: u64,
 }
@@ -73,13 +75,17 @@ impl Reader {
         .await
     }
 
-    /// Events from a revision on.
+    /// Events from a revision on, of resources whose names begin with one of `prefixes`; of all, if there is none.
     ///
     /// # Errors
     /// If SQLite fails, or an event is damaged.
-    pub async fn events(&self, from: u64) -> Result<Page<EventRow>> {
-        let sql = "SELECT revision, length(body), time, kind, body, actor FROM events WHERE revision >= ?1 ORDER BY revision";
-        self.page(sql, vec![Box::new(int(from))], from, |row| {
+    pub async fn events(&self, from: u64, prefixes: Vec<String>) -> Result<Page<EventRow>> {
+        let sql = "SELECT revision, length(body), time, kind, body, actor, name FROM events WHERE revision >= ?1 ORDER BY revision";
+        self.page(sql, vec![Box::new(int(from))], from, move |row| {
+            let name = row.get_ref(6)?.as_str()?;
+            if !prefixes.is_empty() && !prefixes.iter().any(|prefix| name.starts_with(prefix.as_str())) {
+                return Ok(None);
+            }
             let kind: i32 = row.get(3)?;
             let stamp = Stamp {
                 revision: unsigned(row, 0)?,
@@ -89,7 +95,7 @@ impl Reader {
             };
             let body = row.get_ref(4)?.as_bytes()?;
             let resource = serde_json::from_slice(body).map_err(|error| damaged(4, error))?;
-            Ok(EventRow { stamp, resource })
+            Ok(Some(EventRow { stamp, resource }))
         })
         .await
     }
@@ -116,24 +122,25 @@ impl Reader {
         self.page(sql, parameters, from, |row| decode(row, 2)).await
     }
 
-    /// A page of a query whose first columns are the place and the size of each row.
+    /// A page of a query whose first columns are the place and the size of each row, without rows that `parse` does not want.
     async fn page<T: Send + 'static>(
         &self,
         sql: &'static str,
         parameters: Vec<Box<dyn ToSql + Send>>,
         from: u64,
-        parse: impl Fn(&Row<'_>) -> rusqlite::Result<T> + Send + 'static,
+        parse: impl Fn(&Row<'_>) -> rusqlite::Result<Option<T>> + Send + 'static,
     ) -> Result<Page<T>> {
         self.run(move |connection| {
             let parameters: Vec<&dyn ToSql> = parameters.iter().map(|each| &**each as &dyn ToSql).collect();
             let mut select = connection.prepare_cached(sql)?;
             let mut found = select.query(&*parameters)?;
-            let (mut page, mut bytes) = (Page { rows: Vec::new(), next: from }, 0);
-            while page.rows.len() < ROWS && bytes < BYTES {
-                let Some(row) = found.next()? else { break };
-                page.next = unsigned(row, 0)? + 1;
+            let (mut page, mut bytes) = (Page { rows: Vec::new(), first: None, next: from }, 0);
+            for _ in 0..ROWS {
+                let Some(row) = found.next()?.filter(|_| bytes < BYTES) else { break };
+                let place = unsigned(row, 0)?;
+                (page.first, page.next) = (page.first.or(Some(place)), place + 1);
                 bytes += usize::try_from(row.get::<_, i64>(1)?).unwrap_or(0);
-                page.rows.push(parse(row)?);
+                page.rows.extend(parse(row)?);
             }
             Ok(page)
         })
@@ -177,8 +184,8 @@ fn unsigned(row: &Row<'_>, column: usize) -> rusqlite::Result<u64> {
     row.get::<_, i64>(column).map(i64::cast_unsigned)
 }
 
-fn decode<T: Message + Default>(row: &Row<'_>, column: usize) -> rusqlite::Result<T> {
-    T::decode(row.get_ref(column)?.as_bytes()?).map_err(|error| damaged(column, error))
+fn decode<T: Message + Default>(row: &Row<'_>, column: usize) -> rusqlite::Result<Option<T>> {
+    T::decode(row.get_ref(column)?.as_bytes()?).map(Some).map_err(|error| damaged(column, error))
 }
 
 fn damaged(column: usize, error: impl std::error::Error + Send + Sync + 'static) -> rusqlite::Error {

@@ -93,7 +93,10 @@ async fn what_is_read_back_is_what_the_core_holds() {
     both.store.commit(&more).unwrap();
     rows.apply(&more[0]);
     let reader = both.store.reader();
-    assert_eq!(reader.metrics("jobs/j0", 1).await.unwrap(), Page { rows: points[1..].to_vec(), next: 3 });
+    assert_eq!(
+        reader.metrics("jobs/j0", 1).await.unwrap(),
+        Page { rows: points[1..].to_vec(), first: Some(1), next: 3 }
+    );
     let cluster = both.store.cluster().to_owned();
     drop(both);
     let (store, read) = Store::open(dir.path(), KEPT).unwrap();
@@ -112,11 +115,14 @@ async fn events_have_every_revision_once_and_the_oldest_go() {
     let reader = both.store.reader();
     let newest = both.core.revision();
     assert_eq!(reader.bounds().await.unwrap(), Some((newest - 9, newest)));
-    let page = reader.events(0).await.unwrap();
+    let page = reader.events(0, Vec::new()).await.unwrap();
     let revisions: Vec<u64> = page.rows.iter().map(|row| row.stamp.revision).collect();
     assert_eq!(revisions, (newest - 9..=newest).collect::<Vec<_>>());
     assert_eq!(page.next, newest + 1);
     assert_eq!(page.rows[0].stamp.actor, "ana");
+    let one = reader.events(0, vec!["jobs/j29".to_owned(), "workers/".to_owned()]).await.unwrap();
+    assert_eq!((one.first, one.next), (Some(newest - 9), newest + 1));
+    assert!(one.rows.iter().all(|row| row.resource.name() == "jobs/j29") && !one.rows.is_empty());
     drop(both);
     let (_, rows) = Store::open(dir.path(), KEPT).unwrap();
     assert_eq!(rows.revision, newest);

@@ -14,7 +14,7 @@ use super::{
     show,
 };
 use crate::core::{
-    Config, Hello, ToAgent,
+    Hello, ToAgent,
     checkpoint::CheckpointFile,
     effects::{EngineAssignment, JobAssignment},
     input::{AgentMessage, EngineEvent, EngineStatus, JobEvent, RendezvousKey, Report},
@@ -178,16 +178,13 @@ fn logs(message: v1::LogReport) -> Result<Report, Problem> {
 ///
 /// # Errors
 /// Of [`ToAgent::Close`]: the problem that the stream is to end with.
-pub fn to_agent(message: ToAgent, cluster_id: &str, config: &Config) -> Result<v1::AttachResponse, Problem> {
+pub fn to_agent(message: ToAgent, cluster_id: &str) -> Result<v1::AttachResponse, Problem> {
     let told = match message {
         ToAgent::Close(problem) => return Err(problem),
-        ToAgent::Welcome { protocol, acknowledged } => Told::Welcome(v1::Welcome {
-            cluster_id: cluster_id.to_owned(),
-            protocol,
-            heartbeat_interval_ms: config.heartbeat_interval_ms,
-            lease_ms: config.lease_ms,
-            acknowledged,
-        }),
+        ToAgent::Welcome { protocol, heartbeat_interval_ms, lease_ms, acknowledged } => {
+            let cluster_id = cluster_id.to_owned();
+            Told::Welcome(v1::Welcome { cluster_id, protocol, heartbeat_interval_ms, lease_ms, acknowledged })
+        }
         ToAgent::Acknowledged(sequence) => Told::Acknowledged(sequence),
         ToAgent::Engines(engines) => Told::Engines(v1::EngineAssignments {
             engines: engines.into_iter().map(engine_assignment).collect(),

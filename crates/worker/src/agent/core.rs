@@ -129,8 +129,6 @@ pub struct Core {
     rendezvous: Rendezvous,
     /// Since when it is to end.
     ending: Option<Time>,
-    /// Whether it has asked to be drained.
-    leaving: bool,
     actions: Vec<Action>,
 }
 
@@ -150,7 +148,6 @@ impl Core {
             outbox: Outbox::default(),
             rendezvous: Rendezvous::default(),
             ending: None,
-            leaving: false,
             actions: Vec::new(),
             config,
         }
@@ -310,7 +307,6 @@ impl Core {
                 }
                 self.send(attach_request::Message::RendezvousGet(get));
             }
-            Notice::Drained(_) => engine.drained = true,
         }
     }
 
@@ -440,7 +436,7 @@ impl Core {
 
     fn beat(&mut self, now: Time) {
         self.last_heartbeat = now;
-        let heartbeat = v1::Heartbeat { engines: self.engines.status(), draining: self.leaving };
+        let heartbeat = v1::Heartbeat { engines: self.engines.status(), draining: self.ending.is_some() };
         self.send(attach_request::Message::Heartbeat(heartbeat));
     }
 
@@ -449,25 +445,19 @@ impl Core {
             return self.exit();
         }
         self.ending = Some(now);
-        for key in self.engines.leaders() {
-            self.act(Action::Tell(key, Box::new(Order::Drain(crate::frames::Drain {}))));
+        if self.welcomed {
+            self.beat(now);
         }
     }
 
-    /// Everything is saved and acknowledged before the coordinator is asked to give the work to others: what comes behind that is not
-    /// taken any more.
+    /// The coordinator has the jobs of this machine's engines saved, wherever they are led from, and then takes the engines away. If it
+    /// cannot be reached, there is no need to wait for it but to tell of jobs.
     fn end_if_done(&mut self, now: Time) {
         let Some(since) = self.ending else { return };
-        let saved = self.engines.are_drained() && self.outbox.is_empty();
-        if now >= since + DRAIN || (self.leaving && self.engines.all().is_empty()) {
+        let idle = self.engines.all().is_empty() || (!self.welcomed && self.jobs.are_none());
+        let done = idle && self.outbox.is_empty();
+        if done || now >= since + DRAIN {
             self.exit();
-        } else if saved && !self.leaving {
-            self.leaving = true;
-            if self.engines.all().is_empty() || !self.welcomed {
-                self.exit();
-            } else {
-                self.beat(now);
-            }
         }
     }
 

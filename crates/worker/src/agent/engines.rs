@@ -29,8 +29,6 @@ pub struct Engine {
     pub lost: bool,
     /// Whether it was killed, and will end.
     pub dying: bool,
-    /// Whether all its jobs are saved.
-    pub drained: bool,
     /// Plans carried out.
     pub progress: u64,
     /// When it last said that it is alive.
@@ -89,22 +87,6 @@ impl Engines {
         self.running.iter().filter(of_group).map(|(key, _)| key.clone()).collect()
     }
 
-    /// Engines that lead.
-    pub(crate) fn leaders(&self) -> Vec<Key> {
-        self.running
-            .iter()
-            .filter(|(key, engine)| key.rank == 0 && engine.ready)
-            .map(|(key, _)| key.clone())
-            .collect()
-    }
-
-    /// Whether no engine has a job that is not saved.
-    pub(crate) fn are_drained(&self) -> bool {
-        self.running
-            .iter()
-            .all(|(key, engine)| key.rank != 0 || engine.drained || !engine.ready || engine.lost)
-    }
-
     /// Takes the list of engines that this machine is to have.
     pub(crate) fn assign(&mut self, assignments: EngineAssignments, now: Time, actions: &mut Vec<Action>) {
         self.wanted.clear();
@@ -151,7 +133,6 @@ impl Engines {
             ready: false,
             lost: false,
             dying: false,
-            drained: false,
             progress: 0,
             alive_at: now,
             told_at: None,
@@ -169,7 +150,7 @@ impl Engines {
         let (address, outbox) = (self.address.clone(), self.outbox.clone());
         let Some(engine) = self.running.get_mut(key) else { return };
         engine.assignment = assignment.clone();
-        (engine.ready, engine.lost, engine.drained, engine.alive_at) = (false, false, false, now);
+        (engine.ready, engine.lost, engine.alive_at) = (false, false, now);
         engine.told_at = Some(now);
         let join = Join {
             assignment: Some(assignment),

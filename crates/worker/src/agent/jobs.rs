@@ -97,6 +97,12 @@ impl Jobs {
         }
     }
 
+    /// Whether this machine leads no job.
+    pub(crate) fn are_none(&self) -> bool {
+        let left = |job: &Job| matches!(job.files, Files::Left);
+        self.backbones.values().all(|backbone| backbone.jobs.values().all(left))
+    }
+
     /// What leaders that are ready have to be told.
     pub(crate) fn untold(&mut self, engines: &Engines) -> Vec<(Key, frames::Jobs)> {
         let mut orders = Vec::new();

@@ -18,7 +18,7 @@ use crate::engine::saver::Saver;
 use crate::engine::share::{FairShare, Key};
 use crate::engine::voice::Voice;
 use crate::engine::{Mail, Next};
-use crate::frames::{Drain, Jobs, Join, LocalJob, Notice, Order};
+use crate::frames::{Jobs, Join, LocalJob, Notice, Order};
 
 /// How long the leader waits for something to do before it tells the other ranks that there is nothing: well within the deadline of
 /// their wait, and often enough to find a rank that is gone.
@@ -53,7 +53,6 @@ pub(crate) struct State {
     left: BTreeSet<Attempt>,
     dismissals: Vec<Key>,
     next_key: Key,
-    draining: bool,
 }
 
 struct Entry {
@@ -137,7 +136,6 @@ impl Leader<'_> {
         match mail {
             Mail::Order(Order::Join(join)) => return Some(Next::Join(Box::<Join>::new(join))),
             Mail::Order(Order::Jobs(jobs)) => self.assign(jobs),
-            Mail::Order(Order::Drain(Drain {})) => self.drain(),
             Mail::Order(Order::Rendezvous(_)) => {}
             Mail::Loaded(loaded) => self.loaded(*loaded),
         }
@@ -146,7 +144,7 @@ impl Leader<'_> {
 
     /// Takes the list of jobs that the backbone is to have.
     fn assign(&mut self, Jobs { epoch, jobs }: Jobs) {
-        if epoch != self.epoch || self.state.draining {
+        if epoch != self.epoch {
             return;
         }
         let wanted: BTreeSet<Attempt> =
@@ -206,6 +204,11 @@ impl Leader<'_> {
                 JobWish::Pause => {
                     self.save(job);
                     self.leave(job, (JobState::Paused, JobReason::Requested), "paused as asked");
+                }
+                JobWish::Yield => {
+                    self.save(job);
+                    let why = "saved, for its backbone is to move";
+                    self.leave(job, (JobState::Queued, JobReason::Requested), why);
                 }
                 JobWish::Cancel => {
                     self.leave(job, (JobState::Cancelled, JobReason::Requested), "cancelled as asked");
@@ -279,18 +282,6 @@ impl Leader<'_> {
         if matches!(entry.stage, Stage::Resident) {
             self.state.dismissals.push(entry.key);
         }
-    }
-
-    /// Saves everything, and takes part in nothing more.
-    fn drain(&mut self) {
-        let jobs: Vec<Attempt> = self.state.jobs.keys().cloned().collect();
-        for job in &jobs {
-            self.save(job);
-            self.forget(job);
-        }
-        self.state.draining = true;
-        self.saver.flush();
-        self.voice.say(Notice::Drained(Drain {}));
     }
 
     /// The next turn, and what the jobs that come with it begin with.

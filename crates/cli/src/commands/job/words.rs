@@ -12,7 +12,7 @@ pub(super) fn state(job: &Job) -> String {
     match job.wish() {
         JobWish::Pause => format!("{state} (pausing)"),
         JobWish::Cancel => format!("{state} (cancelling)"),
-        JobWish::Unspecified => state,
+        JobWish::Unspecified | JobWish::Yield => state,
     }
 }
 

@@ -260,7 +260,7 @@ impl Machine {
             1..4 => JobEvent::Measured(vec![training(step), training(step + 1), evaluation]),
             4..7 => JobEvent::Saved { step, files: files(step), score: Some(0.5), best: c % 5 == 0 },
             _ => {
-                let (state, reason) = match c / 8 % 8 {
+                let (state, reason) = match c / 8 % 9 {
                     0 => (JobState::Paused, JobReason::Requested),
                     1 => (JobState::Succeeded, JobReason::StepsDone),
                     2 => (JobState::Succeeded, JobReason::PatienceExhausted),
@@ -268,6 +268,7 @@ impl Machine {
                     4 => (JobState::Failed, JobReason::OutOfMemory),
                     5 => (JobState::Cancelled, JobReason::Requested),
                     6 => (JobState::Failed, JobReason::RankLost),
+                    7 => (JobState::Queued, JobReason::Requested),
                     _ => (JobState::Unspecified, JobReason::Unspecified),
                 };
                 JobEvent::Left { state, reason, message: String::new(), step }

@@ -24,6 +24,7 @@ fn job_cause(cause: JobCause) -> String {
         JobCause::PauseDone => "a pause is wished, and it has left its backbone or was thrown off",
         JobCause::CancelDone => "a cancellation is wished, and it has left its backbone or was thrown off",
         JobCause::PauseTakenBack => "it has left for a pause that was taken back meanwhile",
+        JobCause::Yielded => "it has left, saved, since a worker of its backbone is being drained",
         JobCause::StepsDone => "all its steps are made",
         JobCause::PatienceExhausted => "nothing got better for as long as its patience allows",
         JobCause::Failed(_) => "it fails for this reason, and is not tried again",

@@ -1,9 +1,13 @@
 //! Stories of workers.
 
-use incipit_proto::v1::{BackboneReason, BackboneState, JobReason, JobState, WorkerState};
+use incipit_proto::v1::{BackboneReason, BackboneState, JobReason, JobState, JobWish, WorkerState};
 
-use super::world::{World, backbone_name, spec, worker_name};
-use crate::core::{AgentMessage, Input, Request, ToAgent, backbone::Collective, input::RendezvousKey};
+use super::world::{World, backbone_name, spec, target, worker_name};
+use crate::core::{
+    AgentMessage, Input, Request, ToAgent,
+    backbone::Collective,
+    input::{JobEvent, RendezvousKey},
+};
 
 fn state(world: &World, id: &str) -> WorkerState {
     world.core.rows().workers[&worker_name(id)].state
@@ -102,6 +106,7 @@ fn draining_the_only_worker_leaves_the_backbone_without_a_place() {
     let mut world = World::running();
     world.ask(Request::DrainWorker(worker_name("w"))).unwrap();
     assert_eq!(state(&world, "w"), WorkerState::Draining);
+    leave_saved(&mut world, "w", 7);
     let backbone = world.backbone("b");
     assert_eq!((backbone.state, backbone.reason), (BackboneState::Degraded, BackboneReason::WorkerDrained));
     assert_eq!(world.state("j"), (JobState::Queued, JobReason::BackboneRecovering));
@@ -119,9 +124,65 @@ fn draining_one_of_two_workers_moves_its_ranks() {
     let mut world = World::running();
     world.connect("v", 1, true);
     world.say("w", AgentMessage::Heartbeat { draining: true });
+    world.create_job("k", "b");
+    assert_eq!(world.state("k"), (JobState::Queued, JobReason::WaitingForPlace), "nothing new comes");
+    leave_saved(&mut world, "w", 7);
     assert_eq!(world.backbone("b").ranks[0].worker, worker_name("v"));
     world.load("v");
-    assert_eq!(world.state("j").0, JobState::Running);
+    assert_eq!((world.state("j").0, world.state("k").0), (JobState::Running, JobState::Running));
+    assert_eq!(world.job("j").attempts.last().unwrap().start_step, 7);
+}
+
+#[test]
+fn a_worker_that_does_not_lead_is_left_only_when_its_leader_has_saved_the_jobs() {
+    let mut world = World::new();
+    world.connect("w1", 1, true);
+    world.connect("w2", 1, true);
+    world.create_backbone("b", spec(Collective::Gloo, 2, 1, 2));
+    world.load("w1");
+    world.load("w2");
+    world.create_job("j", "b");
+    let leader = if world.backbone("b").ranks[0].worker == worker_name("w1") { "w1" } else { "w2" };
+    let other = if leader == "w1" { "w2" } else { "w1" };
+    world.say(other, AgentMessage::Heartbeat { draining: true });
+    world.say(leader, AgentMessage::Heartbeat { draining: true });
+    assert!(!world.agents[&worker_name(other)].engines.is_empty());
+    leave_saved(&mut world, leader, 9);
+    assert_eq!(world.state("j"), (JobState::Queued, JobReason::BackboneRecovering));
+    assert_eq!(world.job("j").committed_step, 9);
+    assert!(["w1", "w2"].iter().all(|id| world.agents[&worker_name(id)].engines.is_empty()));
+}
+
+#[test]
+fn a_pause_that_is_asked_for_while_a_backbone_moves_is_a_pause() {
+    let mut world = World::running();
+    world.ask(Request::DrainWorker(worker_name("w"))).unwrap();
+    world.ask(Request::PauseJob(target("j"))).unwrap();
+    let left =
+        |state| JobEvent::Left { state, reason: JobReason::Requested, message: String::new(), step: 0 };
+    world.job_event("w", "j", left(JobState::Queued));
+    assert_eq!(world.state("j"), (JobState::Paused, JobReason::Requested));
+    assert_eq!(world.backbone("b").state, BackboneState::Degraded);
+}
+
+#[test]
+fn a_lost_worker_cannot_be_drained() {
+    let mut world = World::running();
+    world.disconnect("w");
+    world.wait(5000);
+    let problem = world.ask(Request::DrainWorker(worker_name("w"))).unwrap_err();
+    assert_eq!(problem.reason, "WORKER_LOST");
+}
+
+/// The leader has heard that its backbone is to move: it saves the job at this step, and lets it go.
+fn leave_saved(world: &mut World, leader: &str, step: u64) {
+    let told = &world.agents[&worker_name(leader)].jobs;
+    let jobs = told.values().flat_map(|jobs| &jobs.jobs);
+    assert!(jobs.clone().count() == 1 && jobs.clone().all(|job| job.wish == JobWish::Yield));
+    let saved = JobEvent::Saved { step, files: Vec::new(), score: None, best: false };
+    world.job_event(leader, "j", saved);
+    let (state, reason) = (JobState::Queued, JobReason::Requested);
+    world.job_event(leader, "j", JobEvent::Left { state, reason, message: String::new(), step });
 }
 
 #[test]

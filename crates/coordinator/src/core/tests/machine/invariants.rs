@@ -1,6 +1,9 @@
 //! What must hold whatever happens.
 
+use incipit_proto::v1::JobWish;
+
 use super::*;
+use crate::core::Job;
 
 impl Machine {
     /// What must hold of what was just written.
@@ -114,7 +117,9 @@ impl Machine {
             let (state, places) = (backbone.state, backbone.spec.max_running_jobs as usize);
             let running = core.names_of(&backbone.name, JobState::Running).len();
             assert!(running <= places, "I5: too many jobs");
-            if state == BackboneState::Ready {
+            let moves = core.is_to_move(&backbone.name);
+            assert!(!moves || running > 0, "I13: nothing keeps it where it is not to be");
+            if state == BackboneState::Ready && !moves {
                 assert!(
                     running == places || core.queue(&backbone.name).is_empty(),
                     "I5: a job waits for nothing"
@@ -137,7 +142,7 @@ impl Machine {
         assert_eq!(backbone.state, BackboneState::Ready, "I1: a job runs on {backbone:?}");
         for rank in &backbone.ranks {
             assert!(rank.ready && !rank.lost, "I1: {rank:?}");
-            assert_eq!(rows.workers[&rank.worker].state, WorkerState::Online, "I1: {rank:?}");
+            assert_ne!(rows.workers[&rank.worker].state, WorkerState::Lost, "I1: {rank:?}");
             let presence = core.presences.get(&rank.worker).expect("I1: nobody there");
             assert!(presence.lease > core.last_tick, "I1: the lease has run out");
         }
@@ -162,7 +167,12 @@ impl Machine {
                 let running = rows.jobs.values();
                 let running =
                     running.filter(|job| job.state == JobState::Running && job.backbone == backbone.name);
-                let running: Vec<_> = running.map(|job| (&job.name, job.last_attempt(), job.wish)).collect();
+                let moves = self.world.core.is_to_move(&backbone.name);
+                let wish = |job: &Job| match job.wish {
+                    JobWish::Unspecified if moves => JobWish::Yield,
+                    wish => wish,
+                };
+                let running: Vec<_> = running.map(|job| (&job.name, job.last_attempt(), wish(job))).collect();
                 assert_eq!(told, running, "a leader has other jobs than it should");
             }
         }
