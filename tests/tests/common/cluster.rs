@@ -36,6 +36,10 @@ pub(crate) struct Cluster {
     pub(crate) workers: BTreeMap<String, Child>,
     runtime: Runtime,
     door: Option<Door>,
+    /// Variables of its processes.
+    variables: Vec<(&'static str, PathBuf)>,
+    /// How long a call is made again, while the coordinator comes back.
+    pub(crate) persistence: Duration,
 }
 
 /// How a coordinator is reached from other machines: with TLS and tokens.
@@ -62,6 +66,14 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// The same, with variables for all processes.
+    pub(crate) fn start_with(dir: &Path, variables: Vec<(&'static str, PathBuf)>) -> Result<Self> {
+        let mut cluster = Self::new(dir, Ipv4Addr::LOCALHOST)?;
+        cluster.variables = variables;
+        cluster.start_coordinator()?;
+        Ok(cluster)
+    }
+
     /// The same, for workers on other machines, which reach it at this address.
     pub(crate) fn start_at(dir: &Path, address: Ipv4Addr) -> Result<Self> {
         let mut cluster = Self::new(dir, address)?;
@@ -77,8 +89,16 @@ impl Cluster {
     fn new(dir: &Path, address: Ipv4Addr) -> Result<Self> {
         let port = TcpListener::bind((address, 0))?.local_addr()?.port();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let (coordinator, workers) = (None, BTreeMap::new());
-        Ok(Self { dir: dir.to_owned(), port, coordinator, workers, runtime, door: None })
+        Ok(Self {
+            dir: dir.to_owned(),
+            port,
+            coordinator: None,
+            workers: BTreeMap::new(),
+            runtime,
+            door: None,
+            variables: Vec::new(),
+            persistence: Duration::from_secs(20),
+        })
     }
 
     fn data(&self) -> String {
@@ -98,7 +118,8 @@ impl Cluster {
         if self.door.is_none() {
             command.arg("--insecure");
         }
-        self.coordinator = Some(command.stderr(self.log("coordinator")?).spawn()?);
+        command.envs(self.variables.iter().cloned());
+        self.coordinator = Some(command.stderr(self.log_file("coordinator")?).spawn()?);
         self.wait_for("the coordinator to answer", |cluster| Ok(cluster.client().is_ok().then_some(())))
     }
 
@@ -114,7 +135,7 @@ impl Cluster {
 
     /// Starts a worker by a command that was made by [`Cluster::worker`].
     pub(crate) fn spawn_worker(&mut self, name: &str, mut command: Command) -> Result<()> {
-        self.workers.insert(name.to_owned(), command.stderr(self.log(name)?).spawn()?);
+        self.workers.insert(name.to_owned(), command.stderr(self.log_file(name)?).spawn()?);
         Ok(())
     }
 
@@ -135,6 +156,7 @@ impl Cluster {
             "-v",
         ];
         let mut command = command(&args)?;
+        command.envs(self.variables.iter().cloned());
         if self.door.is_some() {
             let files = [("--ca", "ca.pem"), ("--cert", "worker.pem"), ("--key", "worker-key.pem")];
             command.args(files.iter().flat_map(|(flag, file)| [(*flag).into(), self.tls(file)]));
@@ -142,7 +164,7 @@ impl Cluster {
         Ok(command)
     }
 
-    fn log(&self, name: &str) -> Result<Stdio> {
+    fn log_file(&self, name: &str) -> Result<Stdio> {
         let path = self.dir.join(format!("{name}.log"));
         Ok(std::fs::File::options().create(true).append(true).open(path)?.into())
     }
@@ -185,7 +207,7 @@ impl Cluster {
             let done = self.client().and_then(|client| Ok(self.runtime.block_on(call(client))?));
             match done {
                 Ok(done) => return Ok(done),
-                Err(error) if start.elapsed() > Duration::from_secs(20) => return Err(error),
+                Err(error) if start.elapsed() > self.persistence => return Err(error),
                 Err(error) => {
                     let status = error.downcast_ref::<tonic::Status>().map(tonic::Status::code);
                     let passing = [tonic::Code::Unavailable, tonic::Code::Unknown, tonic::Code::Cancelled];
@@ -333,6 +355,37 @@ impl Cluster {
                 bytes.extend(part.data);
             }
             Ok(bytes)
+        })
+    }
+
+    /// Steps of a job's checkpoints.
+    pub(crate) fn checkpoint_steps(&self, id: &str) -> Result<Vec<u64>> {
+        let parent = format!("jobs/{id}");
+        let request =
+            v1::ListCheckpointsRequest { parent, page_size: 100, ..v1::ListCheckpointsRequest::default() };
+        let list = self.call(async |client| client.checkpoints().list_checkpoints(request.clone()).await)?;
+        Ok(list.into_inner().checkpoints.iter().map(|checkpoint| checkpoint.step).collect())
+    }
+
+    /// What is wrong with a checkpoint's files.
+    pub(crate) fn verify(&self, name: &str) -> Result<Vec<String>> {
+        let request = v1::VerifyCheckpointRequest { name: name.to_owned() };
+        let answer =
+            self.call(async |client| client.checkpoints().verify_checkpoint(request.clone()).await)?;
+        Ok(answer.into_inner().problems)
+    }
+
+    /// The lines of a job's log.
+    pub(crate) fn log(&self, id: &str) -> Result<Vec<String>> {
+        let request =
+            v1::StreamLogsRequest { name: format!("jobs/{id}"), ..v1::StreamLogsRequest::default() };
+        self.call(async |client| {
+            let mut pages = client.jobs().stream_logs(request.clone()).await?.into_inner();
+            let mut lines = Vec::new();
+            while let Some(page) = pages.message().await? {
+                lines.extend(page.lines.into_iter().map(|line| line.text));
+            }
+            Ok(lines)
         })
     }
 
