@@ -161,6 +161,79 @@ pub enum Error {
         /// The target.
         target: String,
     },
+    /// No named task has this name.
+    #[error("there is no task {name:?}; known are {known}")]
+    UnknownTask {
+        /// The name given.
+        name: String,
+        /// The names there are.
+        known: String,
+    },
+    /// A task's directory that is not there.
+    #[error(
+        "cannot read the directory {} of the task {task}: {cause}; give --data-dir the folder {folder} or the \
+         folder that holds it",
+        path.display()
+    )]
+    DataDirectory {
+        /// The task's name.
+        task: &'static str,
+        /// The directory given.
+        path: PathBuf,
+        /// The folder's usual name.
+        folder: &'static str,
+        /// What the system said.
+        cause: io::Error,
+    },
+    /// A task's directory without the file of a split.
+    #[error(
+        "{} has no {split} split of the task {task}: neither it nor {folder}/ in it has {wanted}; \
+         fetch the file, or give --data-dir the folder {folder} or the folder that holds it",
+        path.display()
+    )]
+    MissingSplit {
+        /// The task's name.
+        task: &'static str,
+        /// The split.
+        split: &'static str,
+        /// The directory given.
+        path: PathBuf,
+        /// The folder's usual name.
+        folder: &'static str,
+        /// The file names looked for.
+        wanted: String,
+    },
+    /// A split that the task's owners never published.
+    #[error("the task {task} has no {split} split; use {others}")]
+    NoSuchSplit {
+        /// The task's name.
+        task: &'static str,
+        /// The split.
+        split: &'static str,
+        /// Those it has.
+        others: String,
+    },
+    /// A JSON file that is one whole, as SQuAD's, and does not parse.
+    #[error(
+        "{}, line {line}, column {column}: malformed JSON: {what}; the file is cut short or damaged: fetch it again",
+        path.display()
+    )]
+    MalformedFile {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// The column, from 1.
+        column: usize,
+        /// What the parser said.
+        what: String,
+    },
+    /// A task that no site takes predictions of.
+    #[error("the task {task} has no submission file; only SuperGLUE's tasks have one")]
+    NoSubmission {
+        /// The task's name.
+        task: &'static str,
+    },
     /// The tokenizer failed.
     #[error("the tokenizer failed: {cause}; use the tokenizer that came with the model")]
     Tokenizer {
@@ -183,6 +256,8 @@ pub enum Unit {
     Line,
     /// Rows of a table.
     Row,
+    /// Questions of a file that is one JSON object, as SQuAD's.
+    Question,
 }
 
 /// A record's place.
@@ -190,9 +265,9 @@ pub enum Unit {
 pub struct Location {
     /// The file.
     pub path: PathBuf,
-    /// The line or row, from 1.
+    /// The line, row or question, from 1.
     pub number: usize,
-    /// Which of the two.
+    /// Which of these.
     pub unit: Unit,
 }
 
@@ -201,6 +276,7 @@ impl fmt::Display for Location {
         let unit = match self.unit {
             Unit::Line => "line",
             Unit::Row => "row",
+            Unit::Question => "question",
         };
         write!(f, "{}, {unit} {}", self.path.display(), self.number)
     }
@@ -296,6 +372,61 @@ pub enum Problem {
         label: String,
         /// The map, as it is written.
         map: String,
+    },
+    /// A named task's record without one of its fields.
+    #[error(
+        "the record has no `{field}`, only {available}; {task} needs it: check that --data-dir is that \
+         task's folder and the file its owners' own"
+    )]
+    NotTheTasksRecord {
+        /// The task's name.
+        task: &'static str,
+        /// The field.
+        field: String,
+        /// The record's fields.
+        available: String,
+    },
+    /// A field of a named task's record that holds something else.
+    #[error(
+        "the field `{field}` is {found}, and {task} needs {needed} there; mend the record or fetch the file again"
+    )]
+    WrongValue {
+        /// The task's name.
+        task: &'static str,
+        /// The field.
+        field: String,
+        /// What the value is.
+        found: &'static str,
+        /// What it should be.
+        needed: &'static str,
+    },
+    /// A label that the task does not have.
+    #[error(
+        "the label {label} is none of {task}'s, which are {labels}; mend the record or check the task's name"
+    )]
+    NotALabel {
+        /// The task's name.
+        task: &'static str,
+        /// The label, as the file has it.
+        label: String,
+        /// The task's labels.
+        labels: String,
+    },
+    /// A record without a label in a split that is learnt from or scored.
+    #[error(
+        "the record has no label ({fields}), which only the test split may lack; use another file for {task}"
+    )]
+    NoLabel {
+        /// The task's name.
+        task: &'static str,
+        /// The fields where it is looked for.
+        fields: String,
+    },
+    /// Parts of a record that contradict each other.
+    #[error("{what}; mend the record or fetch the file again")]
+    Inconsistent {
+        /// What does not fit.
+        what: String,
     },
     /// Nothing to learn.
     #[error("the target is empty; give the record a target text")]

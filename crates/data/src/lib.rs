@@ -2,7 +2,8 @@
 //!
 //! A run reads a file of records ([`read_records`]), turns each into an input and a target text by a
 //! [`TaskFormat`] ([`load_text`]), and those into token ids ([`tokenize`](fn@tokenize)). What a model then
-//! writes is scored by [`metrics`].
+//! writes is scored by [`metrics`]. A benchmark that is known by name needs none of the formats: [`tasks`] read its
+//! owners' files and score as it does.
 //!
 //! Every file, line and field that does not fit is refused with one message that says where it is and how to
 //! mend it; see [`Error`] and [`Problem`].
@@ -12,6 +13,7 @@ mod labels;
 mod load;
 pub mod metrics;
 mod source;
+pub mod tasks;
 mod template;
 mod tokenize;
 

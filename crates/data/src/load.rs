@@ -54,7 +54,8 @@ pub struct TextExample {
     pub inputs: String,
     /// The target; empty where only inputs were asked for.
     pub targets: String,
-    /// Which record of its file it is, from 0; skipped records count.
+    /// Which record of its file it is, from 0; skipped records count. Of a named task, whose records can make
+    /// several examples, which example.
     pub index: usize,
     /// The line (of a Parquet table, the row) that it starts on, from 1.
     pub line: usize,
@@ -104,34 +105,54 @@ fn load(
         Some((Format::Parquet, _)) => Unit::Row,
         _ => Unit::Line,
     };
-    let mut loaded = Loaded::default();
-    for (index, record) in read_records(path)?.enumerate() {
-        let example = record.and_then(|(line, record)| match render(&record) {
+    let examples = read_records(path)?.enumerate().map(|(index, record)| {
+        let (line, record) = record?;
+        match render(&record) {
             Ok((inputs, targets)) => Ok(TextExample { inputs, targets, index, line }),
             Err(problem) => {
                 let location = Location { path: path.to_path_buf(), number: line, unit };
                 Err(Error::Record(Box::new(BadRecord { location, problem })))
             }
-        });
-        match example {
-            Ok(example) => loaded.examples.push(example),
+        }
+    });
+    let Gathered { good, skipped, first_skipped } = gather(path, examples, options)?;
+    Ok(Loaded { examples: good, skipped, first_skipped })
+}
+
+/// Items read from a file, of which there is at least one.
+pub(crate) struct Gathered<T> {
+    pub(crate) good: Vec<T>,
+    pub(crate) skipped: usize,
+    pub(crate) first_skipped: Vec<Error>,
+}
+
+/// Collects items up to the first error that is not skipped.
+pub(crate) fn gather<T>(
+    path: &Path,
+    items: impl Iterator<Item = Result<T>>,
+    options: LoadOptions,
+) -> Result<Gathered<T>> {
+    let (mut good, mut skipped, mut first_skipped) = (Vec::new(), 0, Vec::new());
+    for item in items {
+        match item {
+            Ok(item) => good.push(item),
             Err(error) if options.skip_bad_records && error.is_bad_record() => {
-                loaded.skipped += 1;
-                if loaded.first_skipped.len() < KEPT_ERRORS {
-                    loaded.first_skipped.push(error);
+                skipped += 1;
+                if first_skipped.len() < KEPT_ERRORS {
+                    first_skipped.push(error);
                 }
             }
             Err(error) => return Err(error),
         }
     }
-    if loaded.examples.is_empty() {
-        let (path, count) = (path.to_path_buf(), loaded.skipped);
-        return Err(match loaded.first_skipped.into_iter().next() {
+    if good.is_empty() {
+        let path = path.to_path_buf();
+        return Err(match first_skipped.into_iter().next() {
             None => Error::NoRecords { path },
-            Some(first) => Error::AllBad { path, count, first: Box::new(first) },
+            Some(first) => Error::AllBad { path, count: skipped, first: Box::new(first) },
         });
     }
-    Ok(loaded)
+    Ok(Gathered { good, skipped, first_skipped })
 }
 
 /// The distinct targets, sorted, if there are at most `max` of them: the label set of a classification task.

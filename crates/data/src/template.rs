@@ -185,7 +185,7 @@ pub(crate) fn kind(value: &Value) -> &'static str {
 }
 
 /// The names of a record's fields, the first few of a wide one's.
-fn field_list(record: &Record) -> String {
+pub(crate) fn field_list(record: &Record) -> String {
     const MOST: usize = 20;
     if record.is_empty() {
         return "no fields at all".to_owned();

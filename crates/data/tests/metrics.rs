@@ -105,5 +105,9 @@ fn a_metric_is_known_by_its_name() {
         assert_eq!(serde_json::to_value(metric).unwrap(), metric.name());
     }
     let message = "f1".parse::<Metric>().unwrap_err().to_string();
-    assert_eq!(message, "there is no metric \"f1\"; known are accuracy, exact-match, token-f1 and macro-f1");
+    assert_eq!(
+        message,
+        "there is no metric \"f1\"; known are accuracy, exact-match, token-f1, macro-f1, \
+        positive-f1, group-exact-match and containment"
+    );
 }

@@ -45,7 +45,8 @@ enumerations! {
     schedule_to_wire, schedule_from_wire: Schedule = v1::Schedule { Constant = Constant, Linear = Linear, Cosine = Cosine }
     loss_to_wire, loss_from_wire: LossReduction = v1::Loss { Mean = Mean, Sum = Sum }
     metric_to_wire, metric_from_wire: Metric = v1::Metric {
-        Accuracy = Accuracy, ExactMatch = ExactMatch, TokenF1 = TokenF1, MacroF1 = MacroF1,
+        Accuracy = Accuracy, ExactMatch = ExactMatch, TokenF1 = TokenF1, MacroF1 = MacroF1, PositiveF1 = PositiveF1,
+        GroupExactMatch = GroupExactMatch, Containment = Containment,
     }
 }
 

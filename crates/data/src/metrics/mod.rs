@@ -1,33 +1,61 @@
 //! How good predictions are. Every score lies in 0..=1.
+//!
+//! [`score`] compares predictions with one target each. A named task knows more of an example, which answers are
+//! right and which examples belong together; that is a [`Reference`], and [`score_references`] compares with those.
 
+mod classes;
 mod confusion;
+mod containment;
+mod reference;
 mod text;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
 
 pub use confusion::Confusion;
-pub use text::{normalize_answer, token_f1};
+pub use containment::names_referent;
+pub use reference::{Reference, score_references};
+pub(crate) use text::is_space;
+pub use text::{best_token_f1, normalize_answer, token_f1};
 
 /// A measure of predicted texts against target texts.
+///
+/// White space around a text is dropped before it is compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Metric {
     /// Share of predictions that are the target, but for white space around them.
     Accuracy,
-    /// Share of predictions that are the target after SQuAD's normalisation ([`normalize_answer`]).
+    /// Share of predictions that are an accepted answer after SQuAD's normalisation ([`normalize_answer`]).
     ExactMatch,
-    /// Mean over the examples of SQuAD's token F1 ([`token_f1`]).
+    /// Mean over the examples of SQuAD's token F1 ([`token_f1`]; of several accepted answers the best,
+    /// [`best_token_f1`]).
     TokenF1,
-    /// Mean of the F1 of every class seen in the targets, each weighing the same. A prediction that is no
-    /// such class is wrong wherever it stands.
+    /// Mean of the F1 of every class, each weighing the same: of a named task all its labels, else the classes
+    /// seen in the targets. A prediction that is no such class is wrong wherever it stands.
     MacroF1,
+    /// F1 of the positive class, which is the last of a task's labels, else the last of the sorted targets. A
+    /// prediction that is no label counts as the wrong one of the two.
+    PositiveF1,
+    /// Share of groups all of whose predictions are the target. Without groups it is the accuracy.
+    GroupExactMatch,
+    /// Share of examples where a prediction that names the referent ([`names_referent`]) is labelled true, and
+    /// any other false. Without such labels every target is the right referent.
+    Containment,
 }
 
 impl Metric {
     /// All there are.
-    pub const ALL: [Self; 4] = [Self::Accuracy, Self::ExactMatch, Self::TokenF1, Self::MacroF1];
+    pub const ALL: [Self; 7] = [
+        Self::Accuracy,
+        Self::ExactMatch,
+        Self::TokenF1,
+        Self::MacroF1,
+        Self::PositiveF1,
+        Self::GroupExactMatch,
+        Self::Containment,
+    ];
 
     /// Its name on the command line and in files.
     pub fn name(self) -> &'static str {
@@ -36,6 +64,9 @@ impl Metric {
             Self::ExactMatch => "exact-match",
             Self::TokenF1 => "token-f1",
             Self::MacroF1 => "macro-f1",
+            Self::PositiveF1 => "positive-f1",
+            Self::GroupExactMatch => "group-exact-match",
+            Self::Containment => "containment",
         }
     }
 }
@@ -48,7 +79,10 @@ impl fmt::Display for Metric {
 
 /// A name that is no metric's.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("there is no metric {name:?}; known are accuracy, exact-match, token-f1 and macro-f1")]
+#[error(
+    "there is no metric {name:?}; known are accuracy, exact-match, token-f1, macro-f1, positive-f1, \
+     group-exact-match and containment"
+)]
 pub struct UnknownMetric {
     /// The name.
     pub name: String,
@@ -63,21 +97,21 @@ impl FromStr for Metric {
     }
 }
 
-/// The score of predictions; 0 if there are none.
+/// The score of predictions against one target each; 0 if there are none.
 ///
 /// # Panics
 /// If there are not as many predictions as targets.
 pub fn score(metric: Metric, predictions: &[String], targets: &[String]) -> f64 {
     assert_eq!(predictions.len(), targets.len(), "one prediction a target");
-    let pairs = || predictions.iter().map(String::as_str).zip(targets.iter().map(String::as_str));
-    let average =
-        |of: fn(&str, &str) -> f64| mean(pairs().map(|(prediction, target)| of(prediction, target)));
-    match metric {
-        Metric::Accuracy => average(|p, t| f64::from(p.trim() == t.trim())),
-        Metric::ExactMatch => average(|p, t| f64::from(normalize_answer(p) == normalize_answer(t))),
-        Metric::TokenF1 => average(token_f1),
-        Metric::MacroF1 => macro_f1(pairs()),
+    if metric == Metric::TokenF1 {
+        return mean(
+            predictions.iter().zip(targets).map(|(prediction, target)| token_f1(prediction, target)),
+        );
     }
+    let references: Vec<Reference> = targets.iter().map(|target| Reference::of(target)).collect();
+    let labels: BTreeSet<&str> = targets.iter().map(|target| target.trim()).collect();
+    let labels: Vec<&str> = labels.into_iter().collect();
+    score_references(metric, predictions, &references, &labels)
 }
 
 /// Share of predictions that are one of the labels, but for white space around them; 0 if there are no
@@ -87,29 +121,7 @@ pub fn legal_share(predictions: &[String], labels: &[String]) -> f64 {
     mean(predictions.iter().map(|prediction| f64::from(labels.contains(prediction.trim()))))
 }
 
-fn mean(values: impl Iterator<Item = f64>) -> f64 {
+pub(crate) fn mean(values: impl Iterator<Item = f64>) -> f64 {
     let (sum, count) = values.fold((0.0, 0_usize), |(sum, count), value| (sum + value, count + 1));
     if count == 0 { 0.0 } else { sum / count as f64 }
-}
-
-/// What is counted of a class for its F1.
-#[derive(Default)]
-struct ClassCounts {
-    predicted: usize,
-    gold: usize,
-    both: usize,
-}
-
-fn macro_f1<'a>(pairs: impl Iterator<Item = (&'a str, &'a str)> + Clone) -> f64 {
-    let mut classes: BTreeMap<&str, ClassCounts> = BTreeMap::new();
-    for (_, target) in pairs.clone() {
-        classes.entry(target.trim()).or_default().gold += 1;
-    }
-    for (prediction, target) in pairs {
-        if let Some(class) = classes.get_mut(prediction.trim()) {
-            class.predicted += 1;
-            class.both += usize::from(prediction.trim() == target.trim());
-        }
-    }
-    mean(classes.values().map(|class| 2.0 * class.both as f64 / (class.predicted + class.gold) as f64))
 }

@@ -24,7 +24,7 @@ pub fn normalize_answer(answer: &str) -> String {
 }
 
 /// White space as Python has it, which counts the four separators of ASCII.
-fn is_space(c: char) -> bool {
+pub(crate) fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)
 }
 
@@ -50,6 +50,16 @@ pub fn token_f1(prediction: &str, target: &str) -> f64 {
         }
     }
     2.0 * common as f64 / (num_prediction + num_target) as f64
+}
+
+/// [`token_f1`] against the best of several answers, as SQuAD's script of version 1.1 and ReCoRD's have it: texts
+/// with nothing in common score 0, even where neither has a token.
+pub fn best_token_f1(prediction: &str, answers: &[String]) -> f64 {
+    let f1 = |answer: &String| match normalize_answer(answer).is_empty() {
+        true => 0.0,
+        false => token_f1(prediction, answer),
+    };
+    answers.iter().map(f1).fold(0.0, f64::max)
 }
 
 #[cfg(test)]

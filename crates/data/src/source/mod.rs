@@ -98,6 +98,11 @@ impl Iterator for Records {
 pub fn read_records(path: &Path) -> Result<Records> {
     let (format, gzip) =
         Format::of(path).ok_or_else(|| Error::UnknownExtension { path: path.to_path_buf() })?;
+    open_records(path, format, gzip)
+}
+
+/// Opens a data file of a known format, whatever its name.
+pub(crate) fn open_records(path: &Path, format: Format, gzip: bool) -> Result<Records> {
     let cannot_open = |cause| Error::Open { path: path.to_path_buf(), cause };
     let metadata = fs::metadata(path).map_err(cannot_open)?;
     if metadata.is_dir() {
