@@ -12,6 +12,9 @@ if ! cargo deny --version 2>/dev/null | grep -q "$DENY_VERSION"; then
 fi
 
 cargo fmt --all --check
+# The style of the interface.
+need_buf
+"$BUF" lint proto
 cargo clippy --workspace --all-targets --locked ${FEATURES[@]+"${FEATURES[@]}"} -- -D warnings
 # As it is built without Gloo, too.
 cargo clippy -p incipit-cli --all-targets --locked -- -D warnings

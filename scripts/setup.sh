@@ -69,6 +69,22 @@ need_cluster_tools() {
   fi
 }
 
+# Sets BUF to the linter of the interface's files, of a version, which npm has for each kind of machine.
+need_buf() {
+  local version=1.75.0 kind
+  case "$(uname -s)-$(uname -m)" in
+    Linux-x86_64) kind=linux-x64 ;;
+    Linux-aarch64) kind=linux-aarch64 ;;
+    Darwin-arm64) kind=darwin-arm64 ;;
+    *) echo "setup: no buf is known for this machine: $(uname -sm)" >&2; return 1 ;;
+  esac
+  BUF="$PWD/target/buf-$version/node_modules/@bufbuild/buf-$kind/bin/buf"
+  [ -x "$BUF" ] && return
+  [ "${INCIPIT_NO_INSTALL:-0}" = 1 ] && { echo "setup: buf $version is missing" >&2; return 1; }
+  have npm || install_packages npm
+  npm install --silent --no-save --no-audit --no-fund --prefix "target/buf-$version" "@bufbuild/buf-$kind@$version" >&2
+}
+
 # Slurm's daemons, for the tests of cluster/slurm. They are not started, but by those tests, on ports and in folders of their own.
 need_slurm() {
   if ! { have slurmctld || [ -x /usr/sbin/slurmctld ]; } && have apt-get && [ "$(id -u)" = 0 ] && [ "${INCIPIT_NO_INSTALL:-0}" != 1 ]; then

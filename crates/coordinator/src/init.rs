@@ -15,6 +15,13 @@ use time::{Duration, OffsetDateTime};
 /// Days that certificates are good for: the authority's, and those that it signs.
 const DAYS: (i64, i64) = (3650, 825);
 
+/// How a file of tokens begins.
+const HEADER: &str = "\
+# Who may call. Of a token only the BLAKE3 is kept (`b3sum`). Scopes: admin, submit, read, worker. A token may end:
+# expires = 2027-01-31T00:00:00Z
+# The file is read again when it changes.
+";
+
 /// Why nothing was made.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -72,14 +79,8 @@ pub fn init(data: &Path, hosts: &[String]) -> Result<Made, Error> {
     for (name, text) in &pems.0 {
         write(&staged.join(name), text)?;
     }
-    let token = token();
-    let hash = blake3::hash(token.as_bytes()).to_hex();
-    let entry = format!(
-        "# Who may call. Of a token only the BLAKE3 is kept (`b3sum`). Scopes: admin, submit, read, worker.\n\
-         # The file is read again when it changes.\n\n\
-         [[tokens]]\nname = \"admin\"\nblake3 = \"{hash}\"\nscopes = [\"admin\"]\n# expires = 2027-01-31T00:00:00Z\n"
-    );
-    write(&tokens, &entry)?;
+    write(&tokens, HEADER)?;
+    let token = add_token(&tokens, "admin", &["admin".to_owned()])?;
     fs::rename(&staged, &dir).map_err(|source| Error::Write { path: dir.clone(), source })?;
     File::open(data)
         .and_then(|data| data.sync_all())
@@ -88,11 +89,21 @@ pub fn init(data: &Path, hosts: &[String]) -> Result<Made, Error> {
     Ok(Made { ca: dir.join("ca.pem"), worker, tokens, token })
 }
 
-/// A new token: 244 random bits.
-#[must_use]
-pub fn token() -> String {
+/// Adds a new token, of 244 random bits, to the file of tokens. It is written nowhere: show it once.
+///
+/// # Errors
+/// If the file is not there, or the system refuses.
+pub fn add_token(file: &Path, name: &str, scopes: &[String]) -> Result<String, Error> {
     let half = || uuid::Uuid::new_v4().simple().to_string();
-    format!("inc_{}{}", half(), half())
+    let token = format!("inc_{}{}", half(), half());
+    let hash = blake3::hash(token.as_bytes()).to_hex();
+    let name = toml::Value::String(name.to_owned());
+    let entry = format!("\n[[tokens]]\nname = {name}\nblake3 = \"{hash}\"\nscopes = {scopes:?}\n");
+    let appended = OpenOptions::new().append(true).open(file);
+    appended
+        .and_then(|mut file| file.write_all(entry.as_bytes()).and_then(|()| file.sync_all()))
+        .map_err(|source| Error::Write { path: file.to_owned(), source })?;
+    Ok(token)
 }
 
 struct Pems(Vec<(&'static str, String)>);

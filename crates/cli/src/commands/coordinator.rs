@@ -1,6 +1,5 @@
 //! `incipit coordinator`: who keeps the jobs, the checkpoints and the workers together.
 
-use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -203,14 +202,8 @@ fn init(args: &InitArgs, global: &Global) -> Result<Exit> {
 
 fn token(args: &TokenArgs) -> Result<Exit> {
     let file = data(args.data.as_deref())?.join("tokens.toml");
-    let token = init::token();
-    let hash = blake3::hash(token.as_bytes()).to_hex();
-    let name = toml::Value::String(args.name.clone());
-    let entry = format!("\n[[tokens]]\nname = {name}\nblake3 = \"{hash}\"\nscopes = {:?}\n", args.scope);
-    let appended = std::fs::OpenOptions::new().append(true).open(&file);
-    appended.and_then(|mut file| file.write_all(entry.as_bytes()).and_then(|()| file.sync_all())).map_err(
-        |error| BadInput(format!("{}: {error}; `incipit coordinator init` makes it", file.display())),
-    )?;
+    let token = init::add_token(&file, &args.name, &args.scope)
+        .map_err(|error| BadInput(format!("{error}; `incipit coordinator init` makes the file")))?;
     println!("{token}");
     Ok(Exit::Ok)
 }

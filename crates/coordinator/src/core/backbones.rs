@@ -185,7 +185,13 @@ impl Core {
                 (rank.lost, rank.pid) = (true, 0);
             }
         }
-        if backbone.place_at.is_some() || backbone.state == BackboneState::Failed {
+        // Ranks whose peer is gone notice that long before the worker's lease runs out: it was not their group that failed.
+        let explains =
+            (loss.reason, backbone.reason) == (BackboneReason::WorkerLost, BackboneReason::GroupFailed);
+        if explains {
+            backbone.num_losses = backbone.num_losses.saturating_sub(1);
+        }
+        if (backbone.place_at.is_some() && !explains) || backbone.state == BackboneState::Failed {
             // What else goes while it waits only says who is not there any more.
             if self.rows.backbones.get(name) != Some(&backbone) {
                 self.put_backbone(backbone);

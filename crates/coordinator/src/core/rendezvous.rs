@@ -79,6 +79,8 @@ impl Core {
         }
         let num_waiting = group.waiting.values().map(Vec::len).sum::<usize>();
         if num_waiting >= MAX_WAITING {
+            let what = format!("{worker} asks too much: {} has {MAX_WAITING} open questions", key.backbone);
+            self.close(worker, Problem::new(Code::ResourceExhausted, "RENDEZVOUS_FULL", what));
             return;
         }
         match group.waiting.entry(key.key) {

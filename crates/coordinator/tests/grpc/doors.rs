@@ -39,16 +39,14 @@ impl Secured {
     }
 }
 
-fn token(dir: &Path, name: &str, scopes: &str, expires: &str) -> String {
-    let token = init::token();
-    let hash = blake3::hash(token.as_bytes()).to_hex();
+fn token(dir: &Path, name: &str, scopes: &[&str], expires: &str) -> String {
     let path = dir.join("tokens.toml");
-    let mut text = fs::read_to_string(&path).unwrap();
-    text += &format!("\n[[tokens]]\nname = \"{name}\"\nblake3 = \"{hash}\"\nscopes = [{scopes}]\n");
+    let scopes: Vec<String> = scopes.iter().map(|scope| (*scope).to_owned()).collect();
+    let token = init::add_token(&path, name, &scopes).unwrap();
     if !expires.is_empty() {
-        text += &format!("expires = {expires}\n");
+        let text = fs::read_to_string(&path).unwrap() + &format!("expires = {expires}\n");
+        fs::write(path, text).unwrap();
     }
-    fs::write(path, text).unwrap();
     token
 }
 
@@ -60,8 +58,8 @@ fn reason(status: &Status) -> String {
 async fn a_token_opens_what_its_scopes_say_and_every_change_is_in_the_audit_log() {
     let dir = tempfile::tempdir().unwrap();
     let secured = secured(dir.path(), Limits::default()).await;
-    let reader = token(dir.path(), "reader", "\"read\"", "");
-    let old = token(dir.path(), "old", "\"admin\"", "2001-01-01T00:00:00Z");
+    let reader = token(dir.path(), "reader", &["read"], "");
+    let old = token(dir.path(), "old", &["admin"], "2001-01-01T00:00:00Z");
     tokio::time::sleep(Duration::from_secs(1)).await; // The file is looked at twice a second.
     let admin = secured.client(&secured.made.token).await;
     admin.backbones().create_backbone(backbone_request("b")).await.unwrap();

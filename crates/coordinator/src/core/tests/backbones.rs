@@ -130,6 +130,25 @@ fn a_new_step_ends_a_row_of_losses_and_a_step_made_again_does_not() {
 }
 
 #[test]
+fn a_group_that_failed_because_a_worker_was_lost_is_not_charged_with_it_and_the_worker_is_named() {
+    let mut world = World::new();
+    world.connect("w1", 1, true);
+    world.connect("w2", 1, true);
+    world.create_backbone("b", spec(Collective::Gloo, 2, 1, 2));
+    for round in 0..7 {
+        world.load("w1");
+        world.load("w2");
+        assert_eq!(stands(&world).0, BackboneState::Ready, "round {round}");
+        let rank = world.backbone("b").ranks.iter().position(|rank| rank.worker == worker_name("w1"));
+        world.engine_lost("w1", "b", rank.unwrap() as u32, EngineLossCause::GroupFailed);
+        assert_eq!((world.backbone("b").num_losses, stands(&world).1), (1, BackboneReason::GroupFailed));
+        world.connect("w2", 1, true);
+        assert_eq!((world.backbone("b").num_losses, stands(&world).1), (0, BackboneReason::WorkerLost));
+        assert!(world.backbone("b").message.contains("workers/w2"));
+    }
+}
+
+#[test]
 fn a_loss_after_long_peace_is_the_first_of_a_row() {
     let mut world = World::ready();
     for _ in 0..7 {
