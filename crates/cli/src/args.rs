@@ -13,6 +13,7 @@ use crate::commands::{
     backbones, bench, checkpoint, convert, coordinator, demo, doctor, engine, eval, generate, inspect, job,
     launch, prompt, train, up, worker, workers,
 };
+use crate::telemetry::{self, LogFormat};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Red.on_default().bold())
@@ -77,6 +78,9 @@ pub(crate) struct Global {
     /// Say nothing on standard error but warnings and errors
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     pub(crate) quiet: bool,
+    /// How standard error is written: text, or json, an object a line [default: what INCIPIT_LOG_FORMAT says, or text]
+    #[arg(long, global = true, value_name = "FORMAT", hide_possible_values = true, value_parser = telemetry::log_format())]
+    pub(crate) log_format: Option<LogFormat>,
 }
 
 /// What can be asked.
@@ -173,6 +177,7 @@ pub(crate) struct BackboneArgs {
 /// The names that flags take, for `--help` to list.
 pub(crate) mod names {
     pub(crate) const DTYPES: &[&str] = &["bf16", "f32"];
+    pub(crate) const LOG_FORMATS: &[&str] = &["text", "json"];
     pub(crate) const LOSSES: &[&str] = &["mean", "sum"];
     pub(crate) const METHODS: &[&str] = &["prompt"];
     pub(crate) const METRICS: &[&str] = &["accuracy", "exact-match", "token-f1", "macro-f1"];

@@ -71,7 +71,7 @@ pub(crate) fn report(error: &anyhow::Error) -> Exit {
     if error.downcast_ref::<OutputClosed>().is_some() {
         return Exit::Ok;
     }
-    crate::progress::tell(&format!("error: {}", sentence(error)));
+    crate::progress::error(&sentence(error));
     of(error)
 }
 

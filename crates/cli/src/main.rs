@@ -11,28 +11,39 @@ mod progress;
 mod ranks;
 mod report;
 mod supervisor;
+mod telemetry;
 mod units;
 
-use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
-use clap::Parser as _;
-use tracing_subscriber::EnvFilter;
+use clap::{CommandFactory as _, FromArgMatches as _};
 
-use args::{Cli, Command, Global};
+use args::{Cli, Command};
 use exit::{BadInput, Exit};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let matches = Cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     take_rank(&cli.command);
-    start_tracing(&cli.global);
     if cli.global.quiet {
         progress::be_quiet();
     }
-    run(cli).unwrap_or_else(|error| exit::report(&error)).into()
+    let exporter = match telemetry::start(&cli) {
+        Ok(exporter) => exporter,
+        Err(error) => return exit::report(&error).into(),
+    };
+    let span = telemetry::command_span(&matches, &cli.command);
+    let exit = span.in_scope(|| {
+        let exit = run(cli).unwrap_or_else(|error| exit::report(&error));
+        telemetry::ended(&span, exit);
+        exit
+    });
+    drop(span);
+    exporter.end();
+    exit.into()
 }
 
 fn run(cli: Cli) -> anyhow::Result<Exit> {
@@ -77,21 +88,6 @@ fn take_rank(command: &Command) {
     if !ranks::launched() {
         progress::speak_as(rank);
     }
-}
-
-/// The libraries' own messages, on standard error. `INCIPIT_LOG` takes a filter (`incipit_tune=debug`) for those who look closer.
-fn start_tracing(global: &Global) {
-    let level = match global.verbose {
-        // A run tells its warnings to whoever watches it, too.
-        0 => "warn,incipit_tune::train=error",
-        1 => "info",
-        2 => "debug",
-        _ => "trace",
-    };
-    let filter = EnvFilter::try_from_env("INCIPIT_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-    let log = tracing_subscriber::fmt().with_writer(|| progress::Marked).with_env_filter(filter);
-    let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    log.with_ansi(colours).with_target(global.verbose > 1).without_time().init();
 }
 
 fn start_threads(threads: Option<u16>) -> anyhow::Result<()> {

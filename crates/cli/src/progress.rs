@@ -16,7 +16,8 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use crate::args::Global;
 use crate::commands::eval::json_lines;
 use crate::report::words;
-use crate::supervisor::prefix;
+use crate::supervisor::{LAST_WORDS, prefix};
+use crate::telemetry::NOTES;
 use crate::units;
 
 /// Steps over which rates and the loss are averaged.
@@ -27,6 +28,8 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 pub(crate) const PREDICTIONS_FILE: &str = "predictions.jsonl";
 
 static QUIET: AtomicBool = AtomicBool::new(false);
+/// Whether everything is told by the log.
+static LOGGED: AtomicBool = AtomicBool::new(false);
 /// What marks this process's lines; 0, which speaks for all, has no mark.
 static RANK: AtomicUsize = AtomicUsize::new(0);
 
@@ -40,13 +43,48 @@ pub(crate) fn speak_as(rank: usize) {
     RANK.store(rank, Ordering::Relaxed);
 }
 
-/// Says a line, as this process's rank.
-pub(crate) fn tell(line: &str) {
-    eprintln!("{}{line}", mark());
+/// Tells everything by the log from now on, which has a form that programs read.
+pub(crate) fn log_notes() {
+    LOGGED.store(true, Ordering::Relaxed);
+}
+
+fn is_logged() -> bool {
+    LOGGED.load(Ordering::Relaxed)
+}
+
+/// Says why the program ends, as this process's rank.
+pub(crate) fn error(text: &str) {
+    if is_logged() {
+        tracing::error!(target: NOTES, "{text}");
+    } else {
+        eprintln!("{}error: {text}", mark());
+    }
+}
+
+/// Passes on a line of another rank.
+pub(crate) fn relay(rank: usize, line: &str) {
+    if is_logged() {
+        tracing::info!(target: NOTES, rank, "{line}");
+    } else {
+        let marked = if rank == 0 { format!("{line}\n") } else { format!("{}{line}\n", prefix(rank)) };
+        // Nobody may be there to read it; the ranks go on.
+        let _ = std::io::Write::write_all(&mut std::io::stderr().lock(), marked.as_bytes());
+    }
+}
+
+/// Passes on the error with which a rank has ended; one that all told alike is no rank's.
+pub(crate) fn last_words(rank: Option<usize>, words: &str) {
+    if is_logged() {
+        tracing::error!(target: NOTES, rank, "{}", words.trim_start_matches(LAST_WORDS));
+    } else {
+        eprintln!("{}{words}", rank.map(prefix).unwrap_or_default());
+    }
 }
 
 fn mark() -> String {
     match RANK.load(Ordering::Relaxed) {
+        // The span of the command names the rank.
+        _ if is_logged() => String::new(),
         0 => String::new(),
         rank => prefix(rank),
     }
@@ -68,14 +106,23 @@ impl std::io::Write for Marked {
 
 /// Says something that is good to know.
 pub(crate) fn note(text: &str) {
-    if !QUIET.load(Ordering::Relaxed) {
+    if QUIET.load(Ordering::Relaxed) {
+        return;
+    }
+    if is_logged() {
+        tracing::info!(target: NOTES, "{}", text.trim());
+    } else {
         eprintln!("{text}");
     }
 }
 
 /// Says something that should be known.
 pub(crate) fn warn(text: &str) {
-    tell(&format!("warning: {text}"));
+    if is_logged() {
+        tracing::warn!(target: NOTES, "{text}");
+    } else {
+        eprintln!("{}warning: {text}", mark());
+    }
 }
 
 /// A mark that turns while something takes its time; it goes away when it is dropped.
@@ -149,7 +196,7 @@ fn style(template: &str) -> ProgressStyle {
 }
 
 fn target(global: &Global) -> ProgressDrawTarget {
-    let seen = std::io::stderr().is_terminal() && !global.quiet;
+    let seen = std::io::stderr().is_terminal() && !global.quiet && !is_logged();
     if seen { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() }
 }
 
@@ -203,7 +250,7 @@ impl Watch {
     /// A line above the bar.
     fn line(&self, text: &str) {
         if !self.quiet {
-            self.bar.suspend(|| eprintln!("{text}"));
+            self.bar.suspend(|| note(text));
         }
     }
 
@@ -239,7 +286,7 @@ impl Watch {
         self.bar.set_position(update.step);
         if self.bar.is_hidden() && !self.quiet && self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY) {
             self.last_line = Some(Instant::now());
-            eprintln!("step {}/{}  {text}", units::count(update.step), units::count(self.steps));
+            note(&format!("step {}/{}  {text}", units::count(update.step), units::count(self.steps)));
         }
         self.bar.set_message(text);
     }

@@ -1,6 +1,6 @@
 //! Ranks as child processes: started together, watched, and ended together.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal, kill_process_group};
 
 use crate::exit::Exit;
+use crate::progress;
 
 /// How often the ranks are looked at.
 const TICK: Duration = Duration::from_millis(20);
@@ -22,7 +23,7 @@ const SETTLE: Duration = Duration::from_secs(1);
 /// The time that ranks have to end when they are asked to, before they are killed.
 const MERCY: Duration = Duration::from_secs(3);
 /// What the last thing that a rank says begins with.
-const LAST_WORDS: &[u8] = b"error: ";
+pub(crate) const LAST_WORDS: &str = "error: ";
 
 /// How a rank ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -246,17 +247,12 @@ fn relay(rank: usize, from: impl Read, hush: &AtomicBool) -> String {
     let mut from = BufReader::new(from);
     let mut line = Vec::new();
     while matches!(from.read_until(b'\n', &mut line), Ok(1..)) {
-        if line.starts_with(LAST_WORDS) {
+        if line.starts_with(LAST_WORDS.as_bytes()) {
             let _ = from.read_to_end(&mut line);
             return String::from_utf8_lossy(&line).trim_end().to_owned();
         }
-        if line.last() != Some(&b'\n') {
-            line.push(b'\n');
-        }
-        let marked = if rank == 0 { line.clone() } else { [prefix(rank).as_bytes(), &line].concat() };
         if !hush.load(Ordering::Relaxed) {
-            // Nobody may be there to read it; the ranks go on.
-            let _ = std::io::stderr().lock().write_all(&marked);
+            progress::relay(rank, String::from_utf8_lossy(&line).trim_end_matches('\n'));
         }
         line.clear();
     }

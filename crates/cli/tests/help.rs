@@ -79,7 +79,8 @@ Results go to standard output, all else to standard error. Where a command print
 | 130 | interrupted; `train` saved a checkpoint first, `--resume` goes on |
 
 `INCIPIT_ISA` (`avx512bf16`, `avx512`, `avx2` or `portable`) chooses the kernels by hand; `INCIPIT_LOG` takes a filter for the log on
-standard error, such as `incipit_tune=debug`.
+standard error, such as `incipit_tune=debug`. With `--log-format json`, or `INCIPIT_LOG_FORMAT=json`, everything on standard error is a JSON
+object a line, but for refusals of the command line itself. `OTEL_EXPORTER_OTLP_ENDPOINT` names a collector of spans (docs/cluster.md).
 
 With `--collective gloo` a process is one rank of several. `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` say which, as torchrun
 sets them (`SLURM_PROCID` and `SLURM_NTASKS` where the first two are absent); `INCIPIT_STORE` (`tcp://HOST:PORT` or `file:/DIRECTORY`)

@@ -10,7 +10,7 @@ use tonic::{
 };
 
 use crate::{
-    Problem,
+    Problem, trace,
     v1::{
         agent_service_client::AgentServiceClient, backbone_service_client::BackboneServiceClient,
         blob_service_client::BlobServiceClient, checkpoint_service_client::CheckpointServiceClient,
@@ -134,7 +134,7 @@ fn read(path: &std::path::Path) -> Result<Vec<u8>, Problem> {
     })
 }
 
-/// Puts the token, the protocol and the deadline on every call.
+/// Puts the token, the protocol, the deadline and the trace on every call.
 #[derive(Clone, Debug)]
 pub struct Credentials {
     token: Option<AsciiMetadataValue>,
@@ -169,6 +169,7 @@ impl Interceptor for Credentials {
             request.metadata_mut().insert("authorization", token.clone());
         }
         request.metadata_mut().insert(PROTOCOL_KEY, MetadataValue::from(PROTOCOL));
+        trace::name_caller(request.metadata_mut());
         Ok(request)
     }
 }

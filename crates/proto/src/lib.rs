@@ -3,6 +3,7 @@
 pub mod client;
 pub mod names;
 mod problem;
+pub mod trace;
 
 pub use problem::{DOMAIN, Problem};
 

@@ -181,7 +181,7 @@ async fn create(args: CreateArgs, connect: &ConnectArgs, global: &Global) -> Res
     let name = short(&backbone.name);
     match backbone.state() {
         BackboneState::Failed if args.wait => {
-            progress::tell(&format!("error: the backbone {name} failed: {}", why(&backbone)));
+            progress::error(&format!("the backbone {name} failed: {}", why(&backbone)));
             return Ok(Exit::Failure);
         }
         BackboneState::Ready => {

@@ -13,9 +13,10 @@ use incipit_tune::spec::Backend;
 use crate::args::{Cli, Command, Global};
 use crate::commands::bench::BenchCommand;
 use crate::exit::{BadInput, Exit, bad_input};
-use crate::progress::note;
+use crate::progress::{self, note};
 use crate::ranks::{self, environment};
-use crate::supervisor::{How, Outcome, prefix, supervise};
+use crate::supervisor::{How, Outcome, supervise};
+use crate::telemetry::FORMAT_VARIABLE;
 
 const AFTER_HELP: &str = "\
 Every rank is a process of its own. Rank 0 prints and writes; what other ranks have to say goes to standard error, marked with their \
@@ -65,6 +66,8 @@ pub(crate) fn run(args: &LaunchArgs, global: &Global) -> Result<Exit> {
     let processes = (0..args.nproc).map(|rank| {
         let mut process = Process::new(&program);
         process.args(&command).envs(variables(rank, args.nproc, port));
+        // What ranks say is read here, and passed on as this process writes.
+        process.env(FORMAT_VARIABLE, "text");
         // Other ranks print nothing, and what they should know of the input rank 0 tells them.
         if rank > 0 {
             process.stdin(Stdio::null()).stdout(Stdio::null());
@@ -109,7 +112,12 @@ fn command(args: &LaunchArgs, global: &Global) -> Result<Vec<OsString>> {
         }
     };
     add(given.is_none(), &["--collective", &backend]);
-    let Global { json, threads, verbose, quiet } = inner.global;
+    let Global { json, threads, verbose, quiet, log_format } = inner.global;
+    if log_format.is_some() {
+        return bad_input(
+            "launch writes what all ranks say: give it --log-format, before --, and not the command",
+        );
+    }
     add(global.json && !json, &["--json"]);
     add(global.quiet && !quiet && verbose == 0, &["--quiet"]);
     if let (Some(n), None) = (global.threads, threads) {
@@ -188,18 +196,18 @@ fn tell(outcome: &Outcome) -> Exit {
     let cause = words.get(blamed.rank).map_or("", String::as_str);
     if !cause.is_empty() && words.iter().all(|said| said == cause) {
         // A flag or a file that no rank could use.
-        eprintln!("{cause}");
+        progress::last_words(None, cause);
         return exit;
     }
     let mut told: Vec<&str> = Vec::new();
     for end in std::iter::once(blamed).chain(outcome.ends.iter().filter(|end| end.how != echo)) {
         let said = words.get(end.rank).map_or("", String::as_str);
         if !said.is_empty() && !told.contains(&said) {
-            eprintln!("{}{said}", prefix(end.rank));
+            progress::last_words(Some(end.rank), said);
             told.push(said);
         }
     }
     let others = if outcome.ends.len() > 1 { "; the other ranks were ended" } else { "" };
-    eprintln!("error: rank {} failed first: {}{others}", blamed.rank, blamed.how);
+    progress::error(&format!("rank {} failed first: {}{others}", blamed.rank, blamed.how));
     exit
 }

@@ -19,6 +19,7 @@ use super::worker::{MachineArgs, agent_config, name_of, signals, state_home};
 use crate::args::{choice, names};
 use crate::exit::{Exit, bad_input};
 use crate::progress::note;
+use crate::telemetry::worker_span;
 
 /// Flags of `up`.
 #[derive(Args)]
@@ -81,6 +82,7 @@ pub(crate) fn run(args: &UpArgs) -> Result<Exit> {
     tell(&running, &config);
     let coordinator = ClientConfig::new(format!("http://{}", running.address()));
     let agent = agent_config(coordinator.clone(), "local".to_owned(), &data.join("worker"), &args.machine)?;
+    let span = worker_span(&agent.worker_id).entered();
     let here = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut ended = behind.spawn(running.wait());
     here.block_on(async {
@@ -97,7 +99,7 @@ pub(crate) fn run(args: &UpArgs) -> Result<Exit> {
         }
     })?;
     // With its runtime goes the agent's connection, which would keep the coordinator waiting.
-    drop(here);
+    drop((here, span));
     let _ = stop.send(());
     if !ended.is_finished() {
         behind.block_on(ended)?.context("the coordinator ends")?;

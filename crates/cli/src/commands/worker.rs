@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 use crate::cluster::ConnectArgs;
 use crate::exit::{Exit, bad_input};
 use crate::progress::note;
+use crate::telemetry::worker_span;
 
 /// Flags of `worker`.
 #[derive(Args)]
@@ -55,6 +56,7 @@ pub(crate) fn run(args: WorkerArgs) -> Result<Exit> {
         None => state_home()?.join(format!("worker-{name}")),
     };
     let config = agent_config(args.connect.client_config()?, name, &state_dir, &args.machine)?;
+    let _span = worker_span(&config.worker_id).entered();
     note(&format!("worker {} works in {}", config.worker_id, config.state_dir.display()));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async { agent::run(config, signals()?).await.context("the worker ends") })?;

@@ -51,7 +51,8 @@ pub(crate) fn command(args: &[&str]) -> Command {
         .env_remove("INCIPIT_LOG");
     for (name, _) in std::env::vars_os() {
         let name = name.to_string_lossy();
-        let of_ranks = ["RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "TORCHELASTIC_", "INCIPIT_"];
+        let of_ranks =
+            ["RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "TORCHELASTIC_", "INCIPIT_", "OTEL_"];
         if of_ranks.iter().any(|start| name.starts_with(start)) {
             command.env_remove(&*name);
         }

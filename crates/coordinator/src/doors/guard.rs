@@ -11,6 +11,7 @@ use std::{
 use incipit_proto::{
     DOMAIN, Problem,
     client::{PROTOCOL, PROTOCOL_KEY},
+    trace,
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{
@@ -19,6 +20,7 @@ use tonic::{
 };
 use tonic_types::{ErrorDetails, StatusExt as _};
 use tower::{Layer, Service};
+use tracing::{Instrument as _, Span, field};
 
 use super::{
     Actor, Rate, Scope, Subject,
@@ -107,14 +109,57 @@ impl Guard {
         })
     }
 
-    fn note(&self, path: &str, actor: &Actor, subject: &Subject, code: Code) {
-        let method = path.strip_prefix("/incipit.v1.").unwrap_or(path);
-        let resource = subject.get();
-        let outcome = format!("{code:?}");
-        let line =
-            audit::Line { time: audit::now(), actor: &actor.name, method, resource: &resource, outcome };
-        self.audit.write(&line);
+    /// Notes how a call has ended: in its span, and if it changes something in the audit log.
+    fn ended(&self, call: &Call, code: Code) {
+        let (resource, outcome) = (call.subject.get(), format!("{code:?}"));
+        call.span.record("code", &*outcome);
+        if !resource.is_empty() {
+            call.span.record("resource", &*resource);
+        }
+        if is_fault(code) {
+            call.span.record("otel.status_code", "ERROR");
+        }
+        if call.method.changes {
+            let method = call.path.strip_prefix("/incipit.v1.").unwrap_or(&call.path);
+            let (time, actor) = (audit::now(), &*call.actor.name);
+            self.audit.write(&audit::Line { time, actor, method, resource: &resource, outcome });
+        }
     }
+}
+
+/// A call under way.
+struct Call {
+    path: String,
+    method: Method,
+    actor: Actor,
+    subject: Subject,
+    span: Span,
+}
+
+impl Call {
+    /// A call whose span continues the caller's trace.
+    fn new(headers: &http::HeaderMap, path: String, method: Method, actor: Actor) -> Self {
+        let begin = || {
+            tracing::info_span!(
+                "request",
+                otel.name = path.trim_start_matches('/'),
+                otel.kind = "server",
+                otel.status_code = field::Empty,
+                rpc.system = "grpc",
+                actor = actor.name,
+                resource = field::Empty,
+                code = field::Empty,
+            )
+        };
+        let span = trace::continued(headers, begin);
+        Self { path, method, actor, subject: Subject::default(), span }
+    }
+}
+
+/// Whether the coordinator is to blame, and not who called.
+fn is_fault(code: Code) -> bool {
+    use Code::{DataLoss, DeadlineExceeded, Internal, Unavailable, Unimplemented, Unknown};
+    [DataLoss, DeadlineExceeded, Internal, Unavailable, Unimplemented, Unknown].contains(&code)
 }
 
 fn protocol<B>(request: &http::Request<B>) -> Result<(), Problem> {
@@ -176,29 +221,26 @@ where
         let Some(method) = methods::method(&path) else { return Box::pin(self.inner.call(request)) };
         let (actor, admitted) = self.guard.admit(&request, method);
         let guard = Arc::clone(&self.guard);
-        let subject = Subject::default();
+        let call = Call::new(request.headers(), path, method, actor);
         let permit = match admitted {
             Ok(permit) => permit,
             Err(status) => {
-                if method.changes {
-                    guard.note(&path, &actor, &subject, status.code());
-                }
+                guard.ended(&call, status.code());
                 let response = status.into_http();
                 return Box::pin(async move { Ok(response) });
             }
         };
-        request.extensions_mut().insert(actor.clone());
-        request.extensions_mut().insert(subject.clone());
+        request.extensions_mut().insert(call.actor.clone());
+        request.extensions_mut().insert(call.subject.clone());
         let answer = self.inner.call(request);
-        Box::pin(async move {
+        let span = call.span.clone();
+        let answered = async move {
             let response = answer.await;
             drop(permit);
-            if method.changes {
-                let code = response.as_ref().map_or(Code::Internal, code);
-                guard.note(&path, &actor, &subject, code);
-            }
+            guard.ended(&call, response.as_ref().map_or(Code::Internal, code));
             response
-        })
+        };
+        Box::pin(answered.instrument(span))
     }
 }
 

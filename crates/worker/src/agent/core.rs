@@ -105,6 +105,8 @@ pub enum Action {
         files: Vec<v1::CheckpointFile>,
         /// Where they are.
         dir: String,
+        /// Whose they are: the report, without what it reports.
+        of: Box<v1::JobReport>,
     },
     /// A directory is not needed any more.
     Remove(String),
@@ -316,8 +318,11 @@ impl Core {
             Some(v1::job_report::Report::Saved(saved)) => saved.files.clone(),
             _ => return,
         };
+        let (backbone, job) = (report.backbone.clone(), report.job.clone());
+        let (epoch, attempt) = (report.epoch, report.attempt);
+        let of = Box::new(v1::JobReport { backbone, epoch, job, attempt, report: None });
         let sequence = self.outbox.hold(attach_request::Message::Job(report), saved.dir.clone());
-        self.act(Action::Store { sequence, files, dir: saved.dir });
+        self.act(Action::Store { sequence, files, dir: saved.dir, of });
     }
 
     fn stored(&mut self, sequence: u64, stored: Result<(), String>) {

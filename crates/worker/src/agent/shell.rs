@@ -10,11 +10,13 @@ use incipit_proto::names::WorkerName;
 use incipit_proto::v1::{self, AttachRequest};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior};
+use tracing::{Instrument as _, Span, field};
 
 use crate::agent::core::{Action, Config, Core, Input, Time};
 use crate::agent::files::{Files, Stopped, persist};
 use crate::agent::process::Process;
 use crate::agent::{AgentConfig, Error, Key, line};
+use crate::frames::{Join, Notice, Order};
 
 /// How often the core is told that time has passed.
 const TICK: Duration = Duration::from_millis(100);
@@ -53,6 +55,8 @@ struct Shell {
     began: Instant,
     files: Files,
     processes: BTreeMap<Key, Process>,
+    /// The spans of engines that are not ready.
+    joining: BTreeMap<Key, Span>,
     outgoing: Option<mpsc::UnboundedSender<AttachRequest>>,
     /// The newest connection, for those who carry files.
     client: watch::Sender<Option<Client>>,
@@ -92,6 +96,7 @@ impl Shell {
             began: Instant::now(),
             files,
             processes: BTreeMap::new(),
+            joining: BTreeMap::new(),
             outgoing: None,
             client: watch::Sender::new(None),
             engines,
@@ -123,9 +128,16 @@ impl Shell {
     }
 
     fn handle(&mut self, input: Input) {
-        if let Input::Ended(key, how) = &input {
-            tracing::info!("engine {} of {}: {how}", key.rank, key.backbone);
-            self.processes.remove(key);
+        match &input {
+            Input::Ended(key, how) => {
+                let (rank, backbone) = (key.rank, &*key.backbone);
+                tracing::info!(rank, backbone, "engine {rank} of {backbone}: {how}");
+                self.processes.remove(key);
+                self.joined(key, false);
+            }
+            Input::Notice(key, Notice::Ready(_)) => self.joined(key, true),
+            Input::Notice(key, Notice::Failed(_)) => self.joined(key, false),
+            _ => {}
         }
         let now = self.began.elapsed().as_millis() as Time;
         for action in self.core.handle(input, now) {
@@ -147,6 +159,9 @@ impl Shell {
             }
             Action::Start(key) => self.start(key),
             Action::Tell(key, order) => {
+                if let Order::Join(join) = &*order {
+                    self.joining(&key, join);
+                }
                 if let Some(process) = self.processes.get(&key) {
                     process.tell(*order);
                 }
@@ -157,12 +172,40 @@ impl Shell {
                 }
             }
             Action::Fetch(job) => self.fetch(*job),
-            Action::Store { sequence, files, dir } => self.store(sequence, files, dir),
+            Action::Store { sequence, files, dir, of } => {
+                let v1::JobReport { backbone, epoch, job, attempt, .. } = *of;
+                let failed = field::Empty;
+                let span = tracing::info_span!(
+                    "store checkpoint",
+                    job,
+                    attempt,
+                    backbone,
+                    epoch,
+                    otel.status_code = failed
+                );
+                self.store(sequence, files, dir, span);
+            }
             Action::Remove(dir) => {
                 let files = self.files.clone();
                 tokio::spawn(async move { files.remove(&dir).await });
             }
             Action::Exit => self.exiting = true,
+        }
+    }
+
+    /// An engine is told to join a group: from now on until it is ready, it loads, and meets the other ranks.
+    fn joining(&mut self, key: &Key, join: &Join) {
+        let epoch = join.assignment.as_ref().map(|assignment| assignment.epoch);
+        let (backbone, rank) = (&*key.backbone, key.rank);
+        let span =
+            tracing::info_span!("start engine", backbone, rank, epoch, otel.status_code = field::Empty);
+        self.joining.insert(key.clone(), span);
+    }
+
+    fn joined(&mut self, key: &Key, is_ready: bool) {
+        let Some(span) = self.joining.remove(key) else { return };
+        if !is_ready {
+            span.record("otel.status_code", "ERROR");
         }
     }
 
@@ -181,27 +224,43 @@ impl Shell {
 
     fn fetch(&self, job: v1::JobAssignment) {
         let (files, client, sender) = (self.files.clone(), self.client.subscribe(), self.done_sender.clone());
-        tokio::spawn(async move {
+        let span = tracing::info_span!(
+            "fetch files",
+            job = job.job,
+            attempt = job.attempt,
+            otel.status_code = field::Empty
+        );
+        let fetched = async move {
             let once = || async {
                 let client = connected(client.clone()).await?;
                 files.fetch(&client, &job).await
             };
-            let fetched = persist(once).await.map_err(Into::into);
+            let fetched = marked(persist(once).await).map_err(Into::into);
             sender.send(Input::Fetched((job.job, job.attempt), fetched)).await
-        });
+        };
+        tokio::spawn(fetched.instrument(span));
     }
 
-    fn store(&self, sequence: u64, list: Vec<v1::CheckpointFile>, dir: String) {
+    fn store(&self, sequence: u64, list: Vec<v1::CheckpointFile>, dir: String, span: Span) {
         let (files, client, sender) = (self.files.clone(), self.client.subscribe(), self.done_sender.clone());
-        tokio::spawn(async move {
+        let stored = async move {
             let once = || async {
                 let client = connected(client.clone()).await?;
                 files.store(&client, &list, &dir).await
             };
-            let stored = persist(once).await.map_err(|stopped| stopped.to_string());
+            let stored = marked(persist(once).await).map_err(|stopped| stopped.to_string());
             sender.send(Input::Stored(sequence, stored)).await
-        });
+        };
+        tokio::spawn(stored.instrument(span));
     }
+}
+
+/// Notes in the span at work if something failed.
+fn marked<T, E>(done: Result<T, E>) -> Result<T, E> {
+    if done.is_err() {
+        Span::current().record("otel.status_code", "ERROR");
+    }
+    done
 }
 
 /// The connection, as soon as there is one.

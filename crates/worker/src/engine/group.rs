@@ -137,6 +137,9 @@ impl Group<'_> {
         held: &mut Option<Backbone>,
     ) -> std::result::Result<(), Loss> {
         let Machine { model, dtype } = &settings.machine;
+        let (backbone, epoch) = (&*settings.options.job, settings.options.epoch);
+        let resident = held.is_some();
+        let _span = tracing::info_span!("load", backbone, epoch, rank = ranks.rank(), resident).entered();
         let told = |error: incipit_tune::Error| {
             let failure = Failure::from(error);
             if failure.of_group { Loss::from(failure) } else { (EngineLossCause::BadModel, failure.message) }

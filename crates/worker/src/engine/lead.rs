@@ -8,6 +8,7 @@ use incipit_collective::Ranks;
 use incipit_proto::v1::{self, JobReason, JobState, JobWish, job_report::Report};
 use incipit_tune::backbone::Backbone;
 use incipit_tune::tenant::{Due, End};
+use tracing::{Span, field};
 
 use crate::engine::failure::{Failure, Result};
 use crate::engine::load::{Loaded, Loader};
@@ -67,6 +68,8 @@ struct Entry {
     start_step: u64,
     /// The step of the last evaluation, and its score.
     evaluated: Option<(u64, f64)>,
+    /// Of its stay, which ends when it is forgotten.
+    span: Span,
 }
 
 enum Stage {
@@ -170,6 +173,16 @@ impl Leader<'_> {
         }
         let key = self.state.next_key;
         self.state.next_key += 1;
+        let (backbone, epoch) = (&*self.name, self.epoch);
+        let span = tracing::info_span!(
+            "attempt",
+            job = job.0,
+            attempt = job.1,
+            backbone,
+            epoch,
+            state = field::Empty,
+            step = field::Empty
+        );
         let entry = Entry {
             key,
             priority: assignment.priority,
@@ -180,6 +193,7 @@ impl Leader<'_> {
             reported: None,
             start_step: assignment.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.step),
             evaluated: None,
+            span,
         };
         self.state.jobs.insert(job, entry);
         self.loader.load(local);
@@ -265,6 +279,7 @@ impl Leader<'_> {
         let Some(entry) = self.state.jobs.get(job) else { return };
         let resident = self.state.residents.get_mut(entry.key);
         let step = resident.map_or(entry.start_step, |resident| resident.tenant.job().num_steps());
+        entry.span.record("state", state.as_str_name()).record("step", step);
         let (state, reason, message) = (state.into(), reason.into(), message.to_owned());
         self.saver.leave(self.about(job), v1::JobLeft { state, reason, message, step });
         self.forget(job);
