@@ -16,13 +16,11 @@ const MAX_SEED: u64 = i64::MAX as u64;
 
 pub(super) fn whole(layers: PartialSpec, resume: bool) -> Result<TrainSpec> {
     let recipe = given(layers.recipe, "recipe", "pass --recipe paper")?;
+    let mend = "pass the directory of a T5 model, or its name on the Hugging Face hub";
+    let model = model(given(layers.model.clone(), "model", mend)?)?;
     let Data { task, data_dir, train, eval } = Data::of(&layers)?;
     let spec = TrainSpec {
-        model: model(given(
-            layers.model,
-            "model",
-            "pass the directory of a T5 model, or its name on the Hugging Face hub",
-        )?)?,
+        model,
         task,
         data_dir,
         train,
