@@ -1,18 +1,21 @@
 //! The command line: what can be asked, and the words of `--help`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use anyhow::Result;
 use clap::builder::styling::{AnsiColor, Style, Styles};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
+use incipit_data::tasks::{Split, Task};
 use incipit_tune::device::DeviceChoice;
 use incipit_tune::spec::Precision;
 
 use crate::commands::{
     backbones, bench, checkpoint, convert, coordinator, demo, doctor, engine, eval, generate, inspect, job,
-    launch, prompt, train, up, worker, workers,
+    launch, prompt, task, train, up, worker, workers,
 };
+use crate::exit::bad_input;
 use crate::telemetry::{self, LogFormat};
 
 const STYLES: Styles = Styles::styled()
@@ -94,6 +97,9 @@ pub(crate) enum Command {
     Eval(eval::EvalArgs),
     /// Let the model answer inputs, with a prompt or without
     Generate(generate::GenerateArgs),
+    /// See the benchmarks that are known by name, and their examples
+    #[command(subcommand)]
+    Task(task::TaskCommand),
     /// Look into a model or a prompt
     #[command(subcommand)]
     Inspect(inspect::InspectCommand),
@@ -152,6 +158,44 @@ pub(crate) struct FormatArgs {
     pub(crate) skip_bad_records: bool,
 }
 
+/// A benchmark in place of files and templates.
+#[derive(Args, Clone)]
+pub(crate) struct NamedTaskArgs {
+    /// Benchmark whose own files are read and which brings its texts, labels and metrics, in place of files and
+    /// templates; `incipit task list` has the names
+    #[arg(long, value_name = "NAME", help_heading = "Data")]
+    pub(crate) task: Option<String>,
+    /// Directory of the benchmark's files, or the one that holds it
+    #[arg(long, value_name = "DIR", help_heading = "Data")]
+    pub(crate) data_dir: Option<PathBuf>,
+}
+
+impl NamedTaskArgs {
+    /// The benchmark that is named, if one is, and the directory of its files. `others` are the flags that say what the benchmark has of
+    /// its own, and whether they are given.
+    ///
+    /// # Errors
+    /// If no benchmark has the name, its directory is missing, or one of the others is given too.
+    pub(crate) fn resolve(&self, others: &[(&str, bool)]) -> Result<Option<(&'static Task, &Path)>> {
+        let Some(name) = &self.task else {
+            if self.data_dir.is_some() {
+                return bad_input("--data-dir is the directory of a named task: name the task with --task");
+            }
+            return Ok(None);
+        };
+        let task = Task::named(name)?;
+        if let Some((other, _)) = others.iter().find(|(_, given)| *given) {
+            return bad_input(format!(
+                "--task and {other} are both given, and {name} has data, texts and labels of its own: leave one of them out"
+            ));
+        }
+        match self.data_dir.as_deref() {
+            Some(dir) => Ok(Some((task, dir))),
+            None => bad_input("--data-dir is missing: give the directory of the task's files"),
+        }
+    }
+}
+
 /// A backbone to run with a prompt.
 #[derive(Args, Clone)]
 pub(crate) struct BackboneArgs {
@@ -180,11 +224,28 @@ pub(crate) mod names {
     pub(crate) const LOG_FORMATS: &[&str] = &["text", "json"];
     pub(crate) const LOSSES: &[&str] = &["mean", "sum"];
     pub(crate) const METHODS: &[&str] = &["prompt"];
-    pub(crate) const METRICS: &[&str] = &["accuracy", "exact-match", "token-f1", "macro-f1"];
+    pub(crate) const METRICS: &[&str] = &[
+        "accuracy",
+        "exact-match",
+        "token-f1",
+        "macro-f1",
+        "positive-f1",
+        "group-exact-match",
+        "containment",
+    ];
     pub(crate) const OPTIMIZERS: &[&str] = &["adafactor", "adamw", "sgd"];
     pub(crate) const RECIPES: &[&str] = &["paper", "released-code"];
     pub(crate) const RECOMPUTES: &[&str] = &["auto", "on", "off"];
     pub(crate) const SCHEDULES: &[&str] = &["constant", "linear", "cosine"];
+}
+
+/// A flag that takes a part of a benchmark's data.
+pub(crate) fn split() -> impl TypedValueParser<Value = Split> {
+    PossibleValuesParser::new(Split::ALL.map(Split::name)).map(|name| match &*name {
+        "train" => Split::Train,
+        "test" => Split::Test,
+        _ => Split::Dev,
+    })
 }
 
 /// A flag that takes one of a few names.

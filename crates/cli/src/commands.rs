@@ -15,6 +15,7 @@ pub(crate) mod inspect;
 pub(crate) mod job;
 pub(crate) mod launch;
 pub(crate) mod prompt;
+pub(crate) mod task;
 pub(crate) mod train;
 pub(crate) mod training;
 pub(crate) mod up;

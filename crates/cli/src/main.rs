@@ -56,6 +56,7 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
         Command::Train(args) => commands::train::run(*args, &global),
         Command::Eval(args) => commands::eval::run(&args, &global),
         Command::Generate(args) => commands::generate::run(&args, &global),
+        Command::Task(command) => commands::task::run(&command, &global),
         Command::Inspect(command) => commands::inspect::run(&command, &global),
         Command::Convert(command) => commands::convert::run(&command, &global),
         Command::Bench(command) => commands::bench::run(&command, &global),

@@ -395,6 +395,8 @@ fn configuration(records: &Records) -> Vec<Group> {
             &[
                 "model",
                 "dtype",
+                "task",
+                "data-dir",
                 "train",
                 "eval",
                 "inputs",
@@ -432,7 +434,16 @@ fn configuration(records: &Records) -> Vec<Group> {
     let fact = |(name, value): (&str, String)| {
         let code = matches!(
             name,
-            "model" | "train" | "eval" | "out" | "inputs" | "targets" | "labels" | "prompt-init"
+            "model"
+                | "task"
+                | "data-dir"
+                | "train"
+                | "eval"
+                | "out"
+                | "inputs"
+                | "targets"
+                | "labels"
+                | "prompt-init"
         );
         Fact { name: name.replace('-', " "), value, code }
     };
@@ -453,9 +464,15 @@ fn configuration(records: &Records) -> Vec<Group> {
 
 fn commands(records: &Records) -> String {
     let (model, out) = (quoted(&records.setting("model")), quoted(&records.setting("out")));
+    let data = match records.task() {
+        Some(task) => {
+            format!("--task {task} --data-dir {} --split dev", quoted(&records.setting("data-dir")))
+        }
+        None => "--data more.jsonl".to_owned(),
+    };
     format!(
         "incipit generate --model {model} --prompt {out}/prompt.npy --input \"your text\"\n\
-         incipit eval --model {model} --prompt {out}/prompt.npy --data more.jsonl --output predictions.jsonl\n\
+         incipit eval --model {model} --prompt {out}/prompt.npy {data} --output predictions.jsonl\n\
          incipit inspect prompt {out}/prompt.npy --model {model}\n\
          incipit train --config {out}/run.toml --out another-run"
     )

@@ -6,7 +6,8 @@ use candle_core::Tensor;
 use incipit_collective::gather_bytes;
 use incipit_data::{
     TokenizedExample, TokenizedSet,
-    metrics::{self, Metric},
+    metrics::{self, Metric, Reference, score_references},
+    tasks::Selection,
 };
 use incipit_model::{Example, GenerateOptions, Microbatch};
 use serde::Serialize;
@@ -17,14 +18,31 @@ use crate::{
 };
 
 /// What is measured, and how.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct EvalOptions {
     /// What is measured.
     pub metrics: Vec<Metric>,
+    /// Which of it is the score.
+    pub selection: Selection,
     /// The label set, if the task has one: the share of predictions that lie in it is reported.
     pub labels: Option<Vec<String>>,
+    /// Of a named task, what predictions are scored against, one an example, the task's labels being `labels`. Otherwise they are
+    /// scored against the target texts.
+    pub references: Option<Arc<Vec<Reference>>>,
     /// Longest prediction, in tokens, without `</s>`.
     pub max_new_tokens: usize,
+}
+
+impl EvalOptions {
+    /// The metrics of the predictions.
+    fn scores(&self, written: &[String], targets: &[String]) -> Vec<(Metric, f64)> {
+        let Some(references) = &self.references else {
+            return self.metrics.iter().map(|m| (*m, metrics::score(*m, written, targets))).collect();
+        };
+        let labels: Vec<&str> = self.labels.iter().flatten().map(String::as_str).collect();
+        let score = |metric: &Metric| (*metric, score_references(*metric, written, references, &labels));
+        self.metrics.iter().map(score).collect()
+    }
 }
 
 /// One example's outcome; a line of `predictions.jsonl`.
@@ -47,6 +65,8 @@ pub struct Prediction {
 pub struct Evaluation {
     /// The metrics, in the order asked for, each from 0 to 1.
     pub metrics: Vec<(Metric, f64)>,
+    /// Which of them is the score.
+    pub selection: Selection,
     /// Share of predictions that are labels, where the labels are known.
     pub legal_share: Option<f64>,
     /// Mean cross-entropy over all target tokens, in nats.
@@ -56,10 +76,10 @@ pub struct Evaluation {
 }
 
 impl Evaluation {
-    /// The mean of the metrics, which chooses the best checkpoint; 0 without metrics.
+    /// What chooses the best checkpoint: the mean of the metrics, or the one that counts; 0 without metrics.
     #[must_use]
     pub fn score(&self) -> f64 {
-        self.metrics.iter().map(|(_, value)| value).sum::<f64>() / self.metrics.len().max(1) as f64
+        self.selection.score(&self.metrics)
     }
 }
 
@@ -231,7 +251,8 @@ impl PartialEvaluation {
         let written: Vec<String> = predictions.iter().map(|p| p.prediction.clone()).collect();
         let targets: Vec<String> = predictions.iter().map(|p| p.target.clone()).collect();
         Ok(Evaluation {
-            metrics: options.metrics.iter().map(|m| (*m, metrics::score(*m, &written, &targets))).collect(),
+            metrics: options.scores(&written, &targets),
+            selection: options.selection,
             legal_share: options.labels.as_ref().map(|labels| metrics::legal_share(&written, labels)),
             loss,
             predictions,

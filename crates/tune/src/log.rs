@@ -54,7 +54,7 @@ pub enum Line {
         step: u64,
         /// Mean cross-entropy over all target tokens, in nats.
         loss: f64,
-        /// Mean of the metrics.
+        /// What chooses the best checkpoint: the mean of the metrics, or of a named task the one that counts.
         score: f64,
         /// Share of predictions that are labels, where the labels are known.
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -211,6 +211,8 @@ fn lines_up_to(path: &Path, step: u64, evaluated: u64) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use incipit_data::tasks::Selection;
+
     use super::*;
 
     fn step(step: u64) -> Line {
@@ -227,8 +229,13 @@ mod tests {
     }
 
     fn eval(step: u64) -> Line {
-        let evaluation =
-            Evaluation { metrics: vec![], legal_share: Some(0.25), loss: 1.5, predictions: Vec::new() };
+        let evaluation = Evaluation {
+            metrics: vec![],
+            selection: Selection::Mean,
+            legal_share: Some(0.25),
+            loss: 1.5,
+            predictions: Vec::new(),
+        };
         Line::evaluation(step, &evaluation, 0.25)
     }
 

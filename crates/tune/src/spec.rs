@@ -5,7 +5,11 @@ mod validate;
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
-use incipit_data::{LabelMapError, TaskFormat, Template, metrics::Metric};
+use incipit_data::{
+    LabelMapError, TaskFormat, Template,
+    metrics::Metric,
+    tasks::{self, Split},
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -91,6 +95,8 @@ partial_spec! {
     model: String,
     train: PathBuf,
     eval: PathBuf,
+    task: String,
+    data_dir: PathBuf,
     out: PathBuf,
     inputs: String,
     targets: String,
@@ -185,10 +191,21 @@ impl PartialSpec {
 }
 
 impl PartialSpec {
-    /// This layer over the recipe over the defaults, checked.
+    /// This layer over the recipe over the named task over the defaults, checked.
     fn whole(self, resume: bool) -> Result<TrainSpec> {
         let recipe = self.recipe.unwrap_or(Recipe::Paper);
-        validate::whole(self.over(recipe.defaults()).over(Self::defaults()), resume)
+        let task = self.task.as_deref().map(tasks::Task::named).transpose()?;
+        let task = task.map(Self::of_task).unwrap_or_default();
+        validate::whole(self.over(recipe.defaults()).over(task).over(Self::defaults()), resume)
+    }
+
+    /// What a named task says: its metrics, and where it has no words for a prompt to start from, another start.
+    fn of_task(task: &tasks::Task) -> Self {
+        Self {
+            metrics: Some(task.metrics.to_vec()),
+            prompt_init: task.init_words.is_empty().then(|| PromptInit::Vocab.to_string()),
+            ..Self::default()
+        }
     }
 }
 
@@ -198,9 +215,15 @@ impl PartialSpec {
 pub struct TrainSpec {
     /// Backbone: a directory, or a name on the Hugging Face hub.
     pub model: String,
-    /// File of training examples.
+    /// Named task that is trained, in place of files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub task: Option<&'static tasks::Task>,
+    /// Directory of the named task's files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data_dir: Option<PathBuf>,
+    /// File of training examples; of a named task, `data_dir`.
     pub train: PathBuf,
-    /// File of evaluation examples.
+    /// File of evaluation examples; of a named task, `data_dir`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval: Option<PathBuf>,
     /// Directory of the run.
@@ -259,7 +282,7 @@ pub struct TrainSpec {
     /// Evaluations without a better one after which the run ends.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub patience: Option<u32>,
-    /// What is measured; the mean of it chooses the best checkpoint.
+    /// What is measured; the mean of it chooses the best checkpoint, unless the named task says which metric does.
     pub metrics: Vec<Metric>,
     /// Where the backbone computes.
     pub device: DeviceChoice,
@@ -298,6 +321,7 @@ const FREE_ON_RESUME: &[&str] = &[
     "model",
     "train",
     "eval",
+    "data-dir",
     "out",
     "checkpoint-every",
     "keep",
@@ -318,7 +342,8 @@ impl TrainSpec {
     /// recipe, over the defaults; then checks the whole.
     ///
     /// # Errors
-    /// If a file cannot be read, or a field is missing, impossible, or asks for what is not built. The message names the flag.
+    /// If a file cannot be read, or a field is missing, impossible, or asks for what is not built (the message names the flag), or a
+    /// file of the named task is not there.
     pub fn resolve(flags: PartialSpec, config: Option<&Path>, resume: bool) -> Result<Self> {
         let mut given = flags;
         if let Some(path) = config {
@@ -329,7 +354,13 @@ impl TrainSpec {
         {
             given = given.over(PartialSpec::read(&run)?);
         }
-        given.whole(resume)
+        let spec = given.whole(resume)?;
+        if let Some(task) = spec.task {
+            // Before the backbone, which may take minutes.
+            task.file(&spec.train, Split::Train)?;
+            spec.eval.as_deref().map(|dir| task.file(dir, Split::Dev)).transpose()?;
+        }
+        Ok(spec)
     }
 
     /// Reads a file that holds a whole specification, such as a run's `run.toml`.
@@ -343,7 +374,16 @@ impl TrainSpec {
     /// The specification as a configuration file.
     #[must_use]
     pub fn to_toml(&self) -> String {
-        let fields = toml::to_string(self).expect("strings, numbers and lists of strings are TOML");
+        let written = "strings, numbers and lists of strings are TOML";
+        let fields = match self.task {
+            None => toml::to_string(self).expect(written),
+            Some(_) => {
+                // A file may not name both a task and files.
+                let mut table = toml::Table::try_from(self).expect(written);
+                table.retain(|key, _| !["train", "eval"].contains(&key));
+                table.to_string()
+            }
+        };
         format!("# Written by incipit train; `incipit train --config` reads it.\n{fields}")
     }
 

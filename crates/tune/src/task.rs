@@ -4,7 +4,12 @@ mod bytes;
 
 use std::{fs::File, path::Path, sync::Arc};
 
-use incipit_data::{LoadOptions, TextExample, TokenizedSet, labels_of, load_text, tokenize};
+use incipit_data::{
+    LoadOptions, TextExample, TokenizedSet, labels_of, load_text,
+    metrics::Reference,
+    tasks::{self, Split, TaskSplit, Use},
+    tokenize,
+};
 use tokenizers::Tokenizer;
 
 use crate::{Error, Result, init::PromptInit, prompt::Prompt, spec::TrainSpec};
@@ -19,13 +24,15 @@ pub struct Task {
     pub train: Arc<TokenizedSet>,
     /// Evaluation examples.
     pub eval: Option<Arc<TokenizedSet>>,
+    /// Of a named task, what predictions for the evaluation examples are scored against.
+    pub references: Option<Arc<Vec<Reference>>>,
     /// The label set, if the task has one.
     pub labels: Option<Vec<String>>,
     /// Longest prediction, in tokens: of the longest label with what tells it from others, or of the longest target.
     pub max_new_tokens: usize,
-    /// BLAKE3 of the file of training examples.
+    /// BLAKE3 of the file of training examples; of a named task, of the examples themselves.
     pub train_hash: String,
-    /// BLAKE3 of the file of evaluation examples.
+    /// BLAKE3 of the file of evaluation examples, or of the named task's.
     pub eval_hash: Option<String>,
     /// The prompt of `--prompt-init file:PATH`. A run that goes on (`spec.resume`) has no need of it, and the file may be gone.
     pub initial: Option<Prompt>,
@@ -34,25 +41,32 @@ pub struct Task {
 }
 
 impl Task {
-    /// Reads, tokenizes and checks the files that `spec` names. `vocab_size` is the model's; no id is outside of it.
+    /// Reads, tokenizes and checks the files that `spec` names, or those of its named task. `vocab_size` is the model's; no id is
+    /// outside of it.
     ///
     /// # Errors
-    /// If a file cannot be read, a record does not fit the templates or the labels, the tokenizer is not the model's, or the file of
-    /// `--prompt-init` holds no prompt.
+    /// If a file cannot be read, a record does not fit the templates, the labels or the named task, the tokenizer is not the model's,
+    /// or the file of `--prompt-init` holds no prompt.
     pub fn load(spec: &TrainSpec, tokenizer: &Tokenizer, vocab_size: usize) -> Result<Self> {
-        let loader = Loader { spec, tokenizer, vocab_size };
-        let mut warnings = Vec::new();
-        let train = loader.load("training", &spec.train, &mut warnings)?;
-        let eval =
-            spec.eval.as_ref().map(|eval| loader.load("evaluation", eval, &mut warnings)).transpose()?;
-        let labels = match spec.task_format()?.labels {
-            Some(map) => Some(map.texts().map(str::to_owned).collect()),
-            None => classes(&train.texts),
+        let mut loader = Loader { spec, tokenizer, vocab_size, warnings: Vec::new() };
+        let train = match spec.task {
+            Some(task) => loader.split(task, &spec.train, Split::Train, Use::Training)?,
+            None => loader.file("training", &spec.train)?,
+        };
+        let eval = match (spec.task, &spec.eval) {
+            (_, None) => None,
+            (Some(task), Some(dir)) => Some(loader.split(task, dir, Split::Dev, Use::Evaluation)?),
+            (None, Some(eval)) => Some(loader.file("evaluation", eval)?),
+        };
+        let labels = match (spec.task, spec.task_format()?.labels) {
+            (Some(task), _) => labels_of_task(task),
+            (None, Some(map)) => Some(map.texts().map(str::to_owned).collect()),
+            (None, None) => classes(&train.set.texts),
         };
         if let (Some(labels), Some(eval)) = (&labels, &eval) {
-            let unseen = eval.texts.iter().filter(|text| !labels.contains(&text.targets)).count();
+            let unseen = eval.set.texts.iter().filter(|text| !labels.contains(&text.targets)).count();
             if unseen > 0 {
-                warnings.push(format!(
+                loader.warnings.push(format!(
                     "{unseen} evaluation targets are none of the {} labels of the training data",
                     labels.len()
                 ));
@@ -62,17 +76,36 @@ impl Task {
             PromptInit::File(path) if !spec.resume => Some(Prompt::read(path)?),
             _ => None,
         };
+        let max_new_tokens = loader.max_new_tokens(labels.as_deref())?;
+        let (eval, eval_hash, references) = match eval {
+            Some(Examples { set, hash, references }) => (Some(Arc::new(set)), Some(hash), references),
+            None => (None, None, None),
+        };
         Ok(Self {
-            max_new_tokens: loader.max_new_tokens(labels.as_deref())?,
-            train_hash: hash(&spec.train)?,
-            eval_hash: spec.eval.as_deref().map(hash).transpose()?,
-            train: Arc::new(train),
-            eval: eval.map(Arc::new),
+            train: Arc::new(train.set),
+            eval,
+            references: references.map(Arc::new),
             labels,
+            max_new_tokens,
+            train_hash: train.hash,
+            eval_hash,
             initial,
-            warnings,
+            warnings: loader.warnings,
         })
     }
+}
+
+/// The labels of a named task; none if its targets are free text.
+pub fn labels_of_task(task: &tasks::Task) -> Option<Vec<String>> {
+    (!task.labels.is_empty()).then(|| task.labels.iter().map(|&label| label.to_owned()).collect())
+}
+
+/// Examples as they were read.
+struct Examples {
+    set: TokenizedSet,
+    hash: String,
+    /// Of a named task.
+    references: Option<Vec<Reference>>,
 }
 
 /// The distinct targets, if so few stand for so many examples that they are classes.
@@ -84,25 +117,61 @@ struct Loader<'a> {
     spec: &'a TrainSpec,
     tokenizer: &'a Tokenizer,
     vocab_size: usize,
+    warnings: Vec<String>,
 }
 
 impl Loader<'_> {
-    fn load(&self, kind: &str, path: &Path, warnings: &mut Vec<String>) -> Result<TokenizedSet> {
-        let spec = self.spec;
-        let options = LoadOptions { skip_bad_records: spec.skip_bad_records };
-        let loaded = load_text(path, &spec.task_format()?, options)?;
-        if let Some(first) = loaded.first_skipped.first() {
-            warnings.push(format!("{} {kind} records were left out; the first: {first}", loaded.skipped));
+    fn options(&self) -> LoadOptions {
+        LoadOptions { skip_bad_records: self.spec.skip_bad_records }
+    }
+
+    fn file(&mut self, kind: &str, path: &Path) -> Result<Examples> {
+        let loaded = load_text(path, &self.spec.task_format()?, self.options())?;
+        self.tell_skipped(kind, loaded.skipped, loaded.first_skipped.first());
+        let set = self.tokenized(kind, &loaded.examples)?;
+        Ok(Examples { set, hash: hash(path)?, references: None })
+    }
+
+    fn split(
+        &mut self,
+        task: &'static tasks::Task,
+        dir: &Path,
+        split: Split,
+        purpose: Use,
+    ) -> Result<Examples> {
+        let kind = match purpose {
+            Use::Training => "training",
+            Use::Evaluation => "evaluation",
+        };
+        let found = task.read(dir, split, purpose, self.options())?;
+        self.tell_skipped(kind, found.skipped, found.first_skipped.first());
+        if found.dropped > 0 {
+            let (count, path) = (found.dropped, found.path.display());
+            self.warnings.push(format!(
+                "{count} rows of {path} end before their label and are left out, as TFDS does"
+            ));
         }
+        let set = self.tokenized(kind, &found.texts())?;
+        Ok(Examples { set, hash: split_hash(&found), references: found.references() })
+    }
+
+    fn tell_skipped(&mut self, kind: &str, skipped: usize, first: Option<&incipit_data::Error>) {
+        if let Some(first) = first {
+            self.warnings.push(format!("{skipped} {kind} records were left out; the first: {first}"));
+        }
+    }
+
+    fn tokenized(&mut self, kind: &str, texts: &[TextExample]) -> Result<TokenizedSet> {
+        let spec = self.spec;
         let (max_input, max_target) = (spec.max_input_length, spec.max_target_length);
-        let set = tokenize(&loaded.examples, self.tokenizer, max_input, max_target, self.vocab_size)?;
+        let set = tokenize(texts, self.tokenizer, max_input, max_target, self.vocab_size)?;
         let truncated = [
             ("inputs", set.truncated_inputs, "max-input-length", max_input, set.longest_input),
             ("targets", set.truncated_targets, "max-target-length", max_target, set.longest_target),
         ];
         for (side, count, flag, limit, longest) in truncated.into_iter().filter(|(_, count, ..)| *count > 0) {
             let all = set.examples.len();
-            warnings.push(format!(
+            self.warnings.push(format!(
                 "{count} of {all} {kind} {side} were cut to {limit} tokens; --{flag} {longest} would keep them whole"
             ));
         }
@@ -121,6 +190,19 @@ impl Loader<'_> {
         let limit = self.spec.max_target_length;
         Ok(if labels.is_some() { longest.min(limit) } else { limit })
     }
+}
+
+/// BLAKE3 of a named task's examples, whatever files they were read from: of what they are learnt from and scored against, one after
+/// the other as JSON.
+fn split_hash(split: &TaskSplit) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for example in &split.examples {
+        let reference = example.reference.as_ref().map(|r| (&r.answers, r.group, r.holds));
+        let line = serde_json::json!([example.text.inputs, example.text.targets, reference]);
+        hasher.update(line.to_string().as_bytes());
+        hasher.update(b"\n");
+    }
+    hasher.finalize().to_hex().to_string()
 }
 
 /// BLAKE3 of a file's bytes.

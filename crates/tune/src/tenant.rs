@@ -189,7 +189,9 @@ impl Tenant {
         };
         let options = EvalOptions {
             metrics: self.spec.metrics.clone(),
+            selection: self.spec.task.map(|task| task.selection).unwrap_or_default(),
             labels: self.task.labels.clone(),
+            references: self.task.references.clone(),
             max_new_tokens: self.task.max_new_tokens,
         };
         PartialEvaluation::begin(engine, Some(self.job.prompt()), eval.clone(), options)
@@ -242,12 +244,12 @@ fn initial(backbone: &Backbone, spec: &TrainSpec, task: &Task) -> Result<Initial
     }
     let model = backbone.engine.model();
     let embedding = |id| model.embedding_row(id).map_err(Into::into);
-    let sources = Sources {
-        embedding: &embedding,
-        tokenizer: &backbone.tokenizer,
-        labels: task.labels.as_deref().unwrap_or_default(),
-        seed: spec.seed,
+    let words = match spec.task {
+        Some(named) => named.init_words.iter().map(|&word| word.to_owned()).collect(),
+        None => task.labels.clone().unwrap_or_default(),
     };
+    let sources =
+        Sources { embedding: &embedding, tokenizer: &backbone.tokenizer, labels: &words, seed: spec.seed };
     initial_prompt(&spec.prompt_init, length, d_model, &sources)
 }
 

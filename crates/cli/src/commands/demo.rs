@@ -209,6 +209,7 @@ fn bare(spec: &TrainSpec, backbone: &Backbone, set: &TokenizedSet, control: &Con
         metrics: vec![Metric::Accuracy],
         labels: label_set(&spec.task_format()?, &set.texts),
         max_new_tokens: spec.max_target_length,
+        ..EvalOptions::default()
     };
     Ok(evaluate(&backbone.engine, None, set, &backbone.tokenizer, &options, control)?)
 }

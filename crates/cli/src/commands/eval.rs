@@ -1,7 +1,7 @@
 //! `incipit eval`: what a prompt is worth on a file of examples.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -9,15 +9,17 @@ use anyhow::{Result, anyhow};
 use clap::Args;
 use incipit_collective::Ranks;
 use incipit_data::metrics::Metric;
+use incipit_data::tasks::{ExampleId, Split, Task, TaskSplit, Use, submission};
 use incipit_data::{LoadOptions, TaskFormat, TextExample, TokenizedSet, labels_of, load_text, tokenize};
 use incipit_tune::atomic;
 use incipit_tune::control::Control;
-use incipit_tune::evaluate::{EvalOptions, Evaluation, evaluate};
+use incipit_tune::evaluate::{EvalOptions, Evaluation, Prediction, evaluate};
+use incipit_tune::task::labels_of_task;
 use serde::Serialize;
 
 use super::backbone::{self, Ready};
-use crate::args::{BackboneArgs, FormatArgs, Global, choice, names};
-use crate::exit::Exit;
+use crate::args::{BackboneArgs, FormatArgs, Global, NamedTaskArgs, choice, names, split};
+use crate::exit::{Exit, bad_input};
 use crate::output::{self, Printed};
 use crate::progress::{self, note, warn};
 use crate::ranks::{self, RankArgs};
@@ -27,8 +29,8 @@ use crate::{report, units};
 const MAX_LABELS: usize = 100;
 
 const AFTER_HELP: &str = "\
-Answers by greedy decoding are compared with the targets. What flags leave open (model, templates, labels, lengths, metrics) is \
-taken from the run that made the prompt, where its run.toml lies beside it.
+Answers by greedy decoding are compared with the targets, and with --task as the benchmark does it. What flags leave open (model, \
+templates, labels, lengths, metrics) is taken from the run that made the prompt, where its run.toml lies beside it.
 
 Examples:
   incipit eval --prompt runs/q --data test.jsonl
@@ -38,7 +40,11 @@ Examples:
       --targets \"{label}\" --metrics accuracy,macro-f1 --output predictions.jsonl
 
   incipit eval --model ./t5 --data test.jsonl
-      the bare model, to compare with";
+      the bare model, to compare with
+
+  incipit eval --prompt runs/boolq --task boolq --data-dir SuperGLUE
+  incipit eval --prompt runs/boolq --task boolq --data-dir SuperGLUE --split test --submission .
+      a benchmark's development split; and BoolQ.jsonl for SuperGLUE's site, whose test split has no labels here";
 
 /// Flags of `eval`.
 #[derive(Args)]
@@ -48,28 +54,50 @@ pub(crate) struct EvalArgs {
     backbone: BackboneArgs,
     /// Examples to measure on
     #[arg(long, value_name = "FILE", help_heading = "Data")]
-    data: PathBuf,
+    data: Option<PathBuf>,
+    #[command(flatten)]
+    named: NamedTaskArgs,
+    /// Part of the benchmark's data [default: dev]
+    #[arg(long, help_heading = "Data", requires = "task", value_parser = split())]
+    split: Option<Split>,
     #[command(flatten)]
     format: FormatArgs,
-    /// What is measured [default: that of the run that made the prompt, else accuracy]
+    /// What is measured [default: the benchmark's, else that of the run that made the prompt, else accuracy]
     #[arg(long, value_name = "NAME,...", value_delimiter = ',', value_parser = choice::<Metric>(names::METRICS))]
     metrics: Option<Vec<Metric>>,
-    /// File to write the predictions to, one JSON object a line: index, inputs, target, prediction, loss
+    /// File to write the predictions to, one JSON object a line: index, inputs, target, prediction, loss; with --task
+    /// the benchmark's id besides
     #[arg(long, value_name = "FILE.jsonl")]
     output: Option<PathBuf>,
+    /// File of predictions for SuperGLUE's site to write, or the directory for it (BoolQ.jsonl and so on)
+    #[arg(long, value_name = "DIR|FILE.jsonl", requires = "task")]
+    submission: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) ranks: RankArgs,
 }
 
 #[derive(Serialize)]
 struct Summary {
+    task: Option<&'static Task>,
+    split: Option<&'static str>,
     examples: usize,
     metrics: serde_json::Map<String, serde_json::Value>,
     legal_share: Option<f64>,
     majority_share: Option<f64>,
-    loss: f64,
+    /// None without targets.
+    loss: Option<f64>,
     seconds: f64,
     output: Option<PathBuf>,
+    submission: Option<PathBuf>,
+}
+
+/// A benchmark's split.
+struct Named {
+    task: &'static Task,
+    split: Split,
+    found: TaskSplit,
+    /// The file for SuperGLUE's site.
+    submission: Option<PathBuf>,
 }
 
 /// Evaluates, writes the predictions where asked to, and prints the scores.
@@ -82,21 +110,22 @@ pub(crate) fn run(args: &EvalArgs, global: &Global) -> Result<Exit> {
             on_rank(args, ranks, global)
         })?;
     output::print(&summary, global.json)?;
-    if let Some(path) = args.output.as_ref().filter(|_| !global.json) {
+    for path in [&summary.output, &summary.submission].into_iter().flatten().filter(|_| !global.json) {
         note(&format!("predictions are in {}", path.display()));
     }
     Ok(Exit::Ok)
 }
 
 fn on_rank(args: &EvalArgs, ranks: &Arc<Ranks>, global: &Global) -> Result<Summary> {
+    // Before the backbone, which may take minutes.
+    let named = named(args, ranks.leads())?;
     let ready = backbone::load(&args.backbone, &args.format, ranks)?;
-    let set = examples(args, &ready)?;
-    let labels = label_set(&ready.format, &set.texts);
-    let options = EvalOptions {
-        metrics: args.metrics.as_ref().unwrap_or(&ready.metrics).clone(),
-        max_new_tokens: max_new_tokens(&ready, labels.as_deref())?,
-        labels,
+    let texts = match &named {
+        Some(named) => named.found.texts(),
+        None => examples(args, &ready)?,
     };
+    let set = tokenized(&texts, &ready)?;
+    let options = options(args, &ready, &set, named.as_ref())?;
     let what = || format!("evaluating {} examples", units::count(set.examples.len() as u64));
     let leads = ready.ranks().leads();
     let spinner = leads.then(|| progress::spinner(&what(), global));
@@ -106,22 +135,123 @@ fn on_rank(args: &EvalArgs, ranks: &Arc<Ranks>, global: &Global) -> Result<Summa
         evaluate(&backbone.engine, prompt.as_ref(), &set, &backbone.tokenizer, &options, &Control::new())?;
     drop(spinner);
     if let Some(path) = args.output.as_ref().filter(|_| leads) {
-        atomic::write_file(path, &json_lines(&evaluation)?)?;
+        let lines = match &named {
+            Some(named) => named_lines(&evaluation, &named.found)?,
+            None => json_lines(&evaluation)?,
+        };
+        atomic::write_file(path, &lines)?;
     }
-    Ok(summary(&evaluation, start.elapsed().as_secs_f64(), args.output.clone()))
+    if let Some(named) = named.as_ref().filter(|_| leads) {
+        named.submit(&evaluation)?;
+    }
+    Ok(summary(args, &evaluation, start.elapsed().as_secs_f64(), named))
 }
 
-fn examples(args: &EvalArgs, ready: &Ready) -> Result<TokenizedSet> {
-    let options = LoadOptions { skip_bad_records: args.format.skip_bad_records };
-    let loaded = load_text(&args.data, &ready.format, options)?;
-    let leads = ready.ranks().leads();
-    if leads && loaded.skipped > 0 {
-        warn(&format!("{}: {} records do not fit and are left out", args.data.display(), loaded.skipped));
+/// The split that the flags name, read; none if they name no task.
+fn named(args: &EvalArgs, leads: bool) -> Result<Option<Named>> {
+    let format = &args.format;
+    let others = [
+        ("--data", args.data.is_some()),
+        ("--inputs", format.inputs.is_some()),
+        ("--targets", format.targets.is_some()),
+        ("--labels", format.labels.is_some()),
+    ];
+    let Some((task, dir)) = args.named.resolve(&others)? else {
+        return match args.data {
+            Some(_) => Ok(None),
+            None => bad_input("--data is missing: give a file of examples, or a named task with --task"),
+        };
+    };
+    let submission = args.submission.as_deref().map(|path| submission_file(task, path)).transpose()?;
+    let split = args.split.unwrap_or(Split::Dev);
+    let options = LoadOptions { skip_bad_records: format.skip_bad_records };
+    let found = task.read(dir, split, Use::Evaluation, options)?;
+    if leads && found.skipped > 0 {
+        warn(&format!("{}: {} records do not fit and are left out", found.path.display(), found.skipped));
     }
+    if leads && found.dropped > 0 {
+        let (path, count) = (found.path.display(), found.dropped);
+        warn(&format!("{path}: {count} rows end before their label and are left out, as TFDS does"));
+    }
+    if found.references().is_none() {
+        if args.output.is_none() && submission.is_none() {
+            return bad_input(format!(
+                "the {split} split of {task} has no labels to measure against: give --output or --submission for the predictions"
+            ));
+        }
+        if leads {
+            note(&format!("the {split} split of {task} has no labels: predictions only, no metrics"));
+        }
+    }
+    Ok(Some(Named { task, split, found, submission }))
+}
+
+/// Where the file for SuperGLUE's site goes.
+fn submission_file(task: &Task, path: &Path) -> Result<PathBuf> {
+    let empty = submission(task, &[], &[])?;
+    match path.extension() {
+        _ if path.is_dir() => Ok(path.join(empty.file_name)),
+        Some(end) if end == "jsonl" => Ok(path.to_owned()),
+        _ => bad_input(format!(
+            "--submission {} is neither a directory that is there nor the name of a .jsonl file: give one of the two",
+            path.display()
+        )),
+    }
+}
+
+impl Named {
+    /// Writes the file for SuperGLUE's site, if it is asked for.
+    fn submit(&self, evaluation: &Evaluation) -> Result<()> {
+        let Some(path) = &self.submission else { return Ok(()) };
+        let predictions: Vec<String> = evaluation.predictions.iter().map(|p| p.prediction.clone()).collect();
+        let made = submission(self.task, &self.found.examples, &predictions)?;
+        if made.illegal > 0 {
+            warn(&format!(
+                "{} predictions are none that the site knows; the file has another answer in their place",
+                made.illegal
+            ));
+        }
+        Ok(atomic::write_file(path, made.text.as_bytes())?)
+    }
+}
+
+fn options(args: &EvalArgs, ready: &Ready, set: &TokenizedSet, named: Option<&Named>) -> Result<EvalOptions> {
+    let Some(Named { task, found, .. }) = named else {
+        let labels = label_set(&ready.format, &set.texts);
+        return Ok(EvalOptions {
+            metrics: args.metrics.as_ref().unwrap_or(&ready.metrics).clone(),
+            max_new_tokens: max_new_tokens(ready, labels.as_deref())?,
+            labels,
+            ..EvalOptions::default()
+        });
+    };
+    let (labels, references) = (labels_of_task(task), found.references());
+    let metrics = args.metrics.as_deref().unwrap_or(task.metrics);
+    Ok(EvalOptions {
+        metrics: if references.is_some() { metrics.to_vec() } else { Vec::new() },
+        selection: task.selection,
+        max_new_tokens: max_new_tokens(ready, labels.as_deref())?,
+        labels,
+        references: references.map(Arc::new),
+    })
+}
+
+/// Those of the file.
+fn examples(args: &EvalArgs, ready: &Ready) -> Result<Vec<TextExample>> {
+    let path = args.data.as_deref().unwrap_or(Path::new(""));
+    let options = LoadOptions { skip_bad_records: args.format.skip_bad_records };
+    let loaded = load_text(path, &ready.format, options)?;
+    if ready.ranks().leads() && loaded.skipped > 0 {
+        warn(&format!("{}: {} records do not fit and are left out", path.display(), loaded.skipped));
+    }
+    Ok(loaded.examples)
+}
+
+fn tokenized(texts: &[TextExample], ready: &Ready) -> Result<TokenizedSet> {
+    let leads = ready.ranks().leads();
     let Ready { backbone, max_input_length, max_target_length, .. } = ready;
     let vocabulary = backbone.config().vocab_size;
-    let set =
-        tokenize(&loaded.examples, &backbone.tokenizer, *max_input_length, *max_target_length, vocabulary)?;
+    let set = tokenize(texts, &backbone.tokenizer, *max_input_length, *max_target_length, vocabulary)?;
     if leads && set.truncated_inputs > 0 {
         let (cut, longest) = (set.truncated_inputs, set.longest_input);
         warn(&format!(
@@ -137,6 +267,39 @@ fn examples(args: &EvalArgs, ready: &Ready) -> Result<TokenizedSet> {
     Ok(set)
 }
 
+/// A benchmark's prediction; a line of the file of predictions.
+#[derive(Serialize)]
+struct NamedPrediction<'a> {
+    id: &'a ExampleId,
+    #[serde(flatten)]
+    prediction: &'a Prediction,
+}
+
+/// The same without a label.
+#[derive(Serialize)]
+struct Unlabelled<'a> {
+    id: &'a ExampleId,
+    index: usize,
+    inputs: &'a str,
+    prediction: &'a str,
+}
+
+/// A benchmark's predictions as they are written to a file.
+fn named_lines(evaluation: &Evaluation, found: &TaskSplit) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    for (prediction, example) in evaluation.predictions.iter().zip(&found.examples) {
+        let id = &example.id;
+        if example.reference.is_some() {
+            serde_json::to_writer(&mut bytes, &NamedPrediction { id, prediction })?;
+        } else {
+            let Prediction { index, inputs, prediction, .. } = prediction;
+            serde_json::to_writer(&mut bytes, &Unlabelled { id, index: *index, inputs, prediction })?;
+        }
+        bytes.push(b'\n');
+    }
+    Ok(bytes)
+}
+
 /// The predictions as they are written to a file.
 ///
 /// # Errors
@@ -150,8 +313,11 @@ pub(crate) fn json_lines(evaluation: &Evaluation) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn summary(evaluation: &Evaluation, seconds: f64, output: Option<PathBuf>) -> Summary {
+fn summary(args: &EvalArgs, evaluation: &Evaluation, seconds: f64, named: Option<Named>) -> Summary {
+    let has_targets = named.as_ref().is_none_or(|named| named.found.references().is_some());
     Summary {
+        task: named.as_ref().map(|named| named.task),
+        split: named.as_ref().map(|named| named.split.name()),
         examples: evaluation.predictions.len(),
         metrics: evaluation
             .metrics
@@ -159,10 +325,11 @@ fn summary(evaluation: &Evaluation, seconds: f64, output: Option<PathBuf>) -> Su
             .map(|(metric, value)| (metric.to_string(), (*value).into()))
             .collect(),
         legal_share: evaluation.legal_share,
-        majority_share: evaluation.legal_share.and(majority(evaluation)),
-        loss: evaluation.loss,
+        majority_share: evaluation.legal_share.filter(|_| has_targets).and(majority(evaluation)),
+        loss: has_targets.then_some(evaluation.loss),
         seconds,
-        output,
+        output: args.output.clone(),
+        submission: named.and_then(|named| named.submission),
     }
 }
 
@@ -203,7 +370,7 @@ impl Printed for Summary {
             self.metrics.iter().map(|(name, value)| vec![report::words(name), score(value)]).collect();
         rows.extend(self.majority_share.map(|v| vec!["(majority class)".to_owned(), units::percent(v)]));
         rows.extend(self.legal_share.map(|v| vec!["legal labels".to_owned(), units::percent(v)]));
-        rows.push(vec!["loss per token".to_owned(), format!("{:.4}", self.loss)]);
+        rows.extend(self.loss.map(|loss| vec!["loss per token".to_owned(), format!("{loss:.4}")]));
         rows.push(vec!["examples".to_owned(), units::count(self.examples as u64)]);
         rows.push(vec!["examples a second".to_owned(), units::rate(self.examples as f64 / self.seconds)]);
         output::table(&["measure", "value"], &rows, true)

@@ -11,13 +11,14 @@ use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 use clap::Args;
 use incipit_collective::{Axis, Ranks, broadcast_bytes, gather_bytes};
+use incipit_data::tasks::{ExampleId, Split, TaskSplit, Use};
 use incipit_data::{LoadOptions, Record, TextExample, TokenizedExample, load_inputs, tokenize};
 use incipit_model::{Example, GenerateOptions, Microbatch};
 use incipit_tune::prompt::Prompt;
 use serde::{Deserialize, Serialize};
 
 use super::backbone::{self, Ready};
-use crate::args::{BackboneArgs, FormatArgs, Global};
+use crate::args::{BackboneArgs, FormatArgs, Global, NamedTaskArgs, split};
 use crate::exit::{Exit, bad_input};
 use crate::output::Lines;
 use crate::progress::note;
@@ -27,16 +28,17 @@ use crate::ranks::{self, RankArgs};
 const LINES_AT_ONCE: usize = 64;
 
 const AFTER_HELP: &str = "\
-Texts come from --input, from the records of --data, or, where neither is given, from the lines of standard input. Where the run \
-that made the prompt used a template with one field, a text takes that field's place, so that the model sees what it was trained \
-on; --raw gives it the text alone.
+Texts come from --input, from the records of --data, from a benchmark named with --task, or, where none is given, from the lines of \
+standard input. Where the run that made the prompt used a template with one field, a text takes that field's place, so that the \
+model sees what it was trained on; --raw gives it the text alone.
 
 Examples:
   incipit generate --prompt runs/q --input \"how far is the moon\"
   incipit generate --prompt runs/q --data new.csv --json > answers.jsonl
   cat lines.txt | incipit generate --model ./t5 --num-beams 4
+  incipit generate --prompt runs/squad --task squad --data-dir SQuAD --json
 
-Answers go to standard output, one a line; with --json one object a line, with input, output and score.";
+Answers go to standard output, one a line; with --json one object a line, with input, output and score, and of a benchmark its id.";
 
 /// Flags of `generate`.
 #[derive(Args)]
@@ -50,6 +52,11 @@ pub(crate) struct GenerateArgs {
     /// File of records to answer, by the template of the inputs
     #[arg(long, value_name = "FILE", help_heading = "Texts")]
     data: Option<PathBuf>,
+    #[command(flatten)]
+    named: NamedTaskArgs,
+    /// Part of the benchmark's data [default: dev]
+    #[arg(long, help_heading = "Data", requires = "task", value_parser = split())]
+    split: Option<Split>,
     /// Template of the input text for --data [default: that of the run that made the prompt, else the field `inputs`]
     #[arg(long, value_name = "TEMPLATE", help_heading = "Texts")]
     inputs: Option<String>,
@@ -83,12 +90,14 @@ pub(crate) struct GenerateArgs {
 
 impl GenerateArgs {
     pub(crate) fn reads_standard_input(&self) -> bool {
-        self.data.is_none() && self.input.is_empty()
+        self.data.is_none() && self.input.is_empty() && self.named.task.is_none()
     }
 }
 
 #[derive(Serialize)]
 struct Answer<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<&'a ExampleId>,
     index: usize,
     input: &'a str,
     output: &'a str,
@@ -109,6 +118,8 @@ pub(crate) fn run(args: &GenerateArgs, global: &Global) -> Result<Exit> {
 }
 
 fn on_rank(args: &GenerateArgs, ranks: &Arc<Ranks>, global: &Global) -> Result<()> {
+    // Before the backbone, which may take minutes.
+    let named = named(args, ranks.leads())?;
     let format = FormatArgs {
         inputs: args.inputs.clone(),
         targets: None,
@@ -123,9 +134,12 @@ fn on_rank(args: &GenerateArgs, ranks: &Arc<Ranks>, global: &Global) -> Result<(
         options: options(args, &ready),
         lines: Lines::stdout(ready.ranks().leads()),
         json: global.json,
+        ids: named.iter().flat_map(|found| &found.examples).map(|example| example.id.clone()).collect(),
         next: 0,
     };
-    if let Some(path) = &args.data {
+    if let Some(found) = &named {
+        writer.answer(&found.texts())
+    } else if let Some(path) = &args.data {
         writer.answer(&load_inputs(path, &ready.format.inputs, LoadOptions::default())?.examples)
     } else if args.input.is_empty() {
         answer_stdin(args, &mut writer)
@@ -133,6 +147,25 @@ fn on_rank(args: &GenerateArgs, ranks: &Arc<Ranks>, global: &Global) -> Result<(
         let texts: Result<Vec<_>> = args.input.iter().map(|text| example(args, &ready, text)).collect();
         writer.answer(&texts?)
     }
+}
+
+/// The benchmark's split that the flags name.
+fn named(args: &GenerateArgs, leads: bool) -> Result<Option<TaskSplit>> {
+    let others = [
+        ("--input", !args.input.is_empty()),
+        ("--data", args.data.is_some()),
+        ("--inputs", args.inputs.is_some()),
+        ("--raw", args.raw),
+    ];
+    let Some((task, dir)) = args.named.resolve(&others)? else {
+        return Ok(None);
+    };
+    let split = args.split.unwrap_or(Split::Dev);
+    let found = task.read(dir, split, Use::Evaluation, LoadOptions::default())?;
+    if leads && found.dropped > 0 {
+        note(&format!("{} rows end before their label and are left out, as TFDS does", found.dropped));
+    }
+    Ok(Some(found))
 }
 
 fn check(args: &GenerateArgs) -> Result<()> {
@@ -252,6 +285,8 @@ struct Writer<'a> {
     options: GenerateOptions,
     lines: Lines,
     json: bool,
+    /// Of a benchmark's examples.
+    ids: Vec<ExampleId>,
     next: usize,
 }
 
@@ -356,7 +391,8 @@ impl Writer<'_> {
         let index = self.next;
         self.next += 1;
         if self.json {
-            self.lines.json(&Answer { index, input, output, score })
+            let id = self.ids.get(index);
+            self.lines.json(&Answer { id, index, input, output, score })
         } else {
             self.lines.text(output)
         }

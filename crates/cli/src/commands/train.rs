@@ -13,7 +13,7 @@ use incipit_tune::spec::{Backend, Method, PartialSpec, Precision, TrainSpec};
 use incipit_tune::train::{End, Observer, Outcome, train, train_as_rank};
 use serde::Serialize;
 
-use crate::args::{Global, choice, names};
+use crate::args::{Global, NamedTaskArgs, choice, names};
 use crate::commands::training::TrainingArgs;
 use crate::exit::Exit;
 use crate::interrupt::stop_on_ctrl_c;
@@ -37,13 +37,16 @@ Examples:
   incipit train --model ./t5 --train q.csv --eval q-dev.csv --out runs/q \\
       --inputs \"question: {question}\" --targets \"{label}\" --labels 0=False,1=True --steps 2000
 
+  incipit train --model ./t5 --task multirc --data-dir SuperGLUE --out runs/multirc
+      a benchmark from its owners' files: train split, development split, labels and metrics are the benchmark's
+
   incipit train --config runs/q/run.toml --out runs/again --seed 1
       the same settings with another seed: flags override the file, the file overrides the defaults
 
   incipit train --out runs/q --resume
       goes on after Ctrl-C, a crash or a kill, and ends in the same bytes as an undisturbed run
 
-Files: JSON lines (also .gz), CSV, TSV or Parquet.
+Files: JSON lines (also .gz), CSV, TSV or Parquet. Of a benchmark named with --task, `incipit task show NAME` tells which.
 Prompt initialisations: class-label, vocab, uniform, uniform:LOW,HIGH, text:SOME WORDS, file:PATH (an .npy, a
 PEFT directory or another run).
 Next: open OUT/report.html, and try `incipit generate --prompt OUT`.";
@@ -70,6 +73,8 @@ pub(crate) struct TrainArgs {
     /// Go on with the run in --out from its last checkpoint
     #[arg(long, help_heading = "Run")]
     resume: bool,
+    #[command(flatten)]
+    named: NamedTaskArgs,
     #[command(flatten)]
     training: TrainingArgs,
     /// What is trained [default: prompt]
@@ -116,6 +121,8 @@ impl TrainArgs {
             model: self.model,
             train: self.train,
             eval: self.eval,
+            task: self.named.task,
+            data_dir: self.named.data_dir,
             out: self.out,
             method: self.method,
             device: machine.device,

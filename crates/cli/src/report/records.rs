@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use incipit_data::tasks::Task;
 use incipit_tune::checkpoint;
 use incipit_tune::log::{self, Line, METRICS_FILE};
 use incipit_tune::spec::RUN_FILE;
@@ -42,7 +43,7 @@ pub(crate) struct Step {
 pub(crate) struct Evaluation {
     pub(crate) step: u64,
     pub(crate) loss: f64,
-    /// The metrics' mean: what chooses the best.
+    /// What chooses the best: the metrics' mean, or the one that counts.
     pub(crate) score: f64,
     pub(crate) legal: Option<f64>,
     pub(crate) examples: usize,
@@ -159,7 +160,7 @@ impl Records {
 
     /// What the run is about: the name of its data on its backbone.
     pub(crate) fn title(&self) -> String {
-        let train = self.setting("train");
+        let train = self.task().map_or_else(|| self.setting("train"), |task| task.name.to_owned());
         let without_endings = train.rsplit('/').map(|part| part.split('.').next().unwrap_or_default());
         let data = telling(without_endings, &["train", "training", "data", "dataset"]);
         let model = self.model_name();
@@ -188,8 +189,16 @@ impl Records {
         }
     }
 
-    /// The label texts that `run.toml` names, in its order.
+    /// The benchmark that the run is about, if it is known by name.
+    pub(crate) fn task(&self) -> Option<&'static Task> {
+        Task::named(&self.setting("task")).ok()
+    }
+
+    /// The label texts of the benchmark, or those that `run.toml` names, in its order.
     pub(crate) fn labels(&self) -> Vec<String> {
+        if let Some(task) = self.task() {
+            return task.labels.iter().map(|&label| label.to_owned()).collect();
+        }
         let labels = self.setting("labels");
         let text = |pair: &str| pair.split_once('=').map(|(_, text)| text.trim().to_owned());
         let mut seen = Vec::new();

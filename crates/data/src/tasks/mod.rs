@@ -24,7 +24,7 @@ mod submission;
 mod wsc;
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::error::{Error, Problem, Result};
@@ -105,9 +105,10 @@ pub enum Use {
 }
 
 /// Which score chooses the best checkpoint.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Selection {
-    /// The mean of all the task's metrics.
+    /// The mean of all that is measured.
+    #[default]
     Mean,
     /// One of them.
     One(Metric),
@@ -163,8 +164,9 @@ pub struct TaskExample {
     pub referent: Option<String>,
 }
 
-/// What a benchmark calls an example.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+/// What a benchmark calls an example. In JSON it is a number, a text, or an object of the numbers' names.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(untagged)]
 pub enum ExampleId {
     /// The record's `idx`, or its place in the file from 0.
     Number(u64),
@@ -230,6 +232,14 @@ impl Task {
         Split::ALL.into_iter().zip(self.files).filter(|(_, files)| !files.is_empty()).map(|(split, _)| split)
     }
 
+    /// The file of a split in `dir`, which is the task's folder or the one that holds it.
+    ///
+    /// # Errors
+    /// A split that the task does not have or whose file is missing, a directory that cannot be read.
+    pub fn file(&self, dir: &Path, split: Split) -> Result<PathBuf> {
+        folder::file(self, dir, split)
+    }
+
     /// Opens a split in `dir`, which is the task's folder or the one that holds it. Examples are read one record
     /// at a time, but for SQuAD's file, which is one JSON object.
     ///
@@ -237,7 +247,7 @@ impl Task {
     /// A split that the task does not have or whose file is missing, a file that cannot be opened. Errors in
     /// records come with the examples.
     pub fn examples(&'static self, dir: &Path, split: Split, purpose: Use) -> Result<Examples> {
-        Examples::open(self, &folder::file(self, dir, split)?, split, purpose)
+        Examples::open(self, &self.file(dir, split)?, split, purpose)
     }
 
     /// Reads a whole split.
@@ -278,5 +288,12 @@ impl FromStr for &'static Task {
 
     fn from_str(name: &str) -> Result<Self> {
         Task::named(name)
+    }
+}
+
+impl serde::Serialize for Task {
+    /// Its name.
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name)
     }
 }

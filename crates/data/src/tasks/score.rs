@@ -15,17 +15,24 @@ impl Task {
 
     /// The one number by which a checkpoint is chosen: the mean of the scores, or the one that counts.
     pub fn selection_score(&self, scores: &[(Metric, f64)]) -> f64 {
-        let counts = |metric| match self.selection {
-            Selection::Mean => true,
-            Selection::One(one) => metric == one,
-        };
-        mean(scores.iter().filter(|(metric, _)| counts(*metric)).map(|(_, score)| *score))
+        self.selection.score(scores)
     }
 
     /// Share of predictions that are one of the task's labels; none if its targets are free text.
     pub fn legal_share(&self, predictions: &[String]) -> Option<f64> {
         let labels: Vec<String> = self.labels.iter().map(|&label| label.to_owned()).collect();
         (!labels.is_empty()).then(|| legal_share(predictions, &labels))
+    }
+}
+
+impl Selection {
+    /// The one number of several scores: the one that counts, or their mean, also where that one was not measured.
+    pub fn score(self, scores: &[(Metric, f64)]) -> f64 {
+        let one = match self {
+            Self::Mean => None,
+            Self::One(one) => scores.iter().find(|(metric, _)| *metric == one),
+        };
+        one.map_or_else(|| mean(scores.iter().map(|(_, score)| *score)), |(_, score)| *score)
     }
 }
 

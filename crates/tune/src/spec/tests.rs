@@ -205,3 +205,54 @@ fn paths_are_kept_so_that_they_mean_the_same_elsewhere() {
     assert_eq!(spec.train, std::env::current_dir().unwrap().join("train.jsonl"));
     assert_eq!(spec.model, "google/t5-small-lm-adapt", "a name of the hub is no path");
 }
+
+/// A run of a named task, whose files are there.
+fn of_task(task: &str, dir: &Path) -> PartialSpec {
+    let (task, data_dir) = (Some(task.to_owned()), Some(dir.to_owned()));
+    PartialSpec { train: None, task, data_dir, ..least() }
+}
+
+#[test]
+fn a_named_task_brings_its_metrics_and_is_written_without_files() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["train-v1.1.json", "dev-v1.1.json", "train.jsonl", "val.jsonl"] {
+        fs::write(dir.path().join(name), "{}").unwrap();
+    }
+    let resolve = |partial: PartialSpec| TrainSpec::resolve(partial, None, false).unwrap();
+    let squad = resolve(of_task("squad", dir.path()));
+    assert_eq!(squad.metrics, [Metric::ExactMatch, Metric::TokenF1]);
+    assert_eq!(squad.prompt_init, PromptInit::Vocab);
+    let cb = resolve(of_task("cb", dir.path()));
+    assert_eq!(cb.metrics, [Metric::MacroF1, Metric::Accuracy]);
+    assert_eq!(cb.prompt_init, PromptInit::ClassLabel);
+    let given = PartialSpec { metrics: Some(vec![Metric::Accuracy]), ..of_task("cb", dir.path()) };
+    assert_eq!(resolve(given).metrics, [Metric::Accuracy]);
+    let written = file(&squad.to_toml());
+    assert_eq!(TrainSpec::read(written.path()).unwrap(), squad);
+    assert!(squad.continues(&cb).unwrap_err().to_string().contains("task"));
+    // The files may have moved.
+    let moved = PartialSpec { data_dir: Some("/elsewhere".into()), ..PartialSpec::default() };
+    let moved = moved.over(PartialSpec::read(written.path()).unwrap()).whole(true).unwrap();
+    moved.continues(&squad).unwrap();
+}
+
+#[test]
+fn a_named_task_and_files_at_once_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let refusal = |partial| TrainSpec::resolve(partial, None, false).unwrap_err().to_string();
+    let task = || of_task("cb", dir.path());
+    let text = || Some("{a}".to_owned());
+    for (partial, other) in [
+        (PartialSpec { train: Some("t.jsonl".into()), ..task() }, "--train"),
+        (PartialSpec { eval: Some("e.jsonl".into()), ..task() }, "--eval"),
+        (PartialSpec { inputs: text(), ..task() }, "--inputs"),
+        (PartialSpec { targets: text(), ..task() }, "--targets"),
+        (PartialSpec { labels: text(), ..task() }, "--labels"),
+    ] {
+        let message = refusal(partial);
+        assert!(message.starts_with("--task cb has") && message.contains(other), "{message}");
+    }
+    assert!(refusal(PartialSpec { data_dir: None, ..task() }).starts_with("--data-dir is missing"));
+    assert!(refusal(PartialSpec { data_dir: Some("d".into()), ..least() }).starts_with("--data-dir is"));
+    assert!(refusal(task()).contains("train.jsonl"), "{}", refusal(task()));
+}

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use incipit_data::tasks::{Split, Task};
+
 use super::{Backend, PartialSpec, TrainSpec};
 use crate::{Error, Result, init::PromptInit, recipe::Recipe, schedule::Schedule};
 
@@ -14,17 +16,15 @@ const MAX_SEED: u64 = i64::MAX as u64;
 
 pub(super) fn whole(layers: PartialSpec, resume: bool) -> Result<TrainSpec> {
     let recipe = given(layers.recipe, "recipe", "pass --recipe paper")?;
+    let mend = "pass the directory of a T5 model, or its name on the Hugging Face hub";
+    let model = model(given(layers.model.clone(), "model", mend)?)?;
+    let Data { task, data_dir, train, eval } = Data::of(&layers)?;
     let spec = TrainSpec {
-        model: model(given(
-            layers.model,
-            "model",
-            "pass the directory of a T5 model, or its name on the Hugging Face hub",
-        )?)?,
-        train: absolute(
-            "train",
-            &given(layers.train, "train", "pass a file of examples (.jsonl, .csv, .tsv or .parquet)")?,
-        )?,
-        eval: layers.eval.map(|eval| absolute("eval", &eval)).transpose()?,
+        model,
+        task,
+        data_dir,
+        train,
+        eval,
         out: absolute("out", &given(layers.out, "out", "pass a directory for what the run writes")?)?,
         inputs: layers.inputs,
         targets: layers.targets,
@@ -75,6 +75,46 @@ pub(super) fn whole(layers: PartialSpec, resume: bool) -> Result<TrainSpec> {
     check_numbers(&spec)?;
     check_texts(&spec)?;
     Ok(spec)
+}
+
+/// Where the examples come from.
+struct Data {
+    task: Option<&'static Task>,
+    data_dir: Option<PathBuf>,
+    train: PathBuf,
+    eval: Option<PathBuf>,
+}
+
+impl Data {
+    /// Files, or a named task; never both.
+    fn of(layers: &PartialSpec) -> Result<Self> {
+        let Some(name) = &layers.task else {
+            if layers.data_dir.is_some() {
+                return refused("data-dir", "is the directory of a named task", "name the task with --task");
+            }
+            let mend =
+                "pass a file of examples (.jsonl, .csv, .tsv or .parquet), or a named task with --task";
+            let train = given(layers.train.as_deref(), "train", mend)?;
+            let eval = layers.eval.as_deref().map(|eval| absolute("eval", eval)).transpose()?;
+            return Ok(Self { task: None, data_dir: None, train: absolute("train", train)?, eval });
+        };
+        let task = Task::named(name)?;
+        let others = [
+            ("train", layers.train.is_some()),
+            ("eval", layers.eval.is_some()),
+            ("inputs", layers.inputs.is_some()),
+            ("targets", layers.targets.is_some()),
+            ("labels", layers.labels.is_some()),
+        ];
+        if let Some((other, _)) = others.into_iter().find(|(_, given)| *given) {
+            let problem = format!("{name} has data, texts and labels of its own, and --{other} is given too");
+            return refused("task", problem, "leave one of them out, on the command line or in the file");
+        }
+        let mend = "pass the directory of the task's files";
+        let dir = absolute("data-dir", given(layers.data_dir.as_deref(), "data-dir", mend)?)?;
+        let eval = task.splits().any(|split| split == Split::Dev).then(|| dir.clone());
+        Ok(Self { task: Some(task), train: dir.clone(), data_dir: Some(dir), eval })
+    }
 }
 
 fn refused<T>(

@@ -5,13 +5,13 @@
 
 use std::sync::Arc;
 
-use incipit_data::{TextExample, TokenizedExample, TokenizedSet};
+use incipit_data::{TextExample, TokenizedExample, TokenizedSet, metrics::Reference};
 
 use super::Task;
 use crate::{Error, Result, prompt::Prompt};
 
 /// The version of the bytes written here.
-const FORMAT: u64 = 1;
+const FORMAT: u64 = 2;
 
 impl Task {
     /// All of it as bytes, to be sent to another rank.
@@ -21,6 +21,7 @@ impl Task {
         out.number(FORMAT as usize);
         out.set(&self.train);
         out.list(self.eval.as_slice(), |out, set| out.set(set));
+        out.list(self.references.as_slice(), |out, references| out.list(references, Writer::reference));
         out.list(self.labels.as_slice(), |out, labels| out.list(labels, |out, label| out.text(label)));
         out.number(self.max_new_tokens);
         out.text(&self.train_hash);
@@ -78,6 +79,15 @@ impl Writer {
         items.iter().for_each(|item| write(self, item));
     }
 
+    fn reference(&mut self, reference: &Reference) {
+        self.list(&reference.answers, |out, answer| out.text(answer));
+        self.list(reference.group.as_slice(), |out, (one, two)| {
+            out.number(*one as usize);
+            out.number(*two as usize);
+        });
+        self.number(usize::from(reference.holds));
+    }
+
     fn set(&mut self, set: &TokenizedSet) {
         self.list(&set.examples, |out, example| {
             out.words(example.input.iter().copied());
@@ -103,6 +113,7 @@ impl<'a> Reader<'a> {
         Some(Task {
             train: Arc::new(self.set()?),
             eval: self.option(|reader| reader.set().map(Arc::new))?,
+            references: self.option(|reader| reader.list(Self::reference).map(Arc::new))?,
             labels: self.option(|reader| reader.list(Self::text))?,
             max_new_tokens: self.number()?,
             train_hash: self.text()?,
@@ -148,6 +159,14 @@ impl<'a> Reader<'a> {
     fn prompt(&mut self) -> Option<Prompt> {
         let (length, width) = (self.number()?, self.number()?);
         Prompt::new(length, width, self.words()?.into_iter().map(f32::from_bits).collect()).ok()
+    }
+
+    fn reference(&mut self) -> Option<Reference> {
+        Some(Reference {
+            answers: self.list(Self::text)?,
+            group: self.option(|reader| Some((reader.number()? as u64, reader.number()? as u64)))?,
+            holds: self.number()? != 0,
+        })
     }
 
     fn set(&mut self) -> Option<TokenizedSet> {
@@ -196,6 +215,10 @@ mod tests {
         Task {
             train: Arc::new(set(5)),
             eval: Some(Arc::new(set(2))),
+            references: Some(Arc::new(vec![
+                Reference { group: Some((1, 70)), ..Reference::of("yes") },
+                Reference { answers: vec![String::new(), "ß".to_owned()], group: None, holds: false },
+            ])),
             labels: Some(vec!["yes".to_owned(), "nein".to_owned()]),
             max_new_tokens: 6,
             train_hash: "ab".repeat(32),
@@ -208,8 +231,15 @@ mod tests {
     #[test]
     fn a_task_is_read_back_as_it_was() {
         let whole = task();
-        let bare =
-            Task { eval: None, labels: None, eval_hash: None, initial: None, warnings: Vec::new(), ..task() };
+        let bare = Task {
+            eval: None,
+            references: None,
+            labels: None,
+            eval_hash: None,
+            initial: None,
+            warnings: Vec::new(),
+            ..task()
+        };
         let empty = Task { labels: Some(Vec::new()), train: Arc::default(), ..task() };
         for task in [whole, bare, empty] {
             assert_eq!(Task::from_bytes(&task.to_bytes()).unwrap(), task);

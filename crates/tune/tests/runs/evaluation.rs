@@ -28,7 +28,12 @@ fn set(records: &[(&str, &str)]) -> TokenizedSet {
 
 fn options(max_new_tokens: usize) -> EvalOptions {
     let labels = ["yes", "no"].map(str::to_owned).to_vec();
-    EvalOptions { metrics: vec![Metric::Accuracy, Metric::TokenF1], labels: Some(labels), max_new_tokens }
+    EvalOptions {
+        metrics: vec![Metric::Accuracy, Metric::TokenF1],
+        labels: Some(labels),
+        max_new_tokens,
+        ..EvalOptions::default()
+    }
 }
 
 fn prompt() -> Prompt {

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Args;
+use incipit_data::tasks::Task;
 use incipit_data::{LoadOptions, TextExample, load_text};
 use incipit_proto::Problem;
 use incipit_proto::client::Client;
@@ -85,6 +86,12 @@ pub(super) struct SubmitArgs {
     /// The same request sent again under the same id makes no second job [default: a new one]
     #[arg(long, value_name = "UUID", help_heading = "Job")]
     request_id: Option<String>,
+    /// Refused, with what to do instead
+    #[arg(long, hide = true)]
+    task: Option<String>,
+    /// Likewise
+    #[arg(long, hide = true)]
+    data_dir: Option<PathBuf>,
     #[command(flatten)]
     training: TrainingArgs,
 }
@@ -190,6 +197,7 @@ impl Draft {
             tell_ignored(path, &file);
         }
         let given = flags.over(file);
+        refuse_task(args.task.as_deref().or(given.task.as_deref()), args.data_dir.is_some())?;
         let model = given.model.clone();
         let job = job_fields(given);
         let elsewhere = PartialSpec {
@@ -200,6 +208,18 @@ impl Draft {
         let whole = TrainSpec::resolve(elsewhere.over(job.clone()), None, false)?;
         Ok(Self { job, whole, model })
     }
+}
+
+/// A job carries files of inputs and targets, and no more of a benchmark than that.
+fn refuse_task(task: Option<&str>, has_dir: bool) -> Result<()> {
+    let Some(task) = task else {
+        return if has_dir { bad_input("--data-dir is of no use to a job: leave it out") } else { Ok(()) };
+    };
+    let task = Task::named(task)?;
+    bad_input(format!(
+        "--task {task} is not for jobs of a cluster yet: write the benchmark's splits to files, as in `incipit task export {task} \
+         --data-dir DIR --split train --output train.jsonl`, and hand these in with --train and --eval"
+    ))
 }
 
 /// Without what the backbone and the worker decide.
