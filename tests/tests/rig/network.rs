@@ -1,4 +1,5 @@
-//! Machines of a network on this one: a namespace each, with a link to a bridge. Needs root, and `ip` of iproute2.
+//! Machines of a network on this one: a namespace each, with a link to a bridge. The bridge, and the test itself, are in a namespace of their
+//! own, so that no address is one of this machine's, and nothing gets out. Needs root, and `ip` of iproute2.
 
 use std::net::Ipv4Addr;
 use std::process::Command;
@@ -7,29 +8,56 @@ use anyhow::{Context, Result, ensure};
 
 use super::skipped;
 
+/// Where the test stands.
+pub(crate) enum Around {
+    /// In the network.
+    Within(Network),
+    /// It was run in a network, and is done.
+    Done,
+    /// There is none to be had.
+    Without,
+}
+
 /// A bridge, and the machines whose links go there. All is taken down with this.
 pub(crate) struct Network {
-    /// Its number: this machine has 10.N.N'.1 on it, where N.N' is the number.
-    number: u16,
     machines: Vec<String>,
 }
 
+/// Says to a test that it is in the network, and what the names of namespaces begin with.
+const INSIDE: &str = "INCIPIT_TEST_NETWORK";
+const BRIDGE: &str = "bridge";
+
 impl Network {
-    /// Nothing, with a word about it, where it cannot be had.
-    pub(crate) fn start() -> Result<Option<Self>> {
+    /// Runs a test of this file again, in a network. To be called by the test first of all.
+    pub(crate) fn around(test: &str) -> Result<Around> {
+        if std::env::var_os(INSIDE).is_some() {
+            return Self::begin().map(Around::Within);
+        }
         if !rustix::process::geteuid().is_root() || Command::new("ip").arg("-V").output().is_err() {
-            return skipped("network namespaces need root and the program ip (the package iproute2)");
+            skipped::<()>("network namespaces need root and the program ip (the package iproute2)")?;
+            return Ok(Around::Without);
         }
-        // Tests that run beside each other have other numbers; 10.0 and 10.1 are left to whoever has them.
-        let number = (std::process::id() % 0xfd00) as u16 + 0x200;
-        let network = Self { number, machines: Vec::new() };
-        let bridge = network.bridge();
-        if let Err(error) = ip(&["link", "add", &bridge, "type", "bridge"]) {
-            return skipped(&format!("this system lets nobody make networks: {error}"));
+        let name = format!("incipit-{}", std::process::id());
+        if let Err(error) = ip(&["netns", "add", &name]) {
+            skipped::<()>(&format!("this system lets nobody make networks: {error}"))?;
+            return Ok(Around::Without);
         }
-        ip(&["addr", "add", &format!("{}/24", network.address()), "dev", &bridge])?;
-        ip(&["link", "set", &bridge, "up"])?;
-        Ok(Some(network))
+        let mut within = Command::new("ip");
+        within.args(["netns", "exec", &name]).arg(std::env::current_exe()?);
+        let ran =
+            within.args(["--exact", test, "--include-ignored", "--nocapture"]).env(INSIDE, &name).status();
+        let _ = ip(&["netns", "del", &name]);
+        ensure!(ran?.success(), "it failed within the network; see above");
+        Ok(Around::Done)
+    }
+
+    fn begin() -> Result<Self> {
+        ip(&["link", "set", "lo", "up"])?;
+        ip(&["link", "add", BRIDGE, "type", "bridge"])?;
+        let network = Self { machines: Vec::new() };
+        ip(&["addr", "add", &format!("{}/24", network.address()), "dev", BRIDGE])?;
+        ip(&["link", "set", BRIDGE, "up"])?;
+        Ok(network)
     }
 
     /// The address of this machine, which is none of the network's.
@@ -38,22 +66,17 @@ impl Network {
     }
 
     fn at(&self, place: u8) -> Ipv4Addr {
-        let [high, low] = self.number.to_be_bytes();
-        Ipv4Addr::new(10, high, low, place)
-    }
-
-    fn bridge(&self) -> String {
-        format!("inc{}", self.number)
+        Ipv4Addr::new(10, 0, 0, place)
     }
 
     fn namespace(&self, machine: &str) -> String {
-        format!("inc{}-{machine}", self.number)
+        format!("{}-{machine}", std::env::var(INSIDE).unwrap_or_default())
     }
 
     /// The end of a machine's link that is on the bridge.
     fn link(&self, machine: &str) -> Result<String> {
         let place = self.machines.iter().position(|known| known == machine);
-        Ok(format!("inc{}p{}", self.number, place.with_context(|| format!("{machine} is on the network"))?))
+        Ok(format!("link{}", place.with_context(|| format!("{machine} is on the network"))?))
     }
 
     /// A program on a machine, which is made when it is first named.
@@ -80,7 +103,7 @@ impl Network {
         let (link, address) = (self.link(machine)?, format!("{}/24", self.at(place)));
         ip(&["netns", "add", &namespace])?;
         ip(&["link", "add", &link, "type", "veth", "peer", "name", "eth0", "netns", &namespace])?;
-        ip(&["link", "set", &link, "master", &self.bridge(), "up"])?;
+        ip(&["link", "set", &link, "master", BRIDGE, "up"])?;
         ip(&["-n", &namespace, "addr", "add", &address, "dev", "eth0"])?;
         ip(&["-n", &namespace, "link", "set", "eth0", "up"])?;
         ip(&["-n", &namespace, "link", "set", "lo", "up"])
@@ -97,7 +120,6 @@ impl Drop for Network {
         for machine in &self.machines {
             let _ = ip(&["netns", "del", &self.namespace(machine)]);
         }
-        let _ = ip(&["link", "del", &self.bridge()]);
     }
 }
 
