@@ -85,6 +85,13 @@ need_buf() {
   npm install --silent --no-save --no-audit --no-fund --prefix "target/buf-$version" "@bufbuild/buf-$kind@$version" >&2
 }
 
+# `ip`, with which the chaos test makes machines of a network.
+need_ip() {
+  if ! have ip && have apt-get && [ "$(id -u)" = 0 ] && [ "${INCIPIT_NO_INSTALL:-0}" != 1 ]; then
+    install_packages iproute2
+  fi
+}
+
 # Slurm's daemons, for the tests of cluster/slurm. They are not started, but by those tests, on ports and in folders of their own.
 need_slurm() {
   if ! { have slurmctld || [ -x /usr/sbin/slurmctld ]; } && have apt-get && [ "$(id -u)" = 0 ] && [ "${INCIPIT_NO_INSTALL:-0}" != 1 ]; then

@@ -22,6 +22,7 @@ cargo test --workspace --locked ${FEATURES[@]+"${FEATURES[@]}"}
 if [ "${1:-all}" != quick ]; then
   need_cluster_tools
   need_slurm
+  need_ip
   # The long suites: tests that are marked `#[ignore = "long: ..."]`.
   cargo test --workspace --locked ${FEATURES[@]+"${FEATURES[@]}"} -- --ignored
 fi

@@ -149,6 +149,10 @@ impl Chaos {
         Ok(())
     }
 
+    fn set_link(&self, worker: &str, up: bool) -> Result<()> {
+        self.network.as_ref().context("a network")?.set_link(worker, up)
+    }
+
     /// Has some jobs running or waiting.
     fn top_up(&mut self) -> Result<()> {
         let unfinished = |job: &&v1::Job| [JobState::Queued, JobState::Running].contains(&job.state());
@@ -239,12 +243,6 @@ impl Chaos {
             _ => {}
         }
         Ok(())
-    }
-}
-
-impl Chaos {
-    fn set_link(&self, worker: &str, up: bool) -> Result<()> {
-        self.network.as_ref().context("a network")?.set_link(worker, up)
     }
 }
 

@@ -126,14 +126,9 @@ impl Rig {
             std::fs::remove_file(&plan)?;
         }
         for step in self.persist("the checkpoints", |cluster| cluster.checkpoint_steps(&job).map(Some))? {
-            self.persist("a checkpoint to be verified", |cluster| {
-                let problems = cluster.verify(&format!("jobs/{job}/checkpoints/{step}"))?;
-                Ok(Some(problems))
-            })
-            .and_then(|problems| {
-                ensure!(problems.is_empty(), "{point:?} {n}: step {step}: {problems:?}");
-                Ok(())
-            })?;
+            let name = format!("jobs/{job}/checkpoints/{step}");
+            let problems = self.persist("a checkpoint to be verified", |c| c.verify(&name).map(Some))?;
+            ensure!(problems.is_empty(), "{point:?} {n}: step {step}: {problems:?}");
             committed = committed.max(step);
         }
         ensure!(ended.progress.as_ref().is_some_and(|progress| progress.committed_step == committed));

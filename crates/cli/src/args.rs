@@ -241,11 +241,9 @@ pub(crate) mod names {
 
 /// A flag that takes a part of a benchmark's data.
 pub(crate) fn split() -> impl TypedValueParser<Value = Split> {
-    PossibleValuesParser::new(Split::ALL.map(Split::name)).map(|name| match &*name {
-        "train" => Split::Train,
-        "test" => Split::Test,
-        _ => Split::Dev,
-    })
+    let named = |name: String| Split::ALL.into_iter().find(|split| split.name() == name);
+    PossibleValuesParser::new(Split::ALL.map(Split::name))
+        .map(move |name| named(name).expect("no other name is let through"))
 }
 
 /// A flag that takes one of a few names.

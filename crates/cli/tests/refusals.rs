@@ -2,18 +2,7 @@
 
 mod common;
 
-use common::{Ran, command, demo, incipit, train};
-
-/// One line of error that holds all of `parts`, nothing on standard output.
-#[track_caller]
-fn refused(ran: &Ran, parts: &[&str]) {
-    assert_eq!(ran.code, 2, "stdout:\n{}\nstderr:\n{}", ran.stdout, ran.stderr);
-    assert!(ran.stdout.is_empty(), "{}", ran.stdout);
-    for part in parts {
-        assert!(ran.stderr.contains(part), "no {part:?} in:\n{}", ran.stderr);
-    }
-    assert!(!ran.stderr.contains("panicked"), "{}", ran.stderr);
-}
+use common::{Ran, command, demo, incipit, refused, train};
 
 #[test]
 fn flags_that_mean_nothing_are_refused() {

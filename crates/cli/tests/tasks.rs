@@ -4,7 +4,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{Ran, demo, incipit, text};
+use common::{Ran, demo, incipit, refused, text};
 use serde_json::Value;
 
 /// Small files in the manner of each benchmark's own.
@@ -34,17 +34,6 @@ fn train(out: &str, task: &str, data: &str, more: &[&str]) -> Ran {
         args.extend(["--steps", "2"]);
     }
     incipit(&args)
-}
-
-/// Exit code 2 with all of `parts`, and nothing printed as a result.
-#[track_caller]
-fn refused(ran: &Ran, parts: &[&str]) {
-    assert_eq!(ran.code, 2, "stdout:\n{}\nstderr:\n{}", ran.stdout, ran.stderr);
-    assert!(ran.stdout.is_empty(), "{}", ran.stdout);
-    for part in parts {
-        assert!(ran.stderr.contains(part), "no {part:?} in:\n{}", ran.stderr);
-    }
-    assert!(!ran.stderr.contains("panicked"), "{}", ran.stderr);
 }
 
 #[test]

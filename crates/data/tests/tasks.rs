@@ -5,7 +5,7 @@
 mod common;
 
 use common::golden;
-use incipit_data::metrics::{Metric, Reference};
+use incipit_data::metrics::{Metric, Reference, legal_share};
 use incipit_data::tasks::{Family, Split, Task, TaskExample, TaskSplit, Use, super_glue_average};
 use incipit_data::{LoadOptions, TextExample, load_text};
 use serde_json::Value;
@@ -208,7 +208,7 @@ fn answers_without_tokens_have_no_words_in_common() {
 
 #[test]
 fn a_checkpoint_is_chosen_by_the_mean_or_by_the_metric_that_counts() {
-    let choose = |task: &str, scores: &[(Metric, f64)]| Task::named(task).unwrap().selection_score(scores);
+    let choose = |task: &str, scores: &[(Metric, f64)]| Task::named(task).unwrap().selection.score(scores);
     assert_eq!(choose("cb", &[(Metric::MacroF1, 0.5), (Metric::Accuracy, 1.0)]), 0.75);
     assert_eq!(choose("squad", &[(Metric::ExactMatch, 0.5), (Metric::TokenF1, 0.9)]), 0.9);
 }
@@ -244,8 +244,12 @@ fn super_glues_average_is_the_mean_of_the_eight_tasks_means() {
 #[test]
 fn the_share_of_legal_labels_is_known_of_tasks_with_labels() {
     let predictions = ["True", "true", " False", "?"].map(str::to_owned);
-    assert_eq!(Task::named("boolq").unwrap().legal_share(&predictions), Some(0.5));
-    assert_eq!(Task::named("record").unwrap().legal_share(&predictions), None);
+    let share = |task: &str| {
+        let labels = Task::named(task).unwrap().label_texts();
+        labels.map(|labels| legal_share(&predictions, &labels))
+    };
+    assert_eq!(share("boolq"), Some(0.5));
+    assert_eq!(share("record"), None);
 }
 
 #[test]

@@ -59,7 +59,7 @@ impl Task {
             (None, Some(eval)) => Some(loader.file("evaluation", eval)?),
         };
         let labels = match (spec.task, spec.task_format()?.labels) {
-            (Some(task), _) => labels_of_task(task),
+            (Some(task), _) => task.label_texts(),
             (None, Some(map)) => Some(map.texts().map(str::to_owned).collect()),
             (None, None) => classes(&train.set.texts),
         };
@@ -93,11 +93,6 @@ impl Task {
             warnings: loader.warnings,
         })
     }
-}
-
-/// The labels of a named task; none if its targets are free text.
-pub fn labels_of_task(task: &tasks::Task) -> Option<Vec<String>> {
-    (!task.labels.is_empty()).then(|| task.labels.iter().map(|&label| label.to_owned()).collect())
 }
 
 /// Examples as they were read.
@@ -145,12 +140,7 @@ impl Loader<'_> {
         };
         let found = task.read(dir, split, purpose, self.options())?;
         self.tell_skipped(kind, found.skipped, found.first_skipped.first());
-        if found.dropped > 0 {
-            let (count, path) = (found.dropped, found.path.display());
-            self.warnings.push(format!(
-                "{count} rows of {path} end before their label and are left out, as TFDS does"
-            ));
-        }
+        self.warnings.extend(found.left_out());
         let set = self.tokenized(kind, &found.texts())?;
         Ok(Examples { set, hash: split_hash(&found), references: found.references() })
     }

@@ -92,8 +92,9 @@ fn build() -> Result<PathBuf> {
     let target = profile.parent().context("the target folder")?;
     let mut build = Command::new(cargo);
     // What cargo told this test of its package. Build scripts look at it: if it were there, much would be built anew.
-    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("CARGO_")) {
-        if !["CARGO_HOME", "CARGO_TARGET_DIR"].contains(&&*name.to_string_lossy()) {
+    for (name, _) in std::env::vars_os() {
+        let of_package = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_CRATE_", "CARGO_BIN_", "CARGO_PRIMARY_"];
+        if of_package.iter().any(|start| name.to_string_lossy().starts_with(start)) {
             build.env_remove(name);
         }
     }

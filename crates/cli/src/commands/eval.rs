@@ -14,7 +14,6 @@ use incipit_data::{LoadOptions, TaskFormat, TextExample, TokenizedSet, labels_of
 use incipit_tune::atomic;
 use incipit_tune::control::Control;
 use incipit_tune::evaluate::{EvalOptions, Evaluation, Prediction, evaluate};
-use incipit_tune::task::labels_of_task;
 use serde::Serialize;
 
 use super::backbone::{self, Ready};
@@ -169,11 +168,10 @@ fn named(args: &EvalArgs, leads: bool) -> Result<Option<Named>> {
     if leads && found.skipped > 0 {
         warn(&format!("{}: {} records do not fit and are left out", found.path.display(), found.skipped));
     }
-    if leads && found.dropped > 0 {
-        let (path, count) = (found.path.display(), found.dropped);
-        warn(&format!("{path}: {count} rows end before their label and are left out, as TFDS does"));
+    if let Some(said) = found.left_out().filter(|_| leads) {
+        warn(&said);
     }
-    if found.references().is_none() {
+    if !found.is_labelled() {
         if args.output.is_none() && submission.is_none() {
             return bad_input(format!(
                 "the {split} split of {task} has no labels to measure against: give --output or --submission for the predictions"
@@ -225,7 +223,7 @@ fn options(args: &EvalArgs, ready: &Ready, set: &TokenizedSet, named: Option<&Na
             ..EvalOptions::default()
         });
     };
-    let (labels, references) = (labels_of_task(task), found.references());
+    let (labels, references) = (task.label_texts(), found.references());
     let metrics = args.metrics.as_deref().unwrap_or(task.metrics);
     Ok(EvalOptions {
         metrics: if references.is_some() { metrics.to_vec() } else { Vec::new() },
@@ -314,7 +312,7 @@ pub(crate) fn json_lines(evaluation: &Evaluation) -> Result<Vec<u8>> {
 }
 
 fn summary(args: &EvalArgs, evaluation: &Evaluation, seconds: f64, named: Option<Named>) -> Summary {
-    let has_targets = named.as_ref().is_none_or(|named| named.found.references().is_some());
+    let has_targets = named.as_ref().is_none_or(|named| named.found.is_labelled());
     Summary {
         task: named.as_ref().map(|named| named.task),
         split: named.as_ref().map(|named| named.split.name()),

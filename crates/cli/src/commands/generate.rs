@@ -162,8 +162,8 @@ fn named(args: &GenerateArgs, leads: bool) -> Result<Option<TaskSplit>> {
     };
     let split = args.split.unwrap_or(Split::Dev);
     let found = task.read(dir, split, Use::Evaluation, LoadOptions::default())?;
-    if leads && found.dropped > 0 {
-        note(&format!("{} rows end before their label and are left out, as TFDS does", found.dropped));
+    if let Some(said) = found.left_out().filter(|_| leads) {
+        note(&said);
     }
     Ok(Some(found))
 }

@@ -250,6 +250,7 @@ struct Exported {
 fn export(args: &ExportArgs) -> Result<Exported> {
     let task = Task::named(&args.task)?;
     let found = task.read(&args.data_dir, args.split, purpose(args.split), LoadOptions::default())?;
+    let left_out = found.left_out();
     let mut bytes = Vec::new();
     let mut count = 0;
     let holds = |example: &TaskExample| example.reference.as_ref().is_none_or(|reference| reference.holds);
@@ -259,8 +260,8 @@ fn export(args: &ExportArgs) -> Result<Exported> {
         count += 1;
     }
     atomic::write_file(&args.output, &bytes)?;
-    if found.dropped > 0 {
-        note(&format!("{} rows end before their label and are left out, as TFDS does", found.dropped));
+    if let Some(said) = left_out {
+        note(&said);
     }
     Ok(Exported { task, split: args.split.name(), examples: count, output: args.output.clone() })
 }

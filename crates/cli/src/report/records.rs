@@ -197,7 +197,7 @@ impl Records {
     /// The label texts of the benchmark, or those that `run.toml` names, in its order.
     pub(crate) fn labels(&self) -> Vec<String> {
         if let Some(task) = self.task() {
-            return task.labels.iter().map(|&label| label.to_owned()).collect();
+            return task.label_texts().unwrap_or_default();
         }
         let labels = self.setting("labels");
         let text = |pair: &str| pair.split_once('=').map(|(_, text)| text.trim().to_owned());

@@ -40,6 +40,17 @@ impl From<Output> for Ran {
     }
 }
 
+/// One line of error that holds all of `parts`, nothing on standard output.
+#[track_caller]
+pub(crate) fn refused(ran: &Ran, parts: &[&str]) {
+    assert_eq!(ran.code, 2, "stdout:\n{}\nstderr:\n{}", ran.stdout, ran.stderr);
+    assert!(ran.stdout.is_empty(), "{}", ran.stdout);
+    for part in parts {
+        assert!(ran.stderr.contains(part), "no {part:?} in:\n{}", ran.stderr);
+    }
+    assert!(!ran.stderr.contains("panicked"), "{}", ran.stderr);
+}
+
 /// The program, with nothing of the environment that could change what it does.
 pub(crate) fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_incipit"));

@@ -228,11 +228,10 @@ impl Core {
 
     /// Takes a backbone off the workers that are being drained, once its jobs have left.
     pub(super) fn vacate(&mut self, backbone: &BackboneName) {
-        if !self.is_to_move(backbone) || !self.names_of(backbone, JobState::Running).is_empty() {
+        let draining = self.to_leave(backbone);
+        if draining.is_empty() || !self.names_of(backbone, JobState::Running).is_empty() {
             return;
         }
-        let draining = self.rows.workers.values().filter(|worker| worker.draining);
-        let draining: BTreeSet<WorkerName> = draining.map(|worker| worker.name.clone()).collect();
         let there = |rank: &RankPlacement| draining.contains(&rank.worker) && !rank.lost;
         let names: Vec<&str> = draining.iter().map(WorkerName::as_str).collect();
         let message = format!("{} is being drained", names.join(", "));
@@ -242,10 +241,15 @@ impl Core {
 
     /// Whether a rank of a backbone is on a worker that is being drained.
     pub(super) fn is_to_move(&self, backbone: &BackboneName) -> bool {
-        let on_drained = |rank: &RankPlacement| {
-            !rank.lost && self.rows.workers.get(&rank.worker).is_some_and(|worker| worker.draining)
-        };
-        self.rows.backbones.get(backbone).is_some_and(|backbone| backbone.ranks.iter().any(on_drained))
+        !self.to_leave(backbone).is_empty()
+    }
+
+    /// The workers that are being drained and have ranks of a backbone.
+    fn to_leave(&self, backbone: &BackboneName) -> BTreeSet<WorkerName> {
+        let drained = |worker: &WorkerName| self.rows.workers.get(worker).is_some_and(|row| row.draining);
+        let ranks = self.rows.backbones.get(backbone).into_iter().flat_map(|backbone| &backbone.ranks);
+        let there = ranks.filter(|rank| !rank.lost && drained(&rank.worker));
+        there.map(|rank| rank.worker.clone()).collect()
     }
 
     fn clear_worker(&mut self, name: &WorkerName, loss: &Loss<'_>) {

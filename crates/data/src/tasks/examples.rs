@@ -54,6 +54,18 @@ impl TaskSplit {
         self.examples.iter().map(|example| example.text.clone()).collect()
     }
 
+    /// What is to be said of incomplete rows, if some were left out.
+    pub fn left_out(&self) -> Option<String> {
+        let (count, path) = (self.dropped, self.path.display());
+        let said = || format!("{count} rows of {path} end before their label and are left out, as TFDS does");
+        (count > 0).then(said)
+    }
+
+    /// Whether every example has a label.
+    pub fn is_labelled(&self) -> bool {
+        self.examples.iter().all(|example| example.reference.is_some())
+    }
+
     /// What predictions are scored against; none if any example has no label.
     pub fn references(&self) -> Option<Vec<Reference>> {
         self.examples.iter().map(|example| example.reference.clone()).collect()

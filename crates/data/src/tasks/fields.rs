@@ -46,10 +46,7 @@ pub(super) fn objects<'a>(
     name: &'static str,
     task: &Task,
 ) -> Result<Vec<&'a Record>, Problem> {
-    let whole = value(record, name, task)?;
-    let refuse = |found| wrong(task, name, found, "a list of objects");
-    let items = whole.as_array().ok_or_else(|| refuse(whole))?;
-    items.iter().map(|item| item.as_object().ok_or_else(|| refuse(item))).collect()
+    list(record, name, task, ("a list of objects", Value::as_object))
 }
 
 /// The texts of a list.
@@ -58,10 +55,20 @@ pub(super) fn texts<'a>(
     name: &'static str,
     task: &Task,
 ) -> Result<Vec<&'a str>, Problem> {
+    list(record, name, task, ("a list of texts", Value::as_str))
+}
+
+/// A list that is `needed`, of which `item` takes each part.
+fn list<'a, T: ?Sized>(
+    record: &'a Record,
+    name: &'static str,
+    task: &Task,
+    (needed, item): (&'static str, fn(&'a Value) -> Option<&'a T>),
+) -> Result<Vec<&'a T>, Problem> {
     let whole = value(record, name, task)?;
-    let refuse = |found| wrong(task, name, found, "a list of texts");
+    let refuse = |found| wrong(task, name, found, needed);
     let items = whole.as_array().ok_or_else(|| refuse(whole))?;
-    items.iter().map(|item| item.as_str().ok_or_else(|| refuse(item))).collect()
+    items.iter().map(|each| item(each).ok_or_else(|| refuse(each))).collect()
 }
 
 /// Which of `labels` a record has under one of these names: false and true or their numbers, or its text. None if

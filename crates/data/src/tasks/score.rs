@@ -1,7 +1,7 @@
 //! Scores as the benchmarks define them.
 
 use super::{Family, Selection, Task};
-use crate::metrics::{Metric, Reference, legal_share, mean, score_references};
+use crate::metrics::{Metric, Reference, mean, score_references};
 
 impl Task {
     /// The task's metrics of predictions, in the order of [`Task::metrics`].
@@ -13,15 +13,9 @@ impl Task {
         self.metrics.iter().map(score).collect()
     }
 
-    /// The one number by which a checkpoint is chosen: the mean of the scores, or the one that counts.
-    pub fn selection_score(&self, scores: &[(Metric, f64)]) -> f64 {
-        self.selection.score(scores)
-    }
-
-    /// Share of predictions that are one of the task's labels; none if its targets are free text.
-    pub fn legal_share(&self, predictions: &[String]) -> Option<f64> {
-        let labels: Vec<String> = self.labels.iter().map(|&label| label.to_owned()).collect();
-        (!labels.is_empty()).then(|| legal_share(predictions, &labels))
+    /// The texts of its labels; none if its targets are free text.
+    pub fn label_texts(&self) -> Option<Vec<String>> {
+        (!self.labels.is_empty()).then(|| self.labels.iter().map(|&label| label.to_owned()).collect())
     }
 }
 

@@ -14,10 +14,7 @@ fn stands(world: &World) -> (BackboneState, BackboneReason) {
 }
 
 fn two_ranks_on_two_workers() -> World {
-    let mut world = World::new();
-    world.connect("w1", 1, true);
-    world.connect("w2", 1, true);
-    world.create_backbone("b", spec(Collective::Gloo, 2, 1, 2));
+    let mut world = World::of_two();
     world.load("w1");
     world.load("w2");
     world.create_job("j", "b");
@@ -131,10 +128,7 @@ fn a_new_step_ends_a_row_of_losses_and_a_step_made_again_does_not() {
 
 #[test]
 fn a_group_that_failed_because_a_worker_was_lost_is_not_charged_with_it_and_the_worker_is_named() {
-    let mut world = World::new();
-    world.connect("w1", 1, true);
-    world.connect("w2", 1, true);
-    world.create_backbone("b", spec(Collective::Gloo, 2, 1, 2));
+    let mut world = World::of_two();
     for round in 0..7 {
         world.load("w1");
         world.load("w2");
@@ -206,10 +200,7 @@ fn a_backbone_in_use_is_deleted_by_force_alone_which_cancels_its_jobs() {
 
 #[test]
 fn jobs_go_to_the_leader_alone_and_only_once_the_backbone_is_ready() {
-    let mut world = World::new();
-    world.connect("w1", 1, true);
-    world.connect("w2", 1, true);
-    world.create_backbone("b", spec(Collective::Gloo, 2, 1, 2));
+    let mut world = World::of_two();
     world.create_job("j", "b");
     world.load("w1");
     assert!(world.agents[&worker_name("w1")].jobs.is_empty());

@@ -2,10 +2,9 @@
 
 use incipit_proto::v1::{BackboneReason, BackboneState, JobReason, JobState, JobWish, WorkerState};
 
-use super::world::{World, backbone_name, spec, target, worker_name};
+use super::world::{World, backbone_name, target, worker_name};
 use crate::core::{
     AgentMessage, Input, Request, ToAgent,
-    backbone::Collective,
     input::{JobEvent, RendezvousKey},
 };
 
@@ -135,10 +134,7 @@ fn draining_one_of_two_workers_moves_its_ranks() {
 
 #[test]
 fn a_worker_that_does_not_lead_is_left_only_when_its_leader_has_saved_the_jobs() {
-    let mut world = World::new();
-    world.connect("w1", 1, true);
-    world.connect("w2", 1, true);
-    world.create_backbone("b", spec(Collective::Gloo, 2, 1, 2));
+    let mut world = World::of_two();
     world.load("w1");
     world.load("w2");
     world.create_job("j", "b");
@@ -151,6 +147,17 @@ fn a_worker_that_does_not_lead_is_left_only_when_its_leader_has_saved_the_jobs()
     assert_eq!(world.state("j"), (JobState::Queued, JobReason::BackboneRecovering));
     assert_eq!(world.job("j").committed_step, 9);
     assert!(["w1", "w2"].iter().all(|id| world.agents[&worker_name(id)].engines.is_empty()));
+}
+
+#[test]
+fn a_backbone_that_moves_names_the_worker_that_it_leaves_and_no_other() {
+    let mut world = World::running();
+    world.connect("v", 1, true);
+    world.ask(Request::DrainWorker(worker_name("v"))).unwrap();
+    world.ask(Request::DrainWorker(worker_name("w"))).unwrap();
+    leave_saved(&mut world, "w", 7);
+    let message = &world.backbone("b").last_loss;
+    assert_eq!(message, "workers/w is being drained");
 }
 
 #[test]
@@ -213,10 +220,7 @@ fn a_worker_that_is_lost_for_a_day_is_forgotten() {
 
 #[test]
 fn ranks_find_each_other_whoever_comes_first_and_an_old_epoch_is_forgotten() {
-    let mut world = World::new();
-    world.connect("w1", 1, true);
-    world.connect("w2", 1, true);
-    world.create_backbone("b", spec(Collective::Gloo, 2, 1, 2));
+    let mut world = World::of_two();
     let key = |epoch, key: &str| RendezvousKey { backbone: backbone_name("b"), epoch, key: key.to_owned() };
     let put = |epoch, name: &str| AgentMessage::RendezvousPut { key: key(epoch, name), value: "v".into() };
     let answers = |effects: &crate::core::Effects| {

@@ -325,6 +325,15 @@ impl World {
         }
     }
 
+    /// Two workers with a rank each of a backbone that is not ready.
+    pub(super) fn of_two() -> Self {
+        let mut world = Self::new();
+        world.connect("w1", 1, true);
+        world.connect("w2", 1, true);
+        world.create_backbone("b", spec(Collective::Gloo, 2, 1, 2));
+        world
+    }
+
     /// One worker with a backbone of one rank that is ready.
     pub(super) fn ready() -> Self {
         let mut world = Self::new();
