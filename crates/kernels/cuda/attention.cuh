@@ -1,7 +1,8 @@
 // Attention over examples laid end to end, as in FlashAttention-2 (Dao 2023), with T5's relative bias: tiles of scores live in
 // shared memory, and of a row only the logarithm of its normaliser is kept. Nothing of size T x T is stored, and every number is one
 // chain of additions in a fixed order: the gradient is made by two kernels, one for the queries' and one for the keys' and values',
-// so that no block adds to what another one writes.
+// so that no block adds to what another one writes. For the gradient to the bias's table, a block sums those to the scores of its
+// tiles by their distances, and another kernel adds up the blocks' sums by buckets.
 #pragma once
 #include "common.cuh"
 #include "tiles.cuh"
@@ -18,10 +19,16 @@ struct AttentionParams {
   const int *query_offsets, *key_offsets;
   const Tile *tiles;   // of queries; for the gradients to keys and values, of keys
   const float *bias;   // [heads, bias_stride] by key - query + bias_zero; null for none
+  float *by_distance;  // [tiles, heads, 2 * bias_zero + 1], 0 before: sums of gradients to scores, in the order of the bias
+  const uint32_t *bucket_of; // the bucket of each place of the bias
+  float *table;        // [buckets, heads]: the gradient to the table of which the bias was made
   const Random *random; // [examples, heads]; null for no dropout
   Dropping dropping;
   int bias_stride, bias_zero;
-  int heads, width, queries, causal;
+  int heads, width, queries;
+  int prefix; // leading keys of every example that stand before the sequence
+  int causal;
+  int tile_count, buckets;
 };
 
 // One head of one example.
@@ -40,12 +47,15 @@ template <typename T> struct Head {
   __device__ const T *key(const void *all, int row) const { return static_cast<const T *>(all) + place(first_key + row); }
   __device__ int64_t of_row(int query) const { return static_cast<int64_t>(head) * p.queries + first_query + query; }
 
-  __device__ bool sees(int query, int key) const { return query < queries && key < keys && !(p.causal && key > query); }
+  __device__ bool sees(int query, int key) const {
+    return query < queries && key < keys && !(p.causal && key - p.prefix > query);
+  }
   __device__ float bias(int query, int key) const {
-    return p.bias == nullptr ? 0.0f : p.bias[static_cast<int64_t>(head) * p.bias_stride + p.bias_zero + key - query];
+    if (p.bias == nullptr || key < p.prefix) return 0.0f;
+    return p.bias[static_cast<int64_t>(head) * p.bias_stride + p.bias_zero + key - p.prefix - query];
   }
   // Keys that the query rows before `end` see.
-  __device__ int visible(int end) const { return p.causal && end < keys ? end : keys; }
+  __device__ int visible(int end) const { return p.causal && end + p.prefix < keys ? end + p.prefix : keys; }
   __device__ float dropped(int query, int key) const {
     if (p.random == nullptr) return 1.0f;
     const uint64_t block = static_cast<uint64_t>(query) * static_cast<uint64_t>((keys + 7) / 8) + static_cast<uint64_t>(key / 8);
@@ -142,12 +152,30 @@ template <typename T> __device__ inline void attention_delta(const AttentionPara
   if (lane() == 0) p.delta[static_cast<int64_t>(head) * p.queries + row] = sum;
 }
 
-// With probabilities `P`, dropout's factors `f` and `dP = (dy v^T) f`: dS = P (dP - delta), dq = dS k.
-template <typename T, int WIDTH> __device__ inline void attention_gradient_queries(const AttentionParams &p) {
+// Adds the gradients to the scores of a tile of queries and one of keys, `[rows, rows + 1]`, to the sums of their distances: a thread
+// has one of the 2 * rows - 1 diagonals, the last one none.
+template <typename T> __device__ inline void add_diagonals(const AttentionParams &p, const float *scores, int first_key, int first_query) {
+  constexpr int ROWS = Tiles<T>::ROWS;
+  const int64_t distances = 2 * static_cast<int64_t>(p.bias_zero) + 1;
+  float *const sums = p.by_distance + (static_cast<int64_t>(blockIdx.x) * p.heads + blockIdx.y) * distances;
+  const int diagonal = static_cast<int>(threadIdx.x) - (ROWS - 1); // column - row
+  const int64_t place = static_cast<int64_t>(p.bias_zero) + first_key - p.prefix - first_query + diagonal;
+  // Beyond the longest example there are no scores.
+  if (place < 0 || place >= distances) return;
+  float sum = 0.0f;
+  for (int row = diagonal < 0 ? -diagonal : 0; row < ROWS && row + diagonal < ROWS; row++)
+    sum += scores[row * (ROWS + 1) + row + diagonal];
+  sums[place] += sum;
+}
+
+// With probabilities `P`, dropout's factors `f` and `dP = (dy v^T) f`: dS = P (dP - delta), dq = dS k. With BIAS, dS is also summed
+// by distances.
+template <typename T, int WIDTH, bool BIAS> __device__ inline void attention_gradient_queries(const AttentionParams &p) {
   using L = AttentionLayout<T, WIDTH>;
   SHARED_MEMORY(memory);
   T *const q = reinterpret_cast<T *>(memory), *const dy = q + L::TILE, *const k = dy + L::TILE, *const v = k + L::TILE;
   T *const ds = v + L::TILE + 16 * warp() * L::LDP;
+  float *const by_rows = reinterpret_cast<float *>(v + L::TILE + L::PROBABILITIES);
   const Tile tile = p.tiles[blockIdx.x];
   const Head<T> h(p, tile.example, static_cast<int>(blockIdx.y));
   const int rows = h.queries - tile.first < L::ROWS ? h.queries - tile.first : L::ROWS;
@@ -181,10 +209,16 @@ template <typename T, int WIDTH> __device__ inline void attention_gradient_queri
         d = probability * (dp * h.dropped(query, key) - delta[half]);
       }
       ds[row_of(half) * L::LDP + column] = narrow<T>(d);
+      // The prefix has no bias.
+      if constexpr (BIAS) by_rows[(16 * warp() + row_of(half)) * (L::ROWS + 1) + column] = key < p.prefix ? 0.0f : d;
     });
     __syncwarp();
     multiply_columns<WIDTH, L::ROWS>(dq, ds, L::LDP, k, L::LD);
     __syncwarp();
+    if constexpr (BIAS) {
+      __syncthreads(); // all warps' gradients are there
+      add_diagonals<T>(p, by_rows, first, tile.first);
+    }
   }
   T *const out = static_cast<T *>(p.dq) + h.place(h.first_query + tile.first);
   store_rows(dq, out, h.stride, rows, p.width, [](int) { return 1.0f; });
@@ -207,7 +241,7 @@ template <typename T, int WIDTH> __device__ inline void attention_gradient_keys(
   float dk[WIDTH / 8][4], dv[WIDTH / 8][4];
   clear(dk), clear(dv);
   // Queries before the tile's keys do not see them.
-  for (int first = p.causal ? tile.first : 0; first < h.queries; first += L::ROWS) {
+  for (int first = p.causal && tile.first > p.prefix ? tile.first - p.prefix : 0; first < h.queries; first += L::ROWS) {
     __syncthreads();
     load_tile<T, WIDTH>(q, h.query(p.q, first), h.queries - first, h.stride, p.width);
     load_tile<T, WIDTH>(dy, h.query(p.dy, first), h.queries - first, h.stride, p.width);
@@ -244,11 +278,34 @@ template <typename T, int WIDTH> __device__ inline void attention_gradient_keys(
   store_rows(dv, static_cast<T *>(p.dv) + place, h.stride, rows, p.width, [](int) { return 1.0f; });
 }
 
-constexpr int DELTA_THREADS = 256;
+constexpr int DELTA_THREADS = 256, BIAS_THREADS = 256;
+
+// A block a head: its tiles' sums by distances are added up in the place of the first one's, and then by buckets.
+KERNEL(attention_gradient_bias, AttentionParams, BIAS_THREADS) {
+  const int distances = 2 * p.bias_zero + 1, head = static_cast<int>(blockIdx.x);
+  float *const sums = p.by_distance + static_cast<int64_t>(head) * distances;
+  for (int i = static_cast<int>(threadIdx.x); i < distances; i += static_cast<int>(blockDim.x)) {
+    float sum = 0.0f;
+    for (int tile = 0; tile < p.tile_count; tile++) sum += sums[static_cast<int64_t>(tile) * p.heads * distances + i];
+    sums[i] = sum;
+  }
+  __syncthreads();
+  for (int bucket = static_cast<int>(threadIdx.x); bucket < p.buckets; bucket += static_cast<int>(blockDim.x)) {
+    float sum = 0.0f;
+    for (int i = 0; i < distances; i++)
+      if (p.bucket_of[i] == static_cast<uint32_t>(bucket)) sum += sums[i];
+    p.table[bucket * p.heads + head] = sum;
+  }
+}
 
 #define ATTENTION_KERNELS(T, WIDTH)                                                                                                  \
   KERNEL(attention_##T##_##WIDTH, AttentionParams, TILE_THREADS<T>) { attention<T, WIDTH>(p); }                                      \
-  KERNEL(attention_gradient_queries_##T##_##WIDTH, AttentionParams, TILE_THREADS<T>) { attention_gradient_queries<T, WIDTH>(p); }    \
+  KERNEL(attention_gradient_queries_##T##_##WIDTH, AttentionParams, TILE_THREADS<T>) {                                               \
+    attention_gradient_queries<T, WIDTH, false>(p);                                                                                  \
+  }                                                                                                                                  \
+  KERNEL(attention_gradient_queries_bias_##T##_##WIDTH, AttentionParams, TILE_THREADS<T>) {                                          \
+    attention_gradient_queries<T, WIDTH, true>(p);                                                                                   \
+  }                                                                                                                                  \
   KERNEL(attention_gradient_keys_##T##_##WIDTH, AttentionParams, TILE_THREADS<T>) { attention_gradient_keys<T, WIDTH>(p); }
 
 ATTENTION_KERNELS(bf16, 64)

@@ -1,12 +1,13 @@
 // RMSNorm, a block a row: `y = x r w` with `r = 1 / sqrt(mean(x^2) + epsilon)`, and the gradient
-// `dx = r g - x r^3 mean(g x) + residual` with `g = dy w`.
+// `dx = r g - x r^3 mean(g x) + residual` with `g = dy w`; and the gradient to the weight, the sum of `dy x r` over the rows.
 #pragma once
 #include "common.cuh"
 
 struct NormParams {
   const float *x, *weight, *dy, *residual; // the last one may be null
+  const float *scales;                     // `r` of each row
   void *out;
-  int width;
+  int rows, width;
   float epsilon;
 };
 
@@ -48,4 +49,30 @@ KERNEL(rms_norm_gradient, NormParams, NORM_THREADS) {
     const float g = r * (dy[i] * p.weight[i]) - x[i] * c;
     out[i] = residual == nullptr ? g : g + residual[i];
   });
+}
+
+KERNEL(rms_norm_scales, NormParams, NORM_THREADS) {
+  __shared__ float scratch[32];
+  const float r = inverse_rms(p, p.x + static_cast<int64_t>(blockIdx.x) * p.width, scratch);
+  if (threadIdx.x == 0) static_cast<float *>(p.out)[blockIdx.x] = r;
+}
+
+constexpr int COLUMN_THREADS = 512;
+
+// A block has 32 columns, a lane one of them, and a warp every 16th row; then the first warp adds up what the warps have.
+KERNEL(rms_norm_weight_gradient, NormParams, COLUMN_THREADS) {
+  constexpr int WARPS = COLUMN_THREADS / 32;
+  __shared__ float sums[WARPS][32];
+  const int column = static_cast<int>(blockIdx.x) * 32 + lane();
+  float sum = 0.0f;
+  for (int row = warp(); row < p.rows && column < p.width; row += WARPS) {
+    const int64_t place = static_cast<int64_t>(row) * p.width + column;
+    sum += p.dy[place] * (p.x[place] * p.scales[row]);
+  }
+  sums[warp()][lane()] = sum;
+  __syncthreads();
+  if (warp() != 0 || column >= p.width) return;
+  float total = 0.0f;
+  for (int of = 0; of < WARPS; of++) total += sums[of][lane()];
+  static_cast<float *>(p.out)[column] = total;
 }

@@ -28,6 +28,22 @@ template <typename T> __device__ inline void embed(const EmbedParams &p) {
 KERNEL(embed_bf16, EmbedParams, ROW_THREADS) { embed<bf16>(p); }
 KERNEL(embed_f32, EmbedParams, ROW_THREADS) { embed<float>(p); }
 
+struct EmbedGradientParams {
+  const float *dx; // [tokens, width]
+  const uint32_t *ends, *order; // the tokens of row `r`: order[ends[r]] to order[ends[r + 1] - 1]
+  float *out; // [rows, width]
+  int width;
+};
+// A block sums a row of the table in the order of the tokens.
+KERNEL(embed_gradient, EmbedGradientParams, ROW_THREADS) {
+  const uint32_t first = p.ends[blockIdx.x], end = p.ends[blockIdx.x + 1];
+  for (int column = static_cast<int>(threadIdx.x); column < p.width; column += static_cast<int>(blockDim.x)) {
+    float sum = 0.0f;
+    for (uint32_t i = first; i < end; i++) sum += p.dx[static_cast<int64_t>(p.order[i]) * p.width + column];
+    p.out[static_cast<int64_t>(blockIdx.x) * p.width + column] = sum;
+  }
+}
+
 struct DropoutParams {
   const void *x;
   void *out;

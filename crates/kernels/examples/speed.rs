@@ -96,6 +96,7 @@ fn attentions(dtype: DType, report: Report<'_>) -> Result<()> {
             heads: HEADS,
             bias: Some(&bias),
             causal: false,
+            prefix: 0,
             dropout: (rate > 0.0).then_some(&masks),
         };
         let dims = [segments.total(), HEADS * HEAD];

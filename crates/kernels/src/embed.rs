@@ -1,4 +1,4 @@
-//! Embeddings: rows of the frozen table, and rows of prompts.
+//! Embeddings: rows of the table, and rows of prompts; and the gradient to the table where it is trained.
 
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
@@ -40,6 +40,12 @@ impl Vocabulary {
     #[must_use]
     pub fn place(self, id: u32, held: usize) -> Option<usize> {
         (id as usize).checked_sub(self.first).filter(|place| *place < held)
+    }
+
+    /// Refuses a token that is none.
+    fn expect(self, op: &'static str, mut ids: impl Iterator<Item = u32>) -> Result<()> {
+        let Some(id) = ids.find(|id| *id as usize >= self.size) else { return Ok(()) };
+        Err(Error::Shape { op, what: format!("token {id} is outside of a vocabulary of {}", self.size) })
     }
 }
 
@@ -96,10 +102,7 @@ fn sources(
     for run in runs {
         match run {
             Rows::Tokens(ids) => {
-                if let Some(id) = ids.iter().find(|id| **id as usize >= vocabulary.size) {
-                    let what = format!("token {id} is outside of a vocabulary of {}", vocabulary.size);
-                    return Err(Error::Shape { op, what });
-                }
+                vocabulary.expect(op, ids.iter().copied())?;
                 let place = |id: &u32| vocabulary.place(*id, table.rows());
                 sources.extend(ids.iter().map(|id| place(id).map_or(Source::Zeros, Source::Token)));
             }
@@ -152,4 +155,64 @@ fn gather(table: &Frozen, prompts: &[Tensor], sources: &[Source]) -> Result<Tens
         }
     });
     tensor(values, &[sources.len(), d])
+}
+
+/// The gradient to an embedding's table, given the gradient `dx` to what [`embed`] gave: each row's is the sum of the rows of `dx`
+/// that have its token, in their order.
+///
+/// # Shapes
+/// `dx` `[T, D]` f32; `ids` `T` tokens, none for a row that is no token's; the result is `[rows, D]` f32, for the vocabulary's
+/// rows from `vocabulary.first` on. A token of another row is passed over.
+///
+/// # Errors
+/// If the shapes or types do not fit, or a token id is outside of the vocabulary.
+pub fn embed_gradient(
+    dx: &Tensor,
+    ids: &[Option<u32>],
+    vocabulary: Vocabulary,
+    rows: usize,
+) -> Result<Tensor> {
+    let op = "embed_gradient";
+    let (count, d) = dims2(op, dx)?;
+    let refuse = |what: String| Err(Error::Shape { op, what });
+    if count != ids.len() {
+        return refuse(format!("{count} rows of gradients for {} tokens", ids.len()));
+    }
+    if vocabulary.first + rows > vocabulary.size {
+        let Vocabulary { first, size } = vocabulary;
+        return refuse(format!("{rows} rows from {first} on of a vocabulary of {size}"));
+    }
+    vocabulary.expect(op, ids.iter().copied().flatten())?;
+    let (ends, order) = by_place(ids, vocabulary, rows);
+    if let Some(gpu) = Gpu::of(dx)? {
+        return gpu::rows::embed_gradient(&gpu, dx, (&ends, &order));
+    }
+    let view = View::new(op, dx)?;
+    let dx = view.slice::<f32>()?;
+    let mut values = vec![0.0; rows * d];
+    values.par_chunks_exact_mut(d.max(1)).enumerate().with_min_len(64).for_each(|(row, out)| {
+        for from in &order[ends[row] as usize..ends[row + 1] as usize] {
+            let from = &dx[*from as usize * d..][..d];
+            out.iter_mut().zip(from).for_each(|(sum, x)| *sum += x);
+        }
+    });
+    tensor(values, &[rows, d])
+}
+
+/// Which of `ids` are those of the table's row `r`: `order[ends[r] .. ends[r + 1]]`, ascending.
+fn by_place(ids: &[Option<u32>], vocabulary: Vocabulary, rows: usize) -> (Vec<u32>, Vec<u32>) {
+    let place = |id: &Option<u32>| id.and_then(|id| vocabulary.place(id, rows));
+    let mut ends = vec![0; rows + 1];
+    ids.iter().filter_map(place).for_each(|place| ends[place + 1] += 1);
+    for row in 0..rows {
+        ends[row + 1] += ends[row];
+    }
+    let (mut next, mut order) = (ends.clone(), vec![0; ends[rows] as usize]);
+    for (i, id) in ids.iter().enumerate() {
+        if let Some(place) = place(id) {
+            order[next[place] as usize] = i as u32;
+            next[place] += 1;
+        }
+    }
+    (ends, order)
 }

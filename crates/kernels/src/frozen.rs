@@ -37,10 +37,6 @@ enum Data {
     Bf16(Arc<Vec<bf16>>),
     F32(Arc<Vec<f32>>),
     /// On a GPU, as `[rows, cols]` without gaps.
-    #[cfg_attr(
-        not(any(feature = "cuda", feature = "emulator")),
-        allow(dead_code, reason = "there is no GPU")
-    )]
     Device(Tensor),
 }
 
@@ -107,7 +103,6 @@ impl Frozen {
     }
 
     /// A matrix that lies on a device.
-    #[cfg(any(feature = "cuda", feature = "emulator"))]
     pub(crate) fn from_device(tensor: Tensor) -> Self {
         let dims = tensor.dims();
         let (rows, cols) = (dims[0], dims[1]);

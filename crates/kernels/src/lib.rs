@@ -1,4 +1,4 @@
-//! Fused operations of a frozen T5, each with its gradient to the input, on the CPU and on CUDA devices.
+//! Fused operations of a T5, each with its gradients to the input and to what can be trained, on the CPU and on CUDA devices.
 //!
 //! An operation runs where its operands lie: `gpu` has the CUDA side, every other module the CPU's.
 #![allow(unsafe_code)]
@@ -26,10 +26,12 @@ mod tensor;
 mod tests;
 
 pub use activation::{Activation, activate, activate_gradient, gated, gated_gradient};
-pub use attention::{Attended, Attention, Buckets, PositionBias, attention, attention_gradient};
+pub use attention::{
+    Attended, Attention, Buckets, PositionBias, attention, attention_gradient, attention_gradient_with_bias,
+};
 pub use cast::{add, rounded};
 pub use dropout::{Dropout, dropout};
-pub use embed::{Rows, Vocabulary, embed};
+pub use embed::{Rows, Vocabulary, embed, embed_gradient};
 pub use error::{Error, Result};
 pub use frozen::{ByteOwner, Frozen, FrozenSlice};
 pub use gpu::device::{
@@ -39,7 +41,7 @@ pub use gpu::device::{
 #[cfg(feature = "emulator")]
 pub use gpu::emulated::on as on_emulated_gpu;
 pub use isa::{Isa, isa};
-pub use linear::{linear, linear_add, linear_gradient};
+pub use linear::{linear, linear_add, linear_gradient, linear_weight_gradient};
 pub use loss::{LossSlope, Softmax, Targets, cross_entropy_gradient};
-pub use norm::{rms_norm, rms_norm_gradient};
+pub use norm::{rms_norm, rms_norm_gradient, rms_norm_weight_gradient};
 pub use segments::Segments;

@@ -1,9 +1,10 @@
-//! Linear layers whose weight is frozen: forward, and the gradient to the input. A gradient of the weight does not exist.
+//! Linear layers: forward, the gradient to the input, and that to the weight where it is trained.
 
 use std::mem::MaybeUninit;
 
 use candle_core::{DType, Tensor};
 use half::bf16;
+use rayon::prelude::*;
 
 use crate::element::Element;
 use crate::frozen::Frozen;
@@ -106,6 +107,74 @@ fn check_terms(terms: &[(&Tensor, &Frozen)], out: DType) -> Result<(usize, usize
     Ok((rows, cols))
 }
 
+/// The gradient to the weight of a linear layer: `dy^T x`, summed in f32 in the order of the rows.
+///
+/// # Shapes
+/// `dy` `[T, out]` and `x` `[T, in]`, both of one type (bf16 or f32); the result is `[out, in]` f32, zeros if `T` is 0.
+///
+/// # Errors
+/// If the shapes or types do not fit.
+pub fn linear_weight_gradient(dy: &Tensor, x: &Tensor) -> Result<Tensor> {
+    if let Some(gpu) = Gpu::of(x)? {
+        let (rows, dims) = check_weight_gradient(dy, x)?;
+        if rows == 0 {
+            return Ok(Tensor::zeros(dims, DType::F32, x.device())?);
+        }
+        let (turned, x) = (dy.t()?.contiguous()?, Frozen::from_device(x.clone()));
+        let terms = [(&turned, &x)];
+        return gpu::linear::product(&gpu, "linear_weight_gradient", &terms, Layout::Rows, None, DType::F32);
+    }
+    linear_weight_gradient_on(isa(), dy, x)
+}
+
+pub(crate) fn linear_weight_gradient_on(isa: Isa, dy: &Tensor, x: &Tensor) -> Result<Tensor> {
+    check_weight_gradient(dy, x)?;
+    match x.dtype() {
+        DType::BF16 => weight_gradient::<bf16>(isa, dy, x),
+        _ => weight_gradient::<f32>(isa, dy, x),
+    }
+}
+
+/// The number of rows, and the result's shape.
+fn check_weight_gradient(dy: &Tensor, x: &Tensor) -> Result<(usize, (usize, usize))> {
+    let op = "linear_weight_gradient";
+    let ((rows, out), (same, cols)) = (dims2(op, dy)?, dims2(op, x)?);
+    expect_activation(op, x.dtype())?;
+    if rows == same && dy.dtype() == x.dtype() {
+        return Ok((rows, (out, cols)));
+    }
+    let (gradient, input) = (dy.dtype(), x.dtype());
+    let what = format!("a gradient of {rows} rows of {gradient:?} for an input of {same} rows of {input:?}");
+    Err(Error::Shape { op, what })
+}
+
+fn weight_gradient<T: Operand>(isa: Isa, dy: &Tensor, x: &Tensor) -> Result<Tensor> {
+    let op = "linear_weight_gradient";
+    let ((rows, out), (_, cols)) = (dims2(op, dy)?, dims2(op, x)?);
+    let (dy, x) = (View::new(op, dy)?, View::new(op, x)?);
+    let turned = transposed(dy.slice::<T>()?, rows, out);
+    let values = T::operand(x.slice::<T>()?);
+    let b = Right { values, layout: Layout::Rows, stride: cols, k: rows, n: cols };
+    summed(isa, &[Term { a: &turned, b }], (out, cols), narrow::<f32>)
+}
+
+/// `[cols, rows]` of `[rows, cols]`, square by square, so that whole cache lines are read and written.
+fn transposed<T: Element>(values: &[T], rows: usize, cols: usize) -> Vec<T> {
+    const SIDE: usize = 32;
+    let mut turned = vec![T::default(); values.len()];
+    turned.par_chunks_mut((SIDE * rows).max(1)).enumerate().for_each(|(block, turned)| {
+        for first in (0..rows).step_by(SIDE) {
+            let square = first..rows.min(first + SIDE);
+            for (col, turned) in turned.chunks_exact_mut(rows).enumerate() {
+                for (row, to) in square.clone().zip(&mut turned[square.clone()]) {
+                    *to = values[row * cols + block * SIDE + col];
+                }
+            }
+        }
+    });
+    turned
+}
+
 /// The rows of `x`, which must have `width` columns.
 fn check_input(op: &'static str, x: &Tensor, width: usize, name: &str) -> Result<usize> {
     let (rows, cols) = dims2(op, x)?;
@@ -125,11 +194,6 @@ fn stored(
     dims: (usize, usize),
     out: DType,
 ) -> Result<Tensor> {
-    fn narrow<O: Element>(_place: usize, sums: &[f32], out: &mut [MaybeUninit<O>]) {
-        for (o, s) in out.iter_mut().zip(sums) {
-            o.write(O::narrow(*s));
-        }
-    }
     match (terms[0].0.dtype(), out) {
         (DType::BF16, DType::BF16) => computed::<bf16, bf16>(isa, op, terms, layout, dims, narrow),
         (DType::BF16, _) => computed::<bf16, f32>(isa, op, terms, layout, dims, narrow),
@@ -138,13 +202,19 @@ fn stored(
     }
 }
 
-/// The sum of products, each row of a block put through `finish(place of its first number, sums, out)`.
+fn narrow<O: Element>(_place: usize, sums: &[f32], out: &mut [MaybeUninit<O>]) {
+    for (o, s) in out.iter_mut().zip(sums) {
+        o.write(O::narrow(*s));
+    }
+}
+
+/// The sum of products with frozen weights; see [`summed`].
 fn computed<A: Operand, O: Element>(
     isa: Isa,
     op: &'static str,
     terms: &[(&Tensor, &Frozen)],
     layout: Layout,
-    (rows, cols): (usize, usize),
+    dims: (usize, usize),
     finish: impl Fn(usize, &[f32], &mut [MaybeUninit<O>]) + Sync,
 ) -> Result<Tensor> {
     let views = terms.iter().map(|(x, _)| View::new(op, x)).collect::<Result<Vec<_>>>()?;
@@ -152,9 +222,19 @@ fn computed<A: Operand, O: Element>(
     for (view, (_, w)) in views.iter().zip(terms) {
         products.push(Term { a: view.slice::<A>()?, b: right(w, layout) });
     }
+    summed(isa, &products, dims, finish)
+}
+
+/// The sum of products, each row of a block put through `finish(place of its first number, sums, out)`.
+fn summed<A: Operand, O: Element>(
+    isa: Isa,
+    products: &[Term<'_, A>],
+    (rows, cols): (usize, usize),
+    finish: impl Fn(usize, &[f32], &mut [MaybeUninit<O>]) + Sync,
+) -> Result<Tensor> {
     let mut values: Vec<O> = Vec::with_capacity(rows * cols);
     let out = SharedMut::uninit(&mut values);
-    A::product(isa, &products, rows, &|block: &Block<'_>| {
+    A::product(isa, products, rows, &|block: &Block<'_>| {
         isa.vectorize(
             #[inline(always)]
             || {

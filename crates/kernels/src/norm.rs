@@ -133,6 +133,54 @@ pub(crate) fn rms_norm_gradient_on(
     tensor(values, &[rows, d])
 }
 
+/// Columns of the weight that a thread takes at a time: some cache lines of each row.
+const COLUMNS: usize = 64;
+
+/// The gradient to the weight of [`rms_norm`]: the sum over the rows of `dy x r`, `r = 1 / sqrt(mean(x^2) + epsilon)`, where each
+/// number is one chain of additions in the order of the rows (on a GPU, of some chains in an order of their own).
+///
+/// # Shapes
+/// `dy` and `x` `[T, D]` f32; the result is `[D]` f32.
+///
+/// # Errors
+/// If the shapes or types do not fit.
+pub fn rms_norm_weight_gradient(dy: &Tensor, x: &Tensor, epsilon: f32) -> Result<Tensor> {
+    if let Some(gpu) = Gpu::of(x)? {
+        return gpu::elementwise::rms_norm_weight_gradient(&gpu, dy, x, epsilon);
+    }
+    rms_norm_weight_gradient_on(isa(), dy, x, epsilon)
+}
+
+pub(crate) fn rms_norm_weight_gradient_on(isa: Isa, dy: &Tensor, x: &Tensor, epsilon: f32) -> Result<Tensor> {
+    let op = "rms_norm_weight_gradient";
+    let (rows, d) = dims2(op, x)?;
+    expect_dims(op, "the gradient", dy, &[rows, d])?;
+    let (dy, x) = (View::new(op, dy)?, View::new(op, x)?);
+    let (dy, x) = (dy.slice::<f32>()?, x.slice::<f32>()?);
+    let scale = |x: &[f32]| {
+        isa.vectorize(
+            #[inline(always)]
+            || inverse_rms(x, epsilon),
+        )
+    };
+    let scales: Vec<f32> = x.par_chunks_exact(d.max(1)).with_min_len(ROWS).map(scale).collect();
+    let mut sums = vec![0.0; d];
+    sums.par_chunks_mut(COLUMNS).enumerate().for_each(|(block, sums)| {
+        isa.vectorize(
+            #[inline(always)]
+            || {
+                for (row, r) in scales.iter().enumerate() {
+                    let range = row * d + block * COLUMNS..row * d + block * COLUMNS + sums.len();
+                    for (sum, (dy, x)) in sums.iter_mut().zip(dy[range.clone()].iter().zip(&x[range])) {
+                        *sum += dy * (x * r);
+                    }
+                }
+            },
+        );
+    });
+    tensor(sums, &[d])
+}
+
 #[inline(always)]
 fn inverse_rms(x: &[f32], epsilon: f32) -> f32 {
     let squares = sum([x], |[x]| x * x);

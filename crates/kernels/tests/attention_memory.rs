@@ -38,8 +38,15 @@ fn peak(rows: usize, dtype: DType) -> usize {
     let random = || Tensor::randn(0f32, 0.3, (rows, heads * width), &Device::Cpu)?.to_dtype(dtype);
     let [q, k, v, dy] = [0; 4].map(|_| random().expect("a tensor"));
     let segments = Segments::new([rows]);
-    let spec =
-        Attention { queries: &segments, keys: &segments, heads, bias: None, causal: false, dropout: None };
+    let spec = Attention {
+        queries: &segments,
+        keys: &segments,
+        heads,
+        bias: None,
+        causal: false,
+        prefix: 0,
+        dropout: None,
+    };
     let before = USED.load(Ordering::SeqCst);
     PEAK.store(before, Ordering::SeqCst);
     let attended = attention(&spec, &q, &k, &v).expect("attention");

@@ -1,11 +1,15 @@
 //! Backward: strips of query rows, whose probabilities are computed again from the normalisers. A strip gives its own rows of
 //! the gradient to the queries, and is added to the gradients to all keys and values. Each number is one chain of additions
 //! in a fixed order.
+//!
+//! The gradient to the position bias is that to the scores. It is summed by distances within a head of an example, then by
+//! buckets, and then over the examples in their order.
 
 use rayon::prelude::*;
 
 use super::Attention;
-use super::head::{Packed, Part, STRIP, Transposed, padded, visible_keys};
+use super::bias::Trained;
+use super::head::{Packed, Part, STRIP, Transposed, bias_row, padded, visible_keys};
 use crate::dropout::Masks;
 use crate::element::Element;
 use crate::gemm::micro::Micro;
@@ -34,12 +38,17 @@ struct Strip<M: Micro> {
     /// Scores, then probabilities; and the gradients to the latter.
     p: Vec<f32>,
     dp: Vec<f32>,
+    /// The bias of a row with a prefix.
+    bias: Vec<f32>,
     /// Dropout's factors for a row.
     factors: Vec<f32>,
     /// Probabilities times factors, and gradients to the scores, as operands.
     dropped: Vec<M::Left>,
     ds: Vec<M::Left>,
     packed: Packed<M>,
+    /// Sums of the gradients to the scores by `key - query + queries - 1`, keys counted from behind the prefix; empty if they are
+    /// not asked for.
+    by_distance: Vec<f32>,
 }
 
 /// One head of one example.
@@ -55,14 +64,20 @@ struct Head<'a, T> {
     normalisers: &'a [f32],
 }
 
-/// The gradients to q, k and v; `operands` are q, k, v, the output and the gradient to the output, with rows of `width` numbers.
+/// The gradients to q, k and v, and to the table of a bias that is trained; `operands` are q, k, v, the output and the gradient
+/// to the output, with rows of `width` numbers.
 pub(super) fn run<M: Micro, O: Element>(
     isa: Isa,
     spec: &Attention<'_>,
     (operands, width): ([&[M::Left]; 5], usize),
     normalisers: &[f32],
+    trained: Option<Trained<'_>>,
 ) -> [Vec<O>; 3] {
     let total = spec.queries.total();
+    let bias = trained.as_ref().map(|(bias, _)| *bias);
+    let count = bias.map_or(0, |bias| bias.buckets.count);
+    let mut by_bucket = vec![0.0; spec.queries.len() * spec.heads * count];
+    let buckets = SharedMut::new(&mut by_bucket);
     let mut gradients = [0, 1, 2].map(|i| vec![O::default(); operands[i].len()]);
     let [dq, dk, dv] = gradients.each_mut().map(|g| SharedMut::new(g));
     let k = width / spec.heads;
@@ -89,7 +104,17 @@ pub(super) fn run<M: Micro, O: Element>(
                 || out.iter_mut().zip(sums).for_each(|(o, s)| *o = O::narrow(*s)),
             );
         };
+        scratch.strip.by_distance.clear();
+        if bias.is_some() {
+            let distances = (queries.len() + keys.len() - spec.prefix).saturating_sub(1);
+            scratch.strip.by_distance.resize(distances, 0.0);
+        }
         one.run(isa, scratch, |row, sums| store(dq, queries.start + row, sums));
+        if let Some(bias) = bias {
+            // SAFETY: a task alone writes its sums.
+            let sums = unsafe { buckets.range(task * count, count) };
+            bias.add_to_buckets(&scratch.strip.by_distance, queries.len(), sums);
+        }
         for (transposed, out) in [(&scratch.dk, dk), (&scratch.dv, dv)] {
             let (n, stride) = (keys.len(), k.next_multiple_of(16));
             scratch.sums.resize(scratch.sums.len().max(n * stride), 0.0);
@@ -99,6 +124,13 @@ pub(super) fn run<M: Micro, O: Element>(
             }
         }
     });
+    if let Some((_, table)) = trained {
+        for example in by_bucket.chunks_exact((count * spec.heads).max(1)) {
+            for (i, x) in example.iter().enumerate() {
+                table[i % count * spec.heads + i / count] += x;
+            }
+        }
+    }
     gradients
 }
 
@@ -107,10 +139,12 @@ impl<M: Micro> Scratch<M> {
         let strip = Strip {
             p: Vec::new(),
             dp: Vec::new(),
+            bias: Vec::new(),
             factors: Vec::new(),
             dropped: Vec::new(),
             ds: Vec::new(),
             packed: Packed::empty(),
+            by_distance: Vec::new(),
         };
         Self {
             keys: Packed::empty(),
@@ -173,7 +207,7 @@ impl<T: Element> Head<'_, T> {
         columns: usize,
         queries: std::ops::Range<usize>,
     ) {
-        let Strip { p, dp, factors, dropped, ds, .. } = strip;
+        let Strip { p, dp, bias, factors, dropped, ds, by_distance, .. } = strip;
         let n = self.k.rows;
         let len = queries.len() * columns;
         factors.clear();
@@ -183,7 +217,7 @@ impl<T: Element> Head<'_, T> {
         for (row, query) in queries.enumerate() {
             let seen = visible_keys(self.spec, query, n);
             let range = row * columns..row * columns + padded(seen);
-            let bias = self.spec.bias.map(|b| b.keys(self.head, query, range.len()));
+            let bias = bias_row(self.spec, (self.head, query), range.len(), bias);
             let (p, dp) = (&mut p[range.clone()], &mut dp[range.clone()]);
             isa.vectorize(
                 #[inline(always)]
@@ -202,6 +236,11 @@ impl<T: Element> Head<'_, T> {
                         sum([self.y.row(query), self.dy.row(query)], |[y, dy]| y.widen() * dy.widen());
                     for (ds, (p, dp)) in ds[range.clone()].iter_mut().zip(p.iter().zip(&*dp)) {
                         *ds = T::narrow(p * (dp - delta));
+                    }
+                    if !by_distance.is_empty() {
+                        let scores = p[..seen].iter().zip(&dp[..seen]).skip(self.spec.prefix);
+                        let sums = &mut by_distance[self.q.rows - 1 - query..];
+                        sums.iter_mut().zip(scores).for_each(|(sum, (p, dp))| *sum += p * (dp - delta));
                     }
                 },
             );

@@ -9,7 +9,7 @@ use crate::segments::once;
 use crate::{Error, Result};
 
 /// How relative positions are put into buckets (Raffel et al. 2020, section 2.1).
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buckets {
     /// Buckets in all.
     pub count: usize,
@@ -50,12 +50,18 @@ pub struct PositionBias {
     pub(crate) by_key: Vec<f32>,
     pub(crate) longest: usize,
     pub(crate) heads: usize,
+    pub(crate) buckets: Buckets,
+    /// The bucket of each place of `by_key`, without the padding.
+    pub(crate) bucket_of: Vec<u32>,
     /// `by_key` on the device on which a kernel first asked for it.
     gpu: Arc<OnceLock<Uploaded>>,
 }
 
+/// A bias whose table is trained, and zeros to which the gradient to the table is added, `[buckets, heads]`.
+pub(super) type Trained<'a> = (&'a PositionBias, &'a mut [f32]);
+
 impl PositionBias {
-    /// From the frozen table `[buckets, heads]`, for sequences of at most `longest` rows.
+    /// From the table `[buckets, heads]`, for sequences of at most `longest` rows.
     ///
     /// # Errors
     /// If the table has not as many rows as there are buckets.
@@ -81,14 +87,15 @@ impl PositionBias {
         let span = 2 * longest - 1;
         let stride = span + PADDING;
         let values = table.to_f32();
+        let bucket = |place| buckets.index(place as isize - (longest + first_query) as isize + 1) as u32;
+        let bucket_of: Vec<u32> = (0..span).map(bucket).collect();
         let mut by_key = vec![0.0; heads * stride];
-        for place in 0..span {
-            let bucket = buckets.index(place as isize - (longest + first_query) as isize + 1);
+        for (place, bucket) in bucket_of.iter().enumerate() {
             for head in 0..heads {
-                by_key[head * stride + place] = values[bucket * heads + head];
+                by_key[head * stride + place] = values[*bucket as usize * heads + head];
             }
         }
-        Ok(Self { by_key, longest, heads, gpu: Arc::default() })
+        Ok(Self { by_key, longest, heads, buckets, bucket_of, gpu: Arc::default() })
     }
 
     /// Heads.
@@ -110,6 +117,13 @@ impl PositionBias {
     /// The bias of `query` with keys `0 .. n`, of which `PADDING` may lie behind the longest example's end.
     pub(crate) fn keys(&self, head: usize, query: usize, n: usize) -> &[f32] {
         &self.by_key[head * self.stride() + self.longest - 1 - query..][..n]
+    }
+
+    /// Adds one head's sums by `key - query + queries - 1`, of an example with so many queries, to those of their buckets.
+    pub(super) fn add_to_buckets(&self, by_distance: &[f32], queries: usize, sums: &mut [f32]) {
+        for (x, bucket) in by_distance.iter().zip(&self.bucket_of[self.longest - queries..]) {
+            sums[*bucket as usize] += x;
+        }
     }
 }
 

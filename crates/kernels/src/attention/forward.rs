@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::Attention;
-use super::head::{Packed, Part, STRIP, padded, visible_keys};
+use super::head::{Packed, Part, STRIP, bias_row, padded, visible_keys};
 use crate::element::Element;
 use crate::gemm::micro::Micro;
 use crate::isa::Isa;
@@ -15,6 +15,8 @@ struct Scratch<M: Micro> {
     keys: Packed<M>,
     values: Packed<M>,
     scores: Vec<f32>,
+    /// The bias of a row with a prefix.
+    bias: Vec<f32>,
     /// Dropout's factors for a row.
     factors: Vec<f32>,
     probabilities: Vec<M::Left>,
@@ -37,6 +39,7 @@ pub(super) fn run<M: Micro, O: Element>(
         keys: Packed::empty(),
         values: Packed::empty(),
         scores: Vec::new(),
+        bias: Vec::new(),
         factors: Vec::new(),
         probabilities: Vec::new(),
         sums: Vec::new(),
@@ -71,7 +74,7 @@ fn one_head<M: Micro>(
     scratch: &mut Scratch<M>,
     mut store: impl FnMut(usize, &[f32], f32),
 ) {
-    let Scratch { keys, values, scores, factors, probabilities, sums } = scratch;
+    let Scratch { keys, values, scores, bias, factors, probabilities, sums } = scratch;
     keys.columns(&k);
     values.contracted(&v);
     let masks = spec.dropout.map(|dropout| dropout.head_masks(example, head));
@@ -89,7 +92,7 @@ fn one_head<M: Micro>(
             let scores = &mut scores[row * columns..][..padded(seen)];
             let (out, unseen) = probabilities[row * columns..][..columns].split_at_mut(scores.len());
             unseen.fill(M::Left::default());
-            let bias = spec.bias.map(|b| b.keys(head, first + row, scores.len()));
+            let bias = bias_row(spec, (head, first + row), scores.len(), bias);
             isa.vectorize(
                 #[inline(always)]
                 || {

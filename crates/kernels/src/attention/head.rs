@@ -162,7 +162,26 @@ impl<M: Micro> Transposed<M> {
 
 /// How many keys a query sees: those at the front.
 pub(crate) fn visible_keys(spec: &Attention<'_>, query: usize, keys: usize) -> usize {
-    if spec.causal { keys.min(query + 1) } else { keys }
+    if spec.causal { keys.min(spec.prefix + query + 1) } else { keys }
+}
+
+/// The bias of `query` with the first `n` keys of its example, those of the prefix among them, of which `PADDING` may lie behind
+/// the last one. It is put together in `row` where there is a prefix.
+#[inline]
+pub(crate) fn bias_row<'a>(
+    spec: &Attention<'a>,
+    (head, query): (usize, usize),
+    n: usize,
+    row: &'a mut Vec<f32>,
+) -> Option<&'a [f32]> {
+    let bias = spec.bias?;
+    if spec.prefix == 0 {
+        return Some(bias.keys(head, query, n));
+    }
+    row.clear();
+    row.resize(spec.prefix, 0.0);
+    row.extend_from_slice(bias.keys(head, query, n - spec.prefix));
+    Some(row)
 }
 
 /// `n` filled up to whole vectors: numbers behind a row's end are computed too, and then overwritten, so that no loop has a

@@ -23,6 +23,7 @@ use crate::segments::Segments;
 use crate::tensor::{View, dims2, expect_activation, expect_dims, tensor};
 use crate::{Error, Result};
 
+use bias::Trained;
 pub use bias::{Buckets, PositionBias};
 
 /// What attends to what.
@@ -36,8 +37,11 @@ pub struct Attention<'a> {
     pub heads: usize,
     /// Added to the scores; none means 0. Scores are not scaled.
     pub bias: Option<&'a PositionBias>,
-    /// Whether a query sees only the keys up to its own place.
+    /// Whether a query sees only the keys up to its own place, and the prefix.
     pub causal: bool,
+    /// Leading keys of every example that stand before the sequence, as in prefix tuning (Li and Liang 2021): every query sees
+    /// them, they have no bias, and the others' places count from behind them.
+    pub prefix: usize,
     /// Dropping of probabilities.
     pub dropout: Option<&'a Dropout>,
 }
@@ -138,6 +142,52 @@ pub fn attention_gradient(
     attention_gradient_on(isa(), spec, [q, k, v], attended, dy)
 }
 
+/// As [`attention_gradient`], and the gradient `[buckets, heads]` f32 to the table of which the position bias was made: the sum of
+/// the gradients to all scores to which a number of the table was added.
+///
+/// # Errors
+/// If the shapes or types do not fit, or there is no bias, or none of these buckets.
+pub fn attention_gradient_with_bias(
+    spec: &Attention<'_>,
+    operands: [&Tensor; 3],
+    attended: &Attended,
+    dy: &Tensor,
+    buckets: Buckets,
+) -> Result<([Tensor; 3], Tensor)> {
+    if let Some(gpu) = Gpu::of(operands[0])? {
+        check_gradient(spec, operands, attended, dy)?;
+        let bias = trained_bias(spec, buckets)?;
+        return gpu::attention::attention_gradient_with_bias(&gpu, spec, operands, (attended, dy), bias);
+    }
+    attention_gradient_with_bias_on(isa(), spec, operands, (attended, dy), buckets)
+}
+
+pub(crate) fn attention_gradient_with_bias_on(
+    isa: Isa,
+    spec: &Attention<'_>,
+    operands: [&Tensor; 3],
+    (attended, dy): (&Attended, &Tensor),
+    buckets: Buckets,
+) -> Result<([Tensor; 3], Tensor)> {
+    let bias = trained_bias(spec, buckets)?;
+    let mut table = vec![0.0; buckets.count * spec.heads];
+    let gradients = gradients_on(isa, spec, operands, (attended, dy), Some((bias, &mut table)))?;
+    Ok((gradients, tensor(table, &[buckets.count, spec.heads])?))
+}
+
+/// The bias, which must be one of these buckets.
+fn trained_bias<'a>(spec: &Attention<'a>, buckets: Buckets) -> Result<&'a PositionBias> {
+    let op = "attention_gradient_with_bias";
+    match spec.bias {
+        None => Err(Error::Shape { op, what: "there is no position bias".to_owned() }),
+        Some(bias) if bias.buckets != buckets => {
+            let what = format!("a position bias of {:?}, where {buckets:?} are given", bias.buckets);
+            Err(Error::Shape { op, what })
+        }
+        Some(bias) => Ok(bias),
+    }
+}
+
 fn check_gradient(
     spec: &Attention<'_>,
     [q, k, v]: [&Tensor; 3],
@@ -159,9 +209,19 @@ fn check_gradient(
 pub(crate) fn attention_gradient_on(
     isa: Isa,
     spec: &Attention<'_>,
-    [q, k, v]: [&Tensor; 3],
+    operands: [&Tensor; 3],
     attended: &Attended,
     dy: &Tensor,
+) -> Result<[Tensor; 3]> {
+    gradients_on(isa, spec, operands, (attended, dy), None)
+}
+
+fn gradients_on(
+    isa: Isa,
+    spec: &Attention<'_>,
+    [q, k, v]: [&Tensor; 3],
+    (attended, dy): (&Attended, &Tensor),
+    trained: Option<Trained<'_>>,
 ) -> Result<[Tensor; 3]> {
     let op = "attention_gradient";
     check_gradient(spec, [q, k, v], attended, dy)?;
@@ -172,15 +232,17 @@ pub(crate) fn attention_gradient_on(
     let (lse, width) = (lse.slice::<f32>()?, q.dims()[1]);
     if q.dtype() == DType::F32 {
         let operands = slices::<f32, _>(&views)?;
-        return tensors(gradient_f32::<f32>(isa, spec, (operands, width), lse), [q, k, v]);
+        return tensors(gradient_f32::<f32>(isa, spec, (operands, width), lse, trained), [q, k, v]);
     }
     let operands = slices::<bf16, _>(&views)?;
     #[cfg(target_arch = "x86_64")]
     if isa == Isa::Avx512Bf16 {
-        return tensors(backward::run::<x86::Avx512Bf16, bf16>(isa, spec, (operands, width), lse), [q, k, v]);
+        let gradients = backward::run::<x86::Avx512Bf16, bf16>(isa, spec, (operands, width), lse, trained);
+        return tensors(gradients, [q, k, v]);
     }
     let wide = operands.map(widened);
-    tensors(gradient_f32::<bf16>(isa, spec, (wide.each_ref().map(Vec::as_slice), width), lse), [q, k, v])
+    let operands = wide.each_ref().map(Vec::as_slice);
+    tensors(gradient_f32::<bf16>(isa, spec, (operands, width), lse, trained), [q, k, v])
 }
 
 fn gradient_f32<O: Element>(
@@ -188,13 +250,16 @@ fn gradient_f32<O: Element>(
     spec: &Attention<'_>,
     operands: ([&[f32]; 5], usize),
     normalisers: &[f32],
+    trained: Option<Trained<'_>>,
 ) -> [Vec<O>; 3] {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Bf16 | Isa::Avx512 => backward::run::<x86::Avx512, O>(isa, spec, operands, normalisers),
+        Isa::Avx512Bf16 | Isa::Avx512 => {
+            backward::run::<x86::Avx512, O>(isa, spec, operands, normalisers, trained)
+        }
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => backward::run::<x86::Avx2, O>(isa, spec, operands, normalisers),
-        _ => backward::run::<micro::Portable, O>(isa, spec, operands, normalisers),
+        Isa::Avx2 => backward::run::<x86::Avx2, O>(isa, spec, operands, normalisers, trained),
+        _ => backward::run::<micro::Portable, O>(isa, spec, operands, normalisers, trained),
     }
 }
 
@@ -236,7 +301,11 @@ fn check(op: &'static str, spec: &Attention<'_>, q: &Tensor, k: &Tensor, v: &Ten
     if let Some(keys) = spec.dropout.map(Dropout::examples).filter(|keys| *keys != spec.queries.len()) {
         return refuse(format!("dropout for {keys} examples, where there are {}", spec.queries.len()));
     }
-    let longest = spec.queries.longest().max(spec.keys.longest());
+    let short = (0..spec.keys.len()).map(|e| (e, spec.keys.range(e).len())).find(|(_, n)| *n < spec.prefix);
+    if let Some((example, keys)) = short {
+        return refuse(format!("example {example} has {keys} keys, of which {} are a prefix", spec.prefix));
+    }
+    let longest = spec.queries.longest().max(spec.keys.longest().saturating_sub(spec.prefix));
     match spec.bias {
         Some(bias) if bias.longest < longest || bias.heads != spec.heads => refuse(format!(
             "a bias of {} heads for {} rows, where {longest} are needed",

@@ -1,10 +1,10 @@
 //! Attention and its gradient.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::rows::Dropping;
 use super::{Address, Gpu, Launch, Params, Uploaded, suffix};
-use crate::attention::{Attended, Attention};
+use crate::attention::{Attended, Attention, PositionBias};
 use crate::dropout::Dropout;
 use crate::segments::Segments;
 use crate::{Error, Result};
@@ -28,6 +28,9 @@ struct AttentionParams {
     key_offsets: Address,
     tiles: Address,
     bias: Address,
+    by_distance: Address,
+    bucket_of: Address,
+    table: Address,
     random: Address,
     dropping: Dropping,
     bias_stride: i32,
@@ -35,13 +38,18 @@ struct AttentionParams {
     heads: i32,
     width: i32,
     queries: i32,
+    prefix: i32,
     causal: i32,
+    tile_count: i32,
+    buckets: i32,
 }
 // SAFETY: the C++ struct has the same fields.
 unsafe impl Params for AttentionParams {}
 
 /// `DELTA_THREADS` of `attention.cuh`.
 const DELTA_THREADS: u32 = 256;
+/// `BIAS_THREADS` of `attention.cuh`.
+const BIAS_THREADS: u32 = 256;
 /// Columns of the tiles that kernels were made for.
 const WIDTHS: [usize; 3] = [64, 128, 256];
 
@@ -49,6 +57,7 @@ const WIDTHS: [usize; 3] = [64, 128, 256];
 struct Call<'a> {
     gpu: &'a Gpu,
     spec: &'a Attention<'a>,
+    device: &'a Device,
     dtype: DType,
     /// Columns of a tile.
     width: usize,
@@ -57,7 +66,7 @@ struct Call<'a> {
 }
 
 impl<'a> Call<'a> {
-    fn new(gpu: &'a Gpu, op: &'static str, spec: &'a Attention<'a>, q: &Tensor) -> Result<Self> {
+    fn new(gpu: &'a Gpu, op: &'static str, spec: &'a Attention<'a>, q: &'a Tensor) -> Result<Self> {
         let own = q.dims()[1] / spec.heads;
         let Some(width) = WIDTHS.into_iter().find(|width| *width >= own) else {
             let what = format!("heads of {own} numbers: on a GPU a head has {} at most", WIDTHS[2]);
@@ -80,6 +89,9 @@ impl<'a> Call<'a> {
             key_offsets: spec.keys.offsets_on(gpu)?,
             tiles: none,
             bias: none,
+            by_distance: none,
+            bucket_of: none,
+            table: none,
             random: none,
             dropping: Dropping::NONE,
             bias_stride: 0,
@@ -87,7 +99,10 @@ impl<'a> Call<'a> {
             heads: spec.heads as i32,
             width: own as i32,
             queries: spec.queries.total() as i32,
+            prefix: spec.prefix as i32,
             causal: i32::from(spec.causal),
+            tile_count: 0,
+            buckets: 0,
         };
         if let Some(bias) = spec.bias {
             params.bias = bias.on(gpu)?;
@@ -99,7 +114,7 @@ impl<'a> Call<'a> {
             params.random = random.address;
             params.dropping = Dropping { threshold, kept };
         }
-        Ok(Self { gpu, spec, dtype: q.dtype(), width, params, _random: random })
+        Ok(Self { gpu, spec, device: q.device(), dtype: q.dtype(), width, params, _random: random })
     }
 
     /// Rows of a tile.
@@ -107,16 +122,21 @@ impl<'a> Call<'a> {
         if self.dtype == DType::BF16 { 64 } else { 32 }
     }
 
-    /// Launches a kernel with a block for each tile of `segments` and head; `operands` tiles of rows lie in shared memory.
+    /// Launches a kernel with a block for each tile of `segments` and head; `operands` tiles of rows lie in shared memory, one of
+    /// probabilities, and `besides` f32 numbers a row.
     ///
     /// # Safety
     /// The parameters must be set for it.
-    unsafe fn launch(&mut self, name: &str, segments: &Segments, operands: usize) -> Result<()> {
+    unsafe fn launch(
+        &mut self,
+        name: &str,
+        segments: &Segments,
+        (operands, besides): (usize, usize),
+    ) -> Result<()> {
         let size = self.dtype.size_in_bytes();
         let (rows, padding) = (self.rows(), 16 / size);
         let numbers = operands * rows * (self.width + padding) + rows * (rows + padding);
-        // Two f32 numbers a row besides, which one of the kernels uses.
-        let shared_bytes = (numbers * size + 2 * rows * 4) as u32;
+        let shared_bytes = (numbers * size + besides * rows * 4) as u32;
         let (tiles, count) = segments.tiles_on(self.gpu, rows)?;
         self.params.tiles = tiles;
         let launch = Launch {
@@ -127,6 +147,31 @@ impl<'a> Call<'a> {
         let kernel = format!("{name}_{}_{}", suffix(self.dtype), self.width);
         // SAFETY: the caller's promise.
         unsafe { self.gpu.launch(&kernel, launch, &self.params) }
+    }
+
+    /// Launches the kernels for the gradients to the queries and to the table of the bias.
+    ///
+    /// # Safety
+    /// The parameters must be set for the former, and `table` must have a number for each bucket and head.
+    unsafe fn launch_with_bias(&mut self, bias: &PositionBias, table: Address) -> Result<()> {
+        let (op, heads, rows) = ("attention_gradient", self.spec.heads, self.rows());
+        let (_, count) = self.spec.queries.tiles_on(self.gpu, rows)?;
+        // Sums of each tile, of which there is one at least, as room for those of all.
+        let dims = (count.max(1), heads, bias.bucket_of.len());
+        let by_distance = Tensor::zeros(dims, DType::F32, self.device)?;
+        let by_distance = self.gpu.operand(op, &by_distance)?;
+        let bucket_of = self.gpu.upload(op, &bias.bucket_of)?;
+        self.params.by_distance = by_distance.address;
+        self.params.bucket_of = bucket_of.address;
+        self.params.table = table;
+        self.params.tile_count = count as i32;
+        self.params.buckets = bias.buckets.count as i32;
+        // SAFETY: the caller's promise; there are sums for each tile, head and distance, and a bucket for each distance.
+        unsafe {
+            self.launch("attention_gradient_queries_bias", self.spec.queries, (4, rows + 1))?;
+            let launch = Launch::blocks(heads, BIAS_THREADS);
+            self.gpu.launch("attention_gradient_bias", launch, &self.params)
+        }
     }
 }
 
@@ -155,7 +200,7 @@ pub(crate) fn attention(
     call.params.out = output.address;
     call.params.normalisers = normalisers.address;
     // SAFETY: the shapes were checked, and the outputs are as large as the queries.
-    unsafe { call.launch(op, spec.queries, 3)? };
+    unsafe { call.launch(op, spec.queries, (3, 0))? };
     Ok(Attended { output: output.tensor(), normalisers: normalisers.tensor() })
 }
 
@@ -163,9 +208,33 @@ pub(crate) fn attention(
 pub(crate) fn attention_gradient(
     gpu: &Gpu,
     spec: &Attention<'_>,
-    [q, k, v]: [&Tensor; 3],
+    operands: [&Tensor; 3],
     attended: &Attended,
     dy: &Tensor,
+) -> Result<[Tensor; 3]> {
+    gradients(gpu, spec, operands, (attended, dy), None)
+}
+
+/// As `attention_gradient_with_bias`, of operands that were checked; `bias` is that of `spec`.
+pub(crate) fn attention_gradient_with_bias(
+    gpu: &Gpu,
+    spec: &Attention<'_>,
+    operands: [&Tensor; 3],
+    given: (&Attended, &Tensor),
+    bias: &PositionBias,
+) -> Result<([Tensor; 3], Tensor)> {
+    let table = gpu.output("attention_gradient", &[bias.buckets.count, spec.heads], DType::F32)?;
+    let gradients = gradients(gpu, spec, operands, given, Some((bias, table.address)))?;
+    Ok((gradients, table.tensor()))
+}
+
+/// The gradients to the operands, and to the table of a bias that is trained, of which there is the address.
+fn gradients(
+    gpu: &Gpu,
+    spec: &Attention<'_>,
+    [q, k, v]: [&Tensor; 3],
+    (attended, dy): (&Attended, &Tensor),
+    trained: Option<(&PositionBias, Address)>,
 ) -> Result<[Tensor; 3]> {
     let op = "attention_gradient";
     let mut call = Call::new(gpu, op, spec, q)?;
@@ -197,8 +266,11 @@ pub(crate) fn attention_gradient(
     // SAFETY: the shapes were checked, and gradients are as large as what they are of.
     unsafe {
         gpu.launch(&format!("attention_delta_{}", suffix(call.dtype)), rows, &call.params)?;
-        call.launch("attention_gradient_queries", spec.queries, 4)?;
-        call.launch("attention_gradient_keys", spec.keys, 4)?;
+        match trained {
+            Some((bias, table)) => call.launch_with_bias(bias, table)?,
+            None => call.launch("attention_gradient_queries", spec.queries, (4, 0))?,
+        }
+        call.launch("attention_gradient_keys", spec.keys, (4, 2))?;
     }
     Ok([dq.tensor(), dk.tensor(), dv.tensor()])
 }

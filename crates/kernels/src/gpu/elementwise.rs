@@ -105,12 +105,22 @@ struct NormParams {
     weight: Address,
     dy: Address,
     residual: Address,
+    scales: Address,
     out: Address,
+    rows: i32,
     width: i32,
     epsilon: f32,
 }
 // SAFETY: the C++ struct has the same fields.
 unsafe impl Params for NormParams {}
+
+impl NormParams {
+    fn new(x: Address, out: Address, (rows, width): (usize, usize), epsilon: f32) -> Self {
+        let none = Address::NONE;
+        let (rows, width) = (rows as i32, width as i32);
+        Self { x, weight: none, dy: none, residual: none, scales: none, out, rows, width, epsilon }
+    }
+}
 
 pub(crate) fn rms_norm(gpu: &Gpu, x: &Tensor, weight: &Tensor, epsilon: f32, out: DType) -> Result<Tensor> {
     let op = "rms_norm";
@@ -121,13 +131,8 @@ pub(crate) fn rms_norm(gpu: &Gpu, x: &Tensor, weight: &Tensor, epsilon: f32, out
     let (x, weight) = (gpu.operand(op, x)?, gpu.operand(op, weight)?);
     let y = gpu.output(op, &[rows, width], out)?;
     let params = NormParams {
-        x: x.address,
         weight: weight.address,
-        dy: Address::NONE,
-        residual: Address::NONE,
-        out: y.address,
-        width: width as i32,
-        epsilon,
+        ..NormParams::new(x.address, y.address, (rows, width), epsilon)
     };
     // SAFETY: the shapes were checked.
     unsafe { gpu.launch(&format!("rms_norm_{}", suffix(out)), Launch::blocks(rows, THREADS), &params)? };
@@ -154,15 +159,34 @@ pub(crate) fn rms_norm_gradient(
     let (_held, residual) = gpu.optional(op, residual)?;
     let dx = gpu.output(op, &[rows, width], DType::F32)?;
     let params = NormParams {
-        x: x.address,
         weight: weight.address,
         dy: dy.address,
         residual,
-        out: dx.address,
-        width: width as i32,
-        epsilon,
+        ..NormParams::new(x.address, dx.address, (rows, width), epsilon)
     };
     // SAFETY: the shapes were checked.
     unsafe { gpu.launch(op, Launch::blocks(rows, THREADS), &params)? };
     Ok(dx.tensor())
+}
+
+/// Threads of a block that sums the rows of 32 columns.
+const COLUMN_THREADS: u32 = 512;
+
+pub(crate) fn rms_norm_weight_gradient(gpu: &Gpu, dy: &Tensor, x: &Tensor, epsilon: f32) -> Result<Tensor> {
+    let op = "rms_norm_weight_gradient";
+    let (rows, width) = dims2(op, x)?;
+    expect_dims(op, "the gradient", dy, &[rows, width])?;
+    expect_f32(op, dy)?;
+    expect_f32(op, x)?;
+    let (dy, x) = (gpu.operand(op, dy)?, gpu.operand(op, x)?);
+    let scales = gpu.output(op, &[rows], DType::F32)?;
+    let sums = gpu.output(op, &[width], DType::F32)?;
+    let scaling = NormParams::new(x.address, scales.address, (rows, width), epsilon);
+    let summing = NormParams { dy: dy.address, scales: scales.address, out: sums.address, ..scaling };
+    // SAFETY: the shapes were checked, and there is a number for each row and for each column.
+    unsafe {
+        gpu.launch("rms_norm_scales", Launch::blocks(rows, THREADS), &scaling)?;
+        gpu.launch(op, Launch::blocks(width.div_ceil(32), COLUMN_THREADS), &summing)?;
+    }
+    Ok(sums.tensor())
 }

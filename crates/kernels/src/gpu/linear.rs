@@ -1,4 +1,4 @@
-//! Products with frozen weights.
+//! Products of linear layers.
 
 use candle_core::{DType, Tensor};
 

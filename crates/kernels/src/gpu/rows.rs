@@ -54,6 +54,39 @@ pub(crate) fn embed(gpu: &Gpu, table: &Frozen, prompts: Option<&Tensor>, rows: &
     Ok(out.tensor())
 }
 
+/// `EmbedGradientParams` of `rows.cuh`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct EmbedGradientParams {
+    dx: Address,
+    ends: Address,
+    order: Address,
+    out: Address,
+    width: i32,
+}
+// SAFETY: the C++ struct has the same fields.
+unsafe impl Params for EmbedGradientParams {}
+
+/// Row `r` is the sum of the rows `order[ends[r] .. ends[r + 1]]` of `dx`, which are all there.
+pub(crate) fn embed_gradient(gpu: &Gpu, dx: &Tensor, (ends, order): (&[u32], &[u32])) -> Result<Tensor> {
+    let op = "embed_gradient";
+    super::elementwise::expect_f32(op, dx)?;
+    let (rows, width) = (ends.len() - 1, dims2(op, dx)?.1);
+    let dx = gpu.operand(op, dx)?;
+    let (ends, order) = (gpu.upload(op, ends)?, gpu.upload(op, order)?);
+    let out = gpu.output(op, &[rows, width], DType::F32)?;
+    let params = EmbedGradientParams {
+        dx: dx.address,
+        ends: ends.address,
+        order: order.address,
+        out: out.address,
+        width: width as i32,
+    };
+    // SAFETY: the caller's rows are those of `dx`, and the result has a row for each end.
+    unsafe { gpu.launch(op, Launch::blocks(rows, THREADS), &params)? };
+    Ok(out.tensor())
+}
+
 /// `Dropping` of `common.cuh`.
 #[derive(Clone, Copy)]
 #[repr(C)]

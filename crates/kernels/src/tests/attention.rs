@@ -2,9 +2,9 @@
 
 use candle_core::{DType, Tensor};
 
-use super::reference::{self, dot, slope};
+use super::reference::{self, dot, slope, slopes};
 use super::{TYPES, assert_close, bits, frozen, generator, largest, matrix, normal, numbers, paths, wide};
-use crate::attention::{attention_gradient_on, attention_on};
+use crate::attention::{attention_gradient_on, attention_gradient_with_bias_on, attention_on};
 use crate::rng::Philox;
 use crate::{Attention, Buckets, Dropout, Isa, PositionBias, Segments};
 
@@ -14,28 +14,39 @@ struct Case {
     heads: usize,
     width: usize,
     causal: bool,
+    prefix: usize,
     bias: bool,
     dropout: f32,
 }
 
-const CASES: [Case; 8] = [
+const CASES: [Case; 11] = [
     // Encoder: one row, no rows, and rows that fill more than one strip.
     Case {
         lengths: &[(5, 5), (0, 0), (1, 1), (70, 70)],
         heads: 3,
         width: 5,
         causal: false,
+        prefix: 0,
         bias: true,
         dropout: 0.0,
     },
-    Case { lengths: &[(131, 131)], heads: 1, width: 64, causal: false, bias: true, dropout: 0.0 },
-    Case { lengths: &[(49, 49), (48, 48)], heads: 2, width: 65, causal: false, bias: false, dropout: 0.0 },
+    Case { lengths: &[(131, 131)], heads: 1, width: 64, causal: false, prefix: 0, bias: true, dropout: 0.0 },
+    Case {
+        lengths: &[(49, 49), (48, 48)],
+        heads: 2,
+        width: 65,
+        causal: false,
+        prefix: 0,
+        bias: false,
+        dropout: 0.0,
+    },
     // Decoder.
     Case {
         lengths: &[(7, 7), (100, 100), (1, 1)],
         heads: 2,
         width: 16,
         causal: true,
+        prefix: 0,
         bias: true,
         dropout: 0.0,
     },
@@ -45,12 +56,49 @@ const CASES: [Case; 8] = [
         heads: 2,
         width: 7,
         causal: false,
+        prefix: 0,
         bias: false,
         dropout: 0.0,
     },
-    Case { lengths: &[(20, 20), (55, 55)], heads: 2, width: 8, causal: false, bias: true, dropout: 0.3 },
-    Case { lengths: &[(60, 60)], heads: 1, width: 33, causal: true, bias: true, dropout: 0.1 },
-    Case { lengths: &[(9, 130)], heads: 4, width: 1, causal: false, bias: false, dropout: 0.5 },
+    Case {
+        lengths: &[(20, 20), (55, 55)],
+        heads: 2,
+        width: 8,
+        causal: false,
+        prefix: 0,
+        bias: true,
+        dropout: 0.3,
+    },
+    Case { lengths: &[(60, 60)], heads: 1, width: 33, causal: true, prefix: 0, bias: true, dropout: 0.1 },
+    Case { lengths: &[(9, 130)], heads: 4, width: 1, causal: false, prefix: 0, bias: false, dropout: 0.5 },
+    // Trained keys before the sequence: of an encoder, of a decoder, and over other rows; of one example there are no others.
+    Case {
+        lengths: &[(5, 8), (0, 3), (70, 73), (1, 4)],
+        heads: 2,
+        width: 9,
+        causal: false,
+        prefix: 3,
+        bias: true,
+        dropout: 0.2,
+    },
+    Case {
+        lengths: &[(7, 27), (60, 80), (0, 20), (1, 21)],
+        heads: 2,
+        width: 16,
+        causal: true,
+        prefix: 20,
+        bias: true,
+        dropout: 0.0,
+    },
+    Case {
+        lengths: &[(60, 110), (3, 53)],
+        heads: 1,
+        width: 33,
+        causal: true,
+        prefix: 50,
+        bias: false,
+        dropout: 0.1,
+    },
 ];
 
 /// A case's operands.
@@ -72,7 +120,7 @@ impl Case {
         let keys = Segments::new(self.lengths.iter().map(|l| l.1));
         let row = self.heads * self.width;
         let table = normal(g, BUCKETS.count * self.heads, DType::F32);
-        let longest = queries.longest().max(keys.longest());
+        let longest = queries.longest().max(keys.longest() - self.prefix);
         let bias =
             PositionBias::new(&frozen(&table, BUCKETS.count, self.heads, DType::F32), BUCKETS, longest);
         let operands = [queries.total(), keys.total(), keys.total(), queries.total()]
@@ -95,6 +143,7 @@ impl Case {
             heads: self.heads,
             bias: data.bias.as_ref(),
             causal: self.causal,
+            prefix: self.prefix,
             dropout: data.dropout.as_ref(),
         }
     }
@@ -106,8 +155,13 @@ impl Case {
 
     /// Calls `f` with the same attention in f64.
     fn with_reference<R>(&self, data: &Data, f: impl FnOnce(&reference::Attention<'_>) -> R) -> R {
+        self.with_table(data, &wide(&data.table), f)
+    }
+
+    /// The same with another table of biases.
+    fn with_table<R>(&self, data: &Data, table: &[f64], f: impl FnOnce(&reference::Attention<'_>) -> R) -> R {
         let bias = |head: usize, relative: isize| match &data.bias {
-            Some(_) => f64::from(data.table[BUCKETS.index(relative) * self.heads + head]),
+            Some(_) => table[BUCKETS.index(relative) * self.heads + head],
             None => 0.0,
         };
         let masks: Vec<Vec<f32>> = (0..self.lengths.len() * self.heads).map(|i| self.mask(data, i)).collect();
@@ -120,6 +174,7 @@ impl Case {
             heads: self.heads,
             width: self.width,
             causal: self.causal,
+            prefix: self.prefix,
             bias: &bias,
             factor: &factor,
         })
@@ -203,6 +258,35 @@ fn attention_gradients_are_the_slopes_of_attention() {
     }
 }
 
+#[test]
+fn the_gradient_to_the_bias_is_the_slope_in_its_table() {
+    let mut g = generator(404);
+    for (c, case) in CASES.iter().enumerate().filter(|(_, case)| case.bias) {
+        for dtype in TYPES {
+            let data = case.data(&mut g, dtype);
+            let [q, k, v, dy] = data.operands.each_ref().map(|x| wide(x));
+            let expected = slopes(&wide(&data.table), |table| {
+                case.with_table(&data, table, |r| dot(&r.output(&q, &k, &v), &dy))
+            });
+            let [q, k, v, dy] = case.tensors(&data, dtype);
+            let share = if dtype == DType::BF16 { 0.02 } else { 1e-5 };
+            for isa in paths() {
+                let what = format!("case {c} {isa:?} {dtype:?}");
+                let (spec, operands) = (case.spec(&data), [&q, &k, &v]);
+                let attended = attention_on(isa, &spec, &q, &k, &v).unwrap();
+                let given = (&attended, &dy);
+                let (gradients, table) =
+                    attention_gradient_with_bias_on(isa, &spec, operands, given, BUCKETS).unwrap();
+                assert_eq!(table.dims(), [BUCKETS.count, case.heads]);
+                let bound = share * largest(&expected);
+                assert_close(&what, &numbers(&table), &expected, |_| bound);
+                let without = attention_gradient_on(isa, &spec, operands, &attended, &dy).unwrap();
+                assert_eq!(gradients.each_ref().map(bits), without.each_ref().map(bits), "{what}");
+            }
+        }
+    }
+}
+
 /// With equal scores and an identity for the values, the output shows the factors themselves.
 #[test]
 fn attention_drops_probabilities_at_its_rate() {
@@ -213,8 +297,15 @@ fn attention_drops_probabilities_at_its_rate() {
     let segments = Segments::new([n]);
     let output = |dropout: &Dropout| {
         let dropout = Some(dropout);
-        let spec =
-            Attention { queries: &segments, keys: &segments, heads: 1, bias: None, causal: false, dropout };
+        let spec = Attention {
+            queries: &segments,
+            keys: &segments,
+            heads: 1,
+            bias: None,
+            causal: false,
+            prefix: 0,
+            dropout,
+        };
         numbers(&attention_on(Isa::Portable, &spec, &zeros, &zeros, &identity).unwrap().output)
     };
     let masks = Dropout::new(0.25, vec![5]).unwrap();

@@ -9,7 +9,7 @@ use super::{
 use crate::activation::{activate_gradient_on, activate_on, gated_gradient_on, gated_on};
 use crate::dropout::dropout_on;
 use crate::loss::{LossSlope, Softmax, Targets, cross_entropy_gradient_on};
-use crate::norm::{rms_norm_gradient_on, rms_norm_on};
+use crate::norm::{rms_norm_gradient_on, rms_norm_on, rms_norm_weight_gradient_on};
 use crate::{Activation, Dropout, Isa, Rows, Segments, Vocabulary, add, embed, rounded};
 
 const ACTIVATIONS: [Activation; 3] = [Activation::Relu, Activation::GeluNew, Activation::Silu];
@@ -39,6 +39,9 @@ fn elementwise_operations_give_the_same_bits_on_every_path() {
             [None, Some(&residual)]
                 .map(|r| rms_norm_gradient_on(isa, [&dy, &x, &weight], 1e-6, r).unwrap())
                 .into()
+        });
+        same_on_every_path("rms_norm_weight_gradient", |isa| {
+            vec![rms_norm_weight_gradient_on(isa, &dy, &x, 1e-6).unwrap()]
         });
         let targets: Vec<u32> = (0..rows).map(|_| g.below(d as u64) as u32).collect();
         let scale = normal(&mut g, rows, DType::F32);

@@ -6,10 +6,10 @@ use super::reference::{self, dot, slopes};
 use super::{
     assert_close, cross_entropy, frozen, generator, largest, matrix, normal, numbers, paths, vector, wide,
 };
-use crate::Activation;
 use crate::activation::{activate_gradient_on, gated_gradient_on};
-use crate::linear::{linear_add_on, linear_gradient_on};
-use crate::norm::rms_norm_gradient_on;
+use crate::linear::{linear_add_on, linear_gradient_on, linear_weight_gradient_on};
+use crate::norm::{rms_norm_gradient_on, rms_norm_weight_gradient_on};
+use crate::{Activation, Vocabulary, embed_gradient};
 
 /// What an f32 gradient may differ by from the differences, as a share of its largest number: a hundred roundings.
 const TOLERANCE: f64 = 6e-6;
@@ -87,6 +87,52 @@ fn rms_norm_gradient_is_the_slope_of_rms_norm() {
             assert_gradient(&format!("{isa:?} {d} with a residual"), &numbers(&dx), &expected);
         }
     }
+}
+
+#[test]
+fn weight_gradients_are_the_slopes_in_the_weights() {
+    let mut g = generator(306);
+    for (rows, n, k, epsilon) in [(1, 3, 1, 0.1), (6, 7, 37, 1e-6), (40, 4, 70, 1e-2)] {
+        let (x, dy) = (normal(&mut g, rows * k, DType::F32), normal(&mut g, rows * n, DType::F32));
+        let (w, of_norm) = (normal(&mut g, n * k, DType::F32), normal(&mut g, rows * k, DType::F32));
+        let weight = normal(&mut g, k, DType::F32);
+        let (wide_x, wide_dy, wide_of_norm) = (wide(&x), wide(&dy), wide(&of_norm));
+        let of_linear = slopes(&wide(&w), |w| {
+            dot(&reference::product(&wide_x, (rows, k, n), |i, col| w[col * k + i]).0, &wide_dy)
+        });
+        let of_weight = slopes(&wide(&weight), |weight| {
+            dot(&reference::rms_norm(&wide_x, weight, f64::from(epsilon as f32)), &wide_of_norm)
+        });
+        let [x, of_norm] = [&x, &of_norm].map(|v| matrix(v, rows, k, DType::F32));
+        let dy = matrix(&dy, rows, n, DType::F32);
+        for isa in paths() {
+            let dw = linear_weight_gradient_on(isa, &dy, &x).unwrap();
+            assert_gradient(&format!("{isa:?} linear {rows} x {k}"), &numbers(&dw), &of_linear);
+            let dw = rms_norm_weight_gradient_on(isa, &of_norm, &x, epsilon as f32).unwrap();
+            assert_gradient(&format!("{isa:?} rms_norm {rows} x {k}"), &numbers(&dw), &of_weight);
+        }
+    }
+}
+
+#[test]
+fn embed_gradient_is_the_slope_of_embed() {
+    let mut g = generator(307);
+    let (rows, d, vocabulary) = (5, 3, Vocabulary { first: 2, size: 9 });
+    // Tokens of the table, of other parts of the vocabulary, one often, one never; and rows of no token.
+    let ids = [Some(4), None, Some(2), Some(4), Some(8), Some(0), None, Some(6), Some(4), Some(3)];
+    let dx = normal(&mut g, ids.len() * d, DType::F32);
+    let expected = slopes(&wide(&normal(&mut g, rows * d, DType::F32)), |table| {
+        let row = |id: &Option<u32>| id.and_then(|id| vocabulary.place(id, rows));
+        let x: Vec<f64> =
+            (0..ids.len() * d).map(|i| row(&ids[i / d]).map_or(0.0, |row| table[row * d + i % d])).collect();
+        dot(&x, &wide(&dx))
+    });
+    let dx = matrix(&dx, ids.len(), d, DType::F32);
+    let found = embed_gradient(&dx, &ids, vocabulary, rows).unwrap();
+    assert_eq!(found.dims(), [rows, d]);
+    assert_gradient("embed", &numbers(&found), &expected);
+    let none = embed_gradient(&matrix(&[], 0, d, DType::F32), &[], vocabulary, rows).unwrap();
+    assert_eq!(numbers(&none), vec![0.0; rows * d]);
 }
 
 #[test]

@@ -4,11 +4,13 @@ use candle_core::{DType, Tensor};
 
 use super::{TYPES, bits, cross_entropy, frozen, generator, matrix, normal, paths, vector};
 use crate::activation::{gated_gradient_on, gated_on};
-use crate::attention::{attention_gradient_on, attention_on};
+use crate::attention::{attention_gradient_on, attention_gradient_with_bias_on, attention_on};
 use crate::dropout::dropout_on;
-use crate::linear::{linear_add_on, linear_gradient_on, linear_on};
-use crate::norm::{rms_norm_gradient_on, rms_norm_on};
-use crate::{Activation, Attention, Buckets, Dropout, Isa, PositionBias, Segments};
+use crate::linear::{linear_add_on, linear_gradient_on, linear_on, linear_weight_gradient_on};
+use crate::norm::{rms_norm_gradient_on, rms_norm_on, rms_norm_weight_gradient_on};
+use crate::{
+    Activation, Attention, Buckets, Dropout, Isa, PositionBias, Segments, Vocabulary, embed_gradient,
+};
 
 /// Rows of each example: none, one, and more than strips, tiles and blocks hold.
 const LENGTHS: [usize; 5] = [13, 1, 0, 110, 50];
@@ -165,14 +167,54 @@ fn examples_attend_to_themselves_alone() {
                 heads: 3,
                 bias: Some(&bias),
                 causal: false,
+                prefix: 0,
                 dropout: Some(&masks),
             };
             attend(isa, batch, dtype, &spec)
         }),
         ("causal attention", &|isa, batch, dtype| {
             let (queries, keys) = (&batch.segments, &batch.segments);
-            let spec = Attention { queries, keys, heads: 3, bias: None, causal: true, dropout: None };
+            let spec =
+                Attention { queries, keys, heads: 3, bias: None, causal: true, prefix: 0, dropout: None };
             attend(isa, batch, dtype, &spec)
         }),
     ]);
+}
+
+/// Sums over all rows have as many terms as there are rows, and none of them may depend on who adds what.
+#[test]
+fn gradients_to_weights_have_the_same_bits_with_any_number_of_threads() {
+    let mut g = generator(505);
+    let (rows, width) = (301, 200);
+    let ids: Vec<Option<u32>> = (0..rows).map(|_| Some(g.below(40) as u32).filter(|id| *id < 30)).collect();
+    let values = [0, 1].map(|_| normal(&mut g, rows * width, DType::BF16));
+    let segments = Segments::new([80, 1, 0, 120, 100]);
+    let buckets = Buckets { count: 8, max_distance: 30, bidirectional: true };
+    let table = frozen(&normal(&mut g, 8 * 5, DType::F32), 8, 5, DType::F32);
+    let bias = PositionBias::new(&table, buckets, 120).unwrap();
+    let (queries, keys, bias) = (&segments, &segments, Some(&bias));
+    let spec = Attention { queries, keys, heads: 5, bias, causal: false, prefix: 0, dropout: None };
+    for (isa, dtype) in paths().flat_map(|isa| TYPES.map(|dtype| (isa, dtype))) {
+        let [dy, x] = values.each_ref().map(|v| matrix(v, rows, width, dtype));
+        let [wide_dy, wide_x] = [&dy, &x].map(|t| t.to_dtype(DType::F32).unwrap());
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let attended = attention_on(isa, &spec, &dy, &x, &x).unwrap();
+                let (operands, given) = ([&dy, &x, &x], (&attended, &dy));
+                let of_bias = attention_gradient_with_bias_on(isa, &spec, operands, given, buckets);
+                let gradients = [
+                    of_bias.map(|(_, table)| table),
+                    linear_weight_gradient_on(isa, &dy, &x),
+                    rms_norm_weight_gradient_on(isa, &wide_dy, &wide_x, 1e-6),
+                    embed_gradient(&wide_dy, &ids, Vocabulary::whole(40), 40),
+                ];
+                gradients.map(|gradient| bits(&gradient.unwrap()))
+            })
+        };
+        let expected = run(1);
+        for threads in [2, 3, 7] {
+            assert!(run(threads) == expected, "{isa:?} {dtype:?}: {threads} threads");
+        }
+    }
 }

@@ -7,7 +7,7 @@ use super::{
     F32_ROUNDING, TYPES, assert_close, frozen, generator, held, matrix, normal, numbers, paths, rounding,
     wide,
 };
-use crate::linear::{linear_add_on, linear_gradient_on, linear_on};
+use crate::linear::{linear_add_on, linear_gradient_on, linear_on, linear_weight_gradient_on};
 use crate::{Frozen, Isa};
 
 /// Rows, outputs and inputs.
@@ -97,6 +97,25 @@ fn linear_gradient_is_the_sum_of_the_products_with_the_weights() {
 }
 
 #[test]
+fn linear_weight_gradient_is_the_product_of_the_transposed_gradient_and_the_input() {
+    let mut g = generator(105);
+    for (rows, n, k) in SHAPES {
+        for dtype in TYPES {
+            let (dy, x) = (normal(&mut g, rows * n, dtype), normal(&mut g, rows * k, dtype));
+            let turned: Vec<f64> = (0..n * rows).map(|i| f64::from(dy[i % rows * n + i / rows])).collect();
+            let (sums, sizes) = product(&turned, (n, rows, k), |i, col| f64::from(x[i * k + col]));
+            let (dy, x) = (matrix(&dy, rows, n, dtype), matrix(&x, rows, k, dtype));
+            for isa in paths() {
+                let dw = linear_weight_gradient_on(isa, &dy, &x).unwrap();
+                assert_eq!((dw.dims(), dw.dtype()), (&[n, k][..], DType::F32));
+                let what = format!("{isa:?} {dtype:?} {rows} x {n} x {k}");
+                assert_close(&what, &numbers(&dw), &sums, |i| bound(rows, sizes[i], sums[i], DType::F32));
+            }
+        }
+    }
+}
+
+#[test]
 fn linear_add_adds_the_residual_to_the_product() {
     let mut g = generator(103);
     for (rows, n, k) in SHAPES {
@@ -123,6 +142,8 @@ fn products_of_nothing_are_zero_or_empty() {
                 let y = linear_on(isa, &x, &w, dtype).unwrap();
                 assert_eq!((y.dims(), numbers(&y)), (&[rows, n][..], vec![0.0; rows * n]));
                 let dy = matrix(&vec![1.0; rows * n], rows, n, dtype);
+                let dw = linear_weight_gradient_on(isa, &dy, &x).unwrap();
+                assert_eq!((dw.dims(), numbers(&dw)), (&[n, k][..], vec![rows as f32; n * k]));
                 let dx = linear_gradient_on(isa, &[(&dy, &w), (&dy, &w)], dtype).unwrap();
                 let expected = if n == 0 { 0.0 } else { 2.0 * n as f32 };
                 assert_eq!((dx.dims(), numbers(&dx)), (&[rows, k][..], vec![expected; rows * k]));

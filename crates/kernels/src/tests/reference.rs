@@ -58,6 +58,8 @@ pub(super) struct Attention<'a> {
     /// Numbers of a head.
     pub(super) width: usize,
     pub(super) causal: bool,
+    /// Leading keys of each example, before the sequence.
+    pub(super) prefix: usize,
     /// By head and `key - query`.
     pub(super) bias: &'a dyn Fn(usize, isize) -> f64,
     /// Dropout's factor by (example, head), query and key.
@@ -74,11 +76,14 @@ impl Attention<'_> {
                 let place = |row: usize| row * stride + head * self.width;
                 for query in 0..*queries {
                     let row = place(first_query + query);
-                    let seen = if self.causal { (query + 1).min(*keys) } else { *keys };
+                    let seen = if self.causal { (self.prefix + query + 1).min(*keys) } else { *keys };
                     let score = |key: usize| {
                         let other = place(first_key + key);
                         let dot: f64 = (0..self.width).map(|i| q[row + i] * k[other + i]).sum();
-                        dot + (self.bias)(head, key as isize - query as isize)
+                        if key < self.prefix {
+                            return dot;
+                        }
+                        dot + (self.bias)(head, (key - self.prefix) as isize - query as isize)
                     };
                     let scores: Vec<f64> = (0..seen).map(score).collect();
                     let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);

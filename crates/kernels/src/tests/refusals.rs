@@ -7,9 +7,9 @@ use candle_core::{DType, Device, Tensor};
 use super::{frozen, matrix, vector};
 use crate::{
     Activation, Attention, Buckets, Dropout, Frozen, LossSlope, PositionBias, Result, Rows, Segments,
-    Softmax, Targets, Vocabulary, activate, add, attention, attention_gradient, cross_entropy_gradient,
-    dropout, embed, gated, gated_gradient, linear, linear_add, linear_gradient, rms_norm, rms_norm_gradient,
-    rounded,
+    Softmax, Targets, Vocabulary, activate, add, attention, attention_gradient, attention_gradient_with_bias,
+    cross_entropy_gradient, dropout, embed, embed_gradient, gated, gated_gradient, linear, linear_add,
+    linear_gradient, linear_weight_gradient, rms_norm, rms_norm_gradient, rms_norm_weight_gradient, rounded,
 };
 
 /// The message of an error; fails if there is none.
@@ -49,6 +49,12 @@ fn linear_layers_refuse_other_shapes_and_types() {
     assert!(
         refusal(linear_gradient(&[(&ones(4, 2, DType::F32), &w)], DType::F32)).contains("whose out is 3")
     );
+    let message = refusal(linear_weight_gradient(&ones(5, 3, DType::F32), &x));
+    assert!(message.contains("5 rows of F32 for an input of 4 rows of F32"), "{message}");
+    assert!(refusal(linear_weight_gradient(&ones(4, 3, DType::BF16), &x)).contains("rows of BF16"));
+    let half = ones(4, 3, DType::F16);
+    assert!(refusal(linear_weight_gradient(&half, &half)).contains("not F16"));
+    assert!(refusal(linear_weight_gradient(&vector(&[1.0]), &x)).contains("no matrix"));
 }
 
 #[test]
@@ -60,6 +66,9 @@ fn elementwise_operations_refuse_other_shapes_and_types() {
     refusal(rms_norm(&half, &weight, 1e-6, DType::F32));
     refusal(rms_norm_gradient(&ones(3, 3, DType::F32), &x, &weight, 1e-6, None));
     refusal(rms_norm_gradient(&x, &x, &weight, 1e-6, Some(&ones(2, 2, DType::F32))));
+    refusal(rms_norm_weight_gradient(&ones(2, 4, DType::F32), &x, 1e-6));
+    refusal(rms_norm_weight_gradient(&x, &half, 1e-6));
+    refusal(rms_norm_weight_gradient(&half, &x, 1e-6));
     assert!(refusal(activate(Activation::Silu, &half)).contains("not F16"));
     refusal(gated(Activation::Silu, &x, &ones(2, 4, DType::F32)));
     refusal(gated(Activation::Silu, &x, &ones(2, 3, DType::BF16)));
@@ -105,12 +114,26 @@ fn embeddings_refuse_what_is_not_there() {
             .contains("rows of 3 numbers")
     );
     refusal(embed(&table, all, &[ones(3, 2, DType::BF16)], &[Rows::Prompt(0)]));
+    let dx = ones(2, 3, DType::F32);
+    let of = |ids: &[Option<u32>], rows| refusal(embed_gradient(&dx, ids, all, rows));
+    assert_eq!(of(&[None, Some(4)], 4), "embed_gradient: token 4 is outside of a vocabulary of 4");
+    assert!(of(&[None], 4).contains("2 rows of gradients for 1 tokens"));
+    assert!(of(&[None, None], 5).contains("5 rows from 0 on of a vocabulary of 4"));
+    refusal(embed_gradient(&dx.to_dtype(DType::BF16).unwrap(), &[None, None], all, 4));
 }
 
 #[test]
 fn attention_refuses_what_does_not_fit() {
     let (two, three) = (Segments::new([2]), Segments::new([3]));
-    let spec = Attention { queries: &two, keys: &three, heads: 2, bias: None, causal: false, dropout: None };
+    let spec = Attention {
+        queries: &two,
+        keys: &three,
+        heads: 2,
+        bias: None,
+        causal: false,
+        prefix: 0,
+        dropout: None,
+    };
     let (q, k) = (ones(2, 4, DType::F32), ones(3, 4, DType::F32));
     let attended = attention(&spec, &q, &k, &k).unwrap();
     refusal(attention_gradient(&spec, [&q, &k, &k], &attended, &k));
@@ -124,6 +147,17 @@ fn attention_refuses_what_does_not_fit() {
     refusal(attention(&spec, &q.to_dtype(DType::F16).unwrap(), &k, &k));
     let cut = Segments::new([1, 2]);
     assert!(refusal(attention(&Attention { keys: &cut, ..spec }, &q, &k, &k)).contains("2 examples"));
+    let message = refusal(attention(&Attention { prefix: 4, ..spec }, &q, &k, &k));
+    assert!(message.contains("example 0 has 3 keys, of which 4 are a prefix"), "{message}");
+    let buckets = Buckets { count: 2, max_distance: 4, bidirectional: false };
+    let with_bias = |spec: &Attention<'_>| {
+        refusal(attention_gradient_with_bias(spec, [&q, &k, &k], &attended, &q, buckets))
+    };
+    assert_eq!(with_bias(&spec), "attention_gradient_with_bias: there is no position bias");
+    let table = frozen(&[0.0; 4], 2, 2, DType::F32);
+    let other = PositionBias::new(&table, Buckets { max_distance: 5, ..buckets }, 3).unwrap();
+    let message = with_bias(&Attention { bias: Some(&other), ..spec });
+    assert!(message.contains("max_distance: 5"), "{message}");
     let masks = Dropout::new(0.1, vec![]).unwrap();
     let message = refusal(attention(&Attention { dropout: Some(&masks), ..spec }, &q, &k, &k));
     assert!(message.contains("dropout for 0 examples"), "{message}");

@@ -28,6 +28,7 @@ pub(super) fn seconds(config: &Config, dtype: DType, inputs: &[usize], target: u
         heads: config.num_heads,
         bias: Some(&both),
         causal: false,
+        prefix: 0,
         dropout: None,
     };
     let own = Attention { queries: &decoder, keys: &decoder, bias: Some(&past), causal: true, ..spec };
