@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::pretrain::PretrainError;
 use crate::source::KNOWN_EXTENSIONS;
 use crate::{LabelMapError, TemplateError};
 
@@ -124,13 +125,18 @@ pub enum Error {
     /// A label map that is not one.
     #[error(transparent)]
     LabelMap(#[from] LabelMapError),
+    /// A corpus or options of pretraining that cannot be used.
+    #[error(transparent)]
+    Pretrain(#[from] PretrainError),
     /// A length limit with no room for a token and the end mark.
-    #[error("a maximum {side} length of {max} leaves no room; it counts </s>, and must be at least 2")]
+    #[error("a maximum {side} length of {max} leaves no room; it counts </s>, and must be at least {least}")]
     LengthLimit {
         /// `input` or `target`.
         side: &'static str,
         /// The limit given.
         max: usize,
+        /// The least there is room in.
+        least: usize,
     },
     /// A tokenizer without the end mark of a T5.
     #[error(
@@ -229,7 +235,7 @@ pub enum Error {
         what: String,
     },
     /// A task that no site takes predictions of.
-    #[error("the task {task} has no submission file; only SuperGLUE's tasks have one")]
+    #[error("the task {task} has no submission file; only SuperGLUE's and GLUE's tasks have one")]
     NoSubmission {
         /// The task's name.
         task: &'static str,
@@ -427,6 +433,14 @@ pub enum Problem {
     Inconsistent {
         /// What does not fit.
         what: String,
+    },
+    /// A record of a corpus without a text.
+    #[error(
+        "the record has {found}, and a corpus has a text in `text`; rename the field that holds it, or give the record one"
+    )]
+    NotADocument {
+        /// What it has instead.
+        found: String,
     },
     /// Nothing to learn.
     #[error("the target is empty; give the record a target text")]

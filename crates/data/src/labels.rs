@@ -34,6 +34,11 @@ pub enum LabelMapError {
 }
 
 impl LabelMap {
+    /// The map of these labels, of which none is twice, and texts.
+    pub(crate) fn of<'a>(entries: impl Iterator<Item = (&'a str, &'a str)>) -> Self {
+        Self(entries.map(|(key, text)| (key.to_owned(), text.to_owned())).collect())
+    }
+
     /// The text for a label.
     pub fn get(&self, label: &str) -> Option<&str> {
         self.0.iter().find(|(key, _)| key == label).map(|(_, text)| text.as_str())

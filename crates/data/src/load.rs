@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use crate::error::{BadRecord, Error, Location, Problem, Result, Unit};
+use crate::error::{BadRecord, Error, Problem, Result};
 use crate::labels::LabelMap;
-use crate::source::{Format, Record, read_records};
+use crate::source::{Record, location, read_records};
 use crate::template::Template;
 
 /// How many of the skipped records' errors are kept.
@@ -101,17 +101,12 @@ fn load(
     options: LoadOptions,
     render: impl Fn(&Record) -> Result<(String, String), Problem>,
 ) -> Result<Loaded> {
-    let unit = match Format::of(path) {
-        Some((Format::Parquet, _)) => Unit::Row,
-        _ => Unit::Line,
-    };
     let examples = read_records(path)?.enumerate().map(|(index, record)| {
         let (line, record) = record?;
         match render(&record) {
             Ok((inputs, targets)) => Ok(TextExample { inputs, targets, index, line }),
             Err(problem) => {
-                let location = Location { path: path.to_path_buf(), number: line, unit };
-                Err(Error::Record(Box::new(BadRecord { location, problem })))
+                Err(Error::Record(Box::new(BadRecord { location: location(path, line), problem })))
             }
         }
     });

@@ -7,6 +7,8 @@ use crate::load::TextExample;
 
 /// The end of every T5 text.
 const END_MARK: &str = "</s>";
+/// A text needs room for a token and the end mark.
+const LEAST: usize = 2;
 /// Texts tokenized at once; bounds the memory of encodings, which is far more than that of ids.
 const CHUNK: usize = 1024;
 
@@ -52,15 +54,15 @@ pub fn tokenize(
     vocab_size: usize,
 ) -> Result<TokenizedSet> {
     for (side, max) in [("input", max_input), ("target", max_target)] {
-        if max < 2 {
-            return Err(Error::LengthLimit { side, max });
+        if max < LEAST {
+            return Err(Error::LengthLimit { side, max, least: LEAST });
         }
     }
     let encoder = Encoder::new(tokenizer, vocab_size)?;
     let mut set = TokenizedSet { texts: texts.to_vec(), ..TokenizedSet::default() };
     for chunk in texts.chunks(CHUNK) {
-        let inputs = encoder.encode(chunk, |example| &example.inputs)?;
-        let targets = encoder.encode(chunk, |example| &example.targets)?;
+        let inputs = encoder.encode(chunk.iter().map(|example| example.inputs.as_str()).collect())?;
+        let targets = encoder.encode(chunk.iter().map(|example| example.targets.as_str()).collect())?;
         for ((mut input, mut target), text) in inputs.into_iter().zip(targets).zip(chunk) {
             if target.is_empty() && !text.targets.is_empty() {
                 return Err(Error::NoTargetTokens { line: text.line, target: text.targets.clone() });
@@ -76,36 +78,39 @@ pub fn tokenize(
 }
 
 /// A tokenizer that neither cuts nor pads, and checks its ids.
-struct Encoder {
+pub(crate) struct Encoder {
     tokenizer: Tokenizer,
     end_mark: u32,
     vocab_size: usize,
 }
 
 impl Encoder {
-    fn new(tokenizer: &Tokenizer, vocab_size: usize) -> Result<Self> {
+    pub(crate) fn new(tokenizer: &Tokenizer, vocab_size: usize) -> Result<Self> {
         let mut tokenizer = tokenizer.clone();
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(failure)?;
         let end_mark = tokenizer.token_to_id(END_MARK).ok_or(Error::NoEndMark)?;
         let encoder = Self { tokenizer, end_mark, vocab_size };
-        encoder.check(end_mark)?;
+        encoder.check(&[end_mark])?;
         Ok(encoder)
     }
 
+    /// The id of `</s>`.
+    pub(crate) fn end_mark(&self) -> u32 {
+        self.end_mark
+    }
+
     /// Ids of each text, without the end mark.
-    fn encode(&self, examples: &[TextExample], text: impl Fn(&TextExample) -> &str) -> Result<Vec<Vec<u32>>> {
-        let texts: Vec<&str> = examples.iter().map(text).collect();
+    pub(crate) fn encode(&self, texts: Vec<&str>) -> Result<Vec<Vec<u32>>> {
         let encodings: Vec<Encoding> = self.tokenizer.encode_batch_fast(texts, false).map_err(failure)?;
         let ids: Vec<Vec<u32>> = encodings.iter().map(|encoding| encoding.get_ids().to_vec()).collect();
-        ids.iter().flatten().try_for_each(|&id| self.check(id))?;
+        ids.iter().try_for_each(|ids| self.check(ids))?;
         Ok(ids)
     }
 
-    fn check(&self, id: u32) -> Result<()> {
-        if (id as usize) < self.vocab_size {
-            return Ok(());
-        }
+    /// Refuses ids that the model does not have.
+    pub(crate) fn check(&self, ids: &[u32]) -> Result<()> {
+        let Some(&id) = ids.iter().find(|&&id| id as usize >= self.vocab_size) else { return Ok(()) };
         let text = self.tokenizer.id_to_token(id).unwrap_or_default();
         Err(Error::TokenizerMismatch { text: format!("{text:?}"), id, vocab_size: self.vocab_size })
     }

@@ -1,4 +1,4 @@
-//! SuperGLUE's files of predictions.
+//! SuperGLUE's and GLUE's files of predictions.
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
 
 mod common;
@@ -56,7 +56,29 @@ fn records_labels_are_the_predicted_texts() {
 }
 
 #[test]
+fn glues_files_are_tables_in_the_sites_words() {
+    // File names, columns and label texts as GLUE's site describes them for a submission.
+    for (task, predictions, file, rows) in [
+        ("sst2", &["positive", " negative"][..], "SST-2.tsv", "0\t1\n1\t0\n"),
+        ("mrpc", &["equivalent"], "MRPC.tsv", "0\t1\n"),
+        ("qqp", &["not_duplicate"], "QQP.tsv", "0\t0\n"),
+        ("glue-rte", &["not_entailment"], "RTE.tsv", "0\tnot_entailment\n"),
+        ("mnli", &["contradiction"], "MNLI-m.tsv", "0\tcontradiction\n"),
+        ("mnli-mismatched", &["neutral"], "MNLI-mm.tsv", "0\tneutral\n"),
+    ] {
+        let text = format!("index\tprediction\n{rows}");
+        assert_eq!(
+            submit(task, predictions),
+            Submission { file_name: file.into(), text, illegal: 0 },
+            "{task}"
+        );
+    }
+    let illegal = submit("qqp", &["equivalent"]);
+    assert_eq!((illegal.text.as_str(), illegal.illegal), ("index\tprediction\n0\t0\n", 1));
+}
+
+#[test]
 fn other_tasks_have_no_submission() {
-    let message = submission(Task::named("sst2").unwrap(), &[], &[]).unwrap_err().to_string();
-    assert_eq!(message, "the task sst2 has no submission file; only SuperGLUE's tasks have one");
+    let message = submission(Task::named("trec").unwrap(), &[], &[]).unwrap_err().to_string();
+    assert_eq!(message, "the task trec has no submission file; only SuperGLUE's and GLUE's tasks have one");
 }

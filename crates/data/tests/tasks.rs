@@ -6,7 +6,9 @@ mod common;
 
 use common::golden;
 use incipit_data::metrics::{Metric, Reference, legal_share};
-use incipit_data::tasks::{Family, Split, Task, TaskExample, TaskSplit, Use, super_glue_average};
+use incipit_data::tasks::{
+    Family, Split, Task, TaskExample, TaskSplit, Use, super_glue_average, transferred_labels,
+};
 use incipit_data::{LoadOptions, TextExample, load_text};
 use serde_json::Value;
 use std::path::Path;
@@ -239,6 +241,19 @@ fn super_glues_average_is_the_mean_of_the_eight_tasks_means() {
     assert_eq!(super_glue_average(&scores), None);
     scores.extend([last.clone(), last]);
     assert_eq!(super_glue_average(&scores), None);
+}
+
+#[test]
+fn paraphrase_tasks_and_no_others_know_each_others_labels() {
+    let rewritten = |trained: &str, evaluated: &str| {
+        let map = transferred_labels(Task::named(trained).unwrap(), Task::named(evaluated).unwrap());
+        map.map(|map| map.to_string())
+    };
+    assert_eq!(rewritten("qqp", "mrpc").unwrap(), "not_duplicate=not_equivalent,duplicate=equivalent");
+    assert_eq!(rewritten("mrpc", "qqp").unwrap(), "not_equivalent=not_duplicate,equivalent=duplicate");
+    for (trained, evaluated) in [("qqp", "qqp"), ("mrpc", "mrpc"), ("qqp", "glue-rte"), ("rte", "glue-rte")] {
+        assert_eq!(rewritten(trained, evaluated), None, "{trained} {evaluated}");
+    }
 }
 
 #[test]

@@ -17,15 +17,16 @@ impl JsonLines {
 
 impl Source for JsonLines {
     fn next_record(&mut self) -> Result<Option<(usize, Record)>> {
-        while self.0.advance()? {
-            if self.0.line().trim_ascii().is_empty() {
-                continue;
-            }
-            let line = self.0.number();
-            let record = parse(self.0.line()).map_err(|problem| self.0.bad_record(line, problem))?;
-            return Ok(Some((line, record)));
+        if !self.pass()? {
+            return Ok(None);
         }
-        Ok(None)
+        let line = self.0.number();
+        let record = parse(self.0.line()).map_err(|problem| self.0.bad_record(line, problem))?;
+        Ok(Some((line, record)))
+    }
+
+    fn pass(&mut self) -> Result<bool> {
+        self.0.advance_to_text()
     }
 }
 

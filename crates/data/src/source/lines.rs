@@ -14,7 +14,7 @@ const GZIP_MAGIC: &[u8] = b"\x1f\x8b";
 /// Reads a file line by line, counting.
 pub(super) struct Lines {
     path: PathBuf,
-    reader: Box<dyn BufRead>,
+    reader: Box<dyn BufRead + Send>,
     gzip: bool,
     number: usize,
     line: Vec<u8>,
@@ -22,7 +22,7 @@ pub(super) struct Lines {
 
 impl Lines {
     pub(super) fn new(path: &Path, file: File, gzip: bool) -> Self {
-        let reader: Box<dyn BufRead> = match gzip {
+        let reader: Box<dyn BufRead + Send> = match gzip {
             true => Box::new(BufReader::new(MultiGzDecoder::new(BufReader::new(file)))),
             false => Box::new(BufReader::new(file)),
         };
@@ -61,6 +61,16 @@ impl Lines {
             self.line.drain(..BYTE_ORDER_MARK.len());
         }
         Ok(true)
+    }
+
+    /// Reads on to the next line that is not blank; false at the end of the file.
+    pub(super) fn advance_to_text(&mut self) -> Result<bool> {
+        while self.advance()? {
+            if !self.line.trim_ascii().is_empty() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     fn failure(&self, cause: std::io::Error) -> Error {

@@ -4,12 +4,15 @@ mod delimited;
 mod json_lines;
 mod lines;
 mod parquet;
+mod text_lines;
 
 use std::fs;
 use std::path::Path;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Location, Result, Unit};
 use lines::Lines;
+
+pub(crate) use text_lines::TEXT_FIELD;
 
 /// A record: the names of its fields, in the file's order, and their values.
 pub type Record = serde_json::Map<String, serde_json::Value>;
@@ -30,6 +33,8 @@ pub enum Format {
     Tsv,
     /// A Parquet table.
     Parquet,
+    /// One text a line; a record's only field is `text`. No name tells it, since some tables are called `.txt`.
+    Text,
 }
 
 impl Format {
@@ -54,13 +59,25 @@ impl Format {
 trait Source {
     /// The next record and its line or row, from 1; none at the end.
     fn next_record(&mut self) -> Result<Option<(usize, Record)>>;
+
+    /// Passes over the next record, where that is possible without looking into it; false at the end.
+    fn pass(&mut self) -> Result<bool> {
+        Ok(self.next_record()?.is_some())
+    }
 }
 
 /// The records of a file, each with its line or row, from 1. Ends after the first error that is not of one
 /// record alone.
 pub struct Records {
-    source: Box<dyn Source>,
+    source: Box<dyn Source + Send>,
     ended: bool,
+}
+
+impl Records {
+    /// Passes over the next record; false at the end.
+    pub(crate) fn pass(&mut self) -> Result<bool> {
+        self.source.pass()
+    }
 }
 
 impl std::fmt::Debug for Records {
@@ -112,11 +129,21 @@ pub(crate) fn open_records(path: &Path, format: Format, gzip: bool) -> Result<Re
         return Err(Error::EmptyFile { path: path.to_path_buf() });
     }
     let file = fs::File::open(path).map_err(cannot_open)?;
-    let source: Box<dyn Source> = match format {
+    let source: Box<dyn Source + Send> = match format {
         Format::JsonLines => Box::new(json_lines::JsonLines::new(Lines::new(path, file, gzip))),
         Format::Csv => Box::new(delimited::Delimited::csv(Lines::new(path, file, gzip))?),
         Format::Tsv => Box::new(delimited::Delimited::tsv(Lines::new(path, file, gzip))?),
         Format::Parquet => Box::new(parquet::ParquetRows::new(path, file)?),
+        Format::Text => Box::new(text_lines::TextLines::new(Lines::new(path, file, gzip))),
     };
     Ok(Records { source, ended: false })
+}
+
+/// The place of a record in a file.
+pub(crate) fn location(path: &Path, number: usize) -> Location {
+    let unit = match Format::of(path) {
+        Some((Format::Parquet, _)) => Unit::Row,
+        _ => Unit::Line,
+    };
+    Location { path: path.to_path_buf(), number, unit }
 }

@@ -1,7 +1,7 @@
 //! The named tasks: benchmarks that are read from the files which their owners publish.
 //!
 //! [`Task::named`] finds one, [`Task::examples`] reads a split of it, [`Task::scores`] scores predictions as the
-//! benchmark does, and [`submission`] writes what SuperGLUE's site takes. Inputs and targets are those of T5's own
+//! benchmark does, and [`submission`] writes what SuperGLUE's and GLUE's sites take. Inputs and targets are those of T5's own
 //! preprocessing (the package t5 0.9.4 over TFDS's records), with the task's name taken off the front of the input,
 //! as prompt tuning has it.
 //!
@@ -21,6 +21,7 @@ mod record;
 mod score;
 mod squad;
 mod submission;
+mod transfer;
 mod wsc;
 
 use std::fmt;
@@ -35,6 +36,7 @@ use crate::{LoadOptions, TextExample};
 pub use examples::{Examples, TaskSplit};
 pub use score::super_glue_average;
 pub use submission::{Submission, submission};
+pub use transfer::transferred_labels;
 
 /// What a task belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

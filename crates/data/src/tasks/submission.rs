@@ -1,4 +1,4 @@
-//! The files of predictions that SuperGLUE's site takes.
+//! The files of predictions that SuperGLUE's and GLUE's sites take.
 
 use std::collections::BTreeMap;
 
@@ -11,9 +11,9 @@ use crate::metrics::names_referent;
 /// A task's file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Submission {
-    /// Its name on the site, such as `BoolQ.jsonl`.
+    /// Its name on the site, such as `BoolQ.jsonl` or `SST-2.tsv`.
     pub file_name: String,
-    /// What it holds: a JSON object a line.
+    /// What it holds: of SuperGLUE a JSON object a line, of GLUE a table of the columns `index` and `prediction`.
     pub text: String,
     /// How many predictions are no label. The site has no word for that, so the file has the task's first label
     /// instead.
@@ -23,13 +23,13 @@ pub struct Submission {
 /// The file of a task's predictions for examples, which need no labels.
 ///
 /// # Errors
-/// A task that is not of SuperGLUE.
+/// A task that is neither of SuperGLUE nor of GLUE.
 ///
 /// # Panics
 /// If there are not as many predictions as examples.
 pub fn submission(task: &Task, examples: &[TaskExample], predictions: &[String]) -> Result<Submission> {
     assert_eq!(examples.len(), predictions.len(), "one prediction an example");
-    if task.family != Family::SuperGlue {
+    if !matches!(task.family, Family::SuperGlue | Family::Glue) {
         return Err(Error::NoSubmission { task: task.name });
     }
     let mut illegal = 0;
@@ -40,12 +40,39 @@ pub fn submission(task: &Task, examples: &[TaskExample], predictions: &[String])
         labels.push(found.unwrap_or_else(|| official(task, 0)));
     }
     let pairs = examples.iter().map(|example| &example.id).zip(labels);
+    let (file_name, text) = match task.family {
+        Family::Glue => (format!("{}.tsv", glue_name(task)), table(pairs)),
+        _ => (format!("{}.jsonl", task.folder), json_lines(task, pairs)),
+    };
+    Ok(Submission { file_name, text, illegal })
+}
+
+/// SuperGLUE's file.
+fn json_lines<'a>(task: &Task, pairs: impl Iterator<Item = (&'a ExampleId, Value)>) -> String {
     let records = match task.form {
         Form::MultiRc => passages(pairs),
         _ => pairs.map(|(id, label)| json!({"idx": number(id), "label": label})).collect(),
     };
-    let text = records.iter().map(|record| format!("{record}\n")).collect();
-    Ok(Submission { file_name: format!("{}.jsonl", task.folder), text, illegal })
+    records.iter().map(|record| format!("{record}\n")).collect()
+}
+
+/// GLUE's file.
+fn table<'a>(pairs: impl Iterator<Item = (&'a ExampleId, Value)>) -> String {
+    let mut text = "index\tprediction\n".to_owned();
+    for (id, label) in pairs {
+        let label = label.as_str().map_or_else(|| label.to_string(), str::to_owned);
+        text.push_str(&format!("{}\t{label}\n", number(id)));
+    }
+    text
+}
+
+/// What GLUE's site calls a task: its folder, but for the two test sets of MNLI.
+fn glue_name(task: &Task) -> &str {
+    match task.name {
+        "mnli" => "MNLI-m",
+        "mnli-mismatched" => "MNLI-mm",
+        _ => task.folder,
+    }
 }
 
 /// The label for a prediction; none if it is not one.
@@ -64,11 +91,12 @@ fn label(task: &Task, example: &TaskExample, prediction: &str) -> Option<Value> 
     }
 }
 
-/// The site's word for a label: numbers for COPA and MultiRC, lower case for truth values but WSC's.
+/// The site's word for a label: numbers for COPA, MultiRC, SST-2, MRPC and QQP, lower case for truth values but WSC's.
 fn official(task: &Task, index: usize) -> Value {
     match (&task.form, task.labels) {
         (Form::Wsc, _) => "False".into(),
         (Form::MultiRc, _) | (_, ["choice1", "choice2"]) => index.into(),
+        _ if matches!(task.name, "sst2" | "mrpc" | "qqp") => index.into(),
         (_, ["False", "True"]) => ["false", "true"][index].into(),
         (_, labels) => labels.get(index).copied().unwrap_or_default().into(),
     }

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes the Parquet files beside this file, in the forms that data sets come in: dictionary-encoded and plain strings,
 nulls, large strings, every compression that the crate reads, two row groups, data page version 2, nested columns,
-dates and raw bytes.
+dates and raw bytes; and documents of a corpus.
 
 Made with pyarrow 26.0.1.    pip install pyarrow==26.0.1 && python make_parquet.py
 """
@@ -45,3 +45,9 @@ types = pa.table({
 })
 pq.write_table(types, here / "types.parquet", store_schema=False)
 pq.write_table(types.slice(0, 0).select(["text"]), here / "no_rows.parquet", store_schema=False)
+
+documents = pa.table({
+    "url": pa.array(["/1", "/2", "/3", "/4", "/5"]),
+    "text": pa.array(["a b c", "", "d e f g h i j", "k", "l m"]),
+})
+pq.write_table(documents, here / "documents.parquet", row_group_size=2, store_schema=False)
