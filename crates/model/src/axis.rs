@@ -82,6 +82,11 @@ impl TensorAxis {
         Ok(Softmax { top, total: both.narrow(0, 0, rows)?, target: both.narrow(0, rows, rows)? })
     }
 
+    /// All rows, from everybody's part of them: `[r, c]` to `[R, c]`.
+    pub(crate) fn gather_rows(&self, part: Tensor) -> Result<Tensor> {
+        if self.is_whole() { Ok(part) } else { Ok(self.group.all_gather(&part)?) }
+    }
+
     /// Rows of all columns, from everybody's part of the columns: `[n, c]` to `[n, C]`.
     pub(crate) fn gather_columns(&self, part: Tensor) -> Result<Tensor> {
         if self.is_whole() {

@@ -68,6 +68,14 @@ impl<'a> Microbatch<'a> {
         self.examples.iter().flat_map(|e| [prompt(e), Rows::Tokens(e.input)]).collect()
     }
 
+    /// The token of each of the encoder's rows; a prompt's row has none.
+    pub(crate) fn encoder_tokens(&self) -> Vec<Option<u32>> {
+        let tokens = |e: &'a Example<'a>| {
+            std::iter::repeat_n(None, self.prompt_length(e)).chain(e.input.iter().copied().map(Some))
+        };
+        self.examples.iter().flat_map(tokens).collect()
+    }
+
     /// Place and number of the prompt's rows of each example among the encoder's rows.
     pub(crate) fn prompt_rows(&self, rows: &Segments) -> Vec<(usize, usize)> {
         let place = |(i, e)| (rows.range(i).start, self.prompt_length(e));

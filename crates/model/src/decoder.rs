@@ -1,13 +1,16 @@
 //! The decoder: causal self-attention, attention to the encoder's result, feed-forward layers, and a norm at the end.
 
 use candle_core::{DType, Tensor};
-use incipit_kernels::{Attention, Frozen, PositionBias, Segments, linear_gradient};
+use incipit_kernels::{Attention, Frozen, PositionBias, Segments};
 
 use crate::Result;
 use crate::axis::TensorAxis;
 use crate::config::Config;
 use crate::encoder::{DECODER_SITES, ENDS, Kept, Pass, SITES_PER_LAYER};
-use crate::layers::{AttentionLayer, AttentionState, FeedForward, FeedForwardState, Norm, Sites};
+use crate::gradients::WeightGradients;
+use crate::layers::{
+    AttentionLayer, AttentionState, FeedForward, FeedForwardState, Norm, Sites, position_table,
+};
 use crate::sharding::Slices;
 
 /// The frozen decoder.
@@ -30,6 +33,8 @@ pub(crate) struct Memory<'a> {
     /// `[T, D]`, of the pass's type.
     pub(crate) rows: &'a Tensor,
     pub(crate) segments: &'a Segments,
+    /// How many consecutive decoder rows read each example's: those of one target, or of several one after the other.
+    pub(crate) readers: &'a Segments,
 }
 
 struct LayerState {
@@ -81,12 +86,11 @@ impl Decoder {
                 feed_forward: FeedForward::load(config, source, axis, &name(2))?,
             })
         });
-        let bias = "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
         let shape = [config.relative_attention_num_buckets, config.num_heads];
         Ok(Self {
             axis: axis.clone(),
             layers: layers.collect::<Result<_>>()?,
-            bias: source.on_host(bias, &shape)?,
+            bias: source.on_host(&position_table("decoder"), &shape)?,
             norm: Norm::load(config, source, "decoder.final_layer_norm", logit_scale)?,
         })
     }
@@ -95,9 +99,9 @@ impl Decoder {
     pub(crate) fn regroup(&mut self, axis: &TensorAxis) {
         self.axis = axis.clone();
         for layer in &mut self.layers {
-            layer.attention.axis = axis.clone();
-            layer.cross.axis = axis.clone();
-            layer.feed_forward.axis = axis.clone();
+            layer.attention.regroup(axis);
+            layer.cross.regroup(axis);
+            layer.feed_forward.regroup(axis);
         }
     }
 
@@ -123,21 +127,35 @@ impl Decoder {
         Ok((out, DecoderState { layers, last: x, bias }))
     }
 
-    /// The gradient `[T, D]` f32 to the encoder's result; `dy` `[Td, D]` f32 is the one to the decoder's.
-    ///
-    /// The embedded target rows are frozen, so that the gradient to them is not finished.
+    /// As [`Encoder::as_prefixes`](crate::encoder::Encoder::as_prefixes), of both attentions of every layer.
+    pub(crate) fn as_prefixes(&self, state: &DecoderState) -> Vec<(String, Tensor)> {
+        let of = |(layer, kept): (&Layer, &Kept<LayerState>)| match kept {
+            Kept::State(state) => {
+                let own = layer.attention.as_prefix(&state.attention);
+                [own, layer.cross.as_prefix(&state.cross)].concat()
+            }
+            Kept::Input(_) => Vec::new(),
+        };
+        self.layers.iter().zip(&state.layers).flat_map(of).collect()
+    }
+
+    /// The gradients to the encoder's result `[T, D]` f32 and, if gradients to weights are asked for, to the embedded target rows
+    /// `[Td, D]` f32; `dy` `[Td, D]` f32 is the one to the decoder's result. Where all weights are frozen, the way down to the embedded
+    /// rows is not gone to its end.
     pub(crate) fn backward(
         &self,
         dy: Tensor,
         state: DecoderState,
         memory: Memory<'_>,
         pass: &Pass<'_>,
-    ) -> Result<Tensor> {
+        gradients: &mut WeightGradients,
+    ) -> Result<(Tensor, Option<Tensor>)> {
         let DecoderState { mut layers, last, bias } = state;
         let dy = pass.sites(DECODER_SITES + ENDS).drop(1, dy, pass.rows)?;
-        let mut dx = self.norm.backward(&dy, &last, None)?;
+        let mut dx = self.norm.backward(&dy, &last, None, gradients)?;
         drop(last);
         let mut d_memory: Option<Tensor> = None;
+        let to_the_end = !gradients.is_empty();
         for (i, layer) in self.layers.iter().enumerate().rev() {
             let state = match layers.pop() {
                 Some(Kept::State(state)) => state,
@@ -145,22 +163,25 @@ impl Decoder {
                 None => unreachable!("forward kept one state a layer"),
             };
             let sites = |part| pass.sites(DECODER_SITES + i * SITES_PER_LAYER + part);
-            dx = layer.feed_forward.backward(&dx, &state.feed_forward, pass.rows, sites(2))?;
-            let spec = cross_spec(bias.heads(), memory, pass.rows);
-            let [dq, dk, dv] = layer.cross.inner_backward(&dx, &state.cross, &spec, sites(1))?;
-            let part = linear_gradient(&[(&dk, &layer.cross.k), (&dv, &layer.cross.v)], DType::F32)?;
+            dx = layer.feed_forward.backward(&dx, &state.feed_forward, (pass.rows, sites(2)), gradients)?;
+            let spec = cross_spec(bias.heads(), memory);
+            let [dq, dk, dv] = layer.cross.inner_backward(&dx, &state.cross, &spec, sites(1), gradients)?;
+            let part = layer.cross.memory_backward([&dk, &dv], memory.rows, gradients)?;
             d_memory = Some(match d_memory {
                 Some(sum) => incipit_kernels::add(&sum, &part)?,
                 None => part,
             });
-            if i > 0 {
-                dx = layer.cross.cross_backward(&dq, &dx, &state.cross)?;
-                dx = layer.attention.backward(&dx, &state.attention, &self_spec(&bias, pass), sites(0))?;
+            if i > 0 || to_the_end {
+                dx = layer.cross.cross_backward(&dq, &dx, &state.cross, gradients)?;
+                let spec = self_spec(&bias, pass);
+                dx = layer.attention.backward(&dx, &state.attention, &spec, sites(0), gradients)?;
             }
         }
         // Every layer's part comes from the heads that are here: they are added up over the ranks once, for all layers.
         let d_memory = d_memory.unwrap_or_else(|| unreachable!("a decoder has at least one layer"));
-        self.axis.reduce_gradient(&d_memory)
+        let d_input =
+            to_the_end.then(|| pass.sites(DECODER_SITES + ENDS).drop(0, dx, pass.rows)).transpose()?;
+        Ok((self.axis.reduce_gradient(&d_memory)?, d_input))
     }
 
     /// Empty caches over the encoder's result.
@@ -188,6 +209,7 @@ impl Decoder {
             heads: bias.heads(),
             bias: Some(&bias),
             causal: false,
+            prefix: 0,
             dropout: None,
         };
         let cross = Attention { queries, keys, bias: None, ..own };
@@ -237,7 +259,7 @@ impl Layer {
         let sites = |part| pass.sites(DECODER_SITES + i * SITES_PER_LAYER + part);
         let (x, attention) = self.attention.forward(x, None, &self_spec(bias, pass), sites(0), pass.dtype)?;
         let given = self.cross.keys_and_values(memory.rows)?;
-        let spec = cross_spec(bias.heads(), memory, pass.rows);
+        let spec = cross_spec(bias.heads(), memory);
         let (x, cross) = self.cross.forward(x, Some(given), &spec, sites(1), pass.dtype)?;
         let feed_forward = self.feed_forward.inside(x, pass.dtype)?;
         Ok(LayerState { attention, cross, feed_forward })
@@ -252,10 +274,19 @@ fn self_spec<'a>(bias: &'a PositionBias, pass: &Pass<'a>) -> Attention<'a> {
         heads: bias.heads(),
         bias: Some(bias),
         causal: true,
+        prefix: 0,
         dropout: None,
     }
 }
 
-fn cross_spec<'a>(heads: usize, memory: Memory<'a>, rows: &'a Segments) -> Attention<'a> {
-    Attention { queries: rows, keys: memory.segments, heads, bias: None, causal: false, dropout: None }
+fn cross_spec(heads: usize, memory: Memory<'_>) -> Attention<'_> {
+    Attention {
+        queries: memory.readers,
+        keys: memory.segments,
+        heads,
+        bias: None,
+        causal: false,
+        prefix: 0,
+        dropout: None,
+    }
 }

@@ -6,7 +6,10 @@ use incipit_kernels::{Attention, Dropout, Frozen, PositionBias, Segments};
 use crate::Result;
 use crate::axis::TensorAxis;
 use crate::config::Config;
-use crate::layers::{AttentionLayer, AttentionState, FeedForward, FeedForwardState, Norm, Sites};
+use crate::gradients::WeightGradients;
+use crate::layers::{
+    AttentionLayer, AttentionState, FeedForward, FeedForwardState, Norm, Sites, position_table,
+};
 use crate::sharding::Slices;
 
 /// The frozen encoder.
@@ -63,11 +66,10 @@ impl Encoder {
             let attention = AttentionLayer::load(config, source, axis, &name(0), "SelfAttention")?;
             Ok((attention, FeedForward::load(config, source, axis, &name(1))?))
         });
-        let bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
         let shape = [config.relative_attention_num_buckets, config.num_heads];
         Ok(Self {
             layers: layers.collect::<Result<_>>()?,
-            bias: source.on_host(bias, &shape)?,
+            bias: source.on_host(&position_table("encoder"), &shape)?,
             norm: Norm::load(config, source, "encoder.final_layer_norm", 1.0)?,
         })
     }
@@ -75,8 +77,8 @@ impl Encoder {
     /// Exchanges over `axis` from now on.
     pub(crate) fn regroup(&mut self, axis: &TensorAxis) {
         for (attention, feed_forward) in &mut self.layers {
-            attention.axis = axis.clone();
-            feed_forward.axis = axis.clone();
+            attention.regroup(axis);
+            feed_forward.regroup(axis);
         }
     }
 
@@ -99,6 +101,15 @@ impl Encoder {
         let out = self.norm.forward(&x, pass.dtype)?;
         let out = pass.sites(ENDS).drop(1, out, pass.rows)?;
         Ok((out, EncoderState { layers, last: x, bias }))
+    }
+
+    /// The keys and values of every layer in a pass that kept everything, each by the name of a prefix that would have these rows.
+    pub(crate) fn as_prefixes(&self, state: &EncoderState) -> Vec<(String, Tensor)> {
+        let of = |((attention, _), kept): (&(AttentionLayer, FeedForward), &Kept<LayerState>)| match kept {
+            Kept::State((state, _)) => attention.as_prefix(state).to_vec(),
+            Kept::Input(_) => Vec::new(),
+        };
+        self.layers.iter().zip(&state.layers).flat_map(of).collect()
     }
 
     /// As [`Encoder::forward`], keeping nothing.
@@ -131,10 +142,16 @@ impl Encoder {
     }
 
     /// The gradient `[T, D]` f32 to the embedded rows; `dy` `[T, D]` f32 is the one to the result.
-    pub(crate) fn backward(&self, dy: Tensor, state: EncoderState, pass: &Pass<'_>) -> Result<Tensor> {
+    pub(crate) fn backward(
+        &self,
+        dy: Tensor,
+        state: EncoderState,
+        pass: &Pass<'_>,
+        gradients: &mut WeightGradients,
+    ) -> Result<Tensor> {
         let EncoderState { mut layers, last, bias } = state;
         let dy = pass.sites(ENDS).drop(1, dy, pass.rows)?;
-        let mut dx = self.norm.backward(&dy, &last, None)?;
+        let mut dx = self.norm.backward(&dy, &last, None, gradients)?;
         drop(last);
         for (i, (attention, feed_forward)) in self.layers.iter().enumerate().rev() {
             let (first, second) = match layers.pop() {
@@ -143,8 +160,8 @@ impl Encoder {
                 None => unreachable!("forward kept one state a layer"),
             };
             let site = i * SITES_PER_LAYER;
-            dx = feed_forward.backward(&dx, &second, pass.rows, pass.sites(site + 1))?;
-            dx = attention.backward(&dx, &first, &spec(&bias, pass), pass.sites(site))?;
+            dx = feed_forward.backward(&dx, &second, (pass.rows, pass.sites(site + 1)), gradients)?;
+            dx = attention.backward(&dx, &first, &spec(&bias, pass), pass.sites(site), gradients)?;
         }
         pass.sites(ENDS).drop(0, dx, pass.rows)
     }
@@ -157,6 +174,7 @@ fn spec<'a>(bias: &'a PositionBias, pass: &Pass<'a>) -> Attention<'a> {
         heads: bias.heads(),
         bias: Some(bias),
         causal: false,
+        prefix: 0,
         dropout: None,
     }
 }

@@ -1,35 +1,41 @@
 //! The two kinds of sub-layers of a T5, each with its backward written out.
 //!
 //! A forward pass gives its result and what backward needs; backward takes the gradient to the result and gives the one to
-//! the input. Frozen weights have no gradient. Letters in shapes: `T` rows of a microbatch, `D` d_model, `H` heads, `K`
-//! d_kv, `F` d_ff.
+//! the input. Weights have a gradient where one is asked for. Letters in shapes: `T` rows of a microbatch, `D` d_model, `H`
+//! heads, `K` d_kv, `F` d_ff.
 
 use candle_core::{DType, Tensor};
 use incipit_kernels::{
-    Activation, Attended, Attention, Dropout, Frozen, Segments, activate, activate_gradient, attention,
-    attention_gradient, dropout, gated, gated_gradient, linear, linear_add, linear_gradient, rms_norm,
-    rms_norm_gradient, rounded,
+    Activation, Attended, Attention, Buckets, Dropout, Frozen, Segments, activate, activate_gradient,
+    attention, attention_gradient, attention_gradient_with_bias, dropout, gated, gated_gradient, linear,
+    linear_add, linear_gradient, rms_norm, rms_norm_gradient, rms_norm_weight_gradient, rounded,
 };
 
 use crate::Result;
+use crate::adapter::Adapter;
 use crate::axis::TensorAxis;
 use crate::config::Config;
-use crate::sharding::Slices;
+use crate::gradients::WeightGradients;
+use crate::prefix::Prefix;
+use crate::sharding::{Slices, Weight};
 
-/// RMSNorm with its frozen weight.
+/// RMSNorm with its weight.
 pub(crate) struct Norm {
-    /// `[D]` f32.
+    name: String,
+    /// `[D]` f32, times `scale`.
     weight: Tensor,
+    scale: f32,
     epsilon: f32,
 }
 
 impl Norm {
     /// `scale` multiplies the weight.
     pub(crate) fn load(config: &Config, source: Slices<'_>, name: &str, scale: f32) -> Result<Self> {
-        let frozen = source.on_host(&format!("{name}.weight"), &[config.d_model])?;
+        let name = format!("{name}.weight");
+        let frozen = source.on_host(&name, &[config.d_model])?;
         let weight: Vec<f32> = frozen.to_f32().iter().map(|w| w * scale).collect();
         let weight = Tensor::from_vec(weight, config.d_model, source.device)?;
-        Ok(Self { weight, epsilon: config.layer_norm_epsilon })
+        Ok(Self { name, weight, scale, epsilon: config.layer_norm_epsilon })
     }
 
     /// `x` `[T, D]` f32; the result has the type `out`.
@@ -38,7 +44,16 @@ impl Norm {
     }
 
     /// The gradient to `x`, added to `residual`.
-    pub(crate) fn backward(&self, dy: &Tensor, x: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
+    pub(crate) fn backward(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        residual: Option<&Tensor>,
+        gradients: &mut WeightGradients,
+    ) -> Result<Tensor> {
+        gradients.add(&self.name, || {
+            Ok((rms_norm_weight_gradient(dy, x, self.epsilon)? * f64::from(self.scale))?)
+        })?;
         Ok(rms_norm_gradient(dy, x, &self.weight, self.epsilon, residual)?)
     }
 }
@@ -66,21 +81,6 @@ impl Sites<'_> {
             None => Ok(x),
         }
     }
-
-    /// `x + w y`, with `w y`, to which every rank has a part, dropped at [`OUTPUT`] first.
-    fn residual(
-        &self,
-        x: &Tensor,
-        (y, w): (&Tensor, &Frozen),
-        axis: &TensorAxis,
-        rows: &Segments,
-    ) -> Result<Tensor> {
-        if self.dropout.is_none() && axis.is_whole() {
-            return Ok(linear_add(x, y, w)?);
-        }
-        let y = self.drop(OUTPUT, axis.reduce(&linear(y, w, DType::F32)?)?, rows)?;
-        Ok(incipit_kernels::add(x, &y)?)
-    }
 }
 
 /// Places of dropout in a sub-layer.
@@ -88,15 +88,78 @@ const PROBABILITIES: u64 = 0;
 const INNER: u64 = 1;
 const OUTPUT: u64 = 2;
 
-/// The frozen weights of an attention sub-layer: q, k, v `[H K, D]`, o `[D, H K]`, with the heads that are here.
+/// A pass's rows, by example, and its dropout in a sub-layer.
+type Rows<'a> = (&'a Segments, Sites<'a>);
+
+/// The end of a sub-layer: its last product, to which every rank has a part, dropout, an adapter if there is one, and the sum with
+/// what went into the sub-layer.
+struct End {
+    axis: TensorAxis,
+    /// `[D, inner]`, with the inner columns that are here.
+    weight: Weight,
+    adapter: Option<Adapter>,
+}
+
+impl End {
+    /// The end of the sub-layer `name`.
+    fn load(source: Slices<'_>, axis: &TensorAxis, name: &str, weight: Weight) -> Result<Self> {
+        let adapter = Adapter::load(source, name, weight.matrix.rows())?;
+        Ok(Self { axis: axis.clone(), weight, adapter })
+    }
+
+    /// `x` `[T, D]` f32 went into the sub-layer, and `y` `[T, inner]` goes into the last product.
+    fn forward(&self, x: &Tensor, y: &Tensor, rows: Rows<'_>) -> Result<Tensor> {
+        if rows.1.dropout.is_none() && self.axis.is_whole() && self.adapter.is_none() {
+            return Ok(linear_add(x, y, &self.weight.matrix)?);
+        }
+        let h = self.product(y, rows)?;
+        let h = match &self.adapter {
+            Some(adapter) => adapter.forward(&h, y.dtype())?,
+            None => h,
+        };
+        Ok(incipit_kernels::add(x, &h)?)
+    }
+
+    /// The last product `[T, D]` f32, as dropped.
+    fn product(&self, y: &Tensor, (rows, sites): Rows<'_>) -> Result<Tensor> {
+        sites.drop(OUTPUT, self.axis.reduce(&linear(y, &self.weight.matrix, DType::F32)?)?, rows)
+    }
+
+    /// The gradient to `y` of type `dtype`, from `dy` `[T, D]` f32, the one to the result. `y` is made if it is needed.
+    fn backward(
+        &self,
+        dy: &Tensor,
+        y: impl FnOnce() -> Result<Tensor>,
+        dtype: DType,
+        rows: Rows<'_>,
+        gradients: &mut WeightGradients,
+    ) -> Result<Tensor> {
+        let needed = self.adapter.is_some() || gradients.wants(&self.weight.name);
+        let y = needed.then(y).transpose()?;
+        let dy = match (&self.adapter, &y) {
+            (Some(adapter), Some(y)) => adapter.backward(dy, &self.product(y, rows)?, dtype, gradients)?,
+            _ => dy.clone(),
+        };
+        let dy = rounded(&rows.1.drop(OUTPUT, dy, rows.0)?, dtype)?;
+        if let Some(y) = y {
+            gradients.add_products(&[(&dy, &self.weight)], || Ok(y))?;
+        }
+        Ok(linear_gradient(&[(&dy, &self.weight.matrix)], dtype)?)
+    }
+}
+
+/// The weights of an attention sub-layer: q, k, v `[H K, D]`, o `[D, H K]`, with the heads that are here.
 pub(crate) struct AttentionLayer {
-    pub(crate) axis: TensorAxis,
+    axis: TensorAxis,
     first_head: usize,
     pub(crate) norm: Norm,
-    pub(crate) q: Frozen,
-    pub(crate) k: Frozen,
-    pub(crate) v: Frozen,
-    pub(crate) o: Frozen,
+    q: Weight,
+    pub(crate) k: Weight,
+    pub(crate) v: Weight,
+    /// Name and buckets of the table of which the position bias is made, where there is one.
+    positions: Option<(String, Buckets)>,
+    prefix: Option<Prefix>,
+    end: End,
 }
 
 /// What the backward pass of an attention sub-layer needs.
@@ -118,8 +181,10 @@ impl AttentionLayer {
         kind: &str,
     ) -> Result<Self> {
         let (d, inner) = (config.d_model, config.inner());
+        let stack = name.split('.').next().unwrap_or_default();
+        let positions = || (position_table(stack), config.buckets(stack == "encoder"));
         let part =
-            |part: &str, shape: [usize; 2]| source.frozen(&format!("{name}.{kind}.{part}.weight"), &shape);
+            |part: &str, shape: [usize; 2]| source.weight(&format!("{name}.{kind}.{part}.weight"), &shape);
         Ok(Self {
             axis: axis.clone(),
             first_head: axis.first(config.num_heads),
@@ -127,13 +192,21 @@ impl AttentionLayer {
             q: part("q", [inner, d])?,
             k: part("k", [inner, d])?,
             v: part("v", [inner, d])?,
-            o: part("o", [d, inner])?,
+            positions: (kind == "SelfAttention").then(positions),
+            prefix: Prefix::load(source, &format!("{name}.{kind}"), inner)?,
+            end: End::load(source, axis, name, part("o", [d, inner])?)?,
         })
+    }
+
+    /// Exchanges over `axis` from now on.
+    pub(crate) fn regroup(&mut self, axis: &TensorAxis) {
+        self.axis = axis.clone();
+        self.end.axis = axis.clone();
     }
 
     /// The keys and values of the normed rows `y` `[T, D]`.
     pub(crate) fn keys_and_values(&self, y: &Tensor) -> Result<(Tensor, Tensor)> {
-        Ok((linear(y, &self.k, y.dtype())?, linear(y, &self.v, y.dtype())?))
+        Ok((linear(y, &self.k.matrix, y.dtype())?, linear(y, &self.v.matrix, y.dtype())?))
     }
 
     /// `x + attention(norm(x))`: `x` `[T, D]` f32. Keys and values are made of `x` unless they are `given`.
@@ -146,12 +219,22 @@ impl AttentionLayer {
         dtype: DType,
     ) -> Result<(Tensor, AttentionState)> {
         let y = self.norm.forward(&x, dtype)?;
-        let q = linear(&y, &self.q, dtype)?;
-        let (k, v) = given.map_or_else(|| self.keys_and_values(&y), Ok)?;
-        let masks = self.masks(sites);
-        let attended = attention(&Attention { dropout: masks.as_ref(), ..*spec }, &q, &k, &v)?;
-        let out = sites.residual(&x, (&attended.output, &self.o), &self.axis, spec.queries)?;
+        let q = linear(&y, &self.q.matrix, dtype)?;
+        let own = given.map_or_else(|| self.keys_and_values(&y), Ok)?;
+        let (k, v) = match &self.prefix {
+            Some(prefix) => prefix.before(spec.keys, own)?,
+            None => own,
+        };
+        let (keys, masks) = (self.keys(spec.keys), self.masks(sites));
+        let attended = attention(&self.spec(spec, keys.as_ref(), masks.as_ref()), &q, &k, &v)?;
+        let out = self.end.forward(&x, &attended.output, (spec.queries, sites))?;
         Ok((out, AttentionState { x, q, k, v, attended }))
+    }
+
+    /// The keys and values of `state` `[T, H K]`, each by the name of a prefix that would have these rows.
+    pub(crate) fn as_prefix(&self, state: &AttentionState) -> [(String, Tensor); 2] {
+        let name = |part: &str| self.q.name.replace(".q.weight", &format!(".{part}.weight"));
+        [(name("prefix_k"), state.k.clone()), (name("prefix_v"), state.v.clone())]
     }
 
     /// Of the probabilities of the heads that are here.
@@ -159,20 +242,49 @@ impl AttentionLayer {
         sites.at(PROBABILITIES).map(|masks| masks.of_heads(self.first_head))
     }
 
-    /// The gradients to `q`, `k` and `v`.
+    /// The rows of keys by example, where a prefix makes them more.
+    fn keys(&self, keys: &Segments) -> Option<Segments> {
+        self.prefix.as_ref().map(|prefix| prefix.segments(keys))
+    }
+
+    /// What attends to what, with the prefix and dropout.
+    fn spec<'a>(
+        &self,
+        spec: &Attention<'a>,
+        keys: Option<&'a Segments>,
+        dropout: Option<&'a Dropout>,
+    ) -> Attention<'a> {
+        let prefix = self.prefix.as_ref().map_or(0, Prefix::length);
+        Attention { keys: keys.unwrap_or(spec.keys), prefix, dropout, ..*spec }
+    }
+
+    /// The gradients to `q`, and to the `k` and `v` of the sequence.
     pub(crate) fn inner_backward(
         &self,
         dy: &Tensor,
         state: &AttentionState,
         spec: &Attention<'_>,
         sites: Sites<'_>,
+        gradients: &mut WeightGradients,
     ) -> Result<[Tensor; 3]> {
         let dtype = state.q.dtype();
-        let dy = rounded(&sites.drop(OUTPUT, dy.clone(), spec.queries)?, dtype)?;
-        let d_attended = linear_gradient(&[(&dy, &self.o)], dtype)?;
-        let masks = self.masks(sites);
-        let spec = Attention { dropout: masks.as_ref(), ..*spec };
-        Ok(attention_gradient(&spec, [&state.q, &state.k, &state.v], &state.attended, &d_attended)?)
+        let y = || Ok(state.attended.output.clone());
+        let d_attended = self.end.backward(dy, y, dtype, (spec.queries, sites), gradients)?;
+        let (keys, masks) = (self.keys(spec.keys), self.masks(sites));
+        let whole = self.spec(spec, keys.as_ref(), masks.as_ref());
+        let operands = [&state.q, &state.k, &state.v];
+        let [dq, dk, dv] = match self.positions.as_ref().filter(|(table, _)| gradients.wants(table)) {
+            Some((name, buckets)) => {
+                let (d, d_table) =
+                    attention_gradient_with_bias(&whole, operands, &state.attended, &d_attended, *buckets)?;
+                gradients.add(name, || Ok(d_table))?;
+                d
+            }
+            None => attention_gradient(&whole, operands, &state.attended, &d_attended)?,
+        };
+        let Some(prefix) = &self.prefix else { return Ok([dq, dk, dv]) };
+        let [dk, dv] = prefix.backward(spec.keys, [dk, dv], gradients)?;
+        Ok([dq, dk, dv])
     }
 
     /// The gradient to `x` of self-attention.
@@ -182,37 +294,69 @@ impl AttentionLayer {
         state: &AttentionState,
         spec: &Attention<'_>,
         sites: Sites<'_>,
+        gradients: &mut WeightGradients,
     ) -> Result<Tensor> {
-        let [dq, dk, dv] = self.inner_backward(dy, state, spec, sites)?;
-        self.input_backward(&[(&dq, &self.q), (&dk, &self.k), (&dv, &self.v)], dy, state)
+        let [dq, dk, dv] = self.inner_backward(dy, state, spec, sites, gradients)?;
+        let terms = [(&dq, &self.q), (&dk, &self.k), (&dv, &self.v)];
+        self.input_backward(&terms, dy, state, gradients)
     }
 
     /// The gradient to `x` of cross-attention, whose keys and values were given, from the one to its queries.
-    pub(crate) fn cross_backward(&self, dq: &Tensor, dy: &Tensor, state: &AttentionState) -> Result<Tensor> {
-        self.input_backward(&[(dq, &self.q)], dy, state)
+    pub(crate) fn cross_backward(
+        &self,
+        dq: &Tensor,
+        dy: &Tensor,
+        state: &AttentionState,
+        gradients: &mut WeightGradients,
+    ) -> Result<Tensor> {
+        self.input_backward(&[(dq, &self.q)], dy, state, gradients)
+    }
+
+    /// The gradient to the `memory` of which keys and values were made, from those to them: this rank's part.
+    pub(crate) fn memory_backward(
+        &self,
+        [dk, dv]: [&Tensor; 2],
+        memory: &Tensor,
+        gradients: &mut WeightGradients,
+    ) -> Result<Tensor> {
+        let terms = [(dk, &self.k), (dv, &self.v)];
+        gradients.add_products(&terms, || Ok(memory.clone()))?;
+        Ok(linear_gradient(&matrices(&terms), DType::F32)?)
     }
 
     fn input_backward(
         &self,
-        terms: &[(&Tensor, &Frozen)],
+        terms: &[(&Tensor, &Weight)],
         dy: &Tensor,
         state: &AttentionState,
+        gradients: &mut WeightGradients,
     ) -> Result<Tensor> {
-        let d_normed = self.axis.reduce_gradient(&linear_gradient(terms, DType::F32)?)?;
-        self.norm.backward(&d_normed, &state.x, Some(dy))
+        gradients.add_products(terms, || self.norm.forward(&state.x, state.q.dtype()))?;
+        let d_normed = self.axis.reduce_gradient(&linear_gradient(&matrices(terms), DType::F32)?)?;
+        self.norm.backward(&d_normed, &state.x, Some(dy), gradients)
     }
 }
 
-/// The frozen weights of a feed-forward sub-layer: into it `[F, D]`, out of it `[D, F]`, with the columns that are here.
+/// Name of the table of which the position bias of all layers of a stack ("encoder") is made.
+pub(crate) fn position_table(stack: &str) -> String {
+    format!("{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
+}
+
+/// Gradients to results, with the matrices of the weights that made them.
+fn matrices<'a>(terms: &[(&'a Tensor, &'a Weight)]) -> Vec<(&'a Tensor, &'a Frozen)> {
+    terms.iter().map(|(dy, weight)| (*dy, &weight.matrix)).collect()
+}
+
+/// The weights of a feed-forward sub-layer: into it `[F, D]`, out of it `[D, F]`, with the columns that are here.
 pub(crate) struct FeedForward {
-    pub(crate) axis: TensorAxis,
+    axis: TensorAxis,
     /// The first column that is here, and how many there are in all.
     columns: (usize, usize),
     norm: Norm,
     activation: Activation,
     /// The gate's weight first, if there is one.
-    into: Vec<Frozen>,
-    out: Frozen,
+    into: Vec<Weight>,
+    end: End,
 }
 
 /// What the backward pass of a feed-forward sub-layer needs.
@@ -227,7 +371,7 @@ impl FeedForward {
         let (d, f) = (config.d_model, config.d_ff);
         let names: &[&str] = if config.gated { &["wi_0", "wi_1"] } else { &["wi"] };
         let part = |part: &str, shape: [usize; 2]| {
-            source.frozen(&format!("{name}.DenseReluDense.{part}.weight"), &shape)
+            source.weight(&format!("{name}.DenseReluDense.{part}.weight"), &shape)
         };
         Ok(Self {
             norm: Norm::load(config, source, &format!("{name}.layer_norm"), 1.0)?,
@@ -235,15 +379,22 @@ impl FeedForward {
             into: names.iter().map(|n| part(n, [f, d])).collect::<Result<_>>()?,
             axis: axis.clone(),
             columns: (axis.first(f), f),
-            out: part("wo", [d, f])?,
+            end: End::load(source, axis, name, part("wo", [d, f])?)?,
         })
+    }
+
+    /// Exchanges over `axis` from now on.
+    pub(crate) fn regroup(&mut self, axis: &TensorAxis) {
+        self.axis = axis.clone();
+        self.end.axis = axis.clone();
     }
 
     /// The inside for `x` `[T, D]` f32: all that backward needs, and what [`FeedForward::output`] goes on from.
     pub(crate) fn inside(&self, x: Tensor, dtype: DType) -> Result<FeedForwardState> {
         let y = self.norm.forward(&x, dtype)?;
-        let inner =
-            self.into.iter().map(|w| linear(&y, w, dtype)).collect::<incipit_kernels::Result<Vec<_>>>()?;
+        let inner: incipit_kernels::Result<Vec<_>> =
+            self.into.iter().map(|w| linear(&y, &w.matrix, dtype)).collect();
+        let inner = inner?;
         Ok(FeedForwardState { x, inner })
     }
 
@@ -254,12 +405,16 @@ impl FeedForward {
         rows: &Segments,
         sites: Sites<'_>,
     ) -> Result<Tensor> {
+        self.end.forward(&state.x, &self.hidden(state, rows, sites)?, (rows, sites))
+    }
+
+    /// What goes into the last product, as dropped.
+    fn hidden(&self, state: &FeedForwardState, rows: &Segments, sites: Sites<'_>) -> Result<Tensor> {
         let hidden = match &state.inner[..] {
             [gate, up] => gated(self.activation, gate, up)?,
             plain => activate(self.activation, &plain[0])?,
         };
-        let hidden = self.drop_inner(sites, hidden, rows)?;
-        sites.residual(&state.x, (&hidden, &self.out), &self.axis, rows)
+        self.drop_inner(sites, hidden, rows)
     }
 
     /// The columns that are here, as dropped; serves forward and backward alike.
@@ -276,22 +431,20 @@ impl FeedForward {
         &self,
         dy: &Tensor,
         state: &FeedForwardState,
-        rows: &Segments,
-        sites: Sites<'_>,
+        (rows, sites): Rows<'_>,
+        gradients: &mut WeightGradients,
     ) -> Result<Tensor> {
         let dtype = state.inner[0].dtype();
-        let d_out = rounded(&sites.drop(OUTPUT, dy.clone(), rows)?, dtype)?;
-        let d_hidden = self.drop_inner(sites, linear_gradient(&[(&d_out, &self.out)], dtype)?, rows)?;
-        let d_normed = match &state.inner[..] {
-            [gate, up] => {
-                let (dg, du) = gated_gradient(self.activation, &d_hidden, gate, up)?;
-                linear_gradient(&[(&dg, &self.into[0]), (&du, &self.into[1])], DType::F32)?
-            }
-            plain => {
-                let d_inner = activate_gradient(self.activation, &d_hidden, &plain[0])?;
-                linear_gradient(&[(&d_inner, &self.into[0])], DType::F32)?
-            }
+        let hidden = || self.hidden(state, rows, sites);
+        let d_hidden = self.end.backward(dy, hidden, dtype, (rows, sites), gradients)?;
+        let d_hidden = self.drop_inner(sites, d_hidden, rows)?;
+        let d_inner = match &state.inner[..] {
+            [gate, up] => <[Tensor; 2]>::from(gated_gradient(self.activation, &d_hidden, gate, up)?).to_vec(),
+            plain => vec![activate_gradient(self.activation, &d_hidden, &plain[0])?],
         };
-        self.norm.backward(&self.axis.reduce_gradient(&d_normed)?, &state.x, Some(dy))
+        let terms: Vec<(&Tensor, &Weight)> = d_inner.iter().zip(&self.into).collect();
+        gradients.add_products(&terms, || self.norm.forward(&state.x, dtype))?;
+        let d_normed = self.axis.reduce_gradient(&linear_gradient(&matrices(&terms), DType::F32)?)?;
+        self.norm.backward(&d_normed, &state.x, Some(dy), gradients)
     }
 }

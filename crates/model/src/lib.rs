@@ -1,8 +1,10 @@
 //! A frozen T5 (Raffel et al. 2020) as a function of soft prompts (Lester et al. 2021): losses, prompt gradients, generation.
 //!
 //! The backward pass is written out layer by layer: what is frozen has no gradient, and what is kept for backward is what
-//! [`layers`](self) say. The crate does no input or output.
+//! [`layers`](self) say. Methods that train weights, the model's own or small ones within it, ask for those gradients by name
+//! ([`WeightGradients`]). The crate does no input or output.
 
+mod adapter;
 mod axis;
 mod batch;
 mod beam;
@@ -11,7 +13,9 @@ mod decoder;
 mod encoder;
 mod error;
 mod generate;
+mod gradients;
 mod layers;
+mod prefix;
 pub mod sharding;
 mod t5;
 
@@ -20,4 +24,5 @@ pub use batch::{Example, Microbatch};
 pub use config::Config;
 pub use error::{Error, Result};
 pub use generate::{GenerateOptions, Generated};
-pub use t5::{Encoded, ExampleGradient, PassOptions, T5};
+pub use gradients::WeightGradients;
+pub use t5::{Encoded, ExampleGradient, PassOptions, T5, embedding_name};

@@ -19,7 +19,7 @@ pub enum Rule {
     Column,
     /// By inputs: a rank computes a part of every sum.
     Row,
-    /// A table with a column for each head, by heads.
+    /// A table with columns for each head, by heads.
     Heads,
     /// A table with a row for each token, by tokens.
     Vocabulary,
@@ -29,11 +29,14 @@ impl Rule {
     /// The rule of the tensor of this name; none for a name that no T5 has.
     #[must_use]
     pub fn of(name: &str) -> Option<Self> {
-        let rest = name.strip_suffix(".weight")?;
+        let Some(rest) = name.strip_suffix(".weight") else {
+            let replicated = [".adapter.down.bias", ".adapter.up.bias"].iter().any(|end| name.ends_with(end));
+            return replicated.then_some(Self::Replicated);
+        };
         match rest.rsplit('.').next()? {
             "shared" | "lm_head" | "embed_tokens" => Some(Self::Vocabulary),
-            "layer_norm" | "final_layer_norm" => Some(Self::Replicated),
-            "relative_attention_bias" => Some(Self::Heads),
+            "layer_norm" | "final_layer_norm" | "down" | "up" => Some(Self::Replicated),
+            "relative_attention_bias" | "prefix_k" | "prefix_v" => Some(Self::Heads),
             "q" | "k" | "v" | "wi" | "wi_0" | "wi_1" => Some(Self::Column),
             "o" | "wo" => Some(Self::Row),
             _ => None,
@@ -87,7 +90,32 @@ pub(crate) struct Slices<'a> {
     pub(crate) dtype: DType,
 }
 
+/// A matrix of the model, and its name in a checkpoint.
+#[derive(Clone)]
+pub(crate) struct Weight {
+    pub(crate) name: String,
+    pub(crate) matrix: Frozen,
+}
+
 impl Slices<'_> {
+    /// This rank's part of the tensor `name`, whose whole shape is `shape`, on the device, with its name.
+    pub(crate) fn weight(&self, name: &str, shape: &[usize]) -> Result<Weight> {
+        Ok(Weight { name: name.to_owned(), matrix: self.frozen(name, shape)? })
+    }
+
+    /// As [`Self::weight`], in main memory.
+    pub(crate) fn weight_on_host(&self, name: &str, shape: &[usize]) -> Result<Weight> {
+        Ok(Weight { name: name.to_owned(), matrix: self.on_host(name, shape)? })
+    }
+
+    /// The rows of the tensor `name`, if there is one.
+    pub(crate) fn rows_of(&self, name: &str) -> Option<usize> {
+        if !self.source.contains(name) {
+            return None;
+        }
+        self.source.tensors().into_iter().find(|info| info.name == name)?.shape.first().copied()
+    }
+
     /// This rank's part of the tensor `name`, whose whole shape is `shape`, on the device.
     pub(crate) fn frozen(&self, name: &str, shape: &[usize]) -> Result<Frozen> {
         Ok(self.on_host(name, shape)?.to_device(self.device, self.dtype)?)

@@ -2,19 +2,25 @@
 
 use candle_core::{DType, Device, Tensor};
 use incipit_kernels::{
-    Dropout, Frozen, LossSlope, Rows, Segments, Softmax, Targets, Vocabulary, cross_entropy_gradient, embed,
-    linear, linear_gradient,
+    Dropout, LossSlope, Rows, Segments, Softmax, Targets, Vocabulary, cross_entropy_gradient, embed, linear,
+    linear_gradient,
 };
 use incipit_mesh::Shard;
 use incipit_weights::Source;
 
 use crate::axis::TensorAxis;
-use crate::batch::Microbatch;
+use crate::batch::{Example, Microbatch};
 use crate::config::Config;
 use crate::decoder::{Decoder, Memory};
 use crate::encoder::{Encoder, Pass};
-use crate::sharding::{self, Slices};
+use crate::gradients::WeightGradients;
+use crate::sharding::{self, Slices, Weight};
 use crate::{Error, Result};
+
+mod weights;
+
+/// The head of a model that has one of its own.
+const HEAD: &str = "lm_head.weight";
 
 /// Target tokens whose logits are held at once.
 const HEAD_ROWS: usize = 256;
@@ -27,11 +33,11 @@ pub struct T5 {
     device: Device,
     axis: TensorAxis,
     vocabulary: Vocabulary,
-    /// `[V, D]`, the rows that are here; so is the head.
-    shared: Frozen,
+    /// `[V, D]`, the rows that are here; so is the head, which may be the same.
+    shared: Weight,
     pub(crate) encoder: Encoder,
     pub(crate) decoder: Decoder,
-    head: Frozen,
+    head: Weight,
 }
 
 /// How a pass with gradients is made.
@@ -93,12 +99,9 @@ impl T5 {
         sharding::check(&config, axis.shard())?;
         let parts = Slices { source, shard: axis.shard(), device, dtype };
         let shape = [config.vocab_size, config.d_model];
-        // Checkpoints in the wild keep the shared table under one of these names, or under several.
-        let names = ["shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"];
-        let name = names.into_iter().find(|n| source.contains(n)).unwrap_or(names[0]);
-        let shared = parts.frozen(name, &shape)?;
-        config.own_head = source.contains("lm_head.weight");
-        let head = if config.own_head { parts.frozen("lm_head.weight", &shape)? } else { shared.clone() };
+        let shared = parts.weight(embedding_name(source), &shape)?;
+        config.own_head = source.contains(HEAD);
+        let head = if config.own_head { parts.weight(HEAD, &shape)? } else { shared.clone() };
         let logit_scale = if config.scale_logits { 1.0 / (config.d_model as f32).sqrt() } else { 1.0 };
         let encoder = Encoder::load(&config, parts, axis)?;
         let decoder = Decoder::load(&config, parts, axis, logit_scale)?;
@@ -134,6 +137,16 @@ impl T5 {
         &self.config
     }
 
+    /// Name and shape of each weight of the model itself, as the source has them that it was loaded from.
+    #[must_use]
+    pub fn weights(&self) -> Vec<(String, Vec<usize>)> {
+        let named = |(name, shape): (String, Vec<usize>)| match name.as_str() {
+            "shared.weight" => (self.shared.name.clone(), shape),
+            _ => (name, shape),
+        };
+        self.config.tensors().into_iter().map(named).collect()
+    }
+
     /// Where its weights lie, and passes are made.
     #[must_use]
     pub fn device(&self) -> &Device {
@@ -151,12 +164,32 @@ impl T5 {
     /// # Errors
     /// If `id` is outside of the vocabulary.
     pub fn embedding_row(&self, id: u32) -> Result<Vec<f32>> {
-        if id as usize >= self.config.vocab_size {
-            let what =
-                format!("token {id} is outside of the model's vocabulary of {}", self.config.vocab_size);
+        self.embedding_rows(&[id])
+    }
+
+    /// The rows of these tokens in the shared embedding, end to end: `[n, D]`, row-major.
+    ///
+    /// # Errors
+    /// If one is outside of the vocabulary.
+    pub fn embedding_rows(&self, ids: &[u32]) -> Result<Vec<f32>> {
+        let size = self.config.vocab_size;
+        if let Some(id) = ids.iter().find(|id| **id as usize >= size) {
+            let what = format!("token {id} is outside of the model's vocabulary of {size}");
             return Err(Error::Options { what });
         }
-        Ok(self.embedded(&[id])?.flatten_all()?.to_vec1()?)
+        Ok(self.embedded(ids)?.flatten_all()?.to_vec1()?)
+    }
+
+    /// The product of every row of the shared embedding with `direction`, `D` numbers which are rounded to the model's type first:
+    /// one number a token, `[V]`. The table is read where it lies, a panel at a time.
+    ///
+    /// # Errors
+    /// If `direction` has not `D` numbers.
+    pub fn embedding_scores(&self, direction: &[f32]) -> Result<Vec<f32>> {
+        let row = Tensor::from_slice(direction, (1, direction.len()), &Device::Cpu)?;
+        let row = row.to_dtype(self.dtype)?.to_device(&self.device)?;
+        let scores = self.axis.gather_columns(linear(&row, &self.shared.matrix, DType::F32)?)?;
+        Ok(scores.flatten_all()?.to_vec1()?)
     }
 
     /// The encoder's result for all examples end to end, prompt rows first: `[T, D]` f32, each example's rows together.
@@ -184,7 +217,7 @@ impl T5 {
     /// # Errors
     /// If the batch does not fit the model.
     pub fn logits(&self, batch: &Microbatch<'_>) -> Result<Tensor> {
-        self.head(&self.decoded(batch, &self.encoded(batch)?)?)
+        self.head(&self.decoded(batch, &self.encoded(batch)?, &batch.decoder_rows())?)
     }
 
     /// Each example's sum of token losses, without dropout.
@@ -200,7 +233,32 @@ impl T5 {
     /// # Errors
     /// If the batch does not fit the model.
     pub fn loss_after(&self, encoded: &Encoded, batch: &Microbatch<'_>) -> Result<Vec<f32>> {
-        let rows = self.decoded(batch, encoded)?;
+        self.losses(encoded, batch, &batch.decoder_rows())
+    }
+
+    /// What [`T5::loss_after`] gives for each of `labels` in the place of the target, the same bits: example by example, the labels of
+    /// one after the other. The encoder's result, and the decoder's keys and values of it, are shared by an example's labels. The
+    /// targets of `batch` are not read.
+    ///
+    /// # Errors
+    /// If a label is empty or does not fit the model.
+    pub fn label_losses_after<'a>(
+        &self,
+        encoded: &Encoded,
+        batch: &Microbatch<'a>,
+        labels: &'a [Vec<u32>],
+    ) -> Result<Vec<f32>> {
+        let labelled = |e: &'a Example<'a>| labels.iter().map(|label| Example { target: label, ..*e });
+        let pairs: Vec<Example<'a>> = batch.examples.iter().flat_map(labelled).collect();
+        let tokens = labels.iter().map(Vec::len).sum();
+        let readers = Segments::new(std::iter::repeat_n(tokens, batch.examples.len()));
+        self.losses(encoded, &Microbatch { prompts: batch.prompts, examples: &pairs }, &readers)
+    }
+
+    /// The loss of each example of `batch`, in which examples of one encoding follow each other; so many rows of the decoder as
+    /// `readers` says read each encoding.
+    fn losses(&self, encoded: &Encoded, batch: &Microbatch<'_>, readers: &Segments) -> Result<Vec<f32>> {
+        let rows = self.decoded(batch, encoded, readers)?;
         let targets = batch.targets();
         let mut losses = Vec::new();
         for (first, chunk) in chunks(&targets) {
@@ -222,6 +280,21 @@ impl T5 {
         scale: &[f32],
         options: &PassOptions,
     ) -> Result<Vec<ExampleGradient>> {
+        let Backward { losses, d_input, places, .. } =
+            self.backward(batch, scale, options, &mut WeightGradients::default())?;
+        let gradients = prompt_gradients(&d_input, &places)?;
+        let pairs = losses.into_iter().zip(gradients);
+        Ok(pairs.map(|(loss, prompt_gradient)| ExampleGradient { loss, prompt_gradient }).collect())
+    }
+
+    /// Forward and backward.
+    fn backward(
+        &self,
+        batch: &Microbatch<'_>,
+        scale: &[f32],
+        options: &PassOptions,
+        gradients: &mut WeightGradients,
+    ) -> Result<Backward> {
         batch.check(&self.config, true)?;
         if scale.len() != batch.examples.len() {
             let what = format!("{} scales for {} examples", scale.len(), batch.examples.len());
@@ -238,38 +311,37 @@ impl T5 {
         };
         let x = self.encoder_embedding(batch)?;
         let (memory, encoder_state) = self.encoder.forward(&self.config, x, &pass)?;
-        let memory = Memory { rows: &memory, segments: &encoder_rows };
+        let memory = Memory { rows: &memory, segments: &encoder_rows, readers: &decoder_rows };
         let decoder_pass = Pass { rows: &decoder_rows, ..pass };
         let x = self.decoder_embedding(batch)?;
         let (rows, decoder_state) = self.decoder.forward(&self.config, x, memory, &decoder_pass)?;
-        let (losses, d_rows) = self.head_gradient(&rows, batch, scale, options.z_loss)?;
+        let (losses, d_rows) = self.head_gradient(&rows, batch, (scale, options.z_loss), gradients)?;
         drop(rows);
-        let d_memory = self.decoder.backward(d_rows, decoder_state, memory, &decoder_pass)?;
-        let dx = self.encoder.backward(d_memory, encoder_state, &pass)?;
+        let (d_memory, d_targets) =
+            self.decoder.backward(d_rows, decoder_state, memory, &decoder_pass, gradients)?;
+        let d_input = self.encoder.backward(d_memory, encoder_state, &pass, gradients)?;
         let places = batch.prompt_rows(&encoder_rows);
-        let gradients = prompt_gradients(&dx, &places)?;
-        let pairs = sums(&losses, &decoder_rows)?.into_iter().zip(gradients);
-        Ok(pairs.map(|(loss, prompt_gradient)| ExampleGradient { loss, prompt_gradient }).collect())
+        Ok(Backward { losses: sums(&losses, &decoder_rows)?, d_input, d_targets, places })
     }
 
     /// Embedded rows of these tokens, `[n, D]` f32.
     pub(crate) fn embedded(&self, tokens: &[u32]) -> Result<Tensor> {
-        self.axis.reduce(&embed(&self.shared, self.vocabulary, &[], &[Rows::Tokens(tokens)])?)
+        self.axis.reduce(&embed(&self.shared.matrix, self.vocabulary, &[], &[Rows::Tokens(tokens)])?)
     }
 
     /// The logits `[n, V]` f32 of the decoder's result `rows` `[n, D]`.
     pub(crate) fn head(&self, rows: &Tensor) -> Result<Tensor> {
-        self.axis.gather_columns(linear(rows, &self.head, DType::F32)?)
+        self.axis.gather_columns(linear(rows, &self.head.matrix, DType::F32)?)
     }
 
     fn encoder_embedding(&self, batch: &Microbatch<'_>) -> Result<Tensor> {
         let runs = batch.encoder_runs(self.axis.shard().index() == 0);
-        self.axis.reduce(&embed(&self.shared, self.vocabulary, batch.prompts, &runs)?)
+        self.axis.reduce(&embed(&self.shared.matrix, self.vocabulary, batch.prompts, &runs)?)
     }
 
     /// The logits `[n, V]` f32 that are here, and the softmax over all.
     fn softmax(&self, rows: &Tensor, targets: &[u32]) -> Result<(Tensor, Softmax)> {
-        let logits = linear(rows, &self.head, DType::F32)?;
+        let logits = linear(rows, &self.head.matrix, DType::F32)?;
         let own = Softmax::new(&logits, self.targets(targets))?;
         Ok((logits, self.axis.softmax(own)?))
     }
@@ -283,10 +355,10 @@ impl T5 {
     }
 
     /// The decoder's result for all target tokens end to end.
-    fn decoded(&self, batch: &Microbatch<'_>, encoded: &Encoded) -> Result<Tensor> {
+    fn decoded(&self, batch: &Microbatch<'_>, encoded: &Encoded, readers: &Segments) -> Result<Tensor> {
         batch.check(&self.config, true)?;
         let rows = batch.decoder_rows();
-        let memory = Memory { rows: &encoded.rows, segments: &encoded.segments };
+        let memory = Memory { rows: &encoded.rows, segments: &encoded.segments, readers };
         let pass = Pass { rows: &rows, dropout: None, dtype: self.dtype, recompute: true };
         Ok(self.decoder.forward(&self.config, self.decoder_embedding(batch)?, memory, &pass)?.0)
     }
@@ -296,8 +368,8 @@ impl T5 {
         &self,
         rows: &Tensor,
         batch: &Microbatch<'_>,
-        scale: &[f32],
-        z_loss: f32,
+        (scale, z_loss): (&[f32], f32),
+        gradients: &mut WeightGradients,
     ) -> Result<(Vec<Tensor>, Tensor)> {
         let targets = batch.targets();
         let scales: Vec<f32> = batch
@@ -306,19 +378,40 @@ impl T5 {
             .zip(scale)
             .flat_map(|(e, s)| std::iter::repeat_n(*s, e.target.len()))
             .collect();
-        let (mut losses, mut gradients) = (Vec::new(), Vec::new());
+        let (mut losses, mut d_rows) = (Vec::new(), Vec::new());
         for (first, chunk) in chunks(&targets) {
-            let (logits, softmax) = self.softmax(&rows.narrow(0, first, chunk.len())?, chunk)?;
+            let rows = rows.narrow(0, first, chunk.len())?;
+            let (logits, softmax) = self.softmax(&rows, chunk)?;
             losses.push(softmax.losses(z_loss)?);
             let normalisers = softmax.normalisers()?;
             let scale = &scales[first..first + chunk.len()];
             let slope = LossSlope { normalisers: &normalisers, scale, z_loss };
             let d_logits = cross_entropy_gradient(&logits, self.targets(chunk), slope, self.dtype)?;
-            let partial = linear_gradient(&[(&d_logits, &self.head)], DType::F32)?;
-            gradients.push(self.axis.reduce_gradient(&partial)?);
+            gradients.add_products(&[(&d_logits, &self.head)], || Ok(rows))?;
+            let partial = linear_gradient(&[(&d_logits, &self.head.matrix)], DType::F32)?;
+            d_rows.push(self.axis.reduce_gradient(&partial)?);
         }
-        Ok((losses, Tensor::cat(&gradients, 0)?))
+        Ok((losses, Tensor::cat(&d_rows, 0)?))
     }
+}
+
+/// What a pass with gradients gives.
+struct Backward {
+    /// Each example's, over its target tokens.
+    losses: Vec<f32>,
+    /// The gradient to the embedded rows of the encoder, `[T, D]` f32.
+    d_input: Tensor,
+    /// The one to the decoder's, `[Td, D]` f32, where gradients to weights were asked for.
+    d_targets: Option<Tensor>,
+    /// Place and number of each example's prompt rows among the encoder's.
+    places: Vec<(usize, usize)>,
+}
+
+/// The name of the table `[V, D]` of the vocabulary's embeddings. Checkpoints in the wild keep it under one of three, or under several.
+#[must_use]
+pub fn embedding_name(source: &dyn Source) -> &'static str {
+    let names = ["shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"];
+    names.into_iter().find(|name| source.contains(name)).unwrap_or(names[0])
 }
 
 /// The targets a few at a time, each part with its place.

@@ -1,7 +1,7 @@
 //! The files of a frozen backbone: its weights, whatever container they come in, their fingerprint, and its tokenizer.
 //!
 //! * [`Checkpoint`] reads a model directory (safetensors or PyTorch `.bin`, single or sharded) without copying what need not
-//!   be copied; [`Random`] makes weights up. Both are a [`Source`].
+//!   be copied; [`Random`] makes weights up. Both are a [`Source`], and so is an [`Overlay`] of trained tensors over one of them.
 //! * [`Source::part`] gives a rank of a tensor-parallel replica its slice of a tensor, and reads nothing else.
 //! * [`Fingerprint`] names the numbers of a backbone, so that a prompt is never continued on another one. Ranks can share the
 //!   hashing and put their [`Digests`] together.
@@ -15,6 +15,7 @@ mod fingerprint;
 mod hub;
 mod layout;
 mod mapped;
+mod overlay;
 mod random;
 mod readers;
 mod reads;
@@ -29,6 +30,7 @@ pub use digests::Digests;
 pub use error::{Error, Result};
 pub use fingerprint::Fingerprint;
 pub use hub::resolve;
+pub use overlay::Overlay;
 pub use random::{Random, RandomTensor};
 pub use source::{Source, TensorInfo};
 pub use tokenizer::load_tokenizer;
