@@ -154,6 +154,10 @@ fn assert_forward_equals(golden: &Golden) -> Result<()> {
         let loss = model.loss(&batch)?;
         let sums = golden.tensor(&format!("{case}.loss_sum"))?;
         assert_equal_in_f32(&format!("{name} loss of each example"), &vector(&loss)?, sums)?;
+        // Every target is a label of every example, and each example's own is among them.
+        let labels = model.label_losses_after(&model.encoded(&batch)?, &batch, &golden.meta.targets)?;
+        let own: Vec<f32> = labels.iter().step_by(golden.meta.targets.len() + 1).copied().collect();
+        assert_equal_in_f32(&format!("{name} loss of each example's label"), &vector(&own)?, sums)?;
         let mean = loss.iter().sum::<f32>() / golden.num_target_tokens() as f32;
         let of_batch = golden.tensor(&format!("{case}.loss_mean"))?;
         assert_equal_in_f32(&format!("{name} mean loss"), &vector(&[mean])?, of_batch)?;

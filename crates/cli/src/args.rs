@@ -12,8 +12,8 @@ use incipit_tune::device::DeviceChoice;
 use incipit_tune::spec::Precision;
 
 use crate::commands::{
-    backbones, bench, checkpoint, convert, coordinator, demo, doctor, engine, eval, generate, inspect, job,
-    launch, prompt, task, train, up, worker, workers,
+    backbones, bench, checkpoint, convert, coordinator, demo, doctor, engine, ensemble, eval, generate,
+    inspect, job, launch, pretrain, prompt, task, train, up, worker, workers,
 };
 use crate::exit::bad_input;
 use crate::telemetry::{self, LogFormat};
@@ -93,10 +93,15 @@ pub(crate) enum Command {
     Demo(demo::DemoArgs),
     /// Tune a prompt on your model and data
     Train(Box<train::TrainArgs>),
+    /// Train a whole model on plain text, from random weights or another model's
+    Pretrain(Box<pretrain::PretrainArgs>),
     /// Measure a prompt on a file of examples
     Eval(eval::EvalArgs),
     /// Let the model answer inputs, with a prompt or without
     Generate(generate::GenerateArgs),
+    /// Tune several prompts on the same data at once, and let them vote
+    #[command(subcommand)]
+    Ensemble(ensemble::EnsembleCommand),
     /// See the benchmarks that are known by name, and their examples
     #[command(subcommand)]
     Task(task::TaskCommand),
@@ -196,16 +201,23 @@ impl NamedTaskArgs {
     }
 }
 
-/// A backbone to run with a prompt.
+/// A prompt, and a backbone to run with it.
 #[derive(Args, Clone)]
 pub(crate) struct BackboneArgs {
-    /// Backbone: a directory, or a name on the Hugging Face Hub [default: that of the run that made the prompt]
-    #[arg(long, value_name = "DIR|HUB_ID", help_heading = "Model and prompt")]
-    pub(crate) model: Option<String>,
     /// Prompt: a run's directory (its best prompt), an .npy file, a PEFT directory or a checkpoint [default: none, the
     /// bare model]
     #[arg(long, value_name = "PATH", help_heading = "Model and prompt")]
     pub(crate) prompt: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+}
+
+/// A backbone to run.
+#[derive(Args, Clone)]
+pub(crate) struct ModelArgs {
+    /// Backbone: a directory, or a name on the Hugging Face Hub [default: that of the run that made the prompt]
+    #[arg(long, value_name = "DIR|HUB_ID", help_heading = "Model and prompt")]
+    pub(crate) model: Option<String>,
     /// Where the backbone runs: cpu, cuda (each rank on the GPU of its number) or cuda:N; GPUs need a build with the
     /// feature `cuda` [default: cpu]
     #[arg(long, value_name = "DEVICE", help_heading = "Model and prompt")]
@@ -223,7 +235,7 @@ pub(crate) mod names {
     pub(crate) const DTYPES: &[&str] = &["bf16", "f32"];
     pub(crate) const LOG_FORMATS: &[&str] = &["text", "json"];
     pub(crate) const LOSSES: &[&str] = &["mean", "sum"];
-    pub(crate) const METHODS: &[&str] = &["prompt"];
+    pub(crate) const METHODS: &[&str] = &["prompt", "model", "prefix", "adapter", "text", "search"];
     pub(crate) const METRICS: &[&str] = &[
         "accuracy",
         "exact-match",
@@ -234,6 +246,7 @@ pub(crate) mod names {
         "containment",
     ];
     pub(crate) const OPTIMIZERS: &[&str] = &["adafactor", "adamw", "sgd"];
+    pub(crate) const PREDICTS: &[&str] = &["decode", "rank"];
     pub(crate) const RECIPES: &[&str] = &["paper", "released-code"];
     pub(crate) const RECOMPUTES: &[&str] = &["auto", "on", "off"];
     pub(crate) const SCHEDULES: &[&str] = &["constant", "linear", "cosine"];

@@ -54,8 +54,10 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
     match cli.command {
         Command::Demo(args) => commands::demo::run(&args, &global),
         Command::Train(args) => commands::train::run(*args, &global),
+        Command::Pretrain(args) => commands::pretrain::run(&args, &global),
         Command::Eval(args) => commands::eval::run(&args, &global),
         Command::Generate(args) => commands::generate::run(&args, &global),
+        Command::Ensemble(command) => commands::ensemble::run(command, &global),
         Command::Task(command) => commands::task::run(&command, &global),
         Command::Inspect(command) => commands::inspect::run(&command, &global),
         Command::Convert(command) => commands::convert::run(&command, &global),
@@ -76,7 +78,15 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
 
 /// Whether several processes can do the command together.
 fn can_be_ranks(command: &Command) -> bool {
-    matches!(command, Command::Train(_) | Command::Eval(_) | Command::Generate(_) | Command::Bench(_))
+    matches!(
+        command,
+        Command::Train(_)
+            | Command::Pretrain(_)
+            | Command::Eval(_)
+            | Command::Generate(_)
+            | Command::Ensemble(_)
+            | Command::Bench(_)
+    )
 }
 
 /// Of several ranks, rank 0 alone prints results and notes.

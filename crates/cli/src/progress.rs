@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use incipit_tune::atomic;
 use incipit_tune::evaluate::Evaluation;
 use incipit_tune::job::Update;
+use incipit_tune::spec::Method;
 use incipit_tune::train::{Event, Loaded, Observer};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::args::Global;
 use crate::commands::eval::json_lines;
@@ -203,6 +204,8 @@ fn target(global: &Global) -> ProgressDrawTarget {
 /// Watches a training run.
 pub(crate) struct Watch {
     bar: ProgressBar,
+    /// Of several runs at once, which this is.
+    member: Option<usize>,
     quiet: bool,
     /// Warnings are told by the log as well; with `-v` it speaks.
     log_speaks: bool,
@@ -233,8 +236,20 @@ struct Means {
 
 impl Watch {
     pub(crate) fn new(global: &Global) -> Self {
+        Self::with_bar(ProgressBar::with_draw_target(Some(0), target(global)), None, global)
+    }
+
+    /// Watches so many runs at once, each with a bar of its own below the others.
+    pub(crate) fn several(count: usize, global: &Global) -> Vec<Self> {
+        let bars = MultiProgress::with_draw_target(target(global));
+        let watch = |member| Self::with_bar(bars.add(ProgressBar::new(0)), Some(member), global);
+        (0..count).map(watch).collect()
+    }
+
+    fn with_bar(bar: ProgressBar, member: Option<usize>, global: &Global) -> Self {
         Self {
-            bar: ProgressBar::with_draw_target(Some(0), target(global)),
+            bar,
+            member,
             quiet: global.quiet,
             log_speaks: global.verbose > 0,
             steps: 0,
@@ -250,8 +265,13 @@ impl Watch {
     /// A line above the bar.
     fn line(&self, text: &str) {
         if !self.quiet {
-            self.bar.suspend(|| note(text));
+            self.bar.suspend(|| note(&self.marked(text)));
         }
+    }
+
+    /// Which run it tells of, where there are several.
+    fn marked(&self, text: &str) -> String {
+        self.member.map_or_else(|| text.to_owned(), |member| format!("member {member}: {text}"))
     }
 
     fn loaded(&mut self, loaded: &Loaded<'_>) {
@@ -259,15 +279,21 @@ impl Watch {
         (self.steps, self.out, self.eval_every) = (spec.steps, spec.out.clone(), spec.eval_every);
         let eval =
             loaded.num_eval.map(|n| format!(", {} to evaluate", units::count(n as u64))).unwrap_or_default();
-        self.line(&format!(
-            "{}: {} frozen parameters in {}; {} prompt rows of {} to train; {} training examples{eval}",
+        let data = match spec.objective {
+            Some(objective) => format!("{objective} on {}", spec.train.display()),
+            None => format!("{} training examples", units::count(loaded.num_train as u64)),
+        };
+        let what = format!(
+            "{}: {} parameters in {}; {}; {data}{eval}",
             spec.model,
             units::count(loaded.num_parameters),
             spec.dtype,
-            spec.prompt_length,
-            loaded.d_model,
-            units::count(loaded.num_train as u64)
-        ));
+            trained(loaded)
+        );
+        // It is the same for all.
+        if !self.quiet && self.member.is_none_or(|member| member == 0) {
+            self.bar.suspend(|| note(&what));
+        }
         if loaded.resumed_at > 0 {
             self.line(&format!("going on after step {}", units::count(loaded.resumed_at)));
         }
@@ -286,7 +312,8 @@ impl Watch {
         self.bar.set_position(update.step);
         if self.bar.is_hidden() && !self.quiet && self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY) {
             self.last_line = Some(Instant::now());
-            note(&format!("step {}/{}  {text}", units::count(update.step), units::count(self.steps)));
+            let place = format!("step {}/{}", units::count(update.step), units::count(self.steps));
+            note(&self.marked(&format!("{place}  {text}")));
         }
         self.bar.set_message(text);
     }
@@ -334,7 +361,8 @@ impl Watch {
         self.line(&parts.join("  "));
         if best {
             let file = self.out.join(PREDICTIONS_FILE);
-            let written = json_lines(evaluation).and_then(|bytes| Ok(atomic::write_file(&file, &bytes)?));
+            let written =
+                json_lines(&evaluation.predictions).and_then(|bytes| Ok(atomic::write_file(&file, &bytes)?));
             self.failure = written.err();
         }
     }
@@ -344,13 +372,36 @@ impl Observer for Watch {
     fn on(&mut self, event: &Event<'_>) {
         match event {
             Event::Loaded(loaded) => self.loaded(loaded),
-            Event::Warning(text) if !self.log_speaks => self.bar.suspend(|| warn(text)),
+            Event::Warning(text) if !self.log_speaks => self.bar.suspend(|| warn(&self.marked(text))),
             Event::Step { update, seconds } => self.step(update, *seconds),
             Event::Evaluated { step, evaluation, best, seconds } => {
                 self.evaluated(*step, evaluation, *best, *seconds);
             }
             Event::Finished(_) => self.bar.finish_and_clear(),
             Event::Warning(_) | Event::Checkpointed { .. } => {}
+        }
+    }
+}
+
+/// What is trained, and how much it is beside the model, as the paper's table 4 counts it.
+fn trained(loaded: &Loaded<'_>) -> String {
+    let (numbers, all) = (loaded.num_trained, loaded.num_parameters);
+    let count = units::count(numbers);
+    let share = 100.0 * numbers as f64 / (all + numbers) as f64;
+    match loaded.spec.method {
+        Method::Prompt => {
+            let (rows, width) = (loaded.spec.prompt_length, numbers / loaded.spec.prompt_length as u64);
+            format!("{rows} prompt rows of {width} to train ({count} parameters, {share:.3}%)")
+        }
+        Method::Text => format!("{count} tokens shown, nothing to train"),
+        Method::Search => format!("{count} tokens to find"),
+        Method::Model => format!("all of them to train ({count})"),
+        Method::Prefix => {
+            format!("prefixes of {} to train ({count} parameters, {share:.3}%)", loaded.spec.prompt_length)
+        }
+        Method::Adapter => {
+            let width = loaded.spec.adapter_width.unwrap_or_default();
+            format!("adapters of width {width} to train ({count} parameters, {share:.3}%)")
         }
     }
 }

@@ -12,7 +12,7 @@ use clap::Args;
 use incipit_collective::{Mesh, Options, Ranks};
 use incipit_tune::device::DeviceChoice;
 use incipit_tune::ranks::{first_cause, on_threads};
-use incipit_tune::spec::Backend;
+use incipit_tune::spec::{Backend, PartialSpec};
 
 use crate::exit::{bad_input, is_echo, sentence};
 use environment::{LAUNCHER, variables};
@@ -46,6 +46,11 @@ pub(crate) struct RankArgs {
 }
 
 impl RankArgs {
+    /// What the flags say of a run.
+    pub(crate) fn spec(&self) -> PartialSpec {
+        PartialSpec { tp: self.tp, dp: self.dp, collective: self.collective, ..PartialSpec::default() }
+    }
+
     /// What the groups of ranks are told.
     pub(crate) fn options(&self) -> Options {
         let (deadline, default) = (Duration::from_secs(self.deadline), Options::default());

@@ -1,24 +1,23 @@
 //! `report.html`: what a run did, as one page that needs nothing else. It is made from the run's own files alone, so that it can be
 //! made again at any time.
 
-mod chart;
+pub(crate) mod chart;
 mod confusion;
+pub(crate) mod page;
 mod records;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
-use minijinja::value::{Serde, Value};
-use minijinja::{AutoEscape, Environment};
+use anyhow::Result;
 use serde::Serialize;
 
 use crate::{machine, units};
-use chart::{Chart, Hover, Mark, Series};
+use chart::{Chart, Mark, Series};
 use confusion::Confusion;
+use page::{Charts, Fact, Figure, Head};
 pub(crate) use records::{Prediction, Records};
 
-const TEMPLATE: &str = include_str!("report/report.html");
 /// The name of the page within a run's directory.
 pub(crate) const FILE: &str = "report.html";
 const SAMPLES: usize = 6;
@@ -28,40 +27,14 @@ const METRIC_CLASSES: [&str; 5] = ["s1", "s2", "s3", "s4", "s5"];
 
 #[derive(Serialize)]
 struct Page {
-    title: String,
-    version: &'static str,
-    lede: String,
-    notices: Vec<String>,
-    figures: Vec<Figure>,
-    charts: Vec<Drawn>,
-    hover: String,
+    head: Head,
+    charts: Charts,
     evaluations: Table,
     predictions: Option<Samples>,
     confusion: Option<Confusion>,
     facts: Vec<Fact>,
     configuration: Vec<Group>,
     commands: String,
-}
-
-#[derive(Serialize)]
-struct Figure {
-    name: String,
-    value: String,
-    note: String,
-}
-
-#[derive(Serialize)]
-struct Drawn {
-    title: String,
-    svg: String,
-    legend: Vec<Legend>,
-}
-
-#[derive(Serialize)]
-struct Legend {
-    name: String,
-    class: &'static str,
-    faint: bool,
 }
 
 #[derive(Serialize)]
@@ -98,23 +71,6 @@ struct Group {
     entries: Vec<Fact>,
 }
 
-#[derive(Serialize)]
-struct Fact {
-    name: String,
-    value: String,
-    code: bool,
-}
-
-impl Fact {
-    fn new(name: impl Into<String>, value: impl Into<String>) -> Self {
-        Self { name: name.into(), value: value.into(), code: false }
-    }
-
-    fn code(name: impl Into<String>, value: impl Into<String>) -> Self {
-        Self { code: true, ..Self::new(name, value) }
-    }
-}
-
 /// Makes the page of a run and writes it beside the files it was read from.
 ///
 /// # Errors
@@ -126,31 +82,18 @@ pub(crate) fn write(records: &Records, out: &Path) -> Result<PathBuf> {
 }
 
 fn render(records: &Records) -> Result<String> {
-    let mut environment = Environment::new();
-    environment.set_auto_escape_callback(|_| AutoEscape::Html);
-    environment.add_template("report", TEMPLATE).context("the report's template")?;
-    environment
-        .get_template("report")?
-        .render(Value::from(Serde(page(records)?)))
-        .context("the report's template")
+    page::render("report", &page(records)?)
 }
 
 fn page(records: &Records) -> Result<Page> {
-    let (charts, hover): (Vec<Drawn>, Vec<Hover>) =
-        [metric_chart(records), loss_chart(records), rate_chart(records)]
-            .into_iter()
-            .flatten()
-            .filter_map(|chart| chart.draw().map(|(svg, hover)| (drawn(&chart, svg), hover)))
-            .unzip();
+    let charts = [metric_chart(records), loss_chart(records), rate_chart(records)];
     Ok(Page {
-        title: records.title(),
-        version: env!("CARGO_PKG_VERSION"),
-        lede: lede(records),
-        notices: notices(records),
-        figures: figures(records),
-        charts,
-        // Within <script>, `<` could end the element.
-        hover: serde_json::to_string(&hover)?.replace('<', "\\u003c"),
+        head: Head {
+            notices: notices(records),
+            figures: figures(records),
+            ..Head::new("prompt tuning report", records.title(), lede(records))
+        },
+        charts: Charts::draw(charts.into_iter().flatten())?,
         evaluations: evaluation_table(records),
         predictions: samples(records),
         confusion: confusion::confusion(&records.predictions, &records.labels()),
@@ -161,7 +104,7 @@ fn page(records: &Records) -> Result<Page> {
 }
 
 fn lede(records: &Records) -> String {
-    let trained = records.trained().map(|n| format!(" ({} numbers)", units::count(n))).unwrap_or_default();
+    let trained = records.run.trained.map(|n| format!(" ({} numbers)", units::count(n))).unwrap_or_default();
     let frozen =
         records.run.parameters.map(|n| format!(" of {} parameters", units::count(n))).unwrap_or_default();
     format!(
@@ -285,6 +228,7 @@ fn metric_chart(records: &Records) -> Option<Chart> {
         best: best.map(|(e, v)| (e.step as f64, v, format!("best {}", units::percent(v)))),
         baseline: baseline.map(|share| (share, format!("majority class {}", units::percent(share)))),
         percent: is_share,
+        ..Chart::default()
     })
 }
 
@@ -303,11 +247,6 @@ fn rate_chart(records: &Records) -> Option<Chart> {
         series,
         ..Chart::default()
     })
-}
-
-fn drawn(chart: &Chart, svg: String) -> Drawn {
-    let entry = |s: &Series| Legend { name: s.name.clone(), class: s.class, faint: s.mark == Mark::Faint };
-    Drawn { title: chart.title.clone(), svg, legend: chart.series.iter().map(entry).collect() }
 }
 
 fn evaluation_table(records: &Records) -> Table {
@@ -373,7 +312,7 @@ fn facts(records: &Records) -> Vec<Fact> {
     let mut facts = vec![Fact::code("backbone", records.setting("model"))];
     facts.extend(run.fingerprint.clone().map(|f| Fact::code("fingerprint", f)));
     facts.extend(run.parameters.map(|n| Fact::new("frozen parameters", units::count(n))));
-    facts.extend(records.trained().map(|n| Fact::new("trained parameters", units::count(n))));
+    facts.extend(run.trained.map(|n| Fact::new("trained parameters", units::count(n))));
     facts.push(Fact::new("steps", units::count(records.last_step())));
     facts.extend(
         records.evaluations.last().map(|e| Fact::new("evaluation examples", units::count(e.examples as u64))),

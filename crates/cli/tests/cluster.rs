@@ -15,6 +15,7 @@ use incipit_proto::v1::*;
 use incipit_tune::checkpoint::{self, TrainState};
 use incipit_tune::optimizer::{Optimizer, OptimizerKind};
 use incipit_tune::prompt::Prompt;
+use incipit_tune::trained::Trained;
 
 /// The program, with a coordinator.
 fn ask(fake: &Fake, args: &[&str]) -> Ran {
@@ -316,10 +317,15 @@ fn saved(dir: &Path) -> (Checkpoint, State) {
         evaluated: 0,
         train_data: String::new(),
         eval_data: None,
+        tokens: None,
+        corpus: None,
     };
     let prompt = Prompt::new(2, 4, values).expect("a prompt");
-    checkpoint::save(dir, &checkpoint::Checkpoint { prompt, optimizer: optimizer.state(), state })
-        .expect("saved");
+    checkpoint::save(
+        dir,
+        &checkpoint::Checkpoint { trained: Trained::Prompt(prompt), optimizer: optimizer.state(), state },
+    )
+    .expect("saved");
     let (mut files, mut blobs) = (Vec::new(), std::collections::BTreeMap::new());
     for entry in std::fs::read_dir(dir).expect("a directory") {
         let entry = entry.expect("an entry");

@@ -119,6 +119,19 @@ fn a_launched_run_leaves_what_one_process_leaves() {
 }
 
 #[test]
+fn a_launched_ensemble_leaves_what_runs_of_its_seeds_leave() {
+    let dir = tempfile::tempdir().expect("a directory");
+    train(dir.path(), "one", &["--steps", "2", "--seed", "1"]).ok();
+    let mut args = train_args(dir.path(), "two", &["--steps", "2", "--members", "2", "--dp", "2"]);
+    args.insert(0, "ensemble".to_owned());
+    let members = launched(2, &words(&args)).ok().json()["members"].clone();
+    assert_eq!((&members[1]["seed"], &members[1]["end"]), (&1.into(), &"all-steps".into()));
+    let bytes =
+        |run: &str| std::fs::read(dir.path().join(run).join("last/prompt.safetensors")).expect("a file");
+    assert!(bytes("one") == bytes("two/member-1"));
+}
+
+#[test]
 fn processes_measure_and_answer_as_one_does() {
     let dir = tempfile::tempdir().expect("a directory");
     let (model, data) = (demo("model"), few_examples(dir.path()));

@@ -4,7 +4,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{Ran, demo, incipit, refused, text};
+use common::{Ran, demo, incipit, path, refused, text};
 use serde_json::Value;
 
 /// Small files in the manner of each benchmark's own.
@@ -14,10 +14,6 @@ fn data() -> String {
 
 fn data_dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../data/tests/goldens/tasks/data")
-}
-
-fn path(dir: &Path, name: &str) -> String {
-    dir.join(name).display().to_string()
 }
 
 fn lines(file: impl AsRef<Path>) -> Vec<Value> {
@@ -143,7 +139,8 @@ fn a_split_without_labels_is_predicted_and_handed_in() {
 
     refused(&eval("boolq", &[]), &["no labels", "--output or --submission"]);
     refused(&eval("boolq", &["--submission", "/nowhere/at-all"]), &["--submission /nowhere/at-all"]);
-    refused(&eval("glue-rte", &["--submission", &file]), &["glue-rte", "only SuperGLUE"]);
+    refused(&eval("glue-rte", &["--submission", &file]), &["mine.jsonl", "ends as RTE.tsv does"]);
+    refused(&eval("squad", &["--submission", &file]), &["squad", "only SuperGLUE's and GLUE's"]);
     refused(&eval("squad", &["--output", &output]), &["squad has no test split", "dev"]);
 }
 

@@ -5,19 +5,31 @@ use std::{
     sync::Arc,
 };
 
+use candle_core::DType;
+use half::bf16;
 use incipit_collective::{Axis, Ranks, gather_bytes};
-use incipit_model::{Config, T5, TensorAxis, sharding::sharded_dim};
-use incipit_weights::{Checkpoint, Digests, Fingerprint};
+use incipit_kernels::Frozen;
+use incipit_model::{
+    Config, T5, TensorAxis,
+    sharding::{self, sharded_dim},
+};
+use incipit_weights::{Checkpoint, Digests, Fingerprint, Overlay, Source};
+use rayon::prelude::*;
 use tokenizers::Tokenizer;
 
 use crate::{
     Error, Result,
     device::DeviceChoice,
     engine::{Engine, EngineOptions},
+    optimizer::NamedTensor,
     peft::BaseModel,
     ranks,
     spec::Precision,
+    weights::matrix,
 };
+
+/// Bytes of a file of weights, at most, where a model is written.
+const MAX_SHARD_BYTES: u64 = 5 << 30;
 
 /// A frozen model, its tokenizer and its identity.
 pub struct Backbone {
@@ -29,6 +41,8 @@ pub struct Backbone {
     pub fingerprint: Fingerprint,
     /// What this rank has hashed of it.
     pub digests: Digests,
+    /// Where its tensors are read.
+    pub source: Arc<dyn Source>,
     /// How many numbers it has.
     pub num_parameters: u64,
     /// What it was asked for as: a directory, or a name on the hub.
@@ -73,7 +87,56 @@ impl Backbone {
             digests,
             num_parameters: checkpoint.num_parameters(),
             name: model.to_owned(),
+            source: Arc::new(checkpoint),
         })
+    }
+
+    /// An engine over the model with these weights in the place of its own, or besides them. What they do not name stays frozen where it
+    /// is.
+    ///
+    /// # Errors
+    /// If the model does not take one of the weights, or has it in another shape.
+    pub fn engine_with(&self, weights: &[NamedTensor]) -> Result<Engine> {
+        let model = self.engine.model();
+        if !model.device().is_cpu() {
+            let what = "trains weights, which is built for --device cpu alone; train a prompt on a GPU";
+            return Err(Error::spec("method", &what));
+        }
+        let source = self.with(weights, model.dtype())?;
+        let axis = TensorAxis::of(self.engine.ranks());
+        let model = T5::load_on(model.config().clone(), &source, model.dtype(), &axis, model.device())?;
+        Ok(self.engine.with_model(model))
+    }
+
+    /// Writes the model with these weights in the place of its own, in the type of its files, as Hugging Face's libraries read it.
+    ///
+    /// # Errors
+    /// If `dir` holds something, a tensor cannot be read, or the system refuses.
+    pub fn write_with(&self, weights: &[NamedTensor], dir: &Path) -> Result<()> {
+        let dtype = self.engine.model().dtype();
+        incipit_weights::write_safetensors(dir, &self.with(weights, dtype)?, dtype, MAX_SHARD_BYTES)?;
+        Ok(())
+    }
+
+    /// The model's tensors with these over them: matrices of type `dtype`.
+    fn with(&self, weights: &[NamedTensor], dtype: DType) -> Result<Overlay<'_>> {
+        let mut source = Overlay::new(&*self.source);
+        for weight in weights {
+            check_weight(weight)?;
+            let numbers = frozen(weight, dtype);
+            for copy in self.copies(&weight.name) {
+                source.put(copy, &weight.shape, numbers.clone());
+            }
+            source.put(&weight.name, &weight.shape, numbers);
+        }
+        Ok(source)
+    }
+
+    /// The names under which the files have the table `name` again: some checkpoints keep the shared embedding more than once.
+    fn copies(&self, name: &str) -> impl Iterator<Item = &'static str> {
+        let names = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"];
+        let is_table = name == "shared.weight" || names.contains(&name);
+        names.into_iter().filter(move |copy| is_table && self.source.contains(copy))
     }
 
     /// Goes on in another group of ranks, after one of the old group was lost: the weights stay where they are. All ranks of the new
@@ -109,6 +172,23 @@ impl Backbone {
         let config = self.config();
         BaseModel { name: self.name.clone(), num_layers: config.num_layers, num_heads: config.num_heads }
     }
+}
+
+/// Checks that a T5 has a place for a weight of this name.
+fn check_weight(weight: &NamedTensor) -> Result<()> {
+    if sharding::Rule::of(&weight.name).is_some() {
+        return Ok(());
+    }
+    Err(Error::Prompt { what: format!("no T5 takes a trained weight {:?}", weight.name) })
+}
+
+/// A trained weight as the model reads it: a matrix in the model's type, a vector in f32.
+fn frozen(weight: &NamedTensor, dtype: DType) -> Frozen {
+    let (rows, cols) = matrix(&weight.shape);
+    if dtype == DType::BF16 && weight.shape.len() == 2 {
+        return Frozen::from_bf16(weight.data.par_iter().map(|x| bf16::from_f32(*x)).collect(), rows, cols);
+    }
+    Frozen::from_f32(weight.data.clone(), rows, cols)
 }
 
 /// Where the model's files lie. What is on the hub is fetched by one rank of each machine, and found in the cache by the others.

@@ -1,8 +1,8 @@
 //! Checkpoints of one job: `out/checkpoints/step-00001000/`, with `out/best` and `out/last` pointing to one
 //! each.
 //!
-//! A checkpoint holds `prompt.safetensors` (the tensor `prompt` `[P, D]`), `optimizer.safetensors`,
-//! `state.json` and, written last, `MANIFEST`: the BLAKE3 hash of each, in the form that `b3sum --check`
+//! A checkpoint holds `prompt.safetensors` (the tensor `prompt` `[P, D]`) or, of a job that trains weights,
+//! `weights.safetensors`; `optimizer.safetensors`, `state.json` and, written last, `MANIFEST`: the BLAKE3 hash of each, in the form that `b3sum --check`
 //! reads. It appears by one rename or not at all, and nothing in it depends on threads, devices or the number
 //! of processes.
 
@@ -11,11 +11,14 @@ use crate::{
     optimizer::{NamedTensor, OptimizerKind},
     prompt::Prompt,
     tensors,
+    trained::{Trained, WEIGHTS},
 };
+use incipit_data::pretrain::Cursor;
 use serde::{Deserialize, Serialize};
 use std::{fmt::Write as _, path::Path};
 
 mod store;
+pub(crate) use store::lock;
 pub use store::{Found, Store};
 
 /// The file that holds the hashes of the others.
@@ -30,8 +33,8 @@ const FORMAT: u32 = 1;
 /// All that a job needs to go on as if nothing had happened.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Checkpoint {
-    /// The prompt after [`TrainState::step`] steps.
-    pub prompt: Prompt,
+    /// What is trained, after [`TrainState::step`] steps.
+    pub trained: Trained,
     /// The optimizer's tensors.
     pub optimizer: Vec<NamedTensor>,
     /// Everything else.
@@ -68,6 +71,12 @@ pub struct TrainState {
     pub train_data: String,
     /// BLAKE3 hash of the file of evaluation examples, if there is one.
     pub eval_data: Option<String>,
+    /// Of a prompt of tokens, which they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<Vec<u32>>,
+    /// Of a job on a corpus, where in it the next step's examples begin.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub corpus: Option<Cursor>,
 }
 
 /// An evaluation.
@@ -91,7 +100,7 @@ struct StateFile<S> {
 impl Checkpoint {
     /// The three files and their contents.
     fn files(&self) -> Result<[(&'static str, Vec<u8>); 3], String> {
-        let prompt = encode_prompt(&self.prompt)?;
+        let trained = self.trained.encode()?;
         let optimizer: Vec<_> = self.optimizer.iter().map(|t| (&*t.name, &*t.shape, &*t.data)).collect();
         let state = StateFile {
             format: FORMAT,
@@ -100,7 +109,7 @@ impl Checkpoint {
         };
         let mut state = serde_json::to_vec_pretty(&state).map_err(|e| e.to_string())?;
         state.push(b'\n');
-        Ok([(PROMPT, prompt), (OPTIMIZER, tensors::encode(&optimizer)?), (STATE, state)])
+        Ok([(self.trained.file(), trained), (OPTIMIZER, tensors::encode(&optimizer)?), (STATE, state)])
     }
 
     /// All of it as bytes, to be sent to another rank.
@@ -111,26 +120,30 @@ impl Checkpoint {
         let files = self.files().map_err(|what| Error::Received { thing: "checkpoint", what })?;
         let with_length =
             |(_, bytes): &(_, Vec<u8>)| [&(bytes.len() as u64).to_le_bytes(), &bytes[..]].concat();
-        Ok(files.iter().flat_map(with_length).collect())
+        let kind = u8::from(self.trained.file() == WEIGHTS);
+        Ok(std::iter::once(kind).chain(files.iter().flat_map(with_length)).collect())
     }
 
     /// What [`Self::to_bytes`] made.
     ///
     /// # Errors
     /// [`Error::Received`] if the bytes are cut short or are none of a checkpoint.
-    pub fn from_bytes(mut bytes: &[u8]) -> Result<Self> {
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        let refuse = |what| Error::Received { thing: "checkpoint", what };
+        let Some((kind, mut bytes)) = bytes.split_first() else {
+            return Err(refuse("it is empty".to_owned()));
+        };
         let mut next = || {
             let (length, rest) = bytes.split_first_chunk()?;
             let (file, rest) = rest.split_at_checked(usize::try_from(u64::from_le_bytes(*length)).ok()?)?;
             bytes = rest;
             Some(file)
         };
-        let refuse = |what| Error::Received { thing: "checkpoint", what };
-        let (Some(prompt), Some(optimizer), Some(state)) = (next(), next(), next()) else {
+        let (Some(trained), Some(optimizer), Some(state)) = (next(), next(), next()) else {
             return Err(refuse("it is cut short".to_owned()));
         };
         Ok(Self {
-            prompt: decode_prompt(prompt).map_err(refuse)?,
+            trained: Trained::decode(if *kind == 0 { PROMPT } else { WEIGHTS }, trained).map_err(refuse)?,
             optimizer: tensors::decode(optimizer).map_err(refuse)?,
             state: decode_state(state).map_err(refuse)?,
         })
@@ -173,10 +186,11 @@ pub fn load(path: &Path) -> Result<Checkpoint> {
         verify(&manifest, name, &bytes).map_err(refuse)?;
         Ok(bytes)
     };
-    let (prompt, optimizer, state) = (verified(PROMPT)?, verified(OPTIMIZER)?, verified(STATE)?);
+    let file = if path.join(WEIGHTS).exists() { WEIGHTS } else { PROMPT };
+    let (trained, optimizer, state) = (verified(file)?, verified(OPTIMIZER)?, verified(STATE)?);
     let within = |name: &'static str| move |what| refuse(format!("{name}: {what}"));
     Ok(Checkpoint {
-        prompt: decode_prompt(&prompt).map_err(within(PROMPT))?,
+        trained: Trained::decode(file, &trained).map_err(within(file))?,
         optimizer: tensors::decode(&optimizer).map_err(within(OPTIMIZER))?,
         state: decode_state(&state).map_err(within(STATE))?,
     })
@@ -191,7 +205,8 @@ pub fn write_prompt(path: &Path, prompt: &Prompt) -> Result<()> {
     atomic::write_file(path, &bytes)
 }
 
-fn encode_prompt(prompt: &Prompt) -> Result<Vec<u8>, String> {
+/// The bytes of a `prompt.safetensors`.
+pub(crate) fn encode_prompt(prompt: &Prompt) -> Result<Vec<u8>, String> {
     tensors::encode(&[("prompt", &[prompt.length(), prompt.width()], prompt.values())])
 }
 

@@ -19,7 +19,11 @@ use crate::{
     recipe::LossReduction,
 };
 
+mod losses;
 mod sum;
+mod weights;
+
+pub use weights::WeightGradient;
 
 choices! {
     /// Whether a layer's inside is computed again in the backward pass instead of kept. Results do not depend on it.
@@ -63,7 +67,7 @@ pub struct Objective {
 /// One job's part of a step.
 #[derive(Clone, Debug)]
 pub struct JobBatch<'a> {
-    /// `[P, D]` f32.
+    /// `[P, D]` f32; a job that trains weights has no rows here.
     pub prompt: &'a Tensor,
     /// The examples, in the order of the batch.
     pub examples: Vec<&'a TokenizedExample>,
@@ -71,6 +75,13 @@ pub struct JobBatch<'a> {
     pub keys: Vec<u64>,
     /// What is made smaller.
     pub objective: Objective,
+}
+
+impl JobBatch<'_> {
+    /// All its tokens: inputs, prompt rows and targets.
+    pub(crate) fn num_tokens(&self) -> usize {
+        (0..self.examples.len()).map(|example| cost(self, example)).sum()
+    }
 }
 
 /// What a step gives one job.
@@ -131,8 +142,11 @@ struct Row {
     example: usize,
 }
 
-/// What the examples of a job gave that are this rank's, in the order of its batch.
-type Gathered = Vec<Option<ExampleGradient>>;
+/// What the examples of a job gave that are this rank's, in the order of its batch; or why the model refused the job.
+type Gathered<T> = Result<Vec<Option<T>>, String>;
+
+/// A microbatch through the backbone: something for each of the rows that it consists of.
+type Pass<'a, T> = &'a dyn Fn(&Microbatch<'_>, &[Row]) -> incipit_model::Result<Vec<T>>;
 
 impl Engine {
     /// An engine over `model`, which lies in main memory, on one rank.
@@ -217,6 +231,13 @@ impl Engine {
         (budget, recompute)
     }
 
+    /// The same ranks and microbatches, with another model in the place of the backbone: this one, with some of its weights trained.
+    #[must_use]
+    pub fn with_model(&self, model: T5) -> Self {
+        let (ranks, budget, recompute) = (self.ranks.clone(), self.budget, self.recompute);
+        Self { model: Arc::new(model), ranks, budget, recompute }
+    }
+
     /// The ranks that have the backbone together.
     #[must_use]
     pub fn ranks(&self) -> &Ranks {
@@ -241,14 +262,14 @@ impl Engine {
     /// # Errors
     /// If an exchange with other ranks fails; then no job has a gradient.
     pub fn gradients(&self, jobs: &[JobBatch<'_>]) -> Result<Vec<Result<JobGradient, JobFault>>> {
-        let mut gathered: Vec<Result<Gathered, String>> =
-            jobs.iter().map(|job| Ok(vec![None; job.examples.len()])).collect();
         let replicas = self.replicas(jobs);
+        let mut gathered = nothing(jobs);
         for (options, rows) in self.passes(jobs, &replicas) {
-            let costs: Vec<usize> = rows.iter().map(|row| cost(&jobs[row.job], row.example)).collect();
-            for run in microbatch::cut(&costs, self.budget) {
-                self.pass(jobs, &rows[run], &options, &mut gathered)?;
-            }
+            let pass: Pass<'_, ExampleGradient> = &|batch, rows| {
+                let scales: Vec<f32> = rows.iter().map(|row| scale(&jobs[row.job])).collect();
+                self.model.loss_and_gradient(batch, &scales, &options)
+            };
+            self.gather(jobs, &rows, pass, &mut gathered)?;
         }
         let gradients = sum::over_replicas(&self.ranks, self.model.device(), jobs, gathered, &replicas)?;
         self.confirm()?;
@@ -275,19 +296,21 @@ impl Engine {
         microbatch::deal(&costs, self.ranks.mesh().dp())
     }
 
+    /// This replica's examples.
+    fn own_rows(&self, jobs: &[JobBatch<'_>], replicas: &[usize]) -> Vec<Row> {
+        let own = self.ranks.shard(Axis::Data).index();
+        let places = jobs.iter().enumerate();
+        let all = places
+            .flat_map(|(job, batch)| (0..batch.examples.len()).map(move |example| Row { job, example }));
+        all.zip(replicas).filter(|(_, replica)| **replica == own).map(|(row, _)| row).collect()
+    }
+
     /// This replica's examples, those that can share a microbatch together: dropout and z-loss are of a whole pass.
     fn passes(&self, jobs: &[JobBatch<'_>], replicas: &[usize]) -> Vec<(PassOptions, Vec<Row>)> {
-        let own = self.ranks.shard(Axis::Data).index();
         let mut passes: BTreeMap<(u32, u32), Vec<Row>> = BTreeMap::new();
-        let mut rest = replicas;
-        for (job, batch) in jobs.iter().enumerate() {
-            let rows = passes
-                .entry((batch.objective.dropout.to_bits(), batch.objective.z_loss.to_bits()))
-                .or_default();
-            let (of_job, later) = rest.split_at(batch.examples.len());
-            rest = later;
-            let mine = of_job.iter().enumerate().filter(|(_, replica)| **replica == own);
-            rows.extend(mine.map(|(example, _)| Row { job, example }));
+        for row in self.own_rows(jobs, replicas) {
+            let Objective { dropout, z_loss, .. } = jobs[row.job].objective;
+            passes.entry((dropout.to_bits(), z_loss.to_bits())).or_default().push(row);
         }
         let options = |dropout, z_loss| PassOptions {
             recompute: self.recompute,
@@ -297,35 +320,50 @@ impl Engine {
         passes.into_iter().map(|((dropout, z_loss), rows)| (options(dropout, z_loss), rows)).collect()
     }
 
-    /// Sends one microbatch through the backbone. If the model refuses one of several jobs, each goes alone.
-    fn pass(
+    /// Sends these examples through the backbone, a microbatch at a time.
+    fn gather<T>(
         &self,
         jobs: &[JobBatch<'_>],
         rows: &[Row],
-        options: &PassOptions,
-        gathered: &mut [Result<Gathered, String>],
+        pass: Pass<'_, T>,
+        gathered: &mut [Gathered<T>],
     ) -> Result<()> {
-        let scales: Vec<f32> = rows.iter().map(|row| scale(&jobs[row.job])).collect();
-        let (prompts, examples) = assemble(jobs, rows);
-        let batch = Microbatch { prompts: &prompts, examples: &examples };
-        let error = match self.model.loss_and_gradient(&batch, &scales, options) {
-            Ok(gradients) => {
-                for (row, gradient) in rows.iter().zip(gradients) {
-                    if let Ok(gathered) = &mut gathered[row.job] {
-                        gathered[row.example] = Some(gradient);
-                    }
+        let costs: Vec<usize> = rows.iter().map(|row| cost(&jobs[row.job], row.example)).collect();
+        let runs = microbatch::cut(&costs, self.budget);
+        runs.into_iter().try_for_each(|run| send(jobs, &rows[run], pass, gathered))
+    }
+}
+
+/// Before the first microbatch.
+fn nothing<T: Clone>(jobs: &[JobBatch<'_>]) -> Vec<Gathered<T>> {
+    jobs.iter().map(|job| Ok(vec![None; job.examples.len()])).collect()
+}
+
+/// Sends one microbatch through the backbone. If the model refuses one of several jobs, each goes alone.
+fn send<T>(
+    jobs: &[JobBatch<'_>],
+    rows: &[Row],
+    pass: Pass<'_, T>,
+    gathered: &mut [Gathered<T>],
+) -> Result<()> {
+    let (prompts, examples) = assemble(jobs, rows);
+    let error = match pass(&Microbatch { prompts: &prompts, examples: &examples }, rows) {
+        Ok(given) => {
+            for (row, given) in rows.iter().zip(given) {
+                if let Ok(gathered) = &mut gathered[row.job] {
+                    gathered[row.example] = Some(given);
                 }
-                return Ok(());
             }
-            Err(error @ incipit_model::Error::Collective(_)) => return Err(error.into()),
-            Err(error) => error,
-        };
-        if prompts.len() == 1 {
-            gathered[rows[0].job] = Err(error.to_string());
             return Ok(());
         }
-        rows.chunk_by(|a, b| a.job == b.job).try_for_each(|alone| self.pass(jobs, alone, options, gathered))
+        Err(error @ incipit_model::Error::Collective(_)) => return Err(error.into()),
+        Err(error) => error,
+    };
+    if prompts.len() == 1 {
+        gathered[rows[0].job] = Err(error.to_string());
+        return Ok(());
     }
+    rows.chunk_by(|a, b| a.job == b.job).try_for_each(|alone| send(jobs, alone, pass, gathered))
 }
 
 /// Tokens that an example takes of a microbatch.

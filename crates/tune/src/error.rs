@@ -144,6 +144,14 @@ pub enum Error {
         /// The directory.
         path: PathBuf,
     },
+    /// What is said to hold an ensemble does not.
+    #[error("{}: {what}", path.display())]
+    Ensemble {
+        /// The directory or file.
+        path: PathBuf,
+        /// What is wrong with it, and how to mend it.
+        what: String,
+    },
     /// A run cannot go on with another specification.
     #[error(
         "the run began with --{flag} {was} and would go on with {now}; pass what it began with, or another --out"

@@ -1,20 +1,21 @@
-//! Evaluation: greedy decoding over a set of examples, and what it is worth.
+//! Evaluation: predictions for a set of examples, by greedy decoding or by ranking labels, and what they are worth.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use candle_core::Tensor;
 use incipit_collective::gather_bytes;
 use incipit_data::{
-    TokenizedExample, TokenizedSet,
+    LabelMap, TokenizedExample, TokenizedSet,
     metrics::{self, Metric, Reference, score_references},
     tasks::Selection,
 };
-use incipit_model::{Example, GenerateOptions, Microbatch};
+use incipit_model::{Example, GenerateOptions, Generated, Microbatch};
 use serde::Serialize;
 use tokenizers::Tokenizer;
 
 use crate::{
-    Error, Result, control::Control, engine::Engine, job::prompt_rows, microbatch, prompt::Prompt, ranks,
+    Error, Result, control::Control, engine::Engine, job::prompt_rows, microbatch, prompt::Prompt,
+    rank::Candidates, ranks,
 };
 
 /// What is measured, and how.
@@ -29,13 +30,31 @@ pub struct EvalOptions {
     /// Of a named task, what predictions are scored against, one an example, the task's labels being `labels`. Otherwise they are
     /// scored against the target texts.
     pub references: Option<Arc<Vec<Reference>>>,
-    /// Longest prediction, in tokens, without `</s>`.
+    /// Longest prediction, in tokens, without `</s>`; 0 if only the loss is of interest.
     pub max_new_tokens: usize,
+    /// What predictions are chosen among; where there is none, the model writes them by greedy decoding.
+    pub candidates: Option<Arc<Candidates>>,
+    /// Of a prompt of another task that asks the same in other words: from its labels, in which targets and candidates are given, to
+    /// those in which predictions are scored.
+    pub rewrite: Option<LabelMap>,
 }
 
 impl EvalOptions {
+    /// Tokens that the decoder reads for an example's prediction, at most.
+    fn num_answer_tokens(&self) -> usize {
+        self.candidates.as_ref().map_or(self.max_new_tokens, |candidates| candidates.num_tokens())
+    }
+
+    /// A label in the words in which it is scored.
+    fn rewritten(&self, label: String) -> String {
+        match self.rewrite.as_ref().and_then(|map| map.get(&label)) {
+            Some(text) => text.to_owned(),
+            None => label,
+        }
+    }
+
     /// The metrics of the predictions.
-    fn scores(&self, written: &[String], targets: &[String]) -> Vec<(Metric, f64)> {
+    pub(crate) fn scores(&self, written: &[String], targets: &[String]) -> Vec<(Metric, f64)> {
         let Some(references) = &self.references else {
             return self.metrics.iter().map(|m| (*m, metrics::score(*m, written, targets))).collect();
         };
@@ -54,10 +73,13 @@ pub struct Prediction {
     pub inputs: String,
     /// Target text.
     pub target: String,
-    /// What the model wrote.
+    /// What the model wrote, or the label that it finds likeliest.
     pub prediction: String,
     /// Mean cross-entropy over the target's tokens, in nats.
     pub loss: f64,
+    /// Of labels that were ranked, each one's log-likelihood.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scores: Option<BTreeMap<String, f64>>,
 }
 
 /// The outcome of an evaluation.
@@ -76,9 +98,13 @@ pub struct Evaluation {
 }
 
 impl Evaluation {
-    /// What chooses the best checkpoint: the mean of the metrics, or the one that counts; 0 without metrics.
+    /// What chooses the best checkpoint: the mean of the metrics, or the one that counts; without metrics the loss, less of which is
+    /// more.
     #[must_use]
     pub fn score(&self) -> f64 {
+        if self.metrics.is_empty() {
+            return -self.loss;
+        }
         self.selection.score(&self.metrics)
     }
 }
@@ -106,31 +132,33 @@ pub fn evaluate(
 pub struct PartialEvaluation {
     set: Arc<TokenizedSet>,
     options: EvalOptions,
-    /// `[P, D]`; none without a prompt.
+    /// Each `[P, D]`; none without a prompt.
     prompts: Vec<Tensor>,
     rounds: Vec<Round>,
     /// How many are done.
     done: usize,
-    /// In the order of the set, as far as they are known here.
+    /// One a trial, as far as they are known here. A trial is an example with a prompt; those of an example follow each other.
     outcomes: Vec<Outcome>,
 }
 
 /// A microbatch of each replica.
 #[derive(Clone, Default)]
 struct Round {
-    /// This replica's examples: places in the set.
+    /// This replica's trials: their places among all.
     places: Vec<usize>,
     /// Tokens of all replicas.
     cost: usize,
 }
 
-/// What the backbone gives for one example.
+/// What the backbone gives for one trial.
 #[derive(Clone, Default)]
 struct Outcome {
     /// Sum over the target's tokens.
     loss: f32,
-    /// Greedy decoding's.
+    /// Greedy decoding's; none where labels are ranked.
     tokens: Vec<u32>,
+    /// Of the labels that are ranked.
+    scores: Vec<f32>,
 }
 
 impl PartialEvaluation {
@@ -144,22 +172,55 @@ impl PartialEvaluation {
         set: Arc<TokenizedSet>,
         options: EvalOptions,
     ) -> Result<Self> {
+        Self::begin_each(engine, prompt.as_slice(), set, options)
+    }
+
+    /// An evaluation of several prompts at once: an example goes through the backbone with each of them, in one microbatch as far as it
+    /// holds them. Ends with [`Self::finish_each`]. Without prompts it is one of the bare backbone.
+    ///
+    /// # Errors
+    /// As [`Self::begin`].
+    pub fn begin_each(
+        engine: &Engine,
+        prompts: &[&Prompt],
+        set: Arc<TokenizedSet>,
+        options: EvalOptions,
+    ) -> Result<Self> {
         ranks::agree(engine.ranks(), || {
             let examples = ranks::tokens_digest(&set.examples);
+            let candidates = options.candidates.as_ref().map(|candidates| candidates.tokens());
             [
-                ("another prompt", prompt.map(ranks::prompt_digest).unwrap_or_default()),
-                ("other examples", format!("{examples} {}", options.max_new_tokens)),
+                ("another prompt", prompts.iter().map(|prompt| ranks::prompt_digest(prompt)).collect()),
+                ("other examples", format!("{examples} {} {candidates:?}", options.max_new_tokens)),
             ]
         })?;
-        let rows = prompt.map_or(0, Prompt::length);
+        let rows: Vec<usize> = match prompts {
+            [] => vec![0],
+            _ => prompts.iter().map(|prompt| prompt.length()).collect(),
+        };
+        let answer = options.num_answer_tokens();
+        let tokens = |e: &TokenizedExample| e.input.len() + e.target.len().max(answer);
+        let costs: Vec<usize> =
+            set.examples.iter().flat_map(|e| rows.iter().map(move |rows| rows + tokens(e))).collect();
         Ok(Self {
-            prompts: prompt.map(prompt_rows).transpose()?.into_iter().collect(),
-            rounds: rounds(engine, rows, &set, options.max_new_tokens),
+            prompts: prompts.iter().map(|prompt| prompt_rows(prompt)).collect::<Result<_>>()?,
+            rounds: rounds(engine, &costs),
             done: 0,
-            outcomes: vec![Outcome::default(); set.examples.len()],
+            outcomes: vec![Outcome::default(); costs.len()],
             set,
             options,
         })
+    }
+
+    /// How many trials an example has.
+    fn num_trials(&self) -> usize {
+        self.prompts.len().max(1)
+    }
+
+    fn trial(&self, place: usize) -> Example<'_> {
+        let TokenizedExample { input, target, .. } = &self.set.examples[place / self.num_trials()];
+        let prompt = (!self.prompts.is_empty()).then_some(place % self.num_trials());
+        Example { prompt, input, target, key: 0 }
     }
 
     /// How many tokens of all replicas the next round takes, predictions at their longest; 0 if none is left. The same on every rank.
@@ -182,26 +243,44 @@ impl PartialEvaluation {
         let Some(round) = self.rounds.get(self.done) else { return Ok(true) };
         // Another replica may have more microbatches.
         if !round.places.is_empty() {
-            let example = |place: &usize| {
-                let TokenizedExample { input, target, .. } = &self.set.examples[*place];
-                Example { prompt: (!self.prompts.is_empty()).then_some(0), input, target, key: 0 }
-            };
-            let examples: Vec<Example<'_>> = round.places.iter().map(example).collect();
-            let batch = Microbatch { prompts: &self.prompts, examples: &examples };
-            let generate =
-                GenerateOptions { max_new_tokens: self.options.max_new_tokens, ..GenerateOptions::default() };
-            let encoded = engine.model().encoded(&batch)?;
-            let losses = engine.model().loss_after(&encoded, &batch)?;
-            let generated = engine.model().generate_after(&encoded, &batch, &generate)?;
-            for ((place, loss), generated) in round.places.iter().zip(losses).zip(generated) {
-                self.outcomes[*place] = Outcome { loss, tokens: generated.tokens };
+            let examples: Vec<Example<'_>> = round.places.iter().map(|place| self.trial(*place)).collect();
+            let outcomes =
+                self.outcomes(engine, &Microbatch { prompts: &self.prompts, examples: &examples })?;
+            for (place, outcome) in round.places.iter().zip(outcomes) {
+                self.outcomes[*place] = outcome;
             }
         }
         self.done += 1;
         Ok(self.is_complete())
     }
 
-    /// Does the rounds that are left, unless someone asks to stop.
+    /// What a microbatch gives; its examples are encoded once.
+    fn outcomes(&self, engine: &Engine, batch: &Microbatch<'_>) -> Result<Vec<Outcome>> {
+        let model = engine.model();
+        let encoded = model.encoded(batch)?;
+        let losses = model.loss_after(&encoded, batch)?.into_iter();
+        if let Some(candidates) = &self.options.candidates {
+            let labels = model.label_losses_after(&encoded, batch, candidates.tokens())?;
+            let scores =
+                labels.chunks(candidates.tokens().len()).map(|part| part.iter().map(|x| -x).collect());
+            let outcome = |(loss, scores)| Outcome { loss, tokens: Vec::new(), scores };
+            return Ok(losses.zip(scores).map(outcome).collect());
+        }
+        let max_new_tokens = self.options.max_new_tokens;
+        if max_new_tokens == 0 {
+            return Ok(losses.map(|loss| Outcome { loss, ..Outcome::default() }).collect());
+        }
+        let options = GenerateOptions { max_new_tokens, ..GenerateOptions::default() };
+        let generated = model.generate_after(&encoded, batch, &options)?.into_iter();
+        let outcome = |(loss, generated): (f32, Generated)| Outcome {
+            loss,
+            tokens: generated.tokens,
+            scores: Vec::new(),
+        };
+        Ok(losses.zip(generated).map(outcome).collect())
+    }
+
+    /// The outcome, unless someone asks to stop before it is there.
     ///
     /// # Errors
     /// As [`evaluate`].
@@ -211,40 +290,69 @@ impl PartialEvaluation {
         tokenizer: &Tokenizer,
         control: &Control,
     ) -> Result<Evaluation> {
+        self.make_rounds(engine, control)?;
+        self.finish(engine, tokenizer)
+    }
+
+    /// Does the rounds that are left, unless someone asks to stop.
+    ///
+    /// # Errors
+    /// As [`Self::advance`], and [`Error::Interrupted`].
+    pub fn make_rounds(&mut self, engine: &Engine, control: &Control) -> Result<()> {
         while !self.is_complete() {
             if ranks::any(engine.ranks(), control.stop_requested())? {
                 return Err(Error::Interrupted);
             }
             self.advance(engine)?;
         }
-        self.finish(engine, tokenizer)
+        Ok(())
     }
 
     /// The outcome. Rounds that are left are done first.
     ///
     /// # Errors
     /// As [`Self::advance`]; also if a loss is not finite (the message names the line).
-    pub fn finish(mut self, engine: &Engine, tokenizer: &Tokenizer) -> Result<Evaluation> {
+    pub fn finish(self, engine: &Engine, tokenizer: &Tokenizer) -> Result<Evaluation> {
+        Ok(self.finish_each(engine, tokenizer)?.swap_remove(0))
+    }
+
+    /// The outcome of each prompt, the same as if it were evaluated alone; without prompts that of the bare backbone.
+    ///
+    /// # Errors
+    /// As [`Self::finish`].
+    pub fn finish_each(mut self, engine: &Engine, tokenizer: &Tokenizer) -> Result<Vec<Evaluation>> {
         while !self.advance(engine)? {}
         self.merge(engine)?;
         engine.confirm()?;
-        let Self { set, options, outcomes, .. } = self;
-        let mut predictions = Vec::with_capacity(outcomes.len());
+        (0..self.num_trials()).map(|trial| self.evaluation(trial, tokenizer)).collect()
+    }
+
+    /// What came of one trial of each example.
+    fn evaluation(&self, trial: usize, tokenizer: &Tokenizer) -> Result<Evaluation> {
+        let Self { set, options, .. } = self;
+        let outcomes = self.outcomes.iter().skip(trial).step_by(self.num_trials());
+        let mut predictions = Vec::with_capacity(set.examples.len());
         let (mut loss, mut num_targets) = (0.0, 0);
-        for ((outcome, text), example) in outcomes.into_iter().zip(&set.texts).zip(&set.examples) {
-            if !outcome.loss.is_finite() {
-                let what = format!("the evaluation loss is {}", outcome.loss);
+        for ((outcome, text), example) in outcomes.zip(&set.texts).zip(&set.examples) {
+            if let Some(number) = outcome.non_finite() {
+                let what = format!("the evaluation loss is {number}");
                 return Err(Error::NonFiniteEvaluation { what, index: text.index, line: text.line });
             }
             loss += f64::from(outcome.loss);
             num_targets += example.target.len();
-            let decoded = tokenizer.decode(&outcome.tokens, true);
+            let decoded = || tokenizer.decode(&outcome.tokens, true);
+            let decoded = || decoded().map_err(|cause| Error::Tokenizer { cause: cause.to_string() });
+            let candidates = options.candidates.as_ref();
             predictions.push(Prediction {
                 index: text.index,
                 inputs: text.inputs.clone(),
-                target: text.targets.clone(),
-                prediction: decoded.map_err(|cause| Error::Tokenizer { cause: cause.to_string() })?,
+                target: options.rewritten(text.targets.clone()),
+                prediction: options
+                    .rewritten(candidates.map_or_else(decoded, |candidates| {
+                        Ok(candidates.best(&outcome.scores).to_owned())
+                    })?),
                 loss: f64::from(outcome.loss) / example.target.len() as f64,
+                scores: candidates.map(|candidates| candidates.named(&outcome.scores)),
             });
         }
         let loss = loss / num_targets as f64;
@@ -265,31 +373,40 @@ impl PartialEvaluation {
         if group.size() == 1 {
             return Ok(());
         }
-        // An outcome is its place, its loss, the number of its tokens, and these.
+        // An outcome is its place, its loss, the number of its tokens, these, and the labels' scores.
         let places = self.rounds.iter().flat_map(|round| &round.places);
         let words = places.flat_map(|place| {
-            let Outcome { loss, tokens } = &self.outcomes[*place];
-            [*place as u32, loss.to_bits(), tokens.len() as u32].into_iter().chain(tokens.iter().copied())
+            let Outcome { loss, tokens, scores } = &self.outcomes[*place];
+            let head = [*place as u32, loss.to_bits(), tokens.len() as u32];
+            let scores = scores.iter().map(|score| score.to_bits());
+            head.into_iter().chain(tokens.iter().copied()).chain(scores)
         });
+        let num_scores = self.options.candidates.as_ref().map_or(0, |candidates| candidates.tokens().len());
         let bytes: Vec<u8> = words.flat_map(u32::to_le_bytes).collect();
         for bytes in gather_bytes(group, &bytes)? {
             let mut words = bytes.as_chunks().0.iter().map(|word| u32::from_le_bytes(*word));
             while let (Some(place), Some(loss), Some(count)) = (words.next(), words.next(), words.next()) {
                 let tokens = words.by_ref().take(count as usize).collect();
-                self.outcomes[place as usize] = Outcome { loss: f32::from_bits(loss), tokens };
+                let scores = words.by_ref().take(num_scores).map(f32::from_bits).collect();
+                self.outcomes[place as usize] = Outcome { loss: f32::from_bits(loss), tokens, scores };
             }
         }
         Ok(())
     }
 }
 
-/// Examples of like length together, the longest first, so that memory is at its highest at the beginning. There are as many rounds
+impl Outcome {
+    /// A number that is none.
+    fn non_finite(&self) -> Option<f32> {
+        std::iter::once(&self.loss).chain(&self.scores).copied().find(|number| !number.is_finite())
+    }
+}
+
+/// Trials of like length together, the longest first, so that memory is at its highest at the beginning. There are as many rounds
 /// as the replica with the most microbatches needs; every rank finds the same, for all were told the same lengths.
-fn rounds(engine: &Engine, rows: usize, set: &TokenizedSet, max_new_tokens: usize) -> Vec<Round> {
-    let cost = |e: &TokenizedExample| rows + e.input.len() + e.target.len().max(max_new_tokens);
-    let costs: Vec<usize> = set.examples.iter().map(cost).collect();
+fn rounds(engine: &Engine, costs: &[usize]) -> Vec<Round> {
     let num_replicas = engine.ranks().mesh().dp();
-    let replicas = microbatch::deal(&costs, num_replicas);
+    let replicas = microbatch::deal(costs, num_replicas);
     let mut rounds = Vec::new();
     for replica in 0..num_replicas {
         let mut places: Vec<usize> = (0..costs.len()).filter(|place| replicas[*place] == replica).collect();

@@ -1,6 +1,6 @@
 //! The prompt before the first step.
 
-use crate::{Error, Result, prompt::Prompt};
+use crate::{Error, Result, prompt::Prompt, tokens};
 use incipit_kernels::rng::Philox;
 use serde::{Deserialize, Serialize};
 use std::{
@@ -115,7 +115,13 @@ pub struct Initial {
 /// Distinguishes these random numbers from the job's others.
 const STREAM: u64 = u64::from_be_bytes(*b"prompt 0");
 /// A SentencePiece vocabulary is sorted by frequency, after padding, end of sequence and unknown.
-const MOST_FREQUENT: std::ops::Range<u32> = 3..5003;
+pub(crate) const MOST_FREQUENT: std::ops::Range<u32> = 3..5003;
+
+/// The labels in the order of the rows that they initialise: that of the alphabet, each once.
+#[must_use]
+pub fn label_order(labels: &[String]) -> Vec<&str> {
+    labels.iter().map(String::as_str).collect::<BTreeSet<_>>().into_iter().collect()
+}
 
 /// The prompt `[length, d_model]` with which a job begins: a function of its arguments alone.
 ///
@@ -127,11 +133,11 @@ pub fn initial_prompt(
     d_model: usize,
     sources: &Sources<'_>,
 ) -> Result<Initial> {
-    let draft = Draft { init, length, d_model, sources };
+    let draft = Draft { init, length, sources };
     let mut warnings = Vec::new();
     let values = match init {
-        PromptInit::ClassLabel => draft.class_labels(&mut warnings)?,
-        PromptInit::Vocab => draft.vocab(length)?,
+        PromptInit::ClassLabel => draft.class_labels(d_model, &mut warnings)?,
+        PromptInit::Vocab => draft.rows(&draft.vocab(length)?, d_model)?,
         PromptInit::Uniform { low, high } => {
             let mut random = Philox::new(sources.seed, &[STREAM]);
             // Rounding could give `high` itself.
@@ -139,7 +145,7 @@ pub fn initial_prompt(
                 .map(|_| (low + (high - low) * random.uniform()).min(high.next_down()))
                 .collect()
         }
-        PromptInit::Text(text) => draft.text(text, &mut warnings)?,
+        PromptInit::Text(text) => draft.rows(&draft.text(text, &mut warnings)?, d_model)?,
         PromptInit::File(path) => {
             let prompt = Prompt::read(path)?;
             check_shape(&prompt, path, length, d_model)?;
@@ -147,6 +153,29 @@ pub fn initial_prompt(
         }
     };
     Ok(Initial { prompt: Prompt::new(length, d_model, values)?, warnings })
+}
+
+/// The pieces with whose embeddings [`initial_prompt`] begins, where a prompt of so many rows consists of such: `vocab` and `text`.
+/// With them, what a person should know.
+///
+/// # Errors
+/// As [`initial_prompt`]; also if the rows are not pieces' embeddings.
+pub fn initial_tokens(
+    init: &PromptInit,
+    length: usize,
+    sources: &Sources<'_>,
+) -> Result<(Vec<u32>, Vec<String>)> {
+    let draft = Draft { init, length, sources };
+    let mut warnings = Vec::new();
+    let ids = match init {
+        PromptInit::Vocab => draft.vocab(length)?,
+        PromptInit::Text(text) => draft.text(text, &mut warnings)?,
+        PromptInit::ClassLabel | PromptInit::Uniform { .. } | PromptInit::File(_) => {
+            let what = "its rows are not embeddings of pieces, of which this prompt consists; give vocab or text:TEXT";
+            return Err(draft.refuse(what.to_owned()));
+        }
+    };
+    Ok((ids, warnings))
 }
 
 /// Checks that the prompt that was read from `path` can be one of `[length, d_model]`.
@@ -163,7 +192,6 @@ pub(crate) fn check_shape(prompt: &Prompt, path: &Path, length: usize, d_model: 
 struct Draft<'a> {
     init: &'a PromptInit,
     length: usize,
-    d_model: usize,
     sources: &'a Sources<'a>,
 }
 
@@ -172,8 +200,8 @@ impl Draft<'_> {
         Error::Init { init: self.init.to_string(), what }
     }
 
-    fn class_labels(&self, warnings: &mut Vec<String>) -> Result<Vec<f32>> {
-        let labels: BTreeSet<&str> = self.sources.labels.iter().map(String::as_str).collect();
+    fn class_labels(&self, d_model: usize, warnings: &mut Vec<String>) -> Result<Vec<f32>> {
+        let labels = label_order(self.sources.labels);
         if labels.is_empty() {
             let what = "the task has no labels; give --labels, or --prompt-init vocab";
             return Err(self.refuse(what.to_owned()));
@@ -183,22 +211,21 @@ impl Draft<'_> {
                 "{} labels, but a prompt of {} rows: those after {:?} have no row of their own",
                 labels.len(),
                 self.length,
-                labels.iter().nth(self.length - 1).unwrap_or(&"")
+                labels.get(self.length - 1).unwrap_or(&"")
             ));
         }
-        let mut values = Vec::with_capacity(self.length * self.d_model);
+        let mut values = Vec::with_capacity(self.length * d_model);
         for label in labels.into_iter().take(self.length) {
-            values.extend(self.mean(&self.pieces(label)?)?);
+            values.extend(self.mean(&self.pieces(label)?, d_model)?);
         }
-        values.extend(self.vocab(self.length - values.len() / self.d_model)?);
+        values.extend(self.rows(&self.vocab(self.length - values.len() / d_model)?, d_model)?);
         Ok(values)
     }
 
-    fn vocab(&self, rows: usize) -> Result<Vec<f32>> {
-        let tokenizer = self.sources.tokenizer;
-        let added = tokenizer.get_added_tokens_decoder();
-        let end = u32::try_from(tokenizer.get_vocab_size(true)).unwrap_or(u32::MAX).min(MOST_FREQUENT.end);
-        let pieces: Vec<u32> = (MOST_FREQUENT.start..end).filter(|id| !added.contains_key(id)).collect();
+    /// As many pieces as there are rows to fill, drawn from the most frequent.
+    fn vocab(&self, rows: usize) -> Result<Vec<u32>> {
+        let mut pieces = tokens::ordinary(self.sources.tokenizer);
+        pieces.retain(|id| MOST_FREQUENT.contains(id));
         if pieces.len() < rows {
             let what = format!(
                 "{rows} rows, but {} ordinary pieces; make the prompt shorter, or use uniform",
@@ -207,14 +234,11 @@ impl Draft<'_> {
             return Err(self.refuse(what));
         }
         let order = Philox::new(self.sources.seed, &[STREAM]).permutation(pieces.len());
-        let mut values = Vec::with_capacity(rows * self.d_model);
-        for i in order.into_iter().take(rows) {
-            values.extend(self.row(pieces[i as usize])?);
-        }
-        Ok(values)
+        Ok(order.into_iter().take(rows).map(|i| pieces[i as usize]).collect())
     }
 
-    fn text(&self, text: &str, warnings: &mut Vec<String>) -> Result<Vec<f32>> {
+    /// The pieces of a text, repeated or cut to the length.
+    fn text(&self, text: &str, warnings: &mut Vec<String>) -> Result<Vec<u32>> {
         let pieces = self.pieces(text)?;
         if pieces.len() > self.length {
             warnings.push(format!(
@@ -223,11 +247,7 @@ impl Draft<'_> {
                 self.length
             ));
         }
-        let mut values = Vec::with_capacity(self.length * self.d_model);
-        for id in pieces.iter().cycle().take(self.length) {
-            values.extend(self.row(*id)?);
-        }
-        Ok(values)
+        Ok(pieces.into_iter().cycle().take(self.length).collect())
     }
 
     /// The pieces of a text, without the end of sequence; at least one.
@@ -243,18 +263,26 @@ impl Draft<'_> {
         Ok(ids)
     }
 
-    fn mean(&self, pieces: &[u32]) -> Result<Vec<f32>> {
-        let mut sums = vec![0.0f64; self.d_model];
+    fn mean(&self, pieces: &[u32], d_model: usize) -> Result<Vec<f32>> {
+        let mut sums = vec![0.0f64; d_model];
         for id in pieces {
-            sums.iter_mut().zip(self.row(*id)?).for_each(|(sum, v)| *sum += f64::from(v));
+            sums.iter_mut().zip(self.row(*id, d_model)?).for_each(|(sum, v)| *sum += f64::from(v));
         }
         Ok(sums.into_iter().map(|sum| (sum / pieces.len() as f64) as f32).collect())
     }
 
-    fn row(&self, id: u32) -> Result<Vec<f32>> {
+    fn rows(&self, pieces: &[u32], d_model: usize) -> Result<Vec<f32>> {
+        let mut values = Vec::with_capacity(pieces.len() * d_model);
+        for id in pieces {
+            values.extend(self.row(*id, d_model)?);
+        }
+        Ok(values)
+    }
+
+    fn row(&self, id: u32, d_model: usize) -> Result<Vec<f32>> {
         let row = (self.sources.embedding)(id).map_err(|source| Error::Embedding { id, source })?;
-        if row.len() != self.d_model {
-            let what = format!("the embedding of piece {id} has {} columns, not {}", row.len(), self.d_model);
+        if row.len() != d_model {
+            let what = format!("the embedding of piece {id} has {} columns, not {d_model}", row.len());
             return Err(self.refuse(what));
         }
         Ok(row)

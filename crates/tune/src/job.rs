@@ -6,10 +6,10 @@ use candle_core::{Device, Tensor};
 use incipit_data::TokenizedSet;
 
 use crate::{
-    Error, Result,
+    Result,
+    course::{Course, norm},
     engine::{Engine, JobBatch, JobFault, JobGradient, Objective},
     optimizer::{NamedTensor, Optimizer, OptimizerKind},
-    order::{DataOrder, dropout_key},
     prompt::Prompt,
     schedule::Schedule,
     spec::TrainSpec,
@@ -49,7 +49,7 @@ impl From<&TrainSpec> for JobSpec {
             batch_size: spec.batch_size,
             shuffle: spec.shuffle,
             seed: spec.seed,
-            objective: spec.objective(),
+            objective: spec.engine_objective(),
         }
     }
 }
@@ -76,9 +76,7 @@ pub struct Update {
 /// One prompt being trained. Its data lie in memory, and its whole state is the prompt, the optimizer's tensors and the
 /// number of steps: the data's order and dropout are functions of the seed and that number.
 pub struct Job {
-    spec: JobSpec,
-    data: Arc<TokenizedSet>,
-    order: DataOrder,
+    course: Course,
     prompt: Prompt,
     /// The same, as the model takes it.
     rows: Tensor,
@@ -117,22 +115,15 @@ impl Job {
         prompt: Prompt,
         optimizer: Optimizer,
     ) -> Result<Self> {
-        if data.examples.len() < spec.batch_size {
-            let (have, need) = (data.examples.len(), spec.batch_size);
-            let what = format!("is {need}, and there are {have} training examples; pass at most {have}");
-            return Err(Error::spec("batch-size", &what));
-        }
-        let mut order =
-            DataOrder::new(data.examples.len(), spec.batch_size, spec.shuffle.then_some(spec.seed));
-        order.seek(optimizer.num_steps());
+        let course = Course::new(spec, data, optimizer.num_steps())?;
         let rows = prompt_rows(&prompt)?;
-        Ok(Self { spec, data, order, prompt, rows, optimizer })
+        Ok(Self { course, prompt, rows, optimizer })
     }
 
     /// What it was told.
     #[must_use]
     pub fn spec(&self) -> &JobSpec {
-        &self.spec
+        &self.course.spec
     }
 
     /// The prompt as it is now.
@@ -142,7 +133,8 @@ impl Job {
     }
 
     /// A copy of the optimizer's state.
-    pub fn optimizer_state(&mut self) -> Vec<NamedTensor> {
+    #[must_use]
+    pub fn optimizer_state(&self) -> Vec<NamedTensor> {
         self.optimizer.state()
     }
 
@@ -155,20 +147,14 @@ impl Job {
     /// Where the next step's data lie: the epoch, and the batch in it, both from 0.
     #[must_use]
     pub fn cursor(&self) -> (u64, u64) {
-        (self.order.epoch(self.num_steps()), self.order.place(self.num_steps()))
+        self.course.place(self.num_steps())
     }
 
     /// The next step's batch, for [`Engine::gradients`].
     #[must_use]
     pub fn batch(&self) -> JobBatch<'_> {
-        let step = self.num_steps();
-        let places = self.order.batch(step);
-        JobBatch {
-            prompt: &self.rows,
-            examples: places.iter().map(|place| &self.data.examples[*place]).collect(),
-            keys: places.iter().map(|place| dropout_key(self.spec.seed, step, *place)).collect(),
-            objective: self.spec.objective,
-        }
+        let (examples, keys) = self.course.batch(self.num_steps());
+        JobBatch { prompt: &self.rows, examples, keys, objective: self.spec().objective }
     }
 
     /// Updates the prompt by what the engine gave for [`Self::batch`].
@@ -178,27 +164,15 @@ impl Job {
     /// and, where there is one, the example. The prompt stays as it was, and the job is over.
     pub fn update(&mut self, gradient: Result<JobGradient, JobFault>) -> Result<Update> {
         let step = self.num_steps();
-        let gradient = gradient.map_err(|fault| self.fault(step, &fault))?;
-        let lr = self.spec.schedule.lr(self.spec.lr, step, self.spec.num_steps, self.spec.warmup_steps);
+        let gradient = gradient.map_err(|fault| self.course.fault(step, &fault))?;
         let mut values = self.prompt.values().to_vec();
-        self.optimizer.step(&mut values, &gradient.gradient, lr);
+        self.optimizer.step(&mut values, &gradient.gradient, self.course.lr(step));
         if !values.iter().all(|x| x.is_finite()) {
-            let what = format!("the update with learning rate {lr} leaves f32; pass a smaller --lr");
-            return Err(Error::Stopped { step: step + 1, what });
+            return Err(self.course.overflow(step));
         }
         self.prompt = Prompt::new(self.prompt.length(), self.prompt.width(), values)?;
         self.rows = prompt_rows(&self.prompt)?;
-        let update = Update {
-            step: step + 1,
-            epoch: self.order.epoch(step),
-            loss: gradient.loss,
-            lr,
-            gradient_norm: norm(&gradient.gradient),
-            num_examples: self.spec.batch_size,
-            num_tokens: gradient.num_tokens,
-        };
-        self.order.seek(step + 1);
-        Ok(update)
+        self.course.advance(step, gradient.loss, norm(&gradient.gradient), gradient.num_tokens)
     }
 
     /// One step alone on the backbone.
@@ -209,18 +183,6 @@ impl Job {
         let [gradient] = <[_; 1]>::try_from(engine.gradients(&[self.batch()])?).expect("one result a job");
         self.update(gradient)
     }
-
-    fn fault(&self, step: u64, fault: &JobFault) -> Error {
-        let (example, rank, what) = match fault {
-            JobFault::Loss { example, rank, loss } => (*example, *rank, format!("the loss is {loss}")),
-            JobFault::Gradient { example, rank } => {
-                (*example, *rank, "the gradient is not finite".to_owned())
-            }
-            JobFault::Refused { what } => return Error::Stopped { step: step + 1, what: what.clone() },
-        };
-        let text = &self.data.texts[self.order.batch(step)[example]];
-        Error::NonFinite { step: step + 1, rank, what, index: text.index, line: text.line }
-    }
 }
 
 /// The prompt as the model takes it: `[P, D]` f32.
@@ -229,8 +191,4 @@ impl Job {
 /// None on a CPU.
 pub fn prompt_rows(prompt: &Prompt) -> Result<Tensor> {
     Ok(Tensor::from_slice(prompt.values(), (prompt.length(), prompt.width()), &Device::Cpu)?)
-}
-
-fn norm(values: &[f32]) -> f64 {
-    values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt()
 }

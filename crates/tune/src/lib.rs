@@ -1,16 +1,20 @@
-//! Prompt tuning: optimizers, schedules, recipes, the step engine, evaluation, checkpoints and their files.
+//! Prompt tuning, and the methods it is compared with: optimizers, schedules, recipes, the step engine, evaluation, checkpoints and their files.
 
 pub mod atomic;
 pub mod backbone;
 pub mod checkpoint;
 mod choice;
 pub mod control;
+mod course;
 pub mod device;
 pub mod engine;
+pub mod ensemble;
 mod error;
 pub mod evaluate;
 pub mod events;
+pub mod fewshot;
 pub mod init;
+pub mod interpret;
 pub mod job;
 pub mod log;
 mod microbatch;
@@ -19,14 +23,21 @@ pub mod optimizer;
 mod order;
 pub mod peft;
 pub mod prompt;
+pub mod rank;
 pub mod ranks;
 pub mod recipe;
 mod run_dir;
 pub mod schedule;
+pub mod search;
 pub mod spec;
 pub mod task;
 pub mod tenant;
 mod tensors;
+pub mod token_job;
+pub mod tokens;
 pub mod train;
+pub mod trained;
+pub mod vote;
+pub mod weights;
 
 pub use error::{Error, Result};

@@ -1,4 +1,4 @@
-//! Optimizers of one prompt `[P, D]` in f32: [`Adafactor`] as T5X has it, [`AdamW`] and [`Sgd`] as PyTorch
+//! Optimizers of one prompt `[P, D]`, or of another matrix, in f32: [`Adafactor`] as T5X has it, [`AdamW`] and [`Sgd`] as PyTorch
 //! has them.
 //!
 //! Elementwise arithmetic is f32, scalars that depend on the step alone are computed in f64 and rounded once,
@@ -33,7 +33,7 @@ impl OptimizerKind {
     /// released code.
     #[must_use]
     pub const fn adafactor(weight_decay: f64, step_offset: u64) -> Self {
-        Self::Adafactor(Adafactor { decay: 0.8, clip: 1.0, weight_decay, epsilon: 1e-30, step_offset })
+        Self::Adafactor(Adafactor::new(weight_decay, step_offset))
     }
 
     /// AdamW with PyTorch's other defaults.
@@ -80,7 +80,7 @@ pub struct NamedTensor {
 }
 
 impl NamedTensor {
-    fn zeros(name: &str, shape: &[usize]) -> Self {
+    pub(crate) fn zeros(name: &str, shape: &[usize]) -> Self {
         Self { name: name.to_owned(), shape: shape.to_vec(), data: vec![0.0; shape.iter().product()] }
     }
 }

@@ -2,6 +2,8 @@
 
 use incipit_kernels::rng::Philox;
 
+use crate::{Error, Result, job::JobSpec};
+
 /// Distinguish these random numbers from the job's others.
 const ORDER_STREAM: u64 = u64::from_be_bytes(*b"order 00");
 const DROPOUT_STREAM: u64 = u64::from_be_bytes(*b"dropout0");
@@ -20,9 +22,24 @@ pub(crate) struct DataOrder {
 }
 
 impl DataOrder {
+    /// The order of a job's examples.
+    ///
+    /// # Errors
+    /// If they are less than one batch.
+    pub(crate) fn of(spec: &JobSpec, num_examples: usize) -> Result<Self> {
+        let need = spec.batch_size;
+        if num_examples < need {
+            let what = format!(
+                "is {need}, and there are {num_examples} training examples; pass at most {num_examples}"
+            );
+            return Err(Error::spec("batch-size", &what));
+        }
+        Ok(Self::new(num_examples, need, spec.shuffle.then_some(spec.seed)))
+    }
+
     /// # Panics
     /// If there is less than one batch of examples.
-    pub(crate) fn new(num_examples: usize, batch_size: usize, seed: Option<u64>) -> Self {
+    fn new(num_examples: usize, batch_size: usize, seed: Option<u64>) -> Self {
         assert!(
             (1..=num_examples).contains(&batch_size),
             "{num_examples} examples in batches of {batch_size}"

@@ -1,6 +1,6 @@
 //! A soft prompt, and reading one from whatever holds one.
 
-use crate::{Error, Result, checkpoint, npy, peft};
+use crate::{Error, Result, checkpoint, npy, peft, trained::Trained};
 use std::{
     fs::File,
     io::Read,
@@ -75,13 +75,13 @@ impl Prompt {
             return peft::read(dir);
         }
         if dir.join(checkpoint::MANIFEST).exists() || dir.join(checkpoint::PROMPT).exists() {
-            return Ok(checkpoint::load(dir)?.prompt);
+            return of_checkpoint(dir);
         }
         if dir.join("prompt.npy").exists() {
             return npy::read(&dir.join("prompt.npy"));
         }
         match ["best", "last"].map(|name| dir.join(name)).into_iter().find(|link| link.exists()) {
-            Some(link) => Ok(checkpoint::load(&link)?.prompt),
+            Some(link) => of_checkpoint(&link),
             None => Err(no_prompt(dir)),
         }
     }
@@ -113,6 +113,15 @@ impl Prompt {
             return Ok(());
         }
         Err(Error::PromptWidth { path: from.into(), expected: d_model, found: self.width })
+    }
+}
+
+fn of_checkpoint(dir: &Path) -> Result<Prompt> {
+    let what =
+        "it holds trained weights and no prompt; pass it to a command that takes either (eval, generate)";
+    match checkpoint::load(dir)?.trained {
+        Trained::Prompt(prompt) => Ok(prompt),
+        Trained::Weights(_) => Err(Error::PromptFile { path: dir.to_owned(), what: what.to_owned() }),
     }
 }
 

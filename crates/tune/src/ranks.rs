@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 use incipit_collective::{Collective, Mesh, Options, Ranks, Reduce, gather_bytes, local};
 use incipit_data::TokenizedExample;
 
-use crate::{Error, Result, prompt::Prompt};
+use crate::{Error, Result, prompt::Prompt, trained::Trained};
 
 /// Does `work` on every rank of a mesh, each a thread with threads of its own to compute with (`threads` in all; the machine's
 /// where none are given). Results are in the order of the ranks.
@@ -135,6 +135,20 @@ pub(crate) fn prompt_digest(prompt: &Prompt) -> String {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&prompt.values().iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>());
     hasher.finalize().to_hex().to_string()
+}
+
+/// What stands for trained numbers in [`agree`]: a hash of their bits.
+pub(crate) fn trained_digest(trained: &Trained) -> String {
+    match trained {
+        Trained::Prompt(prompt) => prompt_digest(prompt),
+        Trained::Weights(weights) => {
+            let mut hasher = blake3::Hasher::new();
+            for value in weights.iter().flat_map(|weight| &weight.data) {
+                hasher.update(&value.to_le_bytes());
+            }
+            hasher.finalize().to_hex().to_string()
+        }
+    }
 }
 
 /// How many ranks share this machine's memory, this one among them.

@@ -4,17 +4,32 @@ use std::path::{Path, PathBuf};
 
 use crate::{
     Error, Result, atomic,
+    backbone::Backbone,
     checkpoint::TrainState,
     checkpoint::{self, Checkpoint, Store},
-    npy,
-    peft::{self, BaseModel},
-    spec::{RUN_FILE, TrainSpec},
+    npy, peft,
+    prompt::Prompt,
+    spec::{INITIAL_DIR, Method, RUN_FILE, TrainSpec},
+    tokens::{TOKENS, TokenPrompt},
+    trained::{Trained, WEIGHTS},
 };
 
 /// The prompt, as google-research/prompt-tuning reads it.
 pub(crate) const PROMPT_FILE: &str = "prompt.npy";
 /// The prompt, as PEFT reads it.
 pub(crate) const ADAPTER_DIR: &str = "adapter";
+
+/// A model that was trained as a whole, as Hugging Face's libraries read it.
+pub(crate) const MODEL_DIR: &str = "model";
+
+/// Where a run shows what was trained by `method`.
+pub(crate) fn published(method: Method) -> &'static str {
+    match method {
+        Method::Prompt | Method::Text | Method::Search => PROMPT_FILE,
+        Method::Adapter | Method::Prefix => WEIGHTS,
+        Method::Model => MODEL_DIR,
+    }
+}
 
 /// The directory of a run, while this process writes to it.
 pub(crate) struct RunDir {
@@ -67,12 +82,51 @@ impl RunDir {
         Ok(())
     }
 
-    /// Shows the best prompt, or the last one where nothing was evaluated, to other programs.
-    pub(crate) fn publish(&self, base: &BaseModel) -> Result<()> {
-        let Some(step) = self.store.best().or(self.store.last()) else { return Ok(()) };
-        let prompt = checkpoint::load(&self.store.path(step))?.prompt;
-        npy::write(&self.out.join(PROMPT_FILE), &prompt)?;
-        peft::write(&self.out.join(ADAPTER_DIR), &prompt, base)
+    /// Shows the best prompt, or the last one where nothing was evaluated, to other programs. Weights are shown at the end: they may be
+    /// a whole model.
+    pub(crate) fn publish(&self, backbone: &Backbone) -> Result<()> {
+        match self.to_show()? {
+            Some(Checkpoint { trained: Trained::Prompt(prompt), state, .. }) => {
+                self.show_prompt(&prompt, state.tokens, backbone)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Shows what was trained to other programs, and for good.
+    pub(crate) fn finish(&self, backbone: &Backbone, method: Method) -> Result<()> {
+        let Some(Checkpoint { trained, state, .. }) = self.to_show()? else { return Ok(()) };
+        match trained {
+            Trained::Prompt(prompt) => self.show_prompt(&prompt, state.tokens, backbone),
+            Trained::Weights(weights) if method == Method::Model => {
+                let model = self.out.join(MODEL_DIR);
+                // What a run that went on further has to show takes the place of what it showed before.
+                if model.exists() {
+                    std::fs::remove_dir_all(&model).map_err(Error::io("remove the former", &model))?;
+                }
+                backbone.write_with(&weights, &model)
+            }
+            trained @ Trained::Weights(_) => {
+                let file = self.out.join(WEIGHTS);
+                let refuse = |what| Error::PromptFile { path: file.clone(), what };
+                atomic::write_file(&file, &trained.encode().map_err(refuse)?)
+            }
+        }
+    }
+
+    /// The best, or the last where nothing was evaluated.
+    fn to_show(&self) -> Result<Option<Checkpoint>> {
+        let step = self.store.best().or(self.store.last());
+        step.map(|step| checkpoint::load(&self.store.path(step))).transpose()
+    }
+
+    fn show_prompt(&self, prompt: &Prompt, tokens: Option<Vec<u32>>, backbone: &Backbone) -> Result<()> {
+        if let Some(tokens) = tokens {
+            let tokens = TokenPrompt::new(tokens, backbone.config().vocab_size)?;
+            tokens.write(&self.out.join(TOKENS), &backbone.tokenizer)?;
+        }
+        npy::write(&self.out.join(PROMPT_FILE), prompt)?;
+        peft::write(&self.out.join(ADAPTER_DIR), prompt, &backbone.base_model())
     }
 }
 
@@ -99,7 +153,7 @@ fn is_empty(dir: &Path) -> Result<bool> {
 }
 
 /// Whether a directory without a specification holds more than a run that died in its first moment leaves.
-fn holds_something_else(dir: &Path) -> Result<bool> {
-    let ours = |name: &String| name == "checkpoints" || name.starts_with(".tmp-");
+pub(crate) fn holds_something_else(dir: &Path) -> Result<bool> {
+    let ours = |name: &String| ["checkpoints", INITIAL_DIR].contains(&&**name) || name.starts_with(".tmp-");
     Ok(!entries(dir)?.iter().all(ours) || !is_empty(&dir.join("checkpoints"))?)
 }

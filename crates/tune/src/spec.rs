@@ -1,6 +1,8 @@
 //! What a training run is told: the flags, the configuration file, the recipe and the defaults, one over the other.
 
-mod validate;
+mod method;
+mod partial;
+pub(crate) mod validate;
 
 use std::path::{Path, PathBuf};
 
@@ -8,28 +10,25 @@ use candle_core::DType;
 use incipit_data::{
     LabelMapError, TaskFormat, Template,
     metrics::Metric,
+    pretrain::{self, PretrainOptions},
     tasks::{self, Split},
 };
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::{
     Error, Result,
-    choice::{choices, nearest},
+    choice::choices,
     device::DeviceChoice,
     engine::{EngineOptions, Objective, Recompute},
     init::PromptInit,
-    optimizer::OptimizerKind,
+    optimizer::{Adafactor, OptimizerKind},
+    rank::Predict,
     recipe::{LossReduction, OptimizerName, Recipe},
     schedule::Schedule,
 };
 
-choices! {
-    /// What is trained.
-    Method, "method" {
-        /// Rows before the embedded encoder input.
-        Prompt => "prompt",
-    }
-}
+pub use method::Method;
+pub use partial::PartialSpec;
 
 choices! {
     /// The type of the backbone's weights.
@@ -58,153 +57,6 @@ impl From<Precision> for DType {
         match precision {
             Precision::Bf16 => Self::BF16,
             Precision::F32 => Self::F32,
-        }
-    }
-}
-
-macro_rules! partial_spec {
-    ($($field:ident: $type:ty,)+) => {
-        /// What one layer (the flags, a file, a recipe, the defaults) says. In a file the names are those of the flags,
-        /// without their two dashes.
-        #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-        #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-        pub struct PartialSpec {
-            $(
-                #[doc = concat!("`", stringify!($field), "` of [`TrainSpec`], where this layer gives it.")]
-                #[serde(skip_serializing_if = "Option::is_none")]
-                pub $field: Option<$type>,
-            )+
-        }
-
-        impl PartialSpec {
-            /// This layer, and where it says nothing, the one below.
-            #[must_use]
-            pub fn over(self, below: Self) -> Self {
-                Self { $($field: self.$field.or(below.$field),)+ }
-            }
-
-            /// The names that a file may give.
-            fn keys() -> Vec<String> {
-                vec![$(stringify!($field).replace('_', "-")),+]
-            }
-        }
-    };
-}
-
-partial_spec! {
-    model: String,
-    train: PathBuf,
-    eval: PathBuf,
-    task: String,
-    data_dir: PathBuf,
-    out: PathBuf,
-    inputs: String,
-    targets: String,
-    labels: String,
-    prompt_length: usize,
-    prompt_init: String,
-    method: Method,
-    recipe: Recipe,
-    optimizer: OptimizerName,
-    lr: f64,
-    schedule: Schedule,
-    warmup_steps: u64,
-    weight_decay: f64,
-    batch_size: usize,
-    steps: u64,
-    max_input_length: usize,
-    max_target_length: usize,
-    dropout: f64,
-    z_loss: f64,
-    loss: LossReduction,
-    shuffle: bool,
-    seed: u64,
-    eval_every: u64,
-    checkpoint_every: u64,
-    keep: usize,
-    patience: u32,
-    metrics: Vec<Metric>,
-    device: String,
-    dtype: Precision,
-    tp: usize,
-    dp: usize,
-    collective: Backend,
-    microbatch_tokens: usize,
-    recompute: Recompute,
-    skip_bad_records: bool,
-    allow_other_backbone: bool,
-    threads: usize,
-}
-
-impl PartialSpec {
-    /// Reads a TOML file.
-    ///
-    /// # Errors
-    /// If it cannot be read, is no TOML, or has a key or a value that means nothing; the message gives the place.
-    pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
-        let place = || path.to_owned();
-        let table: toml::Table =
-            text.parse().map_err(|source| Error::ConfigFile { path: place(), source: Box::new(source) })?;
-        let known = Self::keys();
-        let known: Vec<&str> = known.iter().map(String::as_str).collect();
-        if let Some(key) = table.keys().find(|key| !known.contains(&key.as_str())) {
-            let near = nearest(key, &known).map(str::to_owned);
-            return Err(Error::ConfigKey { path: place(), key: key.clone(), near });
-        }
-        toml::from_str(&text).map_err(|source| Error::ConfigFile { path: place(), source: Box::new(source) })
-    }
-
-    /// What holds where neither the recipe, nor a file, nor a flag says otherwise.
-    #[must_use]
-    pub fn defaults() -> Self {
-        Self {
-            prompt_length: Some(100),
-            prompt_init: Some("class-label".to_owned()),
-            method: Some(Method::Prompt),
-            optimizer: Some(OptimizerName::Adafactor),
-            lr: Some(0.3),
-            schedule: Some(Schedule::Constant),
-            warmup_steps: Some(0),
-            weight_decay: Some(1e-5),
-            batch_size: Some(32),
-            steps: Some(30_000),
-            max_input_length: Some(512),
-            max_target_length: Some(16),
-            shuffle: Some(true),
-            seed: Some(0),
-            eval_every: Some(500),
-            checkpoint_every: Some(500),
-            keep: Some(3),
-            metrics: Some(vec![Metric::Accuracy]),
-            device: Some("cpu".to_owned()),
-            dtype: Some(Precision::Bf16),
-            tp: Some(1),
-            dp: Some(1),
-            collective: Some(Backend::Local),
-            recompute: Some(Recompute::Auto),
-            skip_bad_records: Some(false),
-            allow_other_backbone: Some(false),
-            ..Self::default()
-        }
-    }
-}
-
-impl PartialSpec {
-    /// This layer over the recipe over the named task over the defaults, checked.
-    fn whole(self, resume: bool) -> Result<TrainSpec> {
-        let recipe = self.recipe.unwrap_or(Recipe::Paper);
-        let task = self.task.as_deref().map(tasks::Task::named).transpose()?;
-        let task = task.map(Self::of_task).unwrap_or_default();
-        validate::whole(self.over(recipe.defaults()).over(task).over(Self::defaults()), resume)
-    }
-
-    /// What a named task says: its metrics, and where it has no words for a prompt to start from, another start.
-    fn of_task(task: &tasks::Task) -> Self {
-        Self {
-            metrics: Some(task.metrics.to_vec()),
-            prompt_init: task.init_words.is_empty().then(|| PromptInit::Vocab.to_string()),
-            ..Self::default()
         }
     }
 }
@@ -243,6 +95,39 @@ pub struct TrainSpec {
     pub prompt_init: PromptInit,
     /// What is trained.
     pub method: Method,
+    /// Of a run on a corpus of plain text: what of it is learnt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub objective: Option<pretrain::Objective>,
+    /// Of span corruption: the share of the text that is taken out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub noise_density: Option<f64>,
+    /// Of span corruption: how many tokens are taken out together, on average.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mean_span_length: Option<f64>,
+    /// Of a run on a corpus: the examples of the evaluation text that are looked at.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_examples: Option<usize>,
+    /// Inner columns of an adapter.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adapter_width: Option<usize>,
+    /// Examples that are shown before the input.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shots: Option<usize>,
+    /// Template of such an example.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shot_template: Option<String>,
+    /// What follows each of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shot_separator: Option<String>,
+    /// What stands before the first of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub instruction: Option<String>,
+    /// Most tokens of the instruction and the examples.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_prompt_tokens: Option<usize>,
+    /// Tokens that a search tries at each step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub candidates: Option<usize>,
     /// Which set of defaults was taken.
     pub recipe: Recipe,
     /// What turns gradients into updates.
@@ -255,6 +140,8 @@ pub struct TrainSpec {
     pub warmup_steps: u64,
     /// Weight decay of Adafactor and AdamW.
     pub weight_decay: f64,
+    /// Whether Adafactor's learning rate is relative to the size of what is trained.
+    pub parameter_scaling: bool,
     /// Examples an update.
     pub batch_size: usize,
     /// Updates.
@@ -263,6 +150,9 @@ pub struct TrainSpec {
     pub max_input_length: usize,
     /// Longest target, in tokens, `</s>` included.
     pub max_target_length: usize,
+    /// Whether `<extra_id_0>` stands before each target, as a model that knows only span corruption expects it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub target_sentinel: bool,
     /// Dropout inside the frozen backbone.
     pub dropout: f64,
     /// Weight of the squared logarithm of the softmax's denominator in the loss.
@@ -284,6 +174,9 @@ pub struct TrainSpec {
     pub patience: Option<u32>,
     /// What is measured; the mean of it chooses the best checkpoint, unless the named task says which metric does.
     pub metrics: Vec<Metric>,
+    /// How predictions are made. Not written where it is the default, so that runs of versions without it go on.
+    #[serde(skip_serializing_if = "Predict::is_default")]
+    pub predict: Predict,
     /// Where the backbone computes.
     pub device: DeviceChoice,
     /// Type of the backbone's weights.
@@ -314,6 +207,9 @@ pub struct TrainSpec {
 
 /// The file in a run's directory that holds its specification.
 pub const RUN_FILE: &str = "run.toml";
+
+/// The model in a run's directory that a run on a corpus begins with, if it begins with random weights.
+pub const INITIAL_DIR: &str = "initial";
 
 /// Fields that may differ when a run goes on: they change no number of it (another `tp` or `device` rounds differently,
 /// and checkpoints are its all the same), or name things whose content is compared.
@@ -408,6 +304,10 @@ impl TrainSpec {
     fn identity(&self) -> toml::Table {
         let mut table = toml::Table::try_from(self).expect("strings, numbers and lists of strings are TOML");
         table.retain(|key, _| !FREE_ON_RESUME.contains(&key));
+        if !self.parameter_scaling {
+            // As runs of versions are known that had no such field.
+            table.remove("parameter-scaling");
+        }
         if self.schedule == Schedule::Constant {
             // A schedule that ends with the run has another learning rate at each step if the end moves; this one has not.
             table.remove("steps");
@@ -427,9 +327,10 @@ impl TrainSpec {
     #[must_use]
     pub fn optimizer_kind(&self) -> OptimizerKind {
         match self.optimizer {
-            OptimizerName::Adafactor => {
-                OptimizerKind::adafactor(self.weight_decay, self.recipe.step_offset())
-            }
+            OptimizerName::Adafactor => OptimizerKind::Adafactor(Adafactor {
+                parameter_scaling: self.parameter_scaling,
+                ..Adafactor::new(self.weight_decay, self.recipe.step_offset())
+            }),
             OptimizerName::AdamW => OptimizerKind::adamw(self.weight_decay),
             OptimizerName::Sgd => OptimizerKind::sgd(0.0, self.weight_decay),
         }
@@ -437,8 +338,24 @@ impl TrainSpec {
 
     /// What is made smaller.
     #[must_use]
-    pub fn objective(&self) -> Objective {
+    pub fn engine_objective(&self) -> Objective {
         Objective { reduction: self.loss, dropout: self.dropout as f32, z_loss: self.z_loss as f32 }
+    }
+
+    /// How a corpus becomes examples, if the run is on one.
+    #[must_use]
+    pub fn pretraining(&self) -> Option<PretrainOptions> {
+        let defaults = PretrainOptions::default();
+        Some(PretrainOptions {
+            objective: self.objective?,
+            input_length: self.max_input_length,
+            target_length: self.max_target_length,
+            noise_density: self.noise_density.unwrap_or(defaults.noise_density),
+            mean_span_length: self.mean_span_length.unwrap_or(defaults.mean_span_length),
+            seed: self.seed,
+            shuffle: self.shuffle,
+            epochs: None,
+        })
     }
 
     /// How the backbone is run.

@@ -2,17 +2,26 @@
 
 mod bytes;
 
-use std::{fs::File, path::Path, sync::Arc};
+use std::{
+    fs::File,
+    num::NonZeroU64,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use incipit_data::{
     LoadOptions, TextExample, TokenizedSet, labels_of, load_text,
     metrics::Reference,
+    pretrain::{PretrainOptions, Pretraining, add_sentinel},
     tasks::{self, Split, TaskSplit, Use},
     tokenize,
 };
 use tokenizers::Tokenizer;
 
-use crate::{Error, Result, init::PromptInit, prompt::Prompt, spec::TrainSpec};
+use crate::{Error, Result, init::PromptInit, prompt::Prompt, ranks, spec::TrainSpec};
+
+/// Examples of a held-out text that a run on a corpus is evaluated on, where nothing else is said.
+const EVAL_EXAMPLES: usize = 256;
 
 /// More distinct targets than this are taken for free text.
 const MAX_LABELS: usize = 100;
@@ -48,6 +57,9 @@ impl Task {
     /// If a file cannot be read, a record does not fit the templates, the labels or the named task, the tokenizer is not the model's,
     /// or the file of `--prompt-init` holds no prompt.
     pub fn load(spec: &TrainSpec, tokenizer: &Tokenizer, vocab_size: usize) -> Result<Self> {
+        if let Some(options) = spec.pretraining() {
+            return Self::of_corpus(spec, tokenizer, vocab_size, &options);
+        }
         let mut loader = Loader { spec, tokenizer, vocab_size, warnings: Vec::new() };
         let train = match spec.task {
             Some(task) => loader.split(task, &spec.train, Split::Train, Use::Training)?,
@@ -93,6 +105,38 @@ impl Task {
             warnings: loader.warnings,
         })
     }
+
+    /// Of a run on a corpus only what it is evaluated on: the first examples of another text, always the same. Training examples are
+    /// made as the corpus goes by.
+    fn of_corpus(
+        spec: &TrainSpec,
+        tokenizer: &Tokenizer,
+        vocab_size: usize,
+        options: &PretrainOptions,
+    ) -> Result<Self> {
+        let held_out = |path: &PathBuf| {
+            let once = PretrainOptions { seed: 0, shuffle: false, epochs: Some(NonZeroU64::MIN), ..*options };
+            let mut text = Pretraining::open(std::slice::from_ref(path), tokenizer, vocab_size, &once)?;
+            let examples = text.next_batch(spec.eval_examples.unwrap_or(EVAL_EXAMPLES))?;
+            let unnamed =
+                |index| TextExample { inputs: String::new(), targets: String::new(), index, line: index + 1 };
+            let texts = (0..examples.len()).map(unnamed).collect();
+            Ok::<_, Error>(TokenizedSet { examples, texts, ..TokenizedSet::default() })
+        };
+        let eval = spec.eval.as_ref().map(held_out).transpose()?;
+        Ok(Self {
+            train: Arc::default(),
+            eval_hash: eval.as_ref().map(|set| ranks::tokens_digest(&set.examples)),
+            eval: eval.map(Arc::new),
+            references: None,
+            labels: None,
+            max_new_tokens: 0,
+            // A checkpoint's place in the corpus knows which corpus it is.
+            train_hash: String::new(),
+            initial: None,
+            warnings: Vec::new(),
+        })
+    }
 }
 
 /// Examples as they were read.
@@ -104,7 +148,8 @@ struct Examples {
 }
 
 /// The distinct targets, if so few stand for so many examples that they are classes.
-fn classes(examples: &[TextExample]) -> Option<Vec<String>> {
+#[must_use]
+pub fn classes(examples: &[TextExample]) -> Option<Vec<String>> {
     labels_of(examples, MAX_LABELS.min(examples.len() / 2))
 }
 
@@ -154,7 +199,11 @@ impl Loader<'_> {
     fn tokenized(&mut self, kind: &str, texts: &[TextExample]) -> Result<TokenizedSet> {
         let spec = self.spec;
         let (max_input, max_target) = (spec.max_input_length, spec.max_target_length);
-        let set = tokenize(texts, self.tokenizer, max_input, max_target, self.vocab_size)?;
+        let room = max_target - usize::from(spec.target_sentinel);
+        let mut set = tokenize(texts, self.tokenizer, max_input, room, self.vocab_size)?;
+        if spec.target_sentinel {
+            add_sentinel(&mut set.examples, self.tokenizer)?;
+        }
         let truncated = [
             ("inputs", set.truncated_inputs, "max-input-length", max_input, set.longest_input),
             ("targets", set.truncated_targets, "max-target-length", max_target, set.longest_target),
@@ -175,7 +224,7 @@ impl Loader<'_> {
             let encoded = self.tokenizer.encode(label.as_str(), false);
             let encoded = encoded.map_err(|cause| Error::Tokenizer { cause: cause.to_string() })?;
             // One for `</s>`, and one that tells a label from a text that begins with it.
-            longest = longest.max(encoded.len() + 2);
+            longest = longest.max(encoded.len() + 2 + usize::from(self.spec.target_sentinel));
         }
         let limit = self.spec.max_target_length;
         Ok(if labels.is_some() { longest.min(limit) } else { limit })

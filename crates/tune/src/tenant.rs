@@ -1,16 +1,26 @@
 //! A job with everything that decides what it does next: it reads and writes nothing, so that one process can carry many of them on
 //! over one backbone, a step of this and a step of that.
 
+use std::sync::Arc;
+
+use incipit_data::pretrain::{Cursor, Pretraining};
+
 use crate::{
     Error, Result,
     backbone::Backbone,
     checkpoint::{Best, Checkpoint, TrainState},
-    engine::{Engine, JobFault, JobGradient},
+    engine::{Engine, JobBatch, JobFault, JobGradient},
     evaluate::{EvalOptions, Evaluation, PartialEvaluation},
     init::{Initial, PromptInit, Sources, check_shape, initial_prompt},
     job::{Job, JobSpec, Update},
-    spec::TrainSpec,
+    prompt::Prompt,
+    rank::Candidates,
+    spec::{Method, TrainSpec},
     task::Task,
+    token_job::TokenJob,
+    tokens::TokenPrompt,
+    trained::Trained,
+    weights::{self, WeightJob, Weights},
 };
 
 /// What a job does next.
@@ -20,7 +30,8 @@ pub enum Due {
     Evaluate,
     /// A checkpoint is saved: [`Tenant::checkpoint`].
     Checkpoint,
-    /// A step is made: the batch of [`Tenant::job`] goes through the engine, and the result to [`Tenant::stepped`].
+    /// A step is made: [`Tenant::batch`] goes through the engine, perhaps with others', and the result to [`Tenant::stepped`]; or, where
+    /// there is no such batch, [`Tenant::step`].
     Step,
     /// Nothing: it is over, and was saved. Never [`End::Requested`].
     End(End),
@@ -44,7 +55,9 @@ pub struct Tenant {
     /// Of the backbone.
     fingerprint: String,
     task: Task,
-    job: Job,
+    /// What predictions are chosen among, if they are chosen.
+    candidates: Option<Arc<Candidates>>,
+    trainee: Trainee,
     warnings: Vec<String>,
     best: Option<Best>,
     evaluations_since_best: u64,
@@ -54,21 +67,42 @@ pub struct Tenant {
     saved: Option<u64>,
 }
 
+/// What is trained, and by what.
+enum Trainee {
+    Prompt(Job),
+    Tokens(TokenJob),
+    Weights(WeightJob),
+}
+
 impl Tenant {
     /// A job before its first step. Where the model is cut into parts, all ranks make this call together.
     ///
     /// # Errors
-    /// If the prompt cannot begin as the specification says, there is less than one batch of examples, or an exchange with other
-    /// ranks fails.
+    /// If the prompt cannot begin as the specification says, there is less than one batch of examples, labels are to be ranked and there
+    /// are none, or an exchange with other ranks fails.
     pub fn start(backbone: &Backbone, spec: &TrainSpec, task: Task) -> Result<Self> {
-        let initial = initial(backbone, spec, &task)?;
-        let job = Job::new(JobSpec::from(spec), task.train.clone(), initial.prompt)?;
-        let warnings = task.warnings.iter().cloned().chain(initial.warnings).collect();
+        let (job, data) = (JobSpec::from(spec), task.train.clone());
+        let (trainee, told) = match spec.method {
+            Method::Prompt => {
+                let Initial { prompt, warnings } = initial(backbone, spec, &task)?;
+                (Trainee::Prompt(Job::new(job, data, prompt)?), warnings)
+            }
+            Method::Text | Method::Search => {
+                let (job, warnings) = TokenJob::start(backbone, spec, &task)?;
+                (Trainee::Tokens(job), warnings)
+            }
+            Method::Model | Method::Adapter | Method::Prefix => {
+                let weights = Weights::new(backbone, weights::initial(backbone, spec)?, &job.optimizer)?;
+                (Trainee::Weights(weight_job(backbone, spec, &task, weights, None)?), Vec::new())
+            }
+        };
+        let warnings = task.warnings.iter().cloned().chain(told).collect();
         Ok(Self {
             spec: spec.clone(),
             fingerprint: backbone.fingerprint.to_string(),
+            candidates: candidates(backbone, spec, &task)?,
             task,
-            job,
+            trainee,
             warnings,
             best: None,
             evaluations_since_best: 0,
@@ -82,14 +116,15 @@ impl Tenant {
     /// # Errors
     /// If the checkpoint is one of another backbone, other data or another specification, or does not fit them.
     pub fn resume(backbone: &Backbone, spec: &TrainSpec, task: Task, earlier: &Checkpoint) -> Result<Self> {
-        let job = restored(backbone, spec, &task, earlier)?;
+        let trainee = restored(backbone, spec, &task, earlier)?;
         let state = &earlier.state;
         Ok(Self {
             spec: spec.clone(),
             fingerprint: backbone.fingerprint.to_string(),
             warnings: task.warnings.clone(),
+            candidates: candidates(backbone, spec, &task)?,
             task,
-            job,
+            trainee,
             best: state.best,
             evaluations_since_best: state.evaluations_since_best,
             evaluated: state.evaluated,
@@ -100,7 +135,7 @@ impl Tenant {
     /// What comes next. Between any two of these a job can be left, and goes on from its checkpoint as if nothing had happened.
     #[must_use]
     pub fn due(&self) -> Due {
-        let step = self.job.num_steps();
+        let step = self.num_steps();
         if self.evaluation_is_due() {
             return Due::Evaluate;
         }
@@ -122,15 +157,68 @@ impl Tenant {
 
     /// Where the specification says so, unless it was done before.
     fn evaluation_is_due(&self) -> bool {
-        let step = self.job.num_steps();
+        let step = self.num_steps();
         let due = step > 0 && (step.is_multiple_of(self.spec.eval_every) || step >= self.spec.steps);
         due && self.task.eval.is_some() && self.evaluated != step
     }
 
-    /// The job: its prompt, the number of its steps, and the next one's batch for [`Engine::gradients`].
+    /// Steps made.
     #[must_use]
-    pub fn job(&self) -> &Job {
-        &self.job
+    pub fn num_steps(&self) -> u64 {
+        match &self.trainee {
+            Trainee::Prompt(job) => job.num_steps(),
+            Trainee::Tokens(job) => job.num_steps(),
+            Trainee::Weights(job) => job.weights().num_steps(),
+        }
+    }
+
+    /// The prompt as it is now, if one is trained.
+    #[must_use]
+    pub fn prompt(&self) -> Option<&Prompt> {
+        match &self.trainee {
+            Trainee::Prompt(job) => Some(job.prompt()),
+            Trainee::Tokens(job) => Some(job.prompt()),
+            Trainee::Weights(_) => None,
+        }
+    }
+
+    /// How many numbers are trained.
+    #[must_use]
+    pub fn num_trained(&self) -> u64 {
+        match &self.trainee {
+            Trainee::Prompt(job) => job.prompt().values().len() as u64,
+            // As the paper's figure 4 counts prompt design and search: a number a token.
+            Trainee::Tokens(job) => job.tokens().ids().len() as u64,
+            Trainee::Weights(job) => job.weights().tensors().iter().map(|t| t.data.len() as u64).sum(),
+        }
+    }
+
+    /// A copy of what is trained as it is now.
+    #[must_use]
+    pub fn trained(&self) -> Trained {
+        match &self.trainee {
+            Trainee::Prompt(job) => Trained::Prompt(job.prompt().clone()),
+            Trainee::Tokens(job) => Trained::Prompt(job.prompt().clone()),
+            Trainee::Weights(job) => Trained::Weights(job.weights().tensors().to_vec()),
+        }
+    }
+
+    /// The next step's batch for [`Engine::gradients`], which other jobs' batches can go with; none if the job makes its steps alone.
+    #[must_use]
+    pub fn batch(&self) -> Option<JobBatch<'_>> {
+        match &self.trainee {
+            Trainee::Prompt(job) => Some(job.batch()),
+            Trainee::Tokens(_) | Trainee::Weights(_) => None,
+        }
+    }
+
+    /// What evaluates the job as it is now: the backbone's engine, or that of a model with trained weights in it.
+    #[must_use]
+    pub fn engine<'a>(&'a self, backbone: &'a Backbone) -> &'a Engine {
+        match &self.trainee {
+            Trainee::Prompt(_) | Trainee::Tokens(_) => &backbone.engine,
+            Trainee::Weights(job) => job.weights().engine(),
+        }
     }
 
     /// Its data.
@@ -154,36 +242,46 @@ impl Tenant {
     /// Whether the best evaluation is that of the prompt as it is now.
     #[must_use]
     pub fn is_best(&self) -> bool {
-        self.best.is_some_and(|best| best.step == self.job.num_steps())
+        self.best.is_some_and(|best| best.step == self.num_steps())
     }
 
     /// Whether the last checkpoint holds all that there is.
     #[must_use]
     pub fn is_saved(&self) -> bool {
-        self.saved == Some(self.job.num_steps())
+        self.saved == Some(self.num_steps())
     }
 
     /// Makes a step alone on the backbone.
     ///
     /// # Errors
-    /// As [`Job::step`]; after a fault of its own, rather than of an exchange with other ranks, the job is over.
-    pub fn step(&mut self, engine: &Engine) -> Result<Update> {
-        self.job.step(engine)
+    /// As [`Job::step`] or [`WeightJob::step`]; after a fault of its own, rather than of an exchange with other ranks, the job is over.
+    pub fn step(&mut self, backbone: &Backbone) -> Result<Update> {
+        match &mut self.trainee {
+            Trainee::Prompt(job) => job.step(&backbone.engine),
+            Trainee::Tokens(job) => job.step(&backbone.engine),
+            Trainee::Weights(job) => job.step(backbone),
+        }
     }
 
-    /// Makes a step of what the engine gave for the job's batch.
+    /// Makes a step of what the engine gave for [`Self::batch`].
     ///
     /// # Errors
     /// As [`Job::update`]; then the job is over.
+    ///
+    /// # Panics
+    /// If the job has no such batch.
     pub fn stepped(&mut self, gradient: Result<JobGradient, JobFault>) -> Result<Update> {
-        self.job.update(gradient)
+        match &mut self.trainee {
+            Trainee::Prompt(job) => job.update(gradient),
+            Trainee::Tokens(_) | Trainee::Weights(_) => panic!("a job without a batch makes its steps alone"),
+        }
     }
 
-    /// Begins an evaluation of the prompt as it is now.
+    /// Begins an evaluation of the job as it is now, for [`Self::engine`].
     ///
     /// # Errors
     /// If there is nothing to evaluate on, in which case none is due; and as [`PartialEvaluation::begin`].
-    pub fn evaluation(&self, engine: &Engine) -> Result<PartialEvaluation> {
+    pub fn evaluation(&self, backbone: &Backbone) -> Result<PartialEvaluation> {
         let Some(eval) = &self.task.eval else {
             return Err(Error::spec("eval", &"is missing; pass a file of examples to evaluate on"));
         };
@@ -193,13 +291,15 @@ impl Tenant {
             labels: self.task.labels.clone(),
             references: self.task.references.clone(),
             max_new_tokens: self.task.max_new_tokens,
+            candidates: self.candidates.clone(),
+            rewrite: None,
         };
-        PartialEvaluation::begin(engine, Some(self.job.prompt()), eval.clone(), options)
+        PartialEvaluation::begin(self.engine(backbone), self.prompt(), eval.clone(), options)
     }
 
-    /// Takes note of the outcome of an evaluation of the prompt as it is now. Returns whether it is the best so far.
+    /// Takes note of the outcome of an evaluation of the job as it is now. Returns whether it is the best so far.
     pub fn evaluated(&mut self, evaluation: &Evaluation) -> bool {
-        let (step, score) = (self.job.num_steps(), evaluation.score());
+        let (step, score) = (self.num_steps(), evaluation.score());
         let best = self.best.is_none_or(|best| score > best.score);
         if best {
             self.best = Some(Best { step, score });
@@ -212,8 +312,12 @@ impl Tenant {
 
     /// Where it stands. From now on it [`is_saved`](Self::is_saved).
     pub fn checkpoint(&mut self) -> Checkpoint {
-        let step = self.job.num_steps();
-        let (epoch, batch) = self.job.cursor();
+        let step = self.num_steps();
+        let ((epoch, batch), corpus, tokens) = match &self.trainee {
+            Trainee::Prompt(job) => (job.cursor(), None, None),
+            Trainee::Tokens(job) => (job.place(), None, Some(job.tokens().ids().to_vec())),
+            Trainee::Weights(job) => (job.place(), job.cursor().cloned(), None),
+        };
         let state = TrainState {
             step,
             epoch,
@@ -228,11 +332,23 @@ impl Tenant {
             evaluated: self.evaluated,
             train_data: self.task.train_hash.clone(),
             eval_data: self.task.eval_hash.clone(),
+            tokens,
+            corpus,
         };
         self.saved = Some(step);
-        let optimizer = self.job.optimizer_state();
-        Checkpoint { prompt: self.job.prompt().clone(), optimizer, state }
+        let optimizer = match &self.trainee {
+            Trainee::Prompt(job) => job.optimizer_state(),
+            Trainee::Tokens(_) => Vec::new(),
+            Trainee::Weights(job) => job.weights().optimizer_state(),
+        };
+        Checkpoint { trained: self.trained(), optimizer, state }
     }
+}
+
+/// What the predictions of an evaluation are chosen among.
+fn candidates(backbone: &Backbone, spec: &TrainSpec, task: &Task) -> Result<Option<Arc<Candidates>>> {
+    let (tokenizer, vocab_size) = (&backbone.tokenizer, backbone.config().vocab_size);
+    spec.predict.candidates(task.labels.as_deref(), tokenizer, vocab_size, spec.target_sentinel)
 }
 
 /// The prompt before the first step.
@@ -242,26 +358,33 @@ fn initial(backbone: &Backbone, spec: &TrainSpec, task: &Task) -> Result<Initial
         check_shape(prompt, path, length, d_model)?;
         return Ok(Initial { prompt: prompt.clone(), warnings: Vec::new() });
     }
+    with_sources(backbone, spec, task, |sources| initial_prompt(&spec.prompt_init, length, d_model, sources))
+}
+
+/// Does what draws on the model, the tokenizer and the task's words to make a prompt.
+pub(crate) fn with_sources<T>(
+    backbone: &Backbone,
+    spec: &TrainSpec,
+    task: &Task,
+    make: impl FnOnce(&Sources<'_>) -> Result<T>,
+) -> Result<T> {
     let model = backbone.engine.model();
     let embedding = |id| model.embedding_row(id).map_err(Into::into);
     let words = match spec.task {
         Some(named) => named.init_words.iter().map(|&word| word.to_owned()).collect(),
         None => task.labels.clone().unwrap_or_default(),
     };
-    let sources =
-        Sources { embedding: &embedding, tokenizer: &backbone.tokenizer, labels: &words, seed: spec.seed };
-    initial_prompt(&spec.prompt_init, length, d_model, &sources)
+    make(&Sources { embedding: &embedding, tokenizer: &backbone.tokenizer, labels: &words, seed: spec.seed })
 }
 
 /// The job of a checkpoint, if it is the same job.
-fn restored(backbone: &Backbone, spec: &TrainSpec, task: &Task, earlier: &Checkpoint) -> Result<Job> {
+fn restored(backbone: &Backbone, spec: &TrainSpec, task: &Task, earlier: &Checkpoint) -> Result<Trainee> {
     let state = &earlier.state;
     let fingerprint = backbone.fingerprint.to_string();
     if state.backbone != fingerprint && !spec.allow_other_backbone {
         let (model, was) = (backbone.name.clone(), state.backbone.clone());
         return Err(Error::OtherBackbone { model, was, now: fingerprint });
     }
-    earlier.prompt.check_width(backbone.config().d_model, spec.out.join("last"))?;
     if state.train_data != task.train_hash {
         return Err(Error::OtherData { path: spec.train.clone() });
     }
@@ -274,6 +397,36 @@ fn restored(backbone: &Backbone, spec: &TrainSpec, task: &Task, earlier: &Checkp
             "it was made with another specification than run.toml says; was that file changed?".to_owned();
         return Err(Error::Checkpoint { path: spec.out.join("last"), what });
     }
-    let prompt = earlier.prompt.clone();
-    Job::restore(JobSpec::from(spec), task.train.clone(), prompt, state.optimizer_steps, &earlier.optimizer)
+    let (job, data, steps) = (JobSpec::from(spec), task.train.clone(), state.optimizer_steps);
+    if let Some(tokens) = &state.tokens {
+        let prompt = TokenPrompt::new(tokens.clone(), backbone.config().vocab_size)?;
+        return Ok(Trainee::Tokens(TokenJob::go_on(backbone, spec, task, prompt, steps)?));
+    }
+    match &earlier.trained {
+        Trained::Prompt(prompt) => {
+            prompt.check_width(backbone.config().d_model, spec.out.join("last"))?;
+            Ok(Trainee::Prompt(Job::restore(job, data, prompt.clone(), steps, &earlier.optimizer)?))
+        }
+        Trained::Weights(tensors) => {
+            let kind = job.optimizer;
+            let weights = Weights::restore(backbone, tensors.clone(), &kind, steps, &earlier.optimizer)?;
+            Ok(Trainee::Weights(weight_job(backbone, spec, task, weights, state.corpus.as_ref())?))
+        }
+    }
+}
+
+/// A job that goes on with `weights`; on a corpus from `cursor` on.
+fn weight_job(
+    backbone: &Backbone,
+    spec: &TrainSpec,
+    task: &Task,
+    weights: Weights,
+    cursor: Option<&Cursor>,
+) -> Result<WeightJob> {
+    let Some(options) = spec.pretraining() else {
+        return WeightJob::new(spec.into(), task.train.clone(), weights);
+    };
+    let (paths, vocab_size) = ([spec.train.clone()], backbone.config().vocab_size);
+    let stream = Pretraining::open(&paths, &backbone.tokenizer, vocab_size, &options)?;
+    WeightJob::pretraining(spec.into(), stream, cursor, weights)
 }

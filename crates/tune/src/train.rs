@@ -17,7 +17,7 @@ use crate::{
     job::Update,
     log::{Line, MetricsLog},
     ranks,
-    run_dir::{PROMPT_FILE, RunDir},
+    run_dir::{self, RunDir},
     spec::{Backend, TrainSpec},
     task::Task,
     tenant::{Due, Tenant},
@@ -81,8 +81,8 @@ pub struct Loaded<'a> {
     pub num_parameters: u64,
     /// Fingerprint of the backbone.
     pub fingerprint: String,
-    /// Columns of the prompt; it has `spec.prompt_length` rows.
-    pub d_model: usize,
+    /// Numbers that are trained.
+    pub num_trained: u64,
     /// Tokens that go through the backbone at once, at most.
     pub microbatch_tokens: usize,
     /// Training examples.
@@ -106,8 +106,9 @@ pub struct Outcome {
     pub best: Option<Best>,
     /// The directory of the run.
     pub out: PathBuf,
-    /// The best prompt, or the last one where nothing was evaluated; none before the first checkpoint.
-    pub prompt: Option<PathBuf>,
+    /// What was trained, as it was best, or last where nothing was evaluated: `prompt.npy`, the trained weights, or the directory of the
+    /// whole model. None before the first checkpoint.
+    pub trained: Option<PathBuf>,
 }
 
 /// Trains a prompt: loads the backbone and carries the run to its end, or on from where it was left. Where `spec` asks for several
@@ -122,21 +123,35 @@ pub fn train(
     control: &Control,
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
+    as_threads(spec, options, observer, |ranks, observer| match observer {
+        Some(observer) => train_as_rank(spec, ranks, control, observer),
+        None => train_as_rank(spec, ranks, control, &mut ()),
+    })
+}
+
+/// Does the work of a run on the ranks that it asks for, which are threads of this process, and returns what it came to on rank 0, which
+/// alone is given the observer.
+pub(crate) fn as_threads<T: Send, O: Send + ?Sized>(
+    spec: &TrainSpec,
+    options: &Options,
+    observer: &mut O,
+    work: impl Fn(Ranks, Option<&mut O>) -> Result<T> + Sync,
+) -> Result<T> {
     if spec.collective != Backend::Local {
         let what = "is for several processes, each of them one rank; start them with `incipit launch`";
         return Err(Error::spec("collective", &format!("{} {what}", spec.collective)));
     }
     let mesh = Mesh::new(spec.tp, spec.dp, spec.tp.saturating_mul(spec.dp))?;
     if mesh.world() == 1 && spec.threads.is_none() {
-        return train_as_rank(spec, Ranks::alone(), control, observer);
+        return work(Ranks::alone(), Some(observer));
     }
     let observer = Mutex::new(observer);
     let results = ranks::on_threads(mesh, spec.threads, options, |ranks| {
         if !ranks.leads() {
-            return train_as_rank(spec, ranks, control, &mut ());
+            return work(ranks, None);
         }
         let mut observer = observer.lock().unwrap_or_else(PoisonError::into_inner);
-        train_as_rank(spec, ranks, control, &mut **observer)
+        work(ranks, Some(&mut **observer))
     });
     Ok(ranks::first_cause(results, Error::is_echo)?.swap_remove(0))
 }
@@ -152,13 +167,17 @@ pub fn train_as_rank(
     control: &Control,
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
+    telling(ranks, |ranks| load_and_train(spec, ranks, control, observer))
+}
+
+/// Does a rank's work. If it fails, the others are told, so that they can say why they end.
+pub(crate) fn telling<T>(ranks: Ranks, work: impl FnOnce(&Arc<Ranks>) -> Result<T>) -> Result<T> {
     let ranks = Arc::new(ranks);
-    let trained = load_and_train(spec, &ranks, control, observer);
-    if let Err(error) = &trained {
-        // So that the others can say why they end.
+    let done = work(&ranks);
+    if let Err(error) = &done {
         ranks.abort(&error.to_string());
     }
-    trained
+    done
 }
 
 fn load_and_train(
@@ -170,7 +189,13 @@ fn load_and_train(
     // Before the backbone, which may take minutes.
     let dir = if ranks.leads() { Some(RunDir::open(spec)?) } else { None };
     let backbone = Backbone::load_on(&spec.model, spec.dtype, spec.device, spec.engine_options(), ranks)?;
-    Run::begin(spec, &backbone, dir, control, observer)?.carry_on()
+    let task = load(spec, &backbone)?;
+    Run::begin(spec, &backbone, (dir, task), control, observer)?.carry_on()
+}
+
+/// The data of a run.
+pub(crate) fn load(spec: &TrainSpec, backbone: &Backbone) -> Result<Task> {
+    Task::load(spec, &backbone.tokenizer, backbone.config().vocab_size)
 }
 
 /// Trains a prompt on a backbone that is loaded already; `spec.model` and what says how to load and run it are not looked at.
@@ -185,17 +210,18 @@ pub fn train_on(
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
     let dir = if backbone.engine.ranks().leads() { Some(RunDir::open(spec)?) } else { None };
-    Run::begin(spec, backbone, dir, control, observer)?.carry_on()
+    Run::begin(spec, backbone, (dir, load(spec, backbone)?), control, observer)?.carry_on()
 }
 
-struct Run<'a> {
+/// A run on its way.
+pub(crate) struct Run<'a> {
     spec: &'a TrainSpec,
     backbone: &'a Backbone,
     control: &'a Control,
     observer: &'a mut dyn Observer,
     /// On rank 0.
     files: Option<Files>,
-    tenant: Tenant,
+    pub(crate) tenant: Tenant,
 }
 
 /// What a run writes.
@@ -205,14 +231,14 @@ struct Files {
 }
 
 impl<'a> Run<'a> {
-    fn begin(
+    /// A run before its next step: the first, or the one after its last checkpoint. Rank 0 gives its directory.
+    pub(crate) fn begin(
         spec: &'a TrainSpec,
         backbone: &'a Backbone,
-        dir: Option<RunDir>,
+        (dir, task): (Option<RunDir>, Task),
         control: &'a Control,
         observer: &'a mut dyn Observer,
     ) -> Result<Self> {
-        let task = Task::load(spec, &backbone.tokenizer, backbone.config().vocab_size)?;
         agree(spec, backbone, &task)?;
         let mut damaged = Vec::new();
         let earlier = newest(dir.as_ref(), backbone.engine.ranks(), &mut damaged)?;
@@ -227,10 +253,11 @@ impl<'a> Run<'a> {
                 spec.out.display()
             ));
         }
-        let prompt = || [("another prompt to begin with", ranks::prompt_digest(tenant.job().prompt()))];
-        ranks::agree(backbone.engine.ranks(), prompt)?;
+        let trained =
+            || [("another prompt, or weights, to begin with", ranks::trained_digest(&tenant.trained()))];
+        ranks::agree(backbone.engine.ranks(), trained)?;
         let state = earlier.map(|earlier| earlier.state);
-        let num_steps = tenant.job().num_steps();
+        let num_steps = tenant.num_steps();
         let files = dir.map(|dir| Files::begin(dir, spec, num_steps, state.as_ref())).transpose()?;
         for warning in &warnings {
             observer.on(&Event::Warning(warning));
@@ -239,7 +266,7 @@ impl<'a> Run<'a> {
             spec,
             num_parameters: backbone.num_parameters,
             fingerprint: backbone.fingerprint.to_string(),
-            d_model: tenant.job().prompt().width(),
+            num_trained: tenant.num_trained(),
             microbatch_tokens: backbone.engine.microbatch_tokens(),
             num_train: tenant.task().train.examples.len(),
             num_eval: tenant.task().eval.as_ref().map(|eval| eval.examples.len()),
@@ -249,32 +276,43 @@ impl<'a> Run<'a> {
         Ok(Self { spec, backbone, control, observer, files, tenant })
     }
 
-    /// Every turn of the loop begins where a checkpoint can be: a run that goes on from one does what it would have done.
     fn carry_on(mut self) -> Result<Outcome> {
-        let end = loop {
-            let goes_on = match self.tenant.due() {
-                Due::Evaluate => self.evaluate()?,
-                Due::Checkpoint => self.checkpoint().map(|()| true)?,
-                Due::Step => self.step()?,
-                Due::End(end) => break end,
-            };
-            if !goes_on {
-                if !self.tenant.is_saved() {
-                    self.checkpoint()?;
-                }
-                break End::Requested;
+        while self.settle()? && self.tenant.due() == Due::Step && self.step()? {}
+        self.leave()
+    }
+
+    /// Does what is due until that is a step or nothing. False if someone asked to stop meanwhile. Every turn of the loop begins where a
+    /// checkpoint can be: a run that goes on from one does what it would have done.
+    pub(crate) fn settle(&mut self) -> Result<bool> {
+        loop {
+            match self.tenant.due() {
+                Due::Evaluate if !self.evaluate()? => return Ok(false),
+                Due::Evaluate => {}
+                Due::Checkpoint => self.checkpoint()?,
+                Due::Step | Due::End(_) => return Ok(true),
             }
-        };
-        if let Some(files) = &self.files {
-            files.dir.publish(&self.backbone.base_model())?;
         }
-        let prompt = self.spec.out.join(PROMPT_FILE);
+    }
+
+    /// Ends the run here, and saves where it stands.
+    pub(crate) fn leave(mut self) -> Result<Outcome> {
+        let end = match self.tenant.due() {
+            Due::End(end) => end,
+            Due::Evaluate | Due::Checkpoint | Due::Step => End::Requested,
+        };
+        if !self.tenant.is_saved() {
+            self.checkpoint()?;
+        }
+        if let Some(files) = &self.files {
+            files.dir.finish(self.backbone, self.spec.method)?;
+        }
+        let trained = self.spec.out.join(run_dir::published(self.spec.method));
         let outcome = Outcome {
             end,
-            step: self.tenant.job().num_steps(),
+            step: self.tenant.num_steps(),
             best: self.tenant.best(),
             out: self.spec.out.clone(),
-            prompt: prompt.exists().then_some(prompt),
+            trained: trained.exists().then_some(trained),
         };
         self.observer.on(&Event::Finished(&outcome));
         Ok(outcome)
@@ -286,30 +324,35 @@ impl<'a> Run<'a> {
 
     /// Makes a step. False if someone asked to stop before it.
     fn step(&mut self) -> Result<bool> {
-        let engine = &self.backbone.engine;
         // All ranks leave after the same step.
-        if ranks::any(engine.ranks(), self.control.stop_requested())? {
+        if ranks::any(self.backbone.engine.ranks(), self.control.stop_requested())? {
             return Ok(false);
         }
         let start = Instant::now();
-        let update = self.tenant.step(engine)?;
-        let seconds = start.elapsed().as_secs_f64();
-        self.log(&Line::update(&update, seconds))?;
-        self.observer.on(&Event::Step { update: &update, seconds });
+        let update = self.tenant.step(self.backbone)?;
+        self.stepped(&update, start.elapsed().as_secs_f64())?;
         Ok(true)
+    }
+
+    /// Takes note of a step that was made.
+    pub(crate) fn stepped(&mut self, update: &Update, seconds: f64) -> Result<()> {
+        self.log(&Line::update(update, seconds))?;
+        self.observer.on(&Event::Step { update, seconds });
+        Ok(())
     }
 
     /// Evaluates the prompt. False if someone asked to stop meanwhile.
     fn evaluate(&mut self) -> Result<bool> {
         let start = Instant::now();
-        let Backbone { engine, tokenizer, .. } = self.backbone;
-        let evaluation = match self.tenant.evaluation(engine)?.complete(engine, tokenizer, self.control) {
+        let (engine, tokenizer) = (self.tenant.engine(self.backbone), &self.backbone.tokenizer);
+        let begun = self.tenant.evaluation(self.backbone)?;
+        let evaluation = match begun.complete(engine, tokenizer, self.control) {
             Err(Error::Interrupted) => return Ok(false),
             evaluation => evaluation?,
         };
         let seconds = start.elapsed().as_secs_f64();
         let best = self.tenant.evaluated(&evaluation);
-        let step = self.tenant.job().num_steps();
+        let step = self.tenant.num_steps();
         self.log(&Line::evaluation(step, &evaluation, seconds))?;
         self.observer.on(&Event::Evaluated { step, evaluation: &evaluation, best, seconds });
         Ok(true)
@@ -327,7 +370,7 @@ impl<'a> Run<'a> {
         }
         dir.store.prune(self.spec.keep)?;
         if self.tenant.is_best() || self.tenant.best().is_none() {
-            dir.publish(&self.backbone.base_model())?;
+            dir.publish(self.backbone)?;
         }
         self.observer.on(&Event::Checkpointed { step, path: &path });
         Ok(())

@@ -8,6 +8,7 @@ use incipit_tune::{
     npy,
     optimizer::OptimizerKind,
     prompt::Prompt,
+    trained::Trained,
 };
 use std::{fs, path::Path, process::Command, time::UNIX_EPOCH};
 
@@ -37,6 +38,10 @@ impl Drop for Mount {
     }
 }
 
+fn prompt(step: u64, length: usize) -> Prompt {
+    Prompt::new(length, 64, vec![step as f32; length * 64]).expect("finite")
+}
+
 fn checkpoint(step: u64, length: usize) -> Checkpoint {
     let state = TrainState {
         step,
@@ -52,9 +57,10 @@ fn checkpoint(step: u64, length: usize) -> Checkpoint {
         evaluated: 0,
         train_data: String::new(),
         eval_data: None,
+        tokens: None,
+        corpus: None,
     };
-    let prompt = Prompt::new(length, 64, vec![step as f32; length * 64]).expect("finite");
-    Checkpoint { prompt, optimizer: Vec::new(), state }
+    Checkpoint { trained: Trained::Prompt(prompt(step, length)), optimizer: Vec::new(), state }
 }
 
 #[test]
@@ -63,10 +69,10 @@ fn a_full_disk_is_told_and_leaves_what_was_there() {
     let out = disk.path().join("out");
     let store = Store::open(&out).unwrap();
     store.save(&checkpoint(1, 20)).unwrap();
-    npy::write(&out.join("prompt.npy"), &checkpoint(1, 20).prompt).unwrap();
+    npy::write(&out.join("prompt.npy"), &prompt(1, 20)).unwrap();
     for error in [
         store.save(&checkpoint(2, 200)).unwrap_err(),
-        npy::write(&out.join("prompt.npy"), &checkpoint(2, 200).prompt).unwrap_err(),
+        npy::write(&out.join("prompt.npy"), &prompt(2, 200)).unwrap_err(),
     ] {
         let error = error.to_string();
         assert!(error.contains("No space left") && error.contains("free some space"), "{error}");
@@ -75,7 +81,7 @@ fn a_full_disk_is_told_and_leaves_what_was_there() {
     let found = store.newest_valid().unwrap();
     assert_eq!(found.checkpoint.unwrap().1, checkpoint(1, 20));
     assert!(found.damaged.is_empty() && store.last() == Some(1));
-    assert_eq!(Prompt::read(&out.join("prompt.npy")).unwrap(), checkpoint(1, 20).prompt);
+    assert_eq!(Prompt::read(&out.join("prompt.npy")).unwrap(), prompt(1, 20));
     assert!(atomic::clean(&out).unwrap().is_empty(), "nothing half-written is left");
     store.save(&checkpoint(3, 20)).unwrap();
     assert_eq!(store.last(), Some(3));
@@ -99,7 +105,7 @@ fn a_directory_that_may_not_be_written_is_told() {
         eprintln!("skipped: remounting is not permitted here");
         return;
     }
-    let prompt = checkpoint(1, 2).prompt;
+    let prompt = prompt(1, 2);
     for error in [
         Store::open(&disk.path().join("out")).unwrap_err(),
         Store::open(&disk.path().join("there")).unwrap_err(),

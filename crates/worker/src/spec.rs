@@ -12,9 +12,10 @@ use incipit_proto::{
     v1::{self, DataSource, TrainingSpec, data_source::Source},
 };
 use incipit_tune::{
+    rank::Predict,
     recipe::{LossReduction, OptimizerName, Recipe},
     schedule::Schedule,
-    spec::PartialSpec,
+    spec::{Method, PartialSpec},
 };
 
 /// Defines for each enumeration of ours the way to its number on the wire, and the way back. 0 is what was left open.
@@ -39,6 +40,38 @@ macro_rules! enumerations {
     };
 }
 
+/// Refuses what `incipit train` and `pretrain` can do and a job cannot: dropping it would train something else.
+fn refuse_elsewhere(spec: &PartialSpec) -> Result<(), Problem> {
+    let method = spec.method.filter(|method| *method != Method::Prompt);
+    let others = [
+        ("spec.method", method.map(|method| format!("is {method}, and a job trains a prompt"))),
+        (
+            "spec.objective",
+            spec.objective.map(|_| "is for plain text, and a job learns from examples".to_owned()),
+        ),
+        (
+            "spec.target_sentinel",
+            spec.target_sentinel.filter(|set| *set).map(|_| "is not for jobs yet".to_owned()),
+        ),
+        (
+            "spec.parameter_scaling",
+            spec.parameter_scaling.filter(|set| *set).map(|_| "is not for jobs yet".to_owned()),
+        ),
+        (
+            "spec.predict",
+            spec.predict
+                .filter(|way| *way == Predict::Rank)
+                .map(|_| "is rank, and a job predicts by decoding".to_owned()),
+        ),
+    ];
+    match others.into_iter().find_map(|(field, what)| Some((field, what?))) {
+        Some((field, what)) => {
+            Err(Problem::field(field, format!("{what}; leave it out, or use `incipit train` on one machine")))
+        }
+        None => Ok(()),
+    }
+}
+
 enumerations! {
     recipe_to_wire, recipe_from_wire: Recipe = v1::Recipe { Paper = Paper, ReleasedCode = ReleasedCode }
     optimizer_to_wire, optimizer_from_wire: OptimizerName = v1::Optimizer { Adafactor = Adafactor, AdamW = Adamw, Sgd = Sgd }
@@ -54,12 +87,13 @@ enumerations! {
 /// places.
 ///
 /// # Errors
-/// If a value cannot be written down: a count beyond 32 bits, a path that is not UTF-8, no metric at all, or a prompt that starts from
-/// a file.
+/// If a value cannot be written down: a count beyond 32 bits, a path that is not UTF-8, no metric at all, what a job cannot do, or a
+/// prompt that starts from a file.
 pub fn to_wire(spec: &PartialSpec) -> Result<TrainingSpec, Problem> {
     if spec.metrics.as_ref().is_some_and(Vec::is_empty) {
         return Err(Problem::field("spec.metrics", "is empty; name at least one, such as accuracy"));
     }
+    refuse_elsewhere(spec)?;
     refuse_file(spec.prompt_init.as_deref())?;
     let metrics = spec.metrics.iter().flatten();
     Ok(TrainingSpec {
@@ -291,6 +325,10 @@ mod tests {
             (PartialSpec { metrics: Some(Vec::new()), ..none() }, "spec.metrics"),
             (PartialSpec { prompt_init: Some("file:p.npy".to_owned()), ..none() }, "spec.prompt_init"),
             (PartialSpec { train: Some("/".into()), ..none() }, "spec.train"),
+            (PartialSpec { method: Some(Method::Adapter), ..none() }, "spec.method"),
+            (PartialSpec { target_sentinel: Some(true), ..none() }, "spec.target_sentinel"),
+            (PartialSpec { parameter_scaling: Some(true), ..none() }, "spec.parameter_scaling"),
+            (PartialSpec { predict: Some(Predict::Rank), ..none() }, "spec.predict"),
         ] {
             assert_eq!(to_wire(&spec).unwrap_err().fields[0].0, field);
         }

@@ -9,12 +9,17 @@ use anyhow::{Result, anyhow};
 use clap::Args;
 use incipit_collective::Ranks;
 use incipit_data::metrics::Metric;
-use incipit_data::tasks::{ExampleId, Split, Task, TaskSplit, Use, submission};
-use incipit_data::{LoadOptions, TaskFormat, TextExample, TokenizedSet, labels_of, load_text, tokenize};
+use incipit_data::pretrain::add_sentinel;
+use incipit_data::tasks::{ExampleId, Split, Task, TaskSplit, Use, submission, transferred_labels};
+use incipit_data::{
+    LabelMap, LoadOptions, TaskFormat, TextExample, TokenizedSet, labels_of, load_text, tokenize,
+};
 use incipit_tune::atomic;
 use incipit_tune::control::Control;
-use incipit_tune::evaluate::{EvalOptions, Evaluation, Prediction, evaluate};
+use incipit_tune::evaluate::{EvalOptions, Evaluation, evaluate};
+use incipit_tune::rank::Predict;
 use serde::Serialize;
+use serde_json::{Map, Value};
 
 use super::backbone::{self, Ready};
 use crate::args::{BackboneArgs, FormatArgs, Global, NamedTaskArgs, choice, names, split};
@@ -28,8 +33,10 @@ use crate::{report, units};
 const MAX_LABELS: usize = 100;
 
 const AFTER_HELP: &str = "\
-Answers by greedy decoding are compared with the targets, and with --task as the benchmark does it. What flags leave open (model, \
-templates, labels, lengths, metrics) is taken from the run that made the prompt, where its run.toml lies beside it.
+Answers are compared with the targets, and with --task as the benchmark does it. They are what the model writes by greedy decoding, or \
+with --predict rank the label (of --labels, of the benchmark, or of few different targets) that it finds likeliest. What flags leave open \
+(model, templates, labels, lengths, metrics, way of predicting) is taken from the run that made the prompt, where its run.toml lies \
+beside it.
 
 Examples:
   incipit eval --prompt runs/q --data test.jsonl
@@ -43,7 +50,10 @@ Examples:
 
   incipit eval --prompt runs/boolq --task boolq --data-dir SuperGLUE
   incipit eval --prompt runs/boolq --task boolq --data-dir SuperGLUE --split test --submission .
-      a benchmark's development split; and BoolQ.jsonl for SuperGLUE's site, whose test split has no labels here";
+      a benchmark's development split; and BoolQ.jsonl for SuperGLUE's site, whose test split has no labels here
+
+  incipit eval --prompt runs/qqp --task mrpc --data-dir MRPC
+      a prompt on another task than it was trained on; labels of QQP and MRPC are read as each other's";
 
 /// Flags of `eval`.
 #[derive(Args)]
@@ -51,6 +61,15 @@ Examples:
 pub(crate) struct EvalArgs {
     #[command(flatten)]
     backbone: BackboneArgs,
+    #[command(flatten)]
+    measure: MeasureArgs,
+    #[command(flatten)]
+    pub(crate) ranks: RankArgs,
+}
+
+/// What is measured, on what, and where the predictions go.
+#[derive(Args)]
+pub(crate) struct MeasureArgs {
     /// Examples to measure on
     #[arg(long, value_name = "FILE", help_heading = "Data")]
     data: Option<PathBuf>,
@@ -60,19 +79,21 @@ pub(crate) struct EvalArgs {
     #[arg(long, help_heading = "Data", requires = "task", value_parser = split())]
     split: Option<Split>,
     #[command(flatten)]
-    format: FormatArgs,
+    pub(crate) format: FormatArgs,
     /// What is measured [default: the benchmark's, else that of the run that made the prompt, else accuracy]
     #[arg(long, value_name = "NAME,...", value_delimiter = ',', value_parser = choice::<Metric>(names::METRICS))]
     metrics: Option<Vec<Metric>>,
+    /// How predictions are made: decode, what the model writes, or rank, the likeliest of the labels
+    /// [default: that of the run that made the prompt, else decode]
+    #[arg(long, value_parser = choice::<Predict>(names::PREDICTS))]
+    predict: Option<Predict>,
     /// File to write the predictions to, one JSON object a line: index, inputs, target, prediction, loss; with --task
-    /// the benchmark's id besides
+    /// the benchmark's id besides, and with --predict rank each label's log-likelihood
     #[arg(long, value_name = "FILE.jsonl")]
-    output: Option<PathBuf>,
-    /// File of predictions for SuperGLUE's site to write, or the directory for it (BoolQ.jsonl and so on)
-    #[arg(long, value_name = "DIR|FILE.jsonl", requires = "task")]
+    pub(crate) output: Option<PathBuf>,
+    /// File of predictions for SuperGLUE's or GLUE's site to write, or the directory for it (BoolQ.jsonl, SST-2.tsv and so on)
+    #[arg(long, value_name = "DIR|FILE", requires = "task")]
     submission: Option<PathBuf>,
-    #[command(flatten)]
-    pub(crate) ranks: RankArgs,
 }
 
 #[derive(Serialize)]
@@ -80,7 +101,7 @@ struct Summary {
     task: Option<&'static Task>,
     split: Option<&'static str>,
     examples: usize,
-    metrics: serde_json::Map<String, serde_json::Value>,
+    metrics: Map<String, Value>,
     legal_share: Option<f64>,
     majority_share: Option<f64>,
     /// None without targets.
@@ -91,12 +112,12 @@ struct Summary {
 }
 
 /// A benchmark's split.
-struct Named {
-    task: &'static Task,
-    split: Split,
+pub(crate) struct Named {
+    pub(crate) task: &'static Task,
+    pub(crate) split: Split,
     found: TaskSplit,
-    /// The file for SuperGLUE's site.
-    submission: Option<PathBuf>,
+    /// The file for the benchmark's site.
+    pub(crate) submission: Option<PathBuf>,
 }
 
 /// Evaluates, writes the predictions where asked to, and prints the scores.
@@ -105,49 +126,107 @@ struct Named {
 /// If something given cannot be used, a loss is not finite, or the predictions cannot be written.
 pub(crate) fn run(args: &EvalArgs, global: &Global) -> Result<Exit> {
     let summary =
-        ranks::run(&args.ranks, args.backbone.device.unwrap_or_default(), global.threads, |ranks| {
+        ranks::run(&args.ranks, args.backbone.model.device.unwrap_or_default(), global.threads, |ranks| {
             on_rank(args, ranks, global)
         })?;
     output::print(&summary, global.json)?;
-    for path in [&summary.output, &summary.submission].into_iter().flatten().filter(|_| !global.json) {
+    tell_files([&summary.output, &summary.submission], global);
+    Ok(Exit::Ok)
+}
+
+/// Says where predictions were written.
+pub(crate) fn tell_files(files: [&Option<PathBuf>; 2], global: &Global) {
+    for path in files.into_iter().flatten().filter(|_| !global.json) {
         note(&format!("predictions are in {}", path.display()));
     }
-    Ok(Exit::Ok)
 }
 
 fn on_rank(args: &EvalArgs, ranks: &Arc<Ranks>, global: &Global) -> Result<Summary> {
     // Before the backbone, which may take minutes.
-    let named = named(args, ranks.leads())?;
-    let ready = backbone::load(&args.backbone, &args.format, ranks)?;
-    let texts = match &named {
-        Some(named) => named.found.texts(),
-        None => examples(args, &ready)?,
-    };
-    let set = tokenized(&texts, &ready)?;
-    let options = options(args, &ready, &set, named.as_ref())?;
-    let what = || format!("evaluating {} examples", units::count(set.examples.len() as u64));
-    let leads = ready.ranks().leads();
-    let spinner = leads.then(|| progress::spinner(&what(), global));
+    let named = named(&args.measure, ranks.leads())?;
+    let prompts = backbone::read(args.backbone.prompt.as_slice())?;
+    let ready = backbone::load(&args.backbone.model, prompts, &args.measure.format, ranks)?;
+    let (set, options) = prepared(&args.measure, &ready, named.as_ref())?;
+    let spinner = spinner(&set, &ready, global);
     let start = Instant::now();
-    let Ready { backbone, prompt, .. } = &ready;
+    let Ready { backbone, prompts, .. } = &ready;
     let evaluation =
-        evaluate(&backbone.engine, prompt.as_ref(), &set, &backbone.tokenizer, &options, &Control::new())?;
+        evaluate(&backbone.engine, prompts.first(), &set, &backbone.tokenizer, &options, &Control::new())?;
     drop(spinner);
-    if let Some(path) = args.output.as_ref().filter(|_| leads) {
-        let lines = match &named {
-            Some(named) => named_lines(&evaluation, &named.found)?,
-            None => json_lines(&evaluation)?,
-        };
-        atomic::write_file(path, &lines)?;
+    if ranks.leads() {
+        let written: Vec<&str> = evaluation.predictions.iter().map(|p| p.prediction.as_str()).collect();
+        hand_over(&args.measure, &evaluation.predictions, &written, named.as_ref())?;
     }
-    if let Some(named) = named.as_ref().filter(|_| leads) {
-        named.submit(&evaluation)?;
+    Ok(summary(&args.measure, &evaluation, start.elapsed().as_secs_f64(), named))
+}
+
+/// The examples to measure on, and how.
+///
+/// # Errors
+/// If the data cannot be used, or labels are to be ranked and there are none.
+pub(crate) fn prepared(
+    args: &MeasureArgs,
+    ready: &Ready,
+    named: Option<&Named>,
+) -> Result<(TokenizedSet, EvalOptions)> {
+    let mut texts = match named {
+        Some(named) => named.found.texts(),
+        None => examples(args, ready)?,
+    };
+    let transfer = named.and_then(|named| Transfer::of(ready.trained?, named.task));
+    if let Some(transfer) = &transfer {
+        texts.iter_mut().for_each(|text| text.targets = transfer.in_words_of_prompt(&text.targets));
     }
-    Ok(summary(args, &evaluation, start.elapsed().as_secs_f64(), named))
+    let set = tokenized(&texts, ready)?;
+    let options = options(args, ready, &set, (named, transfer))?;
+    Ok((set, options))
+}
+
+/// Between the labels of the task that a prompt was trained on and those of the one that it is measured on.
+struct Transfer {
+    forth: LabelMap,
+    back: LabelMap,
+}
+
+impl Transfer {
+    /// None unless the two ask the same in other words.
+    fn of(trained: &Task, evaluated: &Task) -> Option<Self> {
+        let forth = transferred_labels(trained, evaluated)?;
+        Some(Self { forth, back: transferred_labels(evaluated, trained)? })
+    }
+
+    fn in_words_of_prompt(&self, label: &str) -> String {
+        self.back.get(label).unwrap_or(label).to_owned()
+    }
+}
+
+/// On the rank that leads.
+pub(crate) fn spinner(set: &TokenizedSet, ready: &Ready, global: &Global) -> Option<progress::Bar> {
+    let what = || format!("evaluating {} examples", units::count(set.examples.len() as u64));
+    ready.ranks().leads().then(|| progress::spinner(&what(), global))
+}
+
+/// Writes the predictions to the files that the flags name: a line of each, and what is `written` for SuperGLUE's site.
+///
+/// # Errors
+/// If one cannot be written.
+pub(crate) fn hand_over<P: Serialize>(
+    args: &MeasureArgs,
+    predictions: &[P],
+    written: &[&str],
+    named: Option<&Named>,
+) -> Result<()> {
+    if let Some(path) = &args.output {
+        atomic::write_file(path, &lines(predictions, named.map(|named| &named.found))?)?;
+    }
+    named.map_or(Ok(()), |named| named.submit(written))
 }
 
 /// The split that the flags name, read; none if they name no task.
-fn named(args: &EvalArgs, leads: bool) -> Result<Option<Named>> {
+///
+/// # Errors
+/// If the flags contradict each other, or the split cannot be used.
+pub(crate) fn named(args: &MeasureArgs, leads: bool) -> Result<Option<Named>> {
     let format = &args.format;
     let others = [
         ("--data", args.data.is_some()),
@@ -184,24 +263,31 @@ fn named(args: &EvalArgs, leads: bool) -> Result<Option<Named>> {
     Ok(Some(Named { task, split, found, submission }))
 }
 
-/// Where the file for SuperGLUE's site goes.
+/// Where the file for the benchmark's site goes.
 fn submission_file(task: &Task, path: &Path) -> Result<PathBuf> {
     let empty = submission(task, &[], &[])?;
+    let of_the_site = Path::new(&empty.file_name).extension();
     match path.extension() {
-        _ if path.is_dir() => Ok(path.join(empty.file_name)),
-        Some(end) if end == "jsonl" => Ok(path.to_owned()),
+        _ if path.is_dir() => Ok(path.join(&empty.file_name)),
+        end if end.is_some() && end == of_the_site => Ok(path.to_owned()),
         _ => bad_input(format!(
-            "--submission {} is neither a directory that is there nor the name of a .jsonl file: give one of the two",
-            path.display()
+            "--submission {} is neither a directory that is there nor the name of a file that ends as {} does: give one of the two",
+            path.display(),
+            empty.file_name
         )),
     }
 }
 
 impl Named {
-    /// Writes the file for SuperGLUE's site, if it is asked for.
-    fn submit(&self, evaluation: &Evaluation) -> Result<()> {
+    /// Whether there is anything to measure against.
+    pub(crate) fn is_labelled(&self) -> bool {
+        self.found.is_labelled()
+    }
+
+    /// Writes the file for the benchmark's site, if it is asked for.
+    fn submit(&self, predictions: &[&str]) -> Result<()> {
         let Some(path) = &self.submission else { return Ok(()) };
-        let predictions: Vec<String> = evaluation.predictions.iter().map(|p| p.prediction.clone()).collect();
+        let predictions: Vec<String> = predictions.iter().map(|text| (*text).to_owned()).collect();
         let made = submission(self.task, &self.found.examples, &predictions)?;
         if made.illegal > 0 {
             warn(&format!(
@@ -213,29 +299,64 @@ impl Named {
     }
 }
 
-fn options(args: &EvalArgs, ready: &Ready, set: &TokenizedSet, named: Option<&Named>) -> Result<EvalOptions> {
+fn options(
+    args: &MeasureArgs,
+    ready: &Ready,
+    set: &TokenizedSet,
+    (named, transfer): (Option<&Named>, Option<Transfer>),
+) -> Result<EvalOptions> {
+    let (tokenizer, vocab_size) = (&ready.backbone.tokenizer, ready.backbone.config().vocab_size);
+    let predict = args.predict.unwrap_or(ready.predict);
+    let labels = match named {
+        Some(named) => named.task.label_texts(),
+        None if predict == Predict::Rank && ready.format.labels.is_none() => {
+            labels_of_run(ready)?.or_else(|| label_set(&ready.format, &set.texts))
+        }
+        None => label_set(&ready.format, &set.texts),
+    };
+    let of_prompt = match &transfer {
+        Some(transfer) => labels
+            .as_ref()
+            .map(|labels| labels.iter().map(|label| transfer.in_words_of_prompt(label)).collect()),
+        None => labels.clone(),
+    };
+    let common = EvalOptions {
+        max_new_tokens: max_new_tokens(ready, of_prompt.as_deref())?,
+        candidates: predict.candidates(of_prompt.as_deref(), tokenizer, vocab_size, ready.target_sentinel)?,
+        labels,
+        rewrite: transfer.map(|transfer| transfer.forth),
+        ..EvalOptions::default()
+    };
     let Some(Named { task, found, .. }) = named else {
-        let labels = label_set(&ready.format, &set.texts);
         return Ok(EvalOptions {
             metrics: args.metrics.as_ref().unwrap_or(&ready.metrics).clone(),
-            max_new_tokens: max_new_tokens(ready, labels.as_deref())?,
-            labels,
-            ..EvalOptions::default()
+            ..common
         });
     };
-    let (labels, references) = (task.label_texts(), found.references());
+    let references = found.references();
     let metrics = args.metrics.as_deref().unwrap_or(task.metrics);
     Ok(EvalOptions {
         metrics: if references.is_some() { metrics.to_vec() } else { Vec::new() },
         selection: task.selection,
-        max_new_tokens: max_new_tokens(ready, labels.as_deref())?,
-        labels,
         references: references.map(Arc::new),
+        ..common
     })
 }
 
+/// What the run of the prompt chose among: the examples to measure on may not show every label.
+fn labels_of_run(ready: &Ready) -> Result<Option<Vec<String>>> {
+    let Some(run) = &ready.run else { return Ok(None) };
+    if let Some(task) = &run.task {
+        return Ok(Task::named(task)?.label_texts());
+    }
+    let Some(train) = run.train.as_deref().filter(|file| file.is_file()) else { return Ok(None) };
+    let format = backbone::task_format(run)?;
+    let options = LoadOptions { skip_bad_records: run.skip_bad_records.unwrap_or_default() };
+    Ok(label_set(&format, &load_text(train, &format, options)?.examples))
+}
+
 /// Those of the file.
-fn examples(args: &EvalArgs, ready: &Ready) -> Result<Vec<TextExample>> {
+fn examples(args: &MeasureArgs, ready: &Ready) -> Result<Vec<TextExample>> {
     let path = args.data.as_deref().unwrap_or(Path::new(""));
     let options = LoadOptions { skip_bad_records: args.format.skip_bad_records };
     let loaded = load_text(path, &ready.format, options)?;
@@ -249,7 +370,11 @@ fn tokenized(texts: &[TextExample], ready: &Ready) -> Result<TokenizedSet> {
     let leads = ready.ranks().leads();
     let Ready { backbone, max_input_length, max_target_length, .. } = ready;
     let vocabulary = backbone.config().vocab_size;
-    let set = tokenize(texts, &backbone.tokenizer, *max_input_length, *max_target_length, vocabulary)?;
+    let room = max_target_length.saturating_sub(usize::from(ready.target_sentinel));
+    let mut set = tokenize(texts, &backbone.tokenizer, *max_input_length, room, vocabulary)?;
+    if ready.target_sentinel {
+        add_sentinel(&mut set.examples, &backbone.tokenizer)?;
+    }
     if leads && set.truncated_inputs > 0 {
         let (cut, longest) = (set.truncated_inputs, set.longest_input);
         warn(&format!(
@@ -270,58 +395,43 @@ fn tokenized(texts: &[TextExample], ready: &Ready) -> Result<TokenizedSet> {
 struct NamedPrediction<'a> {
     id: &'a ExampleId,
     #[serde(flatten)]
-    prediction: &'a Prediction,
+    prediction: Map<String, Value>,
 }
 
-/// The same without a label.
-#[derive(Serialize)]
-struct Unlabelled<'a> {
-    id: &'a ExampleId,
-    index: usize,
-    inputs: &'a str,
-    prediction: &'a str,
-}
-
-/// A benchmark's predictions as they are written to a file.
-fn named_lines(evaluation: &Evaluation, found: &TaskSplit) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    for (prediction, example) in evaluation.predictions.iter().zip(&found.examples) {
-        let id = &example.id;
-        if example.reference.is_some() {
-            serde_json::to_writer(&mut bytes, &NamedPrediction { id, prediction })?;
-        } else {
-            let Prediction { index, inputs, prediction, .. } = prediction;
-            serde_json::to_writer(&mut bytes, &Unlabelled { id, index: *index, inputs, prediction })?;
+/// Predictions as they are written to a file: of a benchmark with its id, and without a label without what is said of it.
+fn lines<P: Serialize>(predictions: &[P], found: Option<&TaskSplit>) -> Result<Vec<u8>> {
+    let Some(found) = found else { return json_lines(predictions) };
+    let mut named = Vec::with_capacity(predictions.len());
+    for (prediction, example) in predictions.iter().zip(&found.examples) {
+        let Value::Object(mut prediction) = serde_json::to_value(prediction)? else { continue };
+        if example.reference.is_none() {
+            prediction.retain(|name, _| name != "target" && name != "loss");
         }
-        bytes.push(b'\n');
+        named.push(NamedPrediction { id: &example.id, prediction });
     }
-    Ok(bytes)
+    json_lines(&named)
 }
 
 /// The predictions as they are written to a file.
 ///
 /// # Errors
 /// If a number cannot be written as JSON.
-pub(crate) fn json_lines(evaluation: &Evaluation) -> Result<Vec<u8>> {
+pub(crate) fn json_lines<P: Serialize>(predictions: &[P]) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    for prediction in &evaluation.predictions {
+    for prediction in predictions {
         serde_json::to_writer(&mut bytes, prediction)?;
         bytes.push(b'\n');
     }
     Ok(bytes)
 }
 
-fn summary(args: &EvalArgs, evaluation: &Evaluation, seconds: f64, named: Option<Named>) -> Summary {
-    let has_targets = named.as_ref().is_none_or(|named| named.found.is_labelled());
+fn summary(args: &MeasureArgs, evaluation: &Evaluation, seconds: f64, named: Option<Named>) -> Summary {
+    let has_targets = named.as_ref().is_none_or(Named::is_labelled);
     Summary {
         task: named.as_ref().map(|named| named.task),
         split: named.as_ref().map(|named| named.split.name()),
         examples: evaluation.predictions.len(),
-        metrics: evaluation
-            .metrics
-            .iter()
-            .map(|(metric, value)| (metric.to_string(), (*value).into()))
-            .collect(),
+        metrics: by_name(&evaluation.metrics),
         legal_share: evaluation.legal_share,
         majority_share: evaluation.legal_share.filter(|_| has_targets).and(majority(evaluation)),
         loss: has_targets.then_some(evaluation.loss),
@@ -329,6 +439,11 @@ fn summary(args: &EvalArgs, evaluation: &Evaluation, seconds: f64, named: Option
         output: args.output.clone(),
         submission: named.and_then(|named| named.submission),
     }
+}
+
+/// Metrics as JSON has them.
+pub(crate) fn by_name(metrics: &[(Metric, f64)]) -> Map<String, Value> {
+    metrics.iter().map(|(metric, value)| (metric.to_string(), (*value).into())).collect()
 }
 
 /// The texts that are answers at all: those of the label map, or the targets where so few stand for so many examples that they are classes.
@@ -347,7 +462,7 @@ fn max_new_tokens(ready: &Ready, labels: Option<&[String]>) -> Result<usize> {
         let encoded = ready.backbone.tokenizer.encode(label.as_str(), false);
         let encoded = encoded.map_err(|error| anyhow!("the label {label:?} cannot be tokenized: {error}"))?;
         // One for `</s>`, and one that tells a label from a text that begins with it.
-        longest = longest.max(encoded.len() + 2);
+        longest = longest.max(encoded.len() + 2 + usize::from(ready.target_sentinel));
     }
     Ok(longest.min(ready.max_target_length))
 }
@@ -361,11 +476,15 @@ pub(crate) fn majority(evaluation: &Evaluation) -> Option<f64> {
     counts.values().max().map(|most| *most as f64 / evaluation.predictions.len() as f64)
 }
 
+/// A metric for people.
+pub(crate) fn percent(value: &Value) -> String {
+    value.as_f64().map_or_else(|| "-".to_owned(), units::percent)
+}
+
 impl Printed for Summary {
     fn text(&self) -> String {
-        let score = |value: &serde_json::Value| value.as_f64().map_or_else(|| "-".to_owned(), units::percent);
         let mut rows: Vec<Vec<String>> =
-            self.metrics.iter().map(|(name, value)| vec![report::words(name), score(value)]).collect();
+            self.metrics.iter().map(|(name, value)| vec![report::words(name), percent(value)]).collect();
         rows.extend(self.majority_share.map(|v| vec!["(majority class)".to_owned(), units::percent(v)]));
         rows.extend(self.legal_share.map(|v| vec!["legal labels".to_owned(), units::percent(v)]));
         rows.extend(self.loss.map(|loss| vec!["loss per token".to_owned(), format!("{loss:.4}")]));

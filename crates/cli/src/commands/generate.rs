@@ -111,7 +111,7 @@ struct Answer<'a> {
 /// If something given cannot be used, or standard output cannot be written.
 pub(crate) fn run(args: &GenerateArgs, global: &Global) -> Result<Exit> {
     check(args)?;
-    ranks::run(&args.ranks, args.backbone.device.unwrap_or_default(), global.threads, |ranks| {
+    ranks::run(&args.ranks, args.backbone.model.device.unwrap_or_default(), global.threads, |ranks| {
         on_rank(args, ranks, global)
     })?;
     Ok(Exit::Ok)
@@ -128,7 +128,8 @@ fn on_rank(args: &GenerateArgs, ranks: &Arc<Ranks>, global: &Global) -> Result<(
         max_target_length: None,
         skip_bad_records: false,
     };
-    let ready = backbone::load(&args.backbone, &format, ranks)?;
+    let prompts = backbone::read(args.backbone.prompt.as_slice())?;
+    let ready = backbone::load(&args.backbone.model, prompts, &format, ranks)?;
     let mut writer = Writer {
         ready: &ready,
         options: options(args, &ready),
@@ -187,7 +188,7 @@ fn check(args: &GenerateArgs) -> Result<()> {
 }
 
 fn options(args: &GenerateArgs, ready: &Ready) -> GenerateOptions {
-    let of_run = if ready.from_run { ready.max_target_length } else { 32 };
+    let of_run = if ready.run.is_some() { ready.max_target_length } else { 32 };
     GenerateOptions {
         max_new_tokens: args.max_new_tokens.unwrap_or(of_run),
         num_beams: args.num_beams,
@@ -203,7 +204,7 @@ fn options(args: &GenerateArgs, ready: &Ready) -> GenerateOptions {
 fn example(args: &GenerateArgs, ready: &Ready, text: &str) -> Result<TextExample> {
     let fields: Vec<&str> = ready.format.inputs.fields().collect();
     let inputs = match fields.as_slice() {
-        [field] if ready.from_run && !args.raw => {
+        [field] if ready.run.is_some() && !args.raw => {
             let record = Record::from_iter([((*field).to_owned(), text.into())]);
             ready.format.inputs.render(&record)?
         }
@@ -324,7 +325,7 @@ impl Writer<'_> {
 
     /// How many of the examples go through so many replicas of the backbone together: at least one.
     fn fitting(&self, examples: &[impl Borrow<TokenizedExample>], replicas: usize) -> usize {
-        let rows = self.ready.prompt.as_ref().map_or(0, Prompt::length);
+        let rows = self.ready.prompts.first().map_or(0, Prompt::length);
         let answer = self.options.max_new_tokens * self.options.num_beams;
         let mut left = self.ready.backbone.engine.microbatch_tokens() * replicas;
         let fits = examples.iter().take_while(|e| {
@@ -359,7 +360,7 @@ impl Writer<'_> {
 
     /// Answers those of the examples that stand at `places`.
     fn generate(&self, examples: &[TokenizedExample], places: &[usize]) -> Result<Vec<Generated>> {
-        let prompts: Vec<Tensor> = self.ready.prompt.iter().map(rows).collect::<candle_core::Result<_>>()?;
+        let prompts: Vec<Tensor> = self.ready.prompts.iter().map(rows).collect::<candle_core::Result<_>>()?;
         let prompt = (!prompts.is_empty()).then_some(0);
         let example = |place: &usize| Example {
             prompt,

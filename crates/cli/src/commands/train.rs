@@ -1,16 +1,17 @@
 //! `incipit train`: tunes a prompt.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use clap::Args;
-use incipit_collective::Options;
+use clap::{ArgAction, Args};
+use incipit_collective::{Options, Ranks};
 use incipit_tune::control::Control;
 use incipit_tune::engine::Recompute;
+use incipit_tune::rank::Predict;
 use incipit_tune::spec::{Backend, Method, PartialSpec, Precision, TrainSpec};
-use incipit_tune::train::{End, Observer, Outcome, train, train_as_rank};
+use incipit_tune::train::{End, Outcome, train, train_as_rank};
 use serde::Serialize;
 
 use crate::args::{Global, NamedTaskArgs, choice, names};
@@ -46,6 +47,15 @@ Examples:
   incipit train --out runs/q --resume
       goes on after Ctrl-C, a crash or a kill, and ends in the same bytes as an undisturbed run
 
+Methods:
+  prompt   rows of numbers before the input (Lester et al. 2021): OUT/prompt.npy, OUT/adapter
+  model    all weights of the model, by T5's recipe: OUT/model, a directory for --model
+  prefix   --prompt-length keys and values before those of every attention (Li and Liang 2021): OUT/weights.safetensors
+  adapter  small layers of --adapter-width behind every sub-layer (Houlsby et al. 2019): OUT/weights.safetensors
+  text     nothing: --shots examples with their answers before the input (Brown et al. 2020): OUT/tokens.json
+  search   --prompt-length tokens before the input, found by the gradient (Shin et al. 2020): OUT/tokens.json
+Each has defaults of its own for optimizer, learning rate, decay and dropout. The model, its parts and whole new ones train on a CPU.
+
 Files: JSON lines (also .gz), CSV, TSV or Parquet. Of a benchmark named with --task, `incipit task show NAME` tells which.
 Prompt initialisations: class-label, vocab, uniform, uniform:LOW,HIGH, text:SOME WORDS, file:PATH (an .npy, a
 PEFT directory or another run).
@@ -77,9 +87,40 @@ pub(crate) struct TrainArgs {
     named: NamedTaskArgs,
     #[command(flatten)]
     training: TrainingArgs,
-    /// What is trained [default: prompt]
+    /// What is trained: a prompt, or what it is compared with (see below) [default: prompt]
     #[arg(long, help_heading = "Prompt", value_parser = choice::<Method>(names::METHODS))]
     method: Option<Method>,
+    /// Whether Adafactor's learning rate is relative to the size of what is trained [default: by method, prompt: false]
+    #[arg(long, value_name = "true|false", help_heading = "Optimization", action = ArgAction::Set)]
+    parameter_scaling: Option<bool>,
+    /// Inner columns of --method adapter [default: 64]
+    #[arg(long, value_name = "N", help_heading = "Prompt")]
+    adapter_width: Option<usize>,
+    /// Examples that --method text shows before the input, the labels taking turns [default: 4]
+    #[arg(long, value_name = "N", help_heading = "Prompt")]
+    shots: Option<usize>,
+    /// Template of an example that --method text shows [default: "{inputs} {targets}"]
+    #[arg(long, value_name = "TEMPLATE", help_heading = "Prompt")]
+    shot_template: Option<String>,
+    /// What --method text writes behind each example [default: ";"]
+    #[arg(long, value_name = "TEXT", help_heading = "Prompt")]
+    shot_separator: Option<String>,
+    /// What --method text writes before the examples
+    #[arg(long, value_name = "TEXT", help_heading = "Prompt")]
+    instruction: Option<String>,
+    /// Most tokens that --method text shows; examples that do not fit are left out [default: as --max-input-length]
+    #[arg(long, value_name = "N", help_heading = "Prompt")]
+    max_prompt_tokens: Option<usize>,
+    /// Tokens that --method search tries at each step [default: 32]
+    #[arg(long, value_name = "N", help_heading = "Prompt")]
+    candidates: Option<usize>,
+    /// How evaluations predict: decode, what the model writes, or rank, the likeliest of the labels [default: decode]
+    #[arg(long, help_heading = "Evaluation and checkpoints", value_parser = choice::<Predict>(names::PREDICTS))]
+    predict: Option<Predict>,
+    /// Put <extra_id_0> before each target, as a model that knows only span corruption expects it (Lester et al. 2021,
+    /// section 3.2); it is no part of a prediction
+    #[arg(long, help_heading = "Data")]
+    target_sentinel: bool,
     /// Resume on a backbone with another fingerprint
     #[arg(long, help_heading = "Evaluation and checkpoints")]
     allow_other_backbone: bool,
@@ -91,7 +132,7 @@ pub(crate) struct TrainArgs {
 
 #[derive(Args)]
 #[command(next_help_heading = "Machine")]
-struct MachineArgs {
+pub(crate) struct MachineArgs {
     /// Where the backbone runs: cpu, cuda (each rank on the GPU of its number) or cuda:N; GPUs need a build with the
     /// feature `cuda` [default: cpu]
     #[arg(long, value_name = "DEVICE")]
@@ -108,16 +149,10 @@ struct MachineArgs {
 }
 
 impl TrainArgs {
-    /// The run that the flags, the configuration file and the defaults describe.
-    fn resolve(self, global: &Global) -> Result<TrainSpec> {
-        let (config, resume) = (self.config.clone(), self.resume);
-        let flags = self.flags(global);
-        Ok(TrainSpec::resolve(flags, config.as_deref(), resume)?)
-    }
-
-    fn flags(self, global: &Global) -> PartialSpec {
+    /// What the flags say, the configuration file, and whether a run goes on.
+    pub(crate) fn layers(self, global: &Global) -> (PartialSpec, Option<PathBuf>, bool) {
         let Self { training, machine, ranks, .. } = self;
-        PartialSpec {
+        let flags = PartialSpec {
             model: self.model,
             train: self.train,
             eval: self.eval,
@@ -125,17 +160,34 @@ impl TrainArgs {
             data_dir: self.named.data_dir,
             out: self.out,
             method: self.method,
-            device: machine.device,
-            dtype: machine.dtype,
-            tp: ranks.tp,
-            dp: ranks.dp,
-            collective: ranks.collective,
-            microbatch_tokens: machine.microbatch_tokens,
-            recompute: machine.recompute,
+            adapter_width: self.adapter_width,
+            shots: self.shots,
+            shot_template: self.shot_template,
+            shot_separator: self.shot_separator,
+            instruction: self.instruction,
+            max_prompt_tokens: self.max_prompt_tokens,
+            candidates: self.candidates,
+            parameter_scaling: self.parameter_scaling,
+            predict: self.predict,
+            target_sentinel: self.target_sentinel.then_some(true),
             // Absent flags leave the word to the file.
             allow_other_backbone: self.allow_other_backbone.then_some(true),
             threads: global.threads.map(usize::from),
-            ..training.into_spec()
+            ..training.into_spec().over(machine.spec()).over(ranks.spec())
+        };
+        (flags, self.config, self.resume)
+    }
+}
+
+impl MachineArgs {
+    /// What the flags say of a run.
+    pub(crate) fn spec(&self) -> PartialSpec {
+        PartialSpec {
+            device: self.device.clone(),
+            dtype: self.dtype,
+            microbatch_tokens: self.microbatch_tokens,
+            recompute: self.recompute,
+            ..PartialSpec::default()
         }
     }
 }
@@ -146,12 +198,24 @@ impl TrainArgs {
 /// Whatever stops a run: see the exit codes.
 pub(crate) fn run(args: TrainArgs, global: &Global) -> Result<Exit> {
     let options = args.ranks.options();
-    let spec = args.resolve(global)?;
+    let (flags, config, resume) = args.layers(global);
+    carry_out(&TrainSpec::resolve(flags, config.as_deref(), resume)?, &options, global)
+}
+
+/// Carries a run out, then prints what came of it.
+///
+/// # Errors
+/// Whatever stops a run: see the exit codes.
+pub(crate) fn carry_out(spec: &TrainSpec, options: &Options, global: &Global) -> Result<Exit> {
     let control = Control::new();
     stop_on_ctrl_c(control.clone())?;
     let mut watch = Watch::new(global);
     let start = Instant::now();
-    let (outcome, leads) = outcome(&spec, &options, &control, &mut watch)?;
+    let (outcome, leads) = on_ranks(spec, options, |ranks| match ranks {
+        None => train(spec, options, &control, &mut watch),
+        Some(ranks) if ranks.leads() => train_as_rank(spec, ranks, &control, &mut watch),
+        Some(ranks) => train_as_rank(spec, ranks, &control, &mut ()),
+    })?;
     let interrupted = outcome.end == End::Requested;
     if !leads {
         return Ok(if interrupted { Exit::Interrupted } else { Exit::Ok });
@@ -159,35 +223,41 @@ pub(crate) fn run(args: TrainArgs, global: &Global) -> Result<Exit> {
     if let Some(failure) = watch.failure {
         return Err(failure.context("the run is done and its prompt is saved, but not its predictions"));
     }
-    let summary = summary(&spec, outcome, start.elapsed())?;
+    let summary = summary(spec, outcome, start.elapsed())?;
     output::print(&summary, global.json)?;
     if interrupted {
         let how = ranks::launch_prefix(spec.tp * spec.dp);
-        note(&format!("go on with: {how}train --out {} --resume", spec.out.display()));
+        let command = if spec.objective.is_some() { "pretrain" } else { "train" };
+        note(&format!("go on with: {how}{command} --out {} --resume", spec.out.display()));
         return Ok(Exit::Interrupted);
     }
-    note(&format!(
-        "next: open {}, or try: incipit generate --prompt {} --input \"your text\"",
-        summary.report.display(),
-        spec.out.display()
-    ));
+    let next = match &summary.trained {
+        Some(model) if spec.objective.is_some() => {
+            format!("incipit train --model {} --help", model.display())
+        }
+        _ => format!("incipit generate --prompt {} --input \"your text\"", spec.out.display()),
+    };
+    note(&format!("next: open {}, or try: {next}", summary.report.display()));
     Ok(Exit::Ok)
 }
 
 /// What a run left, for people and programs.
 #[derive(Serialize)]
-struct Summary {
+pub(crate) struct Summary {
     end: Ending,
-    steps: u64,
-    best_step: Option<u64>,
-    metrics: BTreeMap<String, f64>,
+    pub(crate) steps: u64,
+    pub(crate) best_step: Option<u64>,
+    pub(crate) metrics: BTreeMap<String, f64>,
     legal_share: Option<f64>,
     eval_loss: Option<f64>,
     train_loss: Option<f64>,
     seconds: f64,
     tokens_per_s: Option<f64>,
     examples_per_s: Option<f64>,
-    prompt: Option<PathBuf>,
+    method: Method,
+    /// What was trained: a prompt, weights, or the directory of a whole model.
+    trained: Option<PathBuf>,
+    /// The prompt again, as PEFT reads it.
     adapter: Option<PathBuf>,
     report: PathBuf,
 }
@@ -201,30 +271,34 @@ enum Ending {
     Interrupted,
 }
 
-/// Trains, and says what came of it and whether this process speaks for all ranks.
-fn outcome(
+/// Does the work of a run: without ranks where they are threads of this process, else as the rank that it is. Says what came of it, and
+/// whether this process speaks for all ranks.
+///
+/// # Errors
+/// If the ranks cannot meet, and those of the work.
+pub(crate) fn on_ranks<T: Send>(
     spec: &TrainSpec,
     options: &Options,
-    control: &Control,
-    watch: &mut Watch,
-) -> Result<(Outcome, bool)> {
+    work: impl FnOnce(Option<Ranks>) -> incipit_tune::Result<T> + Send,
+) -> Result<(T, bool)> {
     if spec.collective == Backend::Local {
         ranks::refuse_several_processes()?;
         note(&format!("loading {}", spec.model));
-        return Ok((train(spec, options, control, watch)?, true));
+        return Ok((work(None)?, true));
     }
     let ranks = ranks::join(spec.collective, (spec.tp, spec.dp), spec.device, options)?;
     note(&format!("loading {}", spec.model));
     let leads = ranks.leads();
-    let observer: &mut dyn Observer = if leads { watch } else { &mut () };
     let pool =
         rayon::ThreadPoolBuilder::new().num_threads(spec.threads.unwrap_or_else(rayon::current_num_threads));
-    let outcome = pool.build()?.install(|| train_as_rank(spec, ranks, control, observer))?;
-    Ok((outcome, leads))
+    Ok((pool.build()?.install(|| work(Some(ranks)))?, leads))
 }
 
 /// Makes the report, and sums the run up.
-fn summary(spec: &TrainSpec, outcome: Outcome, time: Duration) -> Result<Summary> {
+///
+/// # Errors
+/// If the run's files cannot be read, or the report cannot be written.
+pub(crate) fn summary(spec: &TrainSpec, outcome: Outcome, time: Duration) -> Result<Summary> {
     let records = Records::read(&spec.out)?;
     let report = report::write(&records, &spec.out)?;
     let best = records.best();
@@ -243,8 +317,13 @@ fn summary(spec: &TrainSpec, outcome: Outcome, time: Duration) -> Result<Summary
         seconds: time.as_secs_f64(),
         tokens_per_s: records.tokens_per_second(),
         examples_per_s: records.examples_per_second(),
-        adapter: outcome.prompt.as_ref().map(|_| spec.out.join(ADAPTER_DIR)),
-        prompt: outcome.prompt,
+        method: spec.method,
+        adapter: outcome
+            .trained
+            .as_ref()
+            .filter(|_| spec.method == Method::Prompt)
+            .map(|_| spec.out.join(ADAPTER_DIR)),
+        trained: outcome.trained,
         report,
     })
 }
@@ -279,13 +358,13 @@ impl Printed for Summary {
                 format!("{} tokens/s, {} examples/s", units::rate(tokens), units::rate(examples)),
             );
         }
-        for (name, path) in [
-            ("prompt", &self.prompt),
-            ("PEFT adapter", &self.adapter),
-            ("report", &Some(self.report.clone())),
-        ] {
-            row(name.into(), path.as_ref().map_or("none yet".to_owned(), |p| p.display().to_string()));
+        let shown = |path: &Path| path.display().to_string();
+        let trained = self.trained.as_deref().map_or("none yet".to_owned(), shown);
+        row(self.method.to_string(), trained);
+        if let Some(adapter) = &self.adapter {
+            row("PEFT adapter".into(), shown(adapter));
         }
+        row("report".into(), shown(&self.report));
         output::table(&["run", ""], &rows, false)
     }
 }

@@ -18,12 +18,17 @@ pub(crate) struct TrainingArgs {
     #[command(flatten)]
     optimization: OptimizationArgs,
     #[command(flatten)]
+    measures: MeasureArgs,
+    #[command(flatten)]
     checks: CheckArgs,
 }
 
 #[derive(Args)]
 #[command(next_help_heading = "Prompt")]
 struct PromptArgs {
+    /// Set of defaults: as the paper prints it, or as its released code runs [default: paper]
+    #[arg(long, value_parser = choice::<Recipe>(names::RECIPES))]
+    recipe: Option<Recipe>,
     /// Rows of the prompt [default: 100]
     #[arg(long, value_name = "P")]
     prompt_length: Option<usize>,
@@ -33,15 +38,20 @@ struct PromptArgs {
 }
 
 #[derive(Args)]
+#[command(next_help_heading = "Evaluation and checkpoints")]
+struct MeasureArgs {
+    /// What is measured; the mean of several chooses the best [default: accuracy]
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',', value_parser = choice::<Metric>(names::METRICS))]
+    metrics: Option<Vec<Metric>>,
+}
+
+#[derive(Args)]
 #[command(next_help_heading = "Optimization")]
-struct OptimizationArgs {
-    /// Set of defaults: as the paper prints it, or as its released code runs [default: paper]
-    #[arg(long, value_parser = choice::<Recipe>(names::RECIPES))]
-    recipe: Option<Recipe>,
-    /// What turns gradients into updates [default: adafactor]
+pub(crate) struct OptimizationArgs {
+    /// What turns gradients into updates [default: by method, prompt: adafactor]
     #[arg(long, value_parser = choice::<OptimizerName>(names::OPTIMIZERS))]
     optimizer: Option<OptimizerName>,
-    /// Learning rate [default: 0.3]
+    /// Learning rate [default: by method, prompt: 0.3]
     #[arg(long, value_name = "RATE")]
     lr: Option<f64>,
     /// How the learning rate changes [default: constant]
@@ -50,7 +60,7 @@ struct OptimizationArgs {
     /// Steps over which the learning rate rises from 0 [default: 0]
     #[arg(long, value_name = "N")]
     warmup_steps: Option<u64>,
-    /// Weight decay of Adafactor and AdamW [default: 1e-5]
+    /// Weight decay of Adafactor and AdamW [default: by method, prompt: 1e-5]
     #[arg(long, value_name = "RATE")]
     weight_decay: Option<f64>,
     /// Examples a step [default: 32]
@@ -59,7 +69,7 @@ struct OptimizationArgs {
     /// Steps [default: 30000]
     #[arg(long, value_name = "N")]
     steps: Option<u64>,
-    /// Dropout inside the frozen backbone [default: by recipe, paper: 0]
+    /// Dropout inside the model [default: by method and recipe, prompt and paper: 0]
     #[arg(long, value_name = "RATE")]
     dropout: Option<f64>,
     /// Weight of the z-loss [default: by recipe, paper: 0]
@@ -71,20 +81,17 @@ struct OptimizationArgs {
     /// Whether each epoch has a random order of its own [default: true]
     #[arg(long, value_name = "true|false", action = ArgAction::Set)]
     shuffle: Option<bool>,
-    /// Seed of the prompt's start, the data's order and dropout [default: 0]
+    /// Seed of what is random at the start, the data's order and dropout [default: 0]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
 }
 
 #[derive(Args)]
 #[command(next_help_heading = "Evaluation and checkpoints")]
-struct CheckArgs {
+pub(crate) struct CheckArgs {
     /// Steps from one evaluation to the next [default: 500]
     #[arg(long, value_name = "N")]
     eval_every: Option<u64>,
-    /// What is measured; the mean of several chooses the best [default: accuracy]
-    #[arg(long, value_name = "NAME,...", value_delimiter = ',', value_parser = choice::<Metric>(names::METRICS))]
-    metrics: Option<Vec<Metric>>,
     /// Evaluations without a better one after which the run ends [default: none, all steps are done]
     #[arg(long, value_name = "N")]
     patience: Option<u32>,
@@ -99,34 +106,52 @@ struct CheckArgs {
 impl TrainingArgs {
     /// What the flags say. Absent ones leave the word to a file.
     pub(crate) fn into_spec(self) -> PartialSpec {
-        let Self { format, prompt, optimization, checks } = self;
+        let Self { format, prompt, optimization, measures, checks } = self;
         PartialSpec {
             inputs: format.inputs,
             targets: format.targets,
             labels: format.labels,
             prompt_length: prompt.prompt_length,
             prompt_init: prompt.prompt_init,
-            recipe: optimization.recipe,
-            optimizer: optimization.optimizer,
-            lr: optimization.lr,
-            schedule: optimization.schedule,
-            warmup_steps: optimization.warmup_steps,
-            weight_decay: optimization.weight_decay,
-            batch_size: optimization.batch_size,
-            steps: optimization.steps,
+            recipe: prompt.recipe,
             max_input_length: format.max_input_length,
             max_target_length: format.max_target_length,
-            dropout: optimization.dropout,
-            z_loss: optimization.z_loss,
-            loss: optimization.loss,
-            shuffle: optimization.shuffle,
-            seed: optimization.seed,
-            eval_every: checks.eval_every,
-            checkpoint_every: checks.checkpoint_every,
-            keep: checks.keep,
-            patience: checks.patience,
-            metrics: checks.metrics,
+            metrics: measures.metrics,
             skip_bad_records: format.skip_bad_records.then_some(true),
+            ..optimization.spec().over(checks.spec())
+        }
+    }
+}
+
+impl OptimizationArgs {
+    /// What the flags say of a run.
+    pub(crate) fn spec(&self) -> PartialSpec {
+        PartialSpec {
+            optimizer: self.optimizer,
+            lr: self.lr,
+            schedule: self.schedule,
+            warmup_steps: self.warmup_steps,
+            weight_decay: self.weight_decay,
+            batch_size: self.batch_size,
+            steps: self.steps,
+            dropout: self.dropout,
+            z_loss: self.z_loss,
+            loss: self.loss,
+            shuffle: self.shuffle,
+            seed: self.seed,
+            ..PartialSpec::default()
+        }
+    }
+}
+
+impl CheckArgs {
+    /// What the flags say of a run.
+    pub(crate) fn spec(&self) -> PartialSpec {
+        PartialSpec {
+            eval_every: self.eval_every,
+            checkpoint_every: self.checkpoint_every,
+            keep: self.keep,
+            patience: self.patience,
             ..PartialSpec::default()
         }
     }

@@ -1,4 +1,4 @@
-//! Line charts as SVG: axes with round ticks, curves, one marked best point, a dashed baseline. Colours come from the page's style
+//! Charts as SVG: axes with round ticks, curves or bars, one marked best point, a dashed baseline with a band around it. Colours come from the page's style
 //! sheet, by class, so that a chart follows the reader's light or dark scheme.
 
 use std::fmt::Write as _;
@@ -25,6 +25,8 @@ pub(crate) enum Mark {
     Faint,
     /// A line with a dot at each point.
     Dots,
+    /// A bar from zero for each point; its x is a whole number.
+    Bars,
 }
 
 /// One curve.
@@ -49,6 +51,8 @@ pub(crate) struct Chart {
     pub(crate) best: Option<(f64, f64, String)>,
     /// A horizontal line to compare with, with its words.
     pub(crate) baseline: Option<(f64, String)>,
+    /// A range of y to compare with, from its low to its high end.
+    pub(crate) band: Option<(f64, f64)>,
     /// y is a share: the axis runs within 0..=1 and is labelled in per cent.
     pub(crate) percent: bool,
 }
@@ -56,6 +60,8 @@ pub(crate) struct Chart {
 /// What the page's script needs to answer a pointer: where the plot lies, and the points in plot coordinates with their texts.
 #[derive(Serialize)]
 pub(crate) struct Hover {
+    /// What x is.
+    x: String,
     left: f64,
     right: f64,
     width: f64,
@@ -103,7 +109,7 @@ impl Chart {
         if all.is_empty() {
             return None;
         }
-        let (x, y) = (x_axis(&all), self.y_axis(&all));
+        let (x, y) = (self.x_axis(&all), self.y_axis(&all));
         let mut svg = String::new();
         let _ = write!(
             svg,
@@ -114,6 +120,7 @@ impl Chart {
         for (s, points) in &series {
             draw_series(&mut svg, s, points, &x, &y);
         }
+        self.draw_band(&mut svg, &y);
         self.draw_baseline(&mut svg, &x, &y);
         self.draw_best(&mut svg, &x, &y);
         let _ = write!(
@@ -122,11 +129,26 @@ impl Chart {
             HEIGHT - BOTTOM
         );
         let series = series.iter().map(|(s, points)| self.hover(s, points, &x, &y)).collect();
-        Some((svg, Hover { left: LEFT, right: WIDTH - RIGHT, width: WIDTH, series }))
+        let x = self.x_label.clone();
+        Some((svg, Hover { x, left: LEFT, right: WIDTH - RIGHT, width: WIDTH, series }))
+    }
+
+    fn has_bars(&self) -> bool {
+        self.series.iter().any(|s| s.mark == Mark::Bars)
+    }
+
+    /// From 0, and wide enough for whole bars.
+    fn x_axis(&self, all: &[(f64, f64)]) -> Axis {
+        let high = all.iter().fold(0.0f64, |high, p| high.max(p.0));
+        let (low, high) = if self.has_bars() { (-0.5, high + 0.5) } else { (0.0, high.max(1.0)) };
+        Axis { low, high, from: LEFT, to: WIDTH - RIGHT, log: false }
     }
 
     fn y_axis(&self, all: &[(f64, f64)]) -> Axis {
-        let values = all.iter().map(|p| p.1).chain(self.baseline.as_ref().map(|b| b.0));
+        let compared = self.baseline.iter().map(|b| b.0).chain(self.band.iter().flat_map(|b| [b.0, b.1]));
+        // A bar is as long as its number.
+        let zero = self.has_bars().then_some(0.0);
+        let values = all.iter().map(|p| p.1).chain(compared).chain(zero);
         let (mut low, mut high) = values.fold((f64::MAX, f64::MIN), |(l, h), v| (l.min(v), h.max(v)));
         let log = !self.percent && low > 0.0 && high / low > LOG_RATIO;
         if log {
@@ -157,7 +179,8 @@ impl Chart {
                 at + 4.5
             );
         }
-        for tick in x.ticks() {
+        // Steps and rows are whole.
+        for tick in x.ticks().into_iter().filter(|tick| tick.fract().abs() < 1e-9) {
             let at = x.place(tick);
             let _ = write!(
                 svg,
@@ -176,6 +199,17 @@ impl Chart {
             f64::midpoint(TOP, bottom),
             escaped(&self.y_label),
             if y.log { " (log scale)" } else { "" }
+        );
+    }
+
+    fn draw_band(&self, svg: &mut String, y: &Axis) {
+        let Some((low, high)) = self.band else { return };
+        let (top, bottom) = (y.place(high), y.place(low));
+        let _ = write!(
+            svg,
+            r#"<rect class="band" x="{LEFT}" width="{}" y="{top:.1}" height="{:.1}"/>"#,
+            WIDTH - RIGHT - LEFT,
+            bottom - top
         );
     }
 
@@ -223,13 +257,10 @@ impl Chart {
     }
 }
 
-/// Steps, from 0.
-fn x_axis(all: &[(f64, f64)]) -> Axis {
-    let high = all.iter().fold(0.0f64, |high, p| high.max(p.0));
-    Axis { low: 0.0, high: high.max(1.0), from: LEFT, to: WIDTH - RIGHT, log: false }
-}
-
 fn draw_series(svg: &mut String, series: &Series, points: &[(f64, f64)], x: &Axis, y: &Axis) {
+    if series.mark == Mark::Bars {
+        return draw_bars(svg, series.class, points, (x, y));
+    }
     let mut path = String::new();
     for (i, &(px, py)) in points.iter().enumerate() {
         let _ = write!(path, "{}{:.1} {:.1}", if i == 0 { "M" } else { "L" }, x.place(px), y.place(py));
@@ -246,6 +277,19 @@ fn draw_series(svg: &mut String, series: &Series, points: &[(f64, f64)], x: &Axi
                 series.class
             );
         }
+    }
+}
+
+fn draw_bars(svg: &mut String, class: &str, points: &[(f64, f64)], (x, y): (&Axis, &Axis)) {
+    let width = 0.72 * (x.place(1.0) - x.place(0.0));
+    let zero = y.place(0.0);
+    for &(px, py) in points {
+        let (left, top) = (x.place(px) - width / 2.0, y.place(py));
+        let _ = write!(
+            svg,
+            r#"<rect class="bar {class}" x="{left:.2}" width="{width:.2}" y="{top:.1}" height="{:.1}"/>"#,
+            zero - top
+        );
     }
 }
 
@@ -342,6 +386,28 @@ mod tests {
         let (svg, _) = line(vec![(5.0, 0.7)]).draw().expect("a chart");
         assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
         assert!(svg.contains("a &lt; b"));
+    }
+
+    #[test]
+    fn bars_begin_at_zero_and_the_band_across_them_lies_within_the_chart() {
+        let mut chart = line(vec![(0.0, 900.0), (1.0, 1000.0)]);
+        chart.series[0].mark = Mark::Bars;
+        chart.band = Some((1.0, 2000.0));
+        let (svg, _) = chart.draw().expect("a chart");
+        // The floor of the chart is its zero, however far apart the numbers are.
+        assert!(!svg.contains("(log scale)"), "{svg}");
+        let attribute = |rect: &str, name: &str| {
+            let value = rect.split(&format!(" {name}=\"")).nth(1).and_then(|rest| rest.split('"').next());
+            value.and_then(|v| v.parse::<f64>().ok()).expect("a number")
+        };
+        let rects: Vec<&str> = svg.split("<rect ").skip(1).collect();
+        let heights: Vec<f64> = rects.iter().map(|rect| attribute(rect, "height")).collect();
+        let [low, high, band] = heights[..] else { panic!("{svg}") };
+        assert!((low / high - 0.9).abs() < 0.01, "{heights:?}");
+        assert!((band / high - 1.999).abs() < 0.01, "{heights:?}");
+        assert!(attribute(rects[2], "y") >= TOP, "{svg}");
+        let bottom = attribute(rects[0], "y") + low;
+        assert!((bottom - (HEIGHT - BOTTOM)).abs() < 0.2, "{bottom}");
     }
 
     #[test]

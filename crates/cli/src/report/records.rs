@@ -61,7 +61,8 @@ impl Evaluation {
 pub(crate) struct RunFacts {
     pub(crate) fingerprint: Option<String>,
     pub(crate) parameters: Option<u64>,
-    pub(crate) d_model: Option<usize>,
+    /// Numbers that were trained.
+    pub(crate) trained: Option<u64>,
     /// Steps after which the last checkpoint was saved, and evaluations since the best one.
     saved: Option<(u64, u64)>,
 }
@@ -70,7 +71,7 @@ impl RunFacts {
     fn read(out: &Path, settings: &toml::Table) -> Self {
         let mut facts = Self::default();
         if let Ok(last) = checkpoint::load(&out.join("last")) {
-            facts.d_model = Some(last.prompt.width());
+            facts.trained = Some(last.trained.num_parameters());
             facts.saved = Some((last.state.step, last.state.evaluations_since_best));
             facts.fingerprint = Some(last.state.backbone);
         }
@@ -170,11 +171,6 @@ impl Records {
     /// A setting that is a whole number.
     fn number(&self, key: &str) -> Option<u64> {
         self.settings.get(key).and_then(toml::Value::as_integer).and_then(|n| n.try_into().ok())
-    }
-
-    /// Numbers that were trained.
-    pub(crate) fn trained(&self) -> Option<u64> {
-        Some(self.number("prompt-length")?.saturating_mul(self.run.d_model? as u64))
     }
 
     /// Why the run ended, in words that follow "trained for 300 steps".

@@ -122,3 +122,17 @@ pub(crate) fn text(path: impl AsRef<Path>) -> String {
     let path = path.as_ref();
     std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
+
+/// Of a page: it fetches nothing.
+#[track_caller]
+pub(crate) fn assert_needs_nothing_else(page: &str) {
+    let page = page.replace("http://www.w3.org/2000/svg", "");
+    for outside in ["http://", "https://", "src=", "@import", "url("] {
+        assert!(!page.contains(outside), "the page needs {outside}");
+    }
+}
+
+/// A file of a directory, as an argument.
+pub(crate) fn path(dir: &Path, name: &str) -> String {
+    dir.join(name).display().to_string()
+}

@@ -34,11 +34,7 @@ impl Store {
     pub fn open(out: &Path) -> Result<Self> {
         let checkpoints = out.join("checkpoints");
         atomic::create_dir(&checkpoints)?;
-        let lock = File::open(out).map_err(Error::io("open", out))?;
-        // A file system without locks cannot tell us; that is no reason not to write there.
-        if matches!(lock.try_lock(), Err(TryLockError::WouldBlock)) {
-            return Err(Error::OutInUse { path: out.to_owned() });
-        }
+        let lock = lock(out)?;
         atomic::clean(out)?;
         atomic::clean(&checkpoints)?;
         Ok(Self { out: out.to_owned(), _lock: lock })
@@ -151,6 +147,19 @@ impl Store {
         }
         Ok(removed)
     }
+}
+
+/// Takes a directory for this process, as long as it holds the file.
+///
+/// # Errors
+/// If the system refuses, or another process has it.
+pub(crate) fn lock(dir: &Path) -> Result<File> {
+    let file = File::open(dir).map_err(Error::io("open", dir))?;
+    // A file system without locks cannot tell us; that is no reason not to write there.
+    if matches!(file.try_lock(), Err(TryLockError::WouldBlock)) {
+        return Err(Error::OutInUse { path: dir.to_owned() });
+    }
+    Ok(file)
 }
 
 /// As seen from the training directory.

@@ -11,7 +11,7 @@ fn checkpoint(step: u64) -> Checkpoint {
     optimizer.step(&mut prompt, &[step as f32 + 0.25; 6], 0.3);
     let best = Best { step: step / 2, score: 1.0 / (step as f64 + 3.0) };
     Checkpoint {
-        prompt: Prompt::new(2, 3, prompt).unwrap(),
+        trained: Trained::Prompt(Prompt::new(2, 3, prompt).unwrap()),
         optimizer: optimizer.state(),
         state: TrainState {
             step,
@@ -27,6 +27,8 @@ fn checkpoint(step: u64) -> Checkpoint {
             evaluated: 1000,
             train_data: "1234".to_owned(),
             eval_data: None,
+            tokens: None,
+            corpus: None,
         },
     }
 }

@@ -9,7 +9,7 @@ use incipit_collective::{Coordinates, Ranks, Reduce, gather_bytes};
 use incipit_kernels::sums::{Sums, ZERO_EXPONENT, dequantized, max_exponents};
 use incipit_model::ExampleGradient;
 
-use super::{Gathered, JobBatch, JobFault, JobGradient, cost, num_targets};
+use super::{Gathered, JobBatch, JobFault, JobGradient, num_targets};
 use crate::{Result, ranks};
 
 /// In the place of a loss or an exponent: another replica has the example. Everything else is larger.
@@ -21,34 +21,51 @@ const REFUSED: i64 = 1 << 33;
 
 /// What everybody knows of an example.
 #[derive(Clone, Copy)]
-struct Known {
+pub(super) struct Known {
     loss: f32,
     exponent: i64,
     replica: usize,
 }
 
 /// What a job's examples gave on this rank.
-struct Terms {
-    /// Losses and gradients by example; none where another replica has it.
-    gradients: Vec<Option<(f32, Tensor)>>,
+pub(super) struct Terms<T> {
+    /// By example; none where another replica has it.
+    given: Vec<Option<T>>,
     refusal: Option<String>,
+}
+
+impl<T> Terms<T> {
+    pub(super) fn of(jobs: &[JobBatch<'_>], gathered: Vec<Gathered<T>>) -> Vec<Self> {
+        let of_job = |(job, gathered): (&JobBatch<'_>, Gathered<T>)| match gathered {
+            Ok(given) => Self { given, refusal: None },
+            Err(refusal) => {
+                Self { given: job.examples.iter().map(|_| None).collect(), refusal: Some(refusal) }
+            }
+        };
+        jobs.iter().zip(gathered).map(of_job).collect()
+    }
 }
 
 pub(super) fn over_replicas(
     ranks: &Ranks,
     device: &Device,
     jobs: &[JobBatch<'_>],
-    gathered: Vec<Result<Gathered, String>>,
+    gathered: Vec<Gathered<ExampleGradient>>,
     replicas: &[usize],
 ) -> Result<Vec<Result<JobGradient, JobFault>>> {
-    let terms: Vec<Terms> = jobs.iter().zip(gathered).map(|(job, gathered)| terms(job, gathered)).collect();
-    let known = exchanged(ranks, replicas, told(ranks, &terms, replicas)?)?;
-    let mut rest = &known[..];
+    let terms = Terms::of(jobs, gathered);
+    let gradients: Vec<&Tensor> = terms
+        .iter()
+        .flat_map(|terms| terms.given.iter().flatten())
+        .map(|given| &given.prompt_gradient)
+        .collect();
+    let mut exponents = max_exponents(&gradients)?.into_iter();
+    let known = exchanged(ranks, &terms, replicas, |given| {
+        [i64::from(given.loss.to_bits()), exponents.next().flatten().map_or(NOT_FINITE, i64::from)]
+    })?;
     let mut outcomes = Vec::with_capacity(jobs.len());
     let mut len = 0;
-    for (job, terms) in jobs.iter().zip(&terms) {
-        let (examples, later) = rest.split_at(job.examples.len());
-        rest = later;
+    for (job, (terms, examples)) in jobs.iter().zip(terms.iter().zip(&known)) {
         let outcome = judged(ranks, examples, terms)?;
         let first = len;
         if outcome.is_ok() {
@@ -79,51 +96,19 @@ struct Outcome<'a> {
     examples: &'a [Known],
 }
 
-fn terms(job: &JobBatch<'_>, gathered: Result<Gathered, String>) -> Terms {
-    match gathered {
-        Ok(gathered) => {
-            let parts = |example: ExampleGradient| (example.loss, example.prompt_gradient);
-            Terms {
-                gradients: gathered.into_iter().map(|example| example.map(parts)).collect(),
-                refusal: None,
-            }
-        }
-        Err(refusal) => Terms { gradients: vec![None; job.examples.len()], refusal: Some(refusal) },
-    }
-}
-
-/// What others should know of the examples that are here: two numbers for every example of all jobs.
-fn told(ranks: &Ranks, terms: &[Terms], replicas: &[usize]) -> Result<Vec<i64>> {
-    let all = || terms.iter().flat_map(|terms| &terms.gradients);
-    let gradients: Vec<&Tensor> = all().flatten().map(|(_, gradient)| gradient).collect();
-    let mut exponents = max_exponents(&gradients)?.into_iter();
-    let mut told = Vec::with_capacity(2 * replicas.len());
-    for (example, replica) in all().zip(replicas) {
-        told.extend(match example {
-            Some((loss, _)) => {
-                let exponent = exponents.next().flatten().map_or(NOT_FINITE, i64::from);
-                [i64::from(loss.to_bits()), exponent]
-            }
-            None if *replica == ranks.coordinates().data => [ABSENT, REFUSED],
-            None => [ABSENT, ABSENT],
-        });
-    }
-    Ok(told)
-}
-
 /// The sums of all jobs that have one, over all replicas.
 fn summed(
     ranks: &Ranks,
     device: &Device,
-    terms: &[Terms],
+    terms: &[Terms<ExampleGradient>],
     outcomes: &[Result<Outcome<'_>, JobFault>],
     len: usize,
 ) -> Result<Tensor> {
     let mut sums = Sums::zeros(len, device)?;
     for (terms, outcome) in terms.iter().zip(outcomes) {
         let Ok(Outcome { exponent, first, .. }) = outcome else { continue };
-        for (_, gradient) in terms.gradients.iter().flatten() {
-            sums.add(*first, gradient, *exponent)?;
+        for given in terms.given.iter().flatten() {
+            sums.add(*first, &given.prompt_gradient, *exponent)?;
         }
     }
     let sums = sums.into_tensor()?;
@@ -133,19 +118,38 @@ fn summed(
     Ok(ranks.data().all_reduce(&sums, Reduce::Sum)?)
 }
 
-/// What all replicas know, in the order of the jobs' examples.
-fn exchanged(ranks: &Ranks, replicas: &[usize], own: Vec<i64>) -> Result<Vec<Known>> {
+/// What all replicas know of each job's examples. `told` says of what an example gave here two numbers that others should know: the
+/// bits of its loss, and the exponent of its gradient.
+pub(super) fn exchanged<T>(
+    ranks: &Ranks,
+    terms: &[Terms<T>],
+    replicas: &[usize],
+    mut told: impl FnMut(&T) -> [i64; 2],
+) -> Result<Vec<Vec<Known>>> {
+    let mut own = Vec::with_capacity(2 * replicas.len());
+    for (given, replica) in terms.iter().flat_map(|terms| &terms.given).zip(replicas) {
+        own.extend(match given {
+            Some(given) => told(given),
+            None if *replica == ranks.coordinates().data => [ABSENT, REFUSED],
+            None => [ABSENT, ABSENT],
+        });
+    }
     let known = ranks::reduced(&**ranks.data(), own, Reduce::Max)?;
     let of = |([loss, exponent], replica): (&[i64; 2], &usize)| Known {
         loss: f32::from_bits(*loss as u32),
         exponent: *exponent,
         replica: *replica,
     };
-    Ok(known.as_chunks().0.iter().zip(replicas).map(of).collect())
+    let mut known = known.as_chunks().0.iter().zip(replicas).map(of);
+    Ok(terms.iter().map(|terms| known.by_ref().take(terms.given.len()).collect()).collect())
 }
 
 /// The exponent of the job's sum, or its first fault: the same on every rank.
-fn judged(ranks: &Ranks, examples: &[Known], terms: &Terms) -> Result<Result<i32, JobFault>> {
+pub(super) fn judged<T>(
+    ranks: &Ranks,
+    examples: &[Known],
+    terms: &Terms<T>,
+) -> Result<Result<i32, JobFault>> {
     if examples.iter().any(|known| known.exponent == REFUSED) {
         let words = terms.refusal.clone().unwrap_or_default();
         let all = gather_bytes(&**ranks.data(), words.as_bytes())?;
@@ -154,10 +158,7 @@ fn judged(ranks: &Ranks, examples: &[Known], terms: &Terms) -> Result<Result<i32
         return Ok(Err(JobFault::Refused { what }));
     }
     if let Some(example) = examples.iter().position(|known| known.exponent == ABSENT) {
-        let what = format!(
-            "no replica went through example {example} of the batch: the ranks were told different things"
-        );
-        return Ok(Err(JobFault::Refused { what }));
+        return Ok(Err(untouched(example)));
     }
     let mut exponent = ZERO_EXPONENT;
     for (example, known) in examples.iter().enumerate() {
@@ -173,14 +174,26 @@ fn judged(ranks: &Ranks, examples: &[Known], terms: &Terms) -> Result<Result<i32
     Ok(Ok(exponent))
 }
 
+/// Nobody has told anything of an example.
+pub(super) fn untouched(example: usize) -> JobFault {
+    let what = format!(
+        "no replica went through example {example} of the batch: the ranks were told different things"
+    );
+    JobFault::Refused { what }
+}
+
 fn finished(job: &JobBatch<'_>, examples: &[Known], gradient: Vec<f32>) -> Result<JobGradient, JobFault> {
     if !gradient.iter().all(|g| g.is_finite()) {
         let what = "the sum of the batch's gradients is beyond f32".to_owned();
         return Err(JobFault::Refused { what });
     }
-    let num_targets = num_targets(job);
+    let (num_targets, num_tokens) = (num_targets(job), job.num_tokens());
+    Ok(JobGradient { loss: mean_loss(job, examples), num_targets, num_tokens, gradient })
+}
+
+/// Over the target tokens of the batch.
+pub(super) fn mean_loss(job: &JobBatch<'_>, examples: &[Known]) -> f64 {
     // In the order of the batch, so that the rounding is that of one rank.
     let loss: f64 = examples.iter().map(|known| f64::from(known.loss)).sum();
-    let num_tokens = (0..job.examples.len()).map(|example| cost(job, example)).sum();
-    Ok(JobGradient { loss: loss / num_targets as f64, num_targets, num_tokens, gradient })
+    loss / num_targets(job) as f64
 }

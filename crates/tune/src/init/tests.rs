@@ -123,6 +123,21 @@ fn text_is_repeated_or_cut_to_the_length() {
 }
 
 #[test]
+fn a_prompt_of_tokens_begins_with_the_pieces_whose_rows_a_soft_prompt_would_have() {
+    let sources = Sources { embedding: &embedding, tokenizer: &tokenizer(50), labels: &[], seed: 4 };
+    for (init, length) in [("vocab", 20), ("text:yes maybe", 7), ("text:yes maybe", 2)] {
+        let (tokens, warnings) = initial_tokens(&init.parse().unwrap(), length, &sources).unwrap();
+        let initial = begin(init, length, &[], 4).unwrap();
+        assert_eq!(tokens.iter().map(|id| *id as f32).collect::<Vec<_>>(), ids(&initial), "{init}");
+        assert_eq!(warnings, initial.warnings);
+    }
+    for init in ["class-label", "uniform", "file:prompt.npy"] {
+        let error = initial_tokens(&init.parse().unwrap(), 2, &sources).unwrap_err().to_string();
+        assert!(error.contains(init) && error.contains("give vocab or text:TEXT"), "{error}");
+    }
+}
+
+#[test]
 fn a_file_must_have_the_length_and_the_width() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("p.npy");

@@ -3,11 +3,13 @@
 use super::{NamedTensor, rms};
 use serde::{Deserialize, Serialize};
 
+/// With parameter scaling: a tensor's root mean square, at least.
+const MIN_SCALE: f64 = 1e-3;
+
 /// Both dimensions must reach this for the second moment to be factored.
 const MIN_DIM_TO_FACTOR: usize = 128;
 
-/// Adafactor (Shazeer and Stern 2018) as T5X runs it for prompt tuning: no first moment, no parameter
-/// scaling.
+/// Adafactor (Shazeer and Stern 2018) as T5X runs it: no first moment, and parameter scaling for weights but not for prompts.
 ///
 /// With gradient `g`, prompt `x`, learning rate `lr`, `t = step_offset + number of the step, from 1` and
 /// `b = 1 - t^-decay`:
@@ -18,6 +20,7 @@ const MIN_DIM_TO_FACTOR: usize = 128;
 ///   `c = b c + (1 - b) mean_over_rows(g² + epsilon)`,
 ///   `u = g / sqrt(r / mean(r)) / sqrt(c)`;
 /// * clipping: `u = u / max(1, rms(u) / clip)`;
+/// * parameter scaling: `lr = lr max(rms(x), 1e-3)`;
 /// * update: `x = (1 - weight_decay) x - lr u`.
 ///
 /// The state is `v` `[P, D]`, or `v_row` `[P]` and `v_col` `[D]`.
@@ -52,9 +55,18 @@ pub struct Adafactor {
     pub epsilon: f64,
     /// Steps that count as made before the first one.
     pub step_offset: u64,
+    /// Whether the learning rate is one of a tensor whose numbers have a root mean square of 1, and changes with it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub parameter_scaling: bool,
 }
 
 impl Adafactor {
+    /// With decay 0.8, clipping 1.0 and no parameter scaling.
+    #[must_use]
+    pub const fn new(weight_decay: f64, step_offset: u64) -> Self {
+        Self { decay: 0.8, clip: 1.0, weight_decay, epsilon: 1e-30, step_offset, parameter_scaling: false }
+    }
+
     pub(super) fn state(rows: usize, cols: usize) -> Vec<NamedTensor> {
         if rows.min(cols) >= MIN_DIM_TO_FACTOR {
             vec![NamedTensor::zeros("v_row", &[rows]), NamedTensor::zeros("v_col", &[cols])]
@@ -80,6 +92,8 @@ impl Adafactor {
         };
         let shrink = (rms(&update) / self.clip).max(1.0) as f32;
         let keep = (1.0 - self.weight_decay) as f32;
+        let scale = if self.parameter_scaling { rms(prompt).max(MIN_SCALE) as f32 } else { 1.0 };
+        let lr = lr * scale;
         for (x, u) in prompt.iter_mut().zip(&update) {
             *x = keep * *x - lr * (u / shrink);
         }

@@ -37,7 +37,41 @@ fn the_defaults_are_the_papers() {
     assert_eq!(spec.prompt_init, PromptInit::ClassLabel);
     assert_eq!(spec.optimizer_kind(), OptimizerKind::adafactor(1e-5, 0));
     assert_eq!((spec.schedule, spec.warmup_steps), (Schedule::Constant, 0));
-    assert_eq!(spec.objective(), Objective { reduction: LossReduction::Mean, dropout: 0.0, z_loss: 0.0 });
+    assert_eq!(
+        spec.engine_objective(),
+        Objective { reduction: LossReduction::Mean, dropout: 0.0, z_loss: 0.0 }
+    );
+}
+
+/// A field more here, and no run of an earlier version could go on.
+#[test]
+fn what_a_prompts_numbers_depend_on_is_what_it_was() {
+    let keys: Vec<String> = whole(PartialSpec::default()).identity().keys().cloned().collect();
+    let known = [
+        "batch-size",
+        "dropout",
+        "dtype",
+        "eval-every",
+        "loss",
+        "lr",
+        "max-input-length",
+        "max-target-length",
+        "method",
+        "metrics",
+        "optimizer",
+        "prompt-init",
+        "prompt-length",
+        "recipe",
+        "schedule",
+        "seed",
+        "shuffle",
+        "warmup-steps",
+        "weight-decay",
+        "z-loss",
+    ];
+    assert_eq!(keys, known);
+    let model = whole(PartialSpec { method: Some(Method::Model), ..PartialSpec::default() });
+    assert!(model.identity().contains_key("parameter-scaling"));
 }
 
 #[test]

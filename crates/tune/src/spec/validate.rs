@@ -4,15 +4,21 @@ use std::path::{Path, PathBuf};
 
 use incipit_data::tasks::{Split, Task};
 
-use super::{Backend, PartialSpec, TrainSpec};
-use crate::{Error, Result, init::PromptInit, recipe::Recipe, schedule::Schedule};
+use super::{Backend, Method, PartialSpec, TrainSpec};
+use crate::{
+    Error, Result,
+    init::PromptInit,
+    rank::Predict,
+    recipe::{OptimizerName, Recipe},
+    schedule::Schedule,
+};
 
 /// Longest sequence that an encoder is given, prompt rows included. T5 has no limit of its own, but attention's work grows with
 /// the square, and a length beyond this has so far always been a slip of the keyboard.
 const MAX_SEQUENCE: usize = 16_384;
 
 /// Seeds are written to TOML and JSON, whose integers are signed.
-const MAX_SEED: u64 = i64::MAX as u64;
+pub(crate) const MAX_SEED: u64 = i64::MAX as u64;
 
 pub(super) fn whole(layers: PartialSpec, resume: bool) -> Result<TrainSpec> {
     let recipe = given(layers.recipe, "recipe", "pass --recipe paper")?;
@@ -32,16 +38,29 @@ pub(super) fn whole(layers: PartialSpec, resume: bool) -> Result<TrainSpec> {
         prompt_length: defaulted(layers.prompt_length),
         prompt_init: prompt_init(&defaulted(layers.prompt_init), recipe)?,
         method: defaulted(layers.method),
+        objective: layers.objective,
+        noise_density: layers.noise_density,
+        mean_span_length: layers.mean_span_length,
+        eval_examples: layers.eval_examples,
+        adapter_width: layers.adapter_width,
+        shots: layers.shots,
+        shot_template: layers.shot_template,
+        shot_separator: layers.shot_separator,
+        instruction: layers.instruction,
+        max_prompt_tokens: layers.max_prompt_tokens,
+        candidates: layers.candidates,
         recipe,
         optimizer: defaulted(layers.optimizer),
         lr: defaulted(layers.lr),
         schedule: defaulted(layers.schedule),
         warmup_steps: defaulted(layers.warmup_steps),
         weight_decay: defaulted(layers.weight_decay),
+        parameter_scaling: defaulted(layers.parameter_scaling),
         batch_size: defaulted(layers.batch_size),
         steps: defaulted(layers.steps),
         max_input_length: defaulted(layers.max_input_length),
         max_target_length: defaulted(layers.max_target_length),
+        target_sentinel: defaulted(layers.target_sentinel),
         dropout: defaulted(layers.dropout),
         z_loss: defaulted(layers.z_loss),
         loss: defaulted(layers.loss),
@@ -52,6 +71,7 @@ pub(super) fn whole(layers: PartialSpec, resume: bool) -> Result<TrainSpec> {
         keep: defaulted(layers.keep),
         patience: layers.patience,
         metrics: defaulted(layers.metrics),
+        predict: defaulted(layers.predict),
         device: defaulted(layers.device).parse()?,
         dtype: defaulted(layers.dtype),
         tp: defaulted(layers.tp),
@@ -71,6 +91,7 @@ pub(super) fn whole(layers: PartialSpec, resume: bool) -> Result<TrainSpec> {
             "pass --device cuda besides, or --collective gloo",
         )?;
     }
+    check_method(&spec)?;
     check_counts(&spec)?;
     check_numbers(&spec)?;
     check_texts(&spec)?;
@@ -163,8 +184,12 @@ fn prompt_init(text: &str, recipe: Recipe) -> Result<PromptInit> {
 }
 
 fn check_counts(spec: &TrainSpec) -> Result<()> {
-    let counts: [(&'static str, Option<u64>); 13] = [
+    let counts: [(&'static str, Option<u64>); 17] = [
         ("prompt-length", Some(spec.prompt_length as u64)),
+        ("eval-examples", spec.eval_examples.map(|n| n as u64)),
+        ("max-prompt-tokens", spec.max_prompt_tokens.map(|n| n as u64)),
+        ("candidates", spec.candidates.map(|n| n as u64)),
+        ("adapter-width", spec.adapter_width.map(|n| n as u64)),
         ("batch-size", Some(spec.batch_size as u64)),
         ("steps", Some(spec.steps)),
         ("max-input-length", Some(spec.max_input_length as u64)),
@@ -204,6 +229,55 @@ fn check_counts(spec: &TrainSpec) -> Result<()> {
     Ok(())
 }
 
+/// Flags of one method with another are a slip.
+fn check_method(spec: &TrainSpec) -> Result<()> {
+    let flags = [
+        ("adapter-width", spec.adapter_width.is_some(), Method::Adapter),
+        ("shots", spec.shots.is_some(), Method::Text),
+        ("shot-template", spec.shot_template.is_some(), Method::Text),
+        ("shot-separator", spec.shot_separator.is_some(), Method::Text),
+        ("instruction", spec.instruction.is_some(), Method::Text),
+        ("max-prompt-tokens", spec.max_prompt_tokens.is_some(), Method::Text),
+        ("candidates", spec.candidates.is_some(), Method::Search),
+    ];
+    if let Some((flag, _, method)) = flags.into_iter().find(|(_, given, of)| *given && *of != spec.method) {
+        let problem = format!("is of --method {method}, and this is --method {}", spec.method);
+        return refused(flag, problem, "leave one of them out");
+    }
+    if spec.method == Method::Text && spec.steps != 1 {
+        let problem = format!("is {}, and --method text trains nothing", spec.steps);
+        return refused("steps", problem, "leave it out");
+    }
+    let of_corpus = [
+        ("noise-density", spec.noise_density.is_some()),
+        ("mean-span-length", spec.mean_span_length.is_some()),
+        ("eval-examples", spec.eval_examples.is_some()),
+    ];
+    if let Some((flag, _)) = of_corpus.into_iter().find(|(_, given)| *given && spec.objective.is_none()) {
+        return refused(
+            flag,
+            "is of a run on a corpus",
+            "use `incipit pretrain`, which names its --objective",
+        );
+    }
+    if let Some(options) = spec.pretraining() {
+        if spec.method != Method::Model || spec.task.is_some() {
+            let problem = format!("{} trains all weights on plain text", options.objective);
+            return refused("objective", problem, "leave out --task, and --method or pass --method model");
+        }
+        options.lengths()?;
+    }
+    if spec.parameter_scaling && spec.optimizer != OptimizerName::Adafactor {
+        let problem = format!("is Adafactor's, and this is --optimizer {}", spec.optimizer);
+        return refused("parameter-scaling", problem, "pass --parameter-scaling false");
+    }
+    if matches!(spec.method, Method::Model | Method::Adapter | Method::Prefix) && spec.device.is_gpu() {
+        let problem = format!("{} trains weights, which is built for the CPU alone so far", spec.method);
+        return refused("method", problem, "pass --device cpu, or --method prompt");
+    }
+    Ok(())
+}
+
 fn check_numbers(spec: &TrainSpec) -> Result<()> {
     if !(spec.lr.is_finite() && spec.lr > 0.0) {
         return refused(
@@ -233,13 +307,17 @@ fn check_numbers(spec: &TrainSpec) -> Result<()> {
 
 /// Templates and labels are read here too, so that a slip in them is found before a backbone is loaded.
 fn check_texts(spec: &TrainSpec) -> Result<()> {
-    if spec.metrics.is_empty() {
+    if spec.metrics.is_empty() && spec.objective.is_none() {
         return refused("metrics", "is empty", "name at least one, such as accuracy");
     }
     for (i, metric) in spec.metrics.iter().enumerate() {
         if spec.metrics[..i].contains(metric) {
             return refused("metrics", format!("names {metric} twice"), "name each metric once");
         }
+    }
+    if let Some(task) = spec.task.filter(|task| spec.predict == Predict::Rank && task.labels.is_empty()) {
+        let problem = format!("rank chooses among labels, and {task} has none");
+        return refused("predict", problem, "pass --predict decode");
     }
     spec.task_format().map(drop)
 }

@@ -167,6 +167,42 @@ fn an_example_that_the_model_refuses_ends_its_job_alone() {
 }
 
 #[test]
+fn losses_alone_are_those_that_come_with_gradients_however_the_batch_is_cut() {
+    let jobs: Vec<Owned> = (0..5).map(|n| Owned::new(30 + n, 1 + 2 * n as usize, 6, PAPER)).collect();
+    let batches: Vec<JobBatch<'_>> = jobs.iter().map(Owned::batch).collect();
+    let whole = engine(100_000, Recompute::Off);
+    let expected: Vec<u64> =
+        whole.gradients(&batches).unwrap().into_iter().map(|job| job.unwrap().loss.to_bits()).collect();
+    // Neither dropout nor z-loss is in a loss alone.
+    let mut others = batches.clone();
+    others[1].objective = RELEASED;
+    for tokens in [1, 50, 100_000] {
+        let losses = engine(tokens, Recompute::Auto).losses(&others).unwrap().into_iter();
+        let losses: Vec<u64> = losses.map(|loss| loss.unwrap().to_bits()).collect();
+        assert_eq!(losses, expected, "{tokens} tokens");
+    }
+}
+
+#[test]
+fn a_fault_in_one_of_many_losses_leaves_the_others() {
+    let engine = engine(100_000, Recompute::Auto);
+    let mut jobs: Vec<Owned> = (0..4).map(|n| Owned::new(40 + n, 3, 4, PAPER)).collect();
+    jobs[1].examples[3].input[0] = id("poison");
+    jobs[2].examples[0].input[0] = 999;
+    let batches: Vec<JobBatch<'_>> = jobs.iter().map(Owned::batch).collect();
+    let results = engine.losses(&batches).unwrap();
+    assert!(matches!(results[1], Err(JobFault::Loss { example: 3, rank: 0, .. })), "{:?}", results[1]);
+    assert!(
+        matches!(&results[2], Err(JobFault::Refused { what }) if what.contains("999")),
+        "{:?}",
+        results[2]
+    );
+    for n in [0, 3] {
+        assert_eq!(*results[n].as_ref().unwrap(), alone(&engine, &jobs[n]).unwrap().loss, "job {n}");
+    }
+}
+
+#[test]
 fn the_mean_is_over_the_target_tokens_of_the_batch() {
     let engine = engine(100_000, Recompute::Auto);
     let mean = Owned::new(6, 4, 5, PAPER);

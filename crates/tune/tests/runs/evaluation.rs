@@ -1,6 +1,6 @@
 //! An evaluation is a function of the backbone, the prompt and the examples, in the order of the file.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use incipit_collective::{Mesh, Options};
 use incipit_data::{LoadOptions, TaskFormat, TokenizedSet, load_text, metrics::Metric, tokenize};
@@ -15,7 +15,7 @@ use incipit_tune::{
 
 use crate::support::{Files, config, engine, model, tokenizer};
 
-fn set(records: &[(&str, &str)]) -> TokenizedSet {
+pub(crate) fn set(records: &[(&str, &str)]) -> TokenizedSet {
     let files = Files::new();
     let line = |(inputs, targets): &(&str, &str)| {
         format!("{{\"inputs\": \"{inputs}\", \"targets\": \"{targets}\"}}\n")
@@ -36,7 +36,7 @@ fn options(max_new_tokens: usize) -> EvalOptions {
     }
 }
 
-fn prompt() -> Prompt {
+pub(crate) fn prompt() -> Prompt {
     let d = config().d_model;
     Prompt::new(3, d, (0..3 * d).map(|i| (i as f32 * 0.7).sin()).collect()).unwrap()
 }
@@ -45,7 +45,7 @@ fn evaluated(engine: &Engine, prompt: Option<&Prompt>, set: &TokenizedSet) -> Ev
     evaluate(engine, prompt, set, &tokenizer(), &options(5), &Control::new()).unwrap()
 }
 
-const RECORDS: [(&str, &str); 6] = [
+pub(crate) const RECORDS: [(&str, &str); 6] = [
     ("red", "yes"),
     ("green is not blue one two three four", "no"),
     ("blue was", "maybe no"),
@@ -168,5 +168,28 @@ fn replicas_make_the_same_rounds_and_get_the_same_outcome() {
             assert_eq!(*costs, results[0].0, "dp {dp}");
             assert_eq!(*evaluation, whole, "dp {dp}");
         }
+    }
+}
+
+#[test]
+fn a_prompt_of_a_task_with_other_words_is_scored_in_the_words_of_the_task() {
+    let (engine, set) = (engine(64, Recompute::Off), set(&RECORDS));
+    let plain = evaluated(&engine, Some(&prompt()), &set);
+    // An empty answer cannot be named in a map, and is none of the prompt's labels.
+    let said = |word: &str| if word.is_empty() { String::new() } else { format!("<{word}>") };
+    let written = plain.predictions.iter().map(|p| &*p.prediction).filter(|word| !word.is_empty());
+    let words: BTreeSet<&str> = written.chain(["yes", "no"]).collect();
+    let words: Vec<String> = words.iter().map(|word| format!("{word}={}", said(word))).collect();
+    let rewrite = Some(words.join(",").parse().unwrap());
+    let labels = Some(plain.predictions.iter().map(|p| said(&p.prediction)).collect());
+    let options = EvalOptions { rewrite, labels, ..options(5) };
+    let evaluation =
+        evaluate(&engine, Some(&prompt()), &set, &tokenizer(), &options, &Control::new()).unwrap();
+    assert_eq!((evaluation.loss, evaluation.legal_share), (plain.loss, Some(1.0)));
+    for (ours, plain) in evaluation.predictions.iter().zip(&plain.predictions) {
+        assert_eq!(ours.prediction, said(&plain.prediction));
+        // A text that is no label of the prompt's task is left as it is.
+        let labels = ["yes", "no"].contains(&&*plain.target);
+        assert_eq!(ours.target, if labels { said(&plain.target) } else { plain.target.clone() });
     }
 }

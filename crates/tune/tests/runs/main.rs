@@ -2,9 +2,13 @@
 #![allow(clippy::unwrap_used, reason = "a helper that cannot go on fails its test")]
 
 mod engine;
+mod ensembles;
 mod evaluation;
+mod rank;
 mod refusals;
 mod regroup;
+mod search;
 mod support;
 mod tenants;
 mod training;
+mod weights;

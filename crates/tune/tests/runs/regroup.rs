@@ -21,7 +21,7 @@ use incipit_tune::{
 
 use crate::support;
 
-fn demo(name: &str) -> PathBuf {
+pub(crate) fn demo(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo").join(name)
 }
 
@@ -52,9 +52,9 @@ fn task(backbone: &Backbone) -> Result<Task> {
 /// Carries a job on to its end, or until it has made `until` steps; its last checkpoint.
 fn carry_on(backbone: &Backbone, tenant: &mut Tenant, until: u64) -> Result<Option<Checkpoint>> {
     let mut last = None;
-    while tenant.job().num_steps() < until || tenant.due() != Due::Step {
+    while tenant.num_steps() < until || tenant.due() != Due::Step {
         match tenant.due() {
-            Due::Step => tenant.step(&backbone.engine).map(|_| ())?,
+            Due::Step => tenant.step(backbone).map(|_| ())?,
             Due::Checkpoint => last = Some(tenant.checkpoint()),
             Due::End(_) => break,
             Due::Evaluate => unreachable!("there is nothing to evaluate on"),
@@ -74,7 +74,7 @@ fn undisturbed(mesh: Mesh) -> Vec<Vec<u8>> {
 
 /// Half of a step: what the encoder exchanges.
 fn half_a_step(engine: &Engine, tenant: &Tenant) {
-    let batch = tenant.job().batch();
+    let batch = tenant.batch().unwrap();
     let examples = batch.examples.iter().zip(&batch.keys);
     let examples: Vec<Example<'_>> = examples
         .map(|(example, key)| Example {
@@ -115,10 +115,10 @@ fn disturbed(mesh: Mesh, begins_anew: bool) -> Vec<Vec<u8>> {
             half_a_step(&backbone.engine, &tenant);
             ranks.abort("as the test asks");
         } else {
-            let error = tenant.step(&backbone.engine).expect_err("the step cannot be made");
+            let error = tenant.step(&backbone).expect_err("the step cannot be made");
             assert!(error.is_echo() && error.to_string().contains("as the test asks"), "{error}");
         }
-        assert_eq!(tenant.job().num_steps(), 3);
+        assert_eq!(tenant.num_steps(), 3);
         let old = Arc::downgrade(&ranks);
         drop(ranks);
         let ranks = second.take(rank);
@@ -187,7 +187,7 @@ fn a_group_in_which_the_rank_has_another_place_is_refused() {
         }
         // And the old group is still there.
         let mut tenant = Tenant::start(&backbone, &spec(), task(&backbone)?)?;
-        tenant.step(&backbone.engine)
+        tenant.step(&backbone)
     });
     results.into_iter().collect::<Result<Vec<_>>>().unwrap();
     let model = support::model();

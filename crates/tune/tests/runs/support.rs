@@ -11,8 +11,12 @@ use incipit_kernels::Frozen;
 use incipit_model::{Config, T5};
 use incipit_tune::{
     backbone::Backbone,
+    control::Control,
     engine::{Engine, EngineOptions, Recompute},
+    evaluate::Evaluation,
+    log::{self, Line},
     spec::{PartialSpec, TrainSpec},
+    train::{Event, Observer},
 };
 use incipit_weights::{Random, RandomTensor, Source, TensorInfo};
 use tokenizers::Tokenizer;
@@ -86,8 +90,7 @@ impl Source for Poisoned {
     }
 }
 
-pub(crate) fn model() -> Arc<T5> {
-    let config = config();
+fn source() -> Poisoned {
     let tensor = |(name, shape): (String, Vec<usize>)| {
         let norm = name.contains("layer_norm");
         let deviation = match shape[..] {
@@ -98,10 +101,13 @@ pub(crate) fn model() -> Arc<T5> {
         };
         RandomTensor { name, shape, mean: f32::from(u8::from(norm)), deviation }
     };
-    let tensors = config.tensors().into_iter().map(tensor).collect();
+    let tensors = config().tensors().into_iter().map(tensor).collect();
     let random = Random::new(tensors, DType::F32, SEED).unwrap();
-    let source = Poisoned { random, row: id("poison") as usize };
-    Arc::new(T5::load(config, &source, DType::F32).unwrap())
+    Poisoned { random, row: id("poison") as usize }
+}
+
+pub(crate) fn model() -> Arc<T5> {
+    Arc::new(T5::load(config(), &source(), DType::F32).unwrap())
 }
 
 pub(crate) fn engine(microbatch_tokens: usize, recompute: Recompute) -> Engine {
@@ -116,6 +122,7 @@ pub(crate) fn backbone() -> Backbone {
         digests: incipit_weights::Digests::default(),
         num_parameters: config().num_parameters(),
         name: "tiny".to_owned(),
+        source: Arc::new(source()),
     }
 }
 
@@ -174,6 +181,41 @@ fn records(numbers: std::ops::Range<usize>) -> String {
         format!("{{\"inputs\": \"{colour} {}\", \"targets\": \"{target}\"}}\n", others[n * 7 / 3 % 4])
     };
     numbers.map(record).collect()
+}
+
+/// Asks to stop after the step with this number.
+pub(crate) struct StopAfter<'a> {
+    pub(crate) step: u64,
+    pub(crate) control: &'a Control,
+}
+
+impl Observer for StopAfter<'_> {
+    fn on(&mut self, event: &Event<'_>) {
+        if matches!(event, Event::Step { update, .. } if update.step == self.step) {
+            self.control.request_stop();
+        }
+    }
+}
+
+/// The last evaluation of a run.
+#[derive(Default)]
+pub(crate) struct Last(pub(crate) Option<Evaluation>);
+
+impl Observer for Last {
+    fn on(&mut self, event: &Event<'_>) {
+        if let Event::Evaluated { evaluation, .. } = event {
+            self.0 = Some((*evaluation).clone());
+        }
+    }
+}
+
+/// The losses of a run's steps.
+pub(crate) fn losses(out: &Path) -> Vec<f64> {
+    let step = |line: Line| match line {
+        Line::Step { loss, .. } => Some(loss),
+        Line::Eval { .. } => None,
+    };
+    log::read(&out.join("metrics.jsonl")).unwrap().into_iter().filter_map(step).collect()
 }
 
 /// Every file of a directory that a run leaves and that no clock has written in: path and content.

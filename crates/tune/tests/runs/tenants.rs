@@ -74,16 +74,16 @@ impl Carried {
     }
 
     fn step(&self) -> u64 {
-        self.tenant.job().num_steps()
+        self.tenant.num_steps()
     }
 
     /// Does what is due, unless it is a step: of an evaluation one round.
     fn turn(&mut self, backbone: &Backbone) {
-        let engine = &backbone.engine;
         match self.tenant.due() {
             Due::Evaluate => {
                 let mut evaluation =
-                    self.evaluation.take().unwrap_or_else(|| self.tenant.evaluation(engine).unwrap());
+                    self.evaluation.take().unwrap_or_else(|| self.tenant.evaluation(backbone).unwrap());
+                let engine = self.tenant.engine(backbone);
                 assert!(evaluation.next_cost() > 0);
                 if evaluation.advance(engine).unwrap() {
                     let evaluation = evaluation.finish(engine, &backbone.tokenizer).unwrap();
@@ -120,7 +120,7 @@ fn carry_on_together(backbone: &Backbone, jobs: &mut [Carried]) {
         });
         let mut stepping: Vec<&mut Carried> =
             jobs.iter_mut().filter(|job| job.steps_next() && random.uniform() < 0.6).collect();
-        let batches: Vec<_> = stepping.iter().map(|job| job.tenant.job().batch()).collect();
+        let batches: Vec<_> = stepping.iter().map(|job| job.tenant.batch().unwrap()).collect();
         let gradients = backbone.engine.gradients(&batches).unwrap();
         for (job, gradient) in stepping.iter_mut().zip(gradients) {
             let update = job.tenant.stepped(gradient).unwrap();
@@ -218,7 +218,7 @@ fn a_prompt_from_a_file_travels_with_the_task() {
     std::fs::remove_file(&path).unwrap();
     let received = Task::from_bytes(&bytes).unwrap();
     let tenant = Tenant::start(&backbone, &spec, received.clone()).unwrap();
-    assert_eq!(*tenant.job().prompt(), prompt);
+    assert_eq!(*tenant.prompt().unwrap(), prompt);
     let longer = resolve(PartialSpec { prompt_init: init, prompt_length: Some(6), ..files.flags("out") });
     let refused = Tenant::start(&backbone, &longer, received).err().unwrap().to_string();
     assert!(refused.contains("first.npy") && refused.contains("--prompt-length 5"), "{refused}");
@@ -234,7 +234,7 @@ fn nothing_is_evaluated_without_examples_and_other_jobs_checkpoints_are_refused(
     let spec = TrainSpec { eval: None, ..files.spec("out") };
     let task = task(&backbone, &spec);
     let mut tenant = Tenant::start(&backbone, &spec, task.clone()).unwrap();
-    assert!(tenant.evaluation(&backbone.engine).is_err());
+    assert!(tenant.evaluation(&backbone).is_err());
     let earlier = tenant.checkpoint();
     let resume = |spec: &TrainSpec, task: &Task, earlier: &Checkpoint| {
         Tenant::resume(&backbone, spec, task.clone(), earlier).err().map(|error| error.to_string())

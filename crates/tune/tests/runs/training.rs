@@ -17,21 +17,7 @@ use incipit_tune::{
     train::{End, Event, Observer, Outcome, train_on},
 };
 
-use crate::support::{Files, backbone, engine, resolve, tree};
-
-/// Asks to stop after the step with this number.
-struct StopAfter<'a> {
-    step: u64,
-    control: &'a Control,
-}
-
-impl Observer for StopAfter<'_> {
-    fn on(&mut self, event: &Event<'_>) {
-        if matches!(event, Event::Step { update, .. } if update.step == self.step) {
-            self.control.request_stop();
-        }
-    }
-}
+use crate::support::{Files, StopAfter, backbone, engine, losses, resolve, tree};
 
 fn run(backbone: &Backbone, spec: &TrainSpec) -> Outcome {
     train_on(backbone, spec, &Control::new(), &mut ()).unwrap()
@@ -44,14 +30,6 @@ fn run_until(backbone: &Backbone, spec: &TrainSpec, step: u64) -> Outcome {
 
 fn resuming(spec: &TrainSpec) -> TrainSpec {
     TrainSpec { resume: true, ..spec.clone() }
-}
-
-fn losses(out: &Path) -> Vec<f64> {
-    let step = |line: Line| match line {
-        Line::Step { loss, .. } => Some(loss),
-        Line::Eval { .. } => None,
-    };
-    log::read(&out.join("metrics.jsonl")).unwrap().into_iter().filter_map(step).collect()
 }
 
 #[test]
@@ -70,8 +48,8 @@ fn tuning_lowers_the_loss_and_leaves_every_file() {
     let best = outcome.best.unwrap();
     let kept = checkpoint::load(&spec.out.join("best")).unwrap();
     assert_eq!(kept.state.step, best.step);
-    assert_eq!(npy::read(&spec.out.join("prompt.npy")).unwrap(), kept.prompt);
-    assert_eq!(Prompt::read(&spec.out.join("adapter")).unwrap(), kept.prompt);
+    assert_eq!(npy::read(&spec.out.join("prompt.npy")).unwrap(), *kept.trained.prompt().unwrap());
+    assert_eq!(Prompt::read(&spec.out.join("adapter")).unwrap(), *kept.trained.prompt().unwrap());
     assert_eq!(TrainSpec::read(&spec.out.join("run.toml")).unwrap(), spec);
 }
 
@@ -304,7 +282,7 @@ fn without_an_evaluation_file_the_last_prompt_is_shown() {
     assert_eq!(outcome.best, None);
     let last = checkpoint::load(&spec.out.join("last")).unwrap();
     assert_eq!(last.state.step, 24);
-    assert_eq!(npy::read(&outcome.prompt.unwrap()).unwrap(), last.prompt);
+    assert_eq!(npy::read(&outcome.trained.unwrap()).unwrap(), *last.trained.prompt().unwrap());
     assert!(!spec.out.join("best").exists());
 }
 
@@ -331,7 +309,7 @@ fn the_seed_and_the_recipe_decide_the_prompt() {
     let last = |name: &str, change: PartialSpec| {
         let spec = resolve(change.over(files.flags(name)));
         run(&backbone, &spec);
-        checkpoint::load(&spec.out.join("last")).unwrap().prompt
+        checkpoint::load(&spec.out.join("last")).unwrap().trained
     };
     let plain = last("plain", PartialSpec::default());
     assert_eq!(last("again", PartialSpec::default()), plain);

@@ -265,7 +265,7 @@ impl Leader<'_> {
         let report = self.about(job);
         let Some(entry) = self.state.jobs.get(job) else { return };
         let Some(resident) = self.state.residents.get_mut(entry.key) else { return };
-        let step = resident.tenant.job().num_steps();
+        let step = resident.tenant.num_steps();
         if !resident.tenant.is_saved() && step > 0 {
             let score = entry.evaluated.filter(|(at, _)| *at == step).map(|(_, score)| score);
             let best = resident.tenant.is_best();
@@ -278,7 +278,7 @@ impl Leader<'_> {
         self.report(job, true);
         let Some(entry) = self.state.jobs.get(job) else { return };
         let resident = self.state.residents.get_mut(entry.key);
-        let step = resident.map_or(entry.start_step, |resident| resident.tenant.job().num_steps());
+        let step = resident.map_or(entry.start_step, |resident| resident.tenant.num_steps());
         entry.span.record("state", state.as_str_name()).record("step", step);
         let (state, reason, message) = (state.into(), reason.into(), message.to_owned());
         self.saver.leave(self.about(job), v1::JobLeft { state, reason, message, step });
@@ -364,8 +364,7 @@ impl Leader<'_> {
         {
             match evaluated {
                 Ok((evaluation, best)) => {
-                    let step =
-                        self.state.residents.get_mut(key).map_or(0, |job| job.tenant.job().num_steps());
+                    let step = self.state.residents.get_mut(key).map_or(0, |job| job.tenant.num_steps());
                     let best_yet = if best { ", the best so far" } else { "" };
                     let text = format!("step {step}: score {:.4}{best_yet}", evaluation.score());
                     self.voice.log(&job.0, "INFO", text);
@@ -385,7 +384,7 @@ impl Leader<'_> {
 
     fn started(&mut self, job: &Attempt, key: Key) {
         let Some(resident) = self.state.residents.get_mut(key) else { return };
-        let (step, warnings) = (resident.tenant.job().num_steps(), resident.tenant.warnings().to_vec());
+        let (step, warnings) = (resident.tenant.num_steps(), resident.tenant.warnings().to_vec());
         let examples = resident.tenant.task().train.examples.len();
         self.voice.log(&job.0, "INFO", format!("started at step {step}, with {examples} training examples"));
         let report = Some(Report::Started(v1::JobStarted { step, warnings }));

@@ -95,11 +95,9 @@ impl Residents {
         if keys.is_empty() {
             return Ok(Vec::new());
         }
-        let jobs: Vec<(Key, &Resident)> =
-            keys.iter().filter_map(|key| Some((*key, self.jobs.get(key)?))).collect();
-        let batches: Vec<JobBatch<'_>> = jobs.iter().map(|(_, job)| job.tenant.job().batch()).collect();
+        let batch = |key: &Key| Some((*key, self.jobs.get(key)?.tenant.batch()?));
+        let (keys, batches): (Vec<Key>, Vec<JobBatch<'_>>) = keys.iter().filter_map(batch).unzip();
         let gradients = backbone.engine.gradients(&batches)?;
-        let keys: Vec<Key> = jobs.iter().map(|(key, _)| *key).collect();
         let mut steps = Vec::with_capacity(keys.len());
         for (key, gradient) in keys.into_iter().zip(gradients) {
             let Some(job) = self.jobs.get_mut(&key) else { continue };
@@ -125,7 +123,7 @@ impl Residents {
 impl Resident {
     fn want(&self, microbatch: u64) -> Option<Want> {
         match self.tenant.due() {
-            Due::Step => Some(Want { tokens: tokens(&self.tenant.job().batch()), shared: true }),
+            Due::Step => Some(Want { tokens: tokens(&self.tenant.batch()?), shared: true }),
             Due::Evaluate => {
                 // Before its first round the cost is not known: a round is about as much as a microbatch.
                 let known = self.evaluation.as_ref().map(|evaluation| evaluation.next_cost() as u64);
@@ -138,7 +136,7 @@ impl Resident {
     fn round(&mut self, backbone: &Backbone) -> Result<Option<Evaluation>> {
         let mut evaluation = match self.evaluation.take() {
             Some(evaluation) => evaluation,
-            None => self.tenant.evaluation(&backbone.engine)?,
+            None => self.tenant.evaluation(backbone)?,
         };
         if !evaluation.advance(&backbone.engine)? {
             self.evaluation = Some(evaluation);

@@ -1,215 +1,214 @@
 //! A prompt, and where its rows lie among the words of the vocabulary.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use candle_core::DType;
-use incipit_kernels::Frozen;
+use incipit_model::embedding_name;
+use incipit_tune::interpret::{self, Closeness, Norms, Persistence, Row, Vocabulary, VocabularyRows, Words};
 use incipit_tune::prompt::Prompt;
+use incipit_tune::spec::PartialSpec;
 use incipit_weights::{Checkpoint, Source, load_tokenizer, resolve};
-use rayon::prelude::*;
 use serde::Serialize;
 
 use super::PromptArgs;
-use crate::exit::BadInput;
+use super::labels::labels;
+use crate::commands::backbone::run_settings;
+use crate::exit::{BadInput, bad_input};
 use crate::output::{self, Printed};
 use crate::units;
 
-/// Rows of the vocabulary that a task looks through at a time.
-const CHUNK: usize = 256;
-const EMBEDDING: &str = "shared.weight";
+/// Repeated words that are listed; `--json` has all.
+const REPEATED: usize = 10;
+/// Rows that are listed after a word.
+const LISTED_ROWS: usize = 12;
 
+/// What is found; without a model, the norms alone.
 #[derive(Serialize)]
 pub(super) struct Report {
-    path: PathBuf,
-    rows: usize,
-    width: usize,
-    norms: Norms,
-    vocabulary: Option<Vocabulary>,
-    per_row: Vec<Row>,
-}
-
-/// Euclidean norms.
-#[derive(Serialize)]
-struct Norms {
-    min: f32,
-    median: f32,
-    max: f32,
-}
-
-#[derive(Serialize)]
-struct Vocabulary {
-    model: PathBuf,
-    size: usize,
-    norms: Norms,
-}
-
-#[derive(Serialize)]
-struct Row {
-    row: usize,
-    norm: f32,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    nearest: Vec<Neighbour>,
-}
-
-#[derive(Clone, Serialize)]
-struct Neighbour {
-    id: usize,
-    piece: String,
-    cosine: f32,
+    pub(super) path: PathBuf,
+    pub(super) rows: usize,
+    pub(super) width: usize,
+    pub(super) norms: Option<Norms>,
+    pub(super) model: Option<PathBuf>,
+    #[serde(flatten)]
+    pub(super) words: Option<Words>,
+    pub(super) per_row: Vec<Row>,
 }
 
 pub(super) fn examine(args: &PromptArgs) -> Result<Report> {
     let prompt = Prompt::read(&args.prompt)?;
-    let rows: Vec<&[f32]> = prompt.values().chunks_exact(prompt.width()).collect();
-    let mut per_row: Vec<Row> = rows
-        .iter()
-        .enumerate()
-        .map(|(row, values)| Row { row, norm: norm(values), nearest: Vec::new() })
-        .collect();
-    let vocabulary =
-        args.model.as_deref().map(|model| compare(args, model, &prompt, &mut per_row)).transpose()?;
-    let norms = norms(per_row.iter().map(|r| r.norm).collect());
+    let run = run_settings(&args.prompt)?.unwrap_or_default();
+    // A model that no flag names is looked for on this machine alone.
+    let model = args.model.as_deref().or(run.model.as_deref().filter(|dir| Path::new(dir).is_dir()));
+    let (model, words, per_row) = match model {
+        Some(model) => {
+            let dir = resolve(model)?;
+            let (per_row, words) = compare(args, &prompt, &dir, &run)?;
+            (Some(dir), Some(words), per_row)
+        }
+        None if args.labels.is_some() || args.task.is_some() => {
+            return bad_input("--model is missing: labels are looked for among the words of its vocabulary");
+        }
+        None => (None, None, interpret::rows(&prompt)),
+    };
     Ok(Report {
         path: args.prompt.clone(),
         rows: prompt.length(),
         width: prompt.width(),
-        norms,
-        vocabulary,
+        norms: Norms::of(per_row.iter().map(|row| row.norm).collect()),
+        model,
+        words,
         per_row,
     })
 }
 
-/// Fills in each row's nearest words.
-fn compare(args: &PromptArgs, model: &str, prompt: &Prompt, rows: &mut [Row]) -> Result<Vocabulary> {
-    let dir = resolve(model)?;
-    let checkpoint = Checkpoint::open(&dir, DType::F32)?;
-    let tokenizer = load_tokenizer(&dir)?;
-    let shape = checkpoint.tensors().into_iter().find(|t| t.name == EMBEDDING).map(|t| t.shape);
+fn compare(args: &PromptArgs, prompt: &Prompt, dir: &Path, run: &PartialSpec) -> Result<(Vec<Row>, Words)> {
+    // The numbers as they are stored, and none of them copied before it is looked at.
+    let checkpoint = Checkpoint::open(dir, DType::F32)?;
+    let name = embedding_name(&checkpoint);
+    let shape = checkpoint.tensors().into_iter().find(|t| t.name == name).map(|t| t.shape);
     let shape =
-        shape.ok_or_else(|| BadInput(format!("{} has no tensor {EMBEDDING}: it is no T5", dir.display())))?;
-    let table = checkpoint.frozen(EMBEDDING, &shape)?;
+        shape.ok_or_else(|| BadInput(format!("{} has no tensor {name}: it is no T5", dir.display())))?;
+    let table = checkpoint.frozen(name, &shape)?;
     prompt.check_width(table.cols(), &args.prompt)?;
-    let (nearest, vocabulary_norms) = nearest(prompt, &table, args.neighbours);
-    for (row, found) in rows.iter_mut().zip(nearest) {
-        let named = found.into_iter().map(|(cosine, id)| {
-            let piece = u32::try_from(id).ok().and_then(|id| tokenizer.id_to_token(id));
-            Neighbour { id, piece: piece.unwrap_or_else(|| "(unused)".to_owned()), cosine }
-        });
-        row.nearest = named.collect();
-    }
-    Ok(Vocabulary { model: dir, size: table.rows(), norms: norms(vocabulary_norms) })
-}
-
-/// For each row of the prompt the `count` rows of `table` with the greatest cosine, as (cosine, id); and the norms of the table's rows.
-fn nearest(prompt: &Prompt, table: &Frozen, count: usize) -> (Vec<Vec<(f32, usize)>>, Vec<f32>) {
-    let rows: Vec<Vec<f32>> = prompt.values().chunks_exact(prompt.width()).map(unit).collect();
-    let chunks: Vec<usize> = (0..table.rows()).step_by(CHUNK).collect();
-    let parts: Vec<_> = chunks
-        .into_par_iter()
-        .map(|first| {
-            let mut found = vec![Vec::new(); rows.len()];
-            let mut norms = Vec::new();
-            let mut word = vec![0.0; table.cols()];
-            for id in first..(first + CHUNK).min(table.rows()) {
-                table.copy_row(id, &mut word);
-                norms.push(norm(&word));
-                let word = unit(&word);
-                for (found, row) in found.iter_mut().zip(&rows) {
-                    found.push((dot(row, &word), id));
-                }
-            }
-            found.iter_mut().for_each(|list| keep_greatest(list, count));
-            (found, norms)
-        })
-        .collect();
-    let mut all = vec![Vec::new(); rows.len()];
-    let mut norms = Vec::with_capacity(table.rows());
-    for (found, part_norms) in parts {
-        all.iter_mut().zip(found).for_each(|(list, part)| list.extend(part));
-        norms.extend(part_norms);
-    }
-    all.iter_mut().for_each(|list| keep_greatest(list, count));
-    (all, norms)
-}
-
-fn keep_greatest(list: &mut Vec<(f32, usize)>, count: usize) {
-    list.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-    list.truncate(count);
-}
-
-/// Eight sums side by side, which the compiler turns into vector instructions.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0.0f32; 8];
-    let (a_parts, b_parts) = (a.chunks_exact(8), b.chunks_exact(8));
-    let rest: f32 = a_parts.remainder().iter().zip(b_parts.remainder()).map(|(x, y)| x * y).sum();
-    for (x, y) in a_parts.zip(b_parts) {
-        for i in 0..8 {
-            sums[i] += x[i] * y[i];
-        }
-    }
-    sums.iter().sum::<f32>() + rest
-}
-
-fn norm(values: &[f32]) -> f32 {
-    values.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>().sqrt() as f32
-}
-
-/// The same direction with norm 1; a row of zeros stays.
-fn unit(values: &[f32]) -> Vec<f32> {
-    let norm = norm(values);
-    let scale = if norm > 0.0 { 1.0 / norm } else { 0.0 };
-    values.iter().map(|v| v * scale).collect()
-}
-
-fn norms(mut values: Vec<f32>) -> Norms {
-    values.sort_by(f32::total_cmp);
-    let at = |i: usize| values.get(i).copied().unwrap_or(0.0);
-    Norms { min: at(0), median: at(values.len() / 2), max: at(values.len().saturating_sub(1)) }
-}
-
-impl Norms {
-    fn words(&self) -> String {
-        format!("min {:.2}, median {:.2}, max {:.2}", self.min, self.median, self.max)
-    }
+    let vocabulary = Vocabulary { table: &table, tokenizer: &load_tokenizer(dir)? };
+    let labels = labels(args, run)?;
+    Ok(interpret::words(prompt, vocabulary, usize::from(args.neighbours), labels.as_ref())?)
 }
 
 impl Printed for Report {
     fn text(&self) -> String {
+        let numbers = units::count((self.rows * self.width) as u64);
         let mut facts = vec![
             ("prompt", self.path.display().to_string()),
-            (
-                "shape",
-                format!(
-                    "{} rows of {} ({} numbers)",
-                    self.rows,
-                    self.width,
-                    units::count((self.rows * self.width) as u64)
-                ),
-            ),
-            ("row norms", self.norms.words()),
+            ("shape", format!("{} rows of {} ({numbers} numbers)", self.rows, self.width)),
+            ("row norms", norms(self.norms)),
         ];
-        if let Some(vocabulary) = &self.vocabulary {
-            facts.push((
-                "vocabulary",
-                format!("{} rows of {}", units::count(vocabulary.size as u64), vocabulary.model.display()),
-            ));
-            facts.push(("its norms", vocabulary.norms.words()));
+        let mut parts = Vec::new();
+        if let (Some(words), Some(model)) = (&self.words, &self.model) {
+            let vocabulary = &words.vocabulary;
+            facts.push(("vocabulary", vocabulary_words(vocabulary, model)));
+            facts.push(("its norms", norms(vocabulary.norms)));
+            facts.push(("nearest words", nearest_words(words)));
+            parts.push(output::table(&CLUSTER_COLUMNS, &cluster_rows(words), true));
+            if !words.repeats.repeated.is_empty() {
+                parts.push(output::table(&["nearest to several rows", "rows"], &repeat_rows(words), false));
+            }
+            if let Some(labels) = &words.labels {
+                let lines: Vec<_> = labels.iter().map(label_cells).collect();
+                parts.push(output::table(&LABEL_COLUMNS, &lines, false));
+            }
         }
+        parts.insert(0, output::facts(facts));
+        parts.push(self.row_table());
+        parts.join("\n\n")
+    }
+}
+
+impl Report {
+    fn row_table(&self) -> String {
+        let compared = self.words.is_some();
         let line = |row: &Row| {
-            let near = row.nearest.iter().map(|n| format!("{} {:.2}", n.piece, n.cosine));
             let mut cells = vec![row.row.to_string(), format!("{:.2}", row.norm)];
-            cells.extend(self.vocabulary.is_some().then(|| near.collect::<Vec<_>>().join("  ")));
+            if compared {
+                cells.push(number(row.tightness));
+                cells.push(near(row));
+            }
             cells
         };
         let lines: Vec<_> = self.per_row.iter().map(line).collect();
-        let header: &[&str] = if self.vocabulary.is_some() {
-            &["row", "norm", "nearest words, by cosine"]
+        let header: &[&str] = if compared {
+            &["row", "norm", "tightness", "nearest words, by cosine"]
         } else {
             &["row", "norm"]
         };
-        format!("{}\n\n{}", output::facts(facts), output::table(header, &lines, false))
+        output::table(header, &lines, false)
     }
+}
+
+fn near(row: &Row) -> String {
+    if row.nearest.is_empty() {
+        return NO_DIRECTION.to_owned();
+    }
+    row.nearest.iter().map(|n| format!("{} {:.2}", n.piece, n.cosine)).collect::<Vec<_>>().join("  ")
+}
+
+/// Said of a row without neighbours.
+pub(super) const NO_DIRECTION: &str = "(none: all its numbers are 0)";
+/// Heads of [`cluster_rows`], and of [`label_cells`].
+pub(super) const CLUSTER_COLUMNS: [&str; 4] = ["on average", "cosine of nearest", "tightness", "same word"];
+pub(super) const LABEL_COLUMNS: [&str; 4] = ["label", "its own row", "near to rows", "pieces found"];
+
+fn norms(norms: Option<Norms>) -> String {
+    let all = |n: Norms| {
+        format!(
+            "min {:.2}, 5 % {:.2}, median {:.2}, mean {:.2}, 95 % {:.2}, max {:.2}",
+            n.min, n.q05, n.median, n.mean, n.q95, n.max
+        )
+    };
+    norms.map_or_else(|| "none is finite".to_owned(), all)
+}
+
+fn vocabulary_words(vocabulary: &VocabularyRows, model: &Path) -> String {
+    let undirected = match vocabulary.undirected {
+        0 => String::new(),
+        n => format!(", {} of them without a direction", units::count(n as u64)),
+    };
+    format!("{} rows of {}{undirected}", units::count(vocabulary.size as u64), model.display())
+}
+
+/// How many different ones there are.
+pub(super) fn nearest_words(words: &Words) -> String {
+    let repeats = &words.repeats;
+    format!("{} different ones; {} rows share theirs with another row", repeats.distinct, repeats.sharing)
+}
+
+/// The prompt's neighbours, those of random vectors, and words drawn by lot.
+pub(super) fn cluster_rows(words: &Words) -> Vec<Vec<String>> {
+    let row = |name: &str, c: &Closeness| {
+        let same = c.same_word.map_or_else(|| "-".to_owned(), units::percent);
+        vec![name.to_owned(), number(c.nearest), number(c.tightness), same]
+    };
+    let drawn = Closeness { nearest: None, tightness: words.vocabulary.tightness, same_word: None };
+    vec![
+        row("the prompt's rows", &words.clusters.prompt),
+        row("random vectors", &words.clusters.random),
+        row("words drawn by lot", &drawn),
+    ]
+}
+
+/// The most repeated words, with their rows.
+pub(super) fn repeat_rows(words: &Words) -> Vec<Vec<String>> {
+    let row = |r: &interpret::Repeat| vec![r.piece.clone(), listed(&r.rows)];
+    words.repeats.repeated.iter().take(REPEATED).map(row).collect()
+}
+
+pub(super) fn label_cells(label: &Persistence) -> Vec<String> {
+    let own = match (label.own_row, label.in_own_row) {
+        (Some(row), Some(true)) => format!("{row}, still near"),
+        (Some(row), _) => format!("{row}, no longer near"),
+        (None, _) => "-".to_owned(),
+    };
+    let found = label.pieces.iter().filter(|piece| !piece.rows.is_empty()).map(|piece| piece.piece.as_str());
+    let found: Vec<&str> = found.collect();
+    let pieces = format!("{} of {}  {}", found.len(), label.pieces.len(), found.join(" "));
+    vec![label.label.clone(), own, listed(&label.rows), pieces.trim_end().to_owned()]
+}
+
+/// How many rows, and the first of them.
+fn listed(rows: &[usize]) -> String {
+    if rows.is_empty() {
+        return "none".to_owned();
+    }
+    let first: Vec<String> = rows.iter().take(LISTED_ROWS).map(ToString::to_string).collect();
+    let more = if rows.len() > LISTED_ROWS { " …" } else { "" };
+    format!("{}: {}{more}", rows.len(), first.join(" "))
+}
+
+/// A cosine.
+pub(super) fn number(value: Option<f64>) -> String {
+    value.map_or_else(|| "-".to_owned(), |v| format!("{v:.2}"))
 }
 
 #[cfg(test)]
@@ -217,20 +216,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_nearest_words_are_those_of_like_direction_whatever_their_length() {
-        let prompt = Prompt::new(2, 3, vec![2.0, 0.0, 0.0, 0.0, 1.0, 1.0]).expect("a prompt");
-        let words = vec![0.0, 0.0, 5.0, 9.0, 0.1, 0.0, -1.0, 0.0, 0.0, 0.0, 0.2, 0.2];
-        let (found, norms) = nearest(&prompt, &Frozen::from_f32(words, 4, 3), 2);
-        assert_eq!(found[0][0].1, 1);
-        assert_eq!(found[1].iter().map(|f| f.1).collect::<Vec<_>>(), [3, 0]);
-        assert!((found[1][0].0 - 1.0).abs() < 1e-6);
-        assert_eq!(norms.len(), 4);
+    fn long_lists_of_rows_are_cut_and_their_length_is_told() {
+        assert_eq!(listed(&[]), "none");
+        assert_eq!(listed(&[3, 7]), "2: 3 7");
+        let all: Vec<usize> = (0..30).collect();
+        assert_eq!(listed(&all), "30: 0 1 2 3 4 5 6 7 8 9 10 11 …");
     }
 
     #[test]
-    fn a_row_of_zeros_is_near_to_nothing_and_no_nan() {
-        let prompt = Prompt::new(1, 2, vec![0.0, 0.0]).expect("a prompt");
-        let (found, _) = nearest(&prompt, &Frozen::from_f32(vec![1.0, 2.0], 1, 2), 5);
-        assert_eq!(found, [[(0.0, 0)]]);
+    fn what_became_of_a_labels_own_row_is_told_only_where_it_is_known() {
+        let label = |own_row, in_own_row| Persistence {
+            label: "True".into(),
+            pieces: vec![],
+            rows: vec![],
+            own_row,
+            in_own_row,
+        };
+        assert_eq!(label_cells(&label(Some(1), Some(true)))[1], "1, still near");
+        assert_eq!(label_cells(&label(Some(1), Some(false)))[1], "1, no longer near");
+        assert_eq!(label_cells(&label(None, None))[1], "-");
     }
 }

@@ -236,7 +236,6 @@ fn job_fields(given: PartialSpec) -> PartialSpec {
         recompute: None,
         allow_other_backbone: None,
         threads: None,
-        method: None,
         ..given
     }
 }

@@ -1,0 +1,94 @@
+//! What a job has trained, and reading it from whatever holds it.
+
+use std::path::{Path, PathBuf};
+
+use crate::{Error, Result, checkpoint, optimizer::NamedTensor, prompt::Prompt, tensors};
+
+/// The trained part of a model whose rest is frozen.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Trained {
+    /// A soft prompt.
+    Prompt(Prompt),
+    /// Tensors of the model itself, or laid into it, by the names under which the model takes them; each of its whole shape.
+    Weights(Vec<NamedTensor>),
+}
+
+/// The file that holds trained weights, in a checkpoint and in a run's directory.
+pub const WEIGHTS: &str = "weights.safetensors";
+
+impl Trained {
+    /// Reads a prompt as [`Prompt::read`] does, or weights: a `weights.safetensors`, a checkpoint, or a training directory.
+    ///
+    /// # Errors
+    /// If `path` holds neither, or what it holds is damaged.
+    pub fn read(path: &Path) -> Result<Self> {
+        match weights_file(path) {
+            Some(file) => {
+                let bytes = std::fs::read(&file).map_err(Error::io("read", &file))?;
+                Self::decode(WEIGHTS, &bytes).map_err(|what| Error::PromptFile { path: file, what })
+            }
+            None => Ok(Self::Prompt(Prompt::read(path)?)),
+        }
+    }
+
+    /// The prompt, if it is one.
+    #[must_use]
+    pub fn prompt(&self) -> Option<&Prompt> {
+        match self {
+            Self::Prompt(prompt) => Some(prompt),
+            Self::Weights(_) => None,
+        }
+    }
+
+    /// How many numbers it has.
+    #[must_use]
+    pub fn num_parameters(&self) -> u64 {
+        match self {
+            Self::Prompt(prompt) => prompt.values().len() as u64,
+            Self::Weights(tensors) => tensors.iter().map(|tensor| tensor.data.len() as u64).sum(),
+        }
+    }
+
+    /// Its file in a checkpoint.
+    pub(crate) fn file(&self) -> &'static str {
+        match self {
+            Self::Prompt(_) => checkpoint::PROMPT,
+            Self::Weights(_) => WEIGHTS,
+        }
+    }
+
+    /// The bytes of that file.
+    pub(crate) fn encode(&self) -> Result<Vec<u8>, String> {
+        match self {
+            Self::Prompt(prompt) => checkpoint::encode_prompt(prompt),
+            Self::Weights(weights) => {
+                let weights: Vec<_> = weights.iter().map(|t| (&*t.name, &*t.shape, &*t.data)).collect();
+                tensors::encode(&weights)
+            }
+        }
+    }
+
+    /// What the file `name` holds.
+    pub(crate) fn decode(name: &str, bytes: &[u8]) -> Result<Self, String> {
+        if name != WEIGHTS {
+            return Ok(Self::Prompt(checkpoint::decode_prompt(bytes)?));
+        }
+        let weights = tensors::decode(bytes)?;
+        match weights.iter().find(|tensor| !tensor.data.iter().all(|value| value.is_finite())) {
+            Some(tensor) => Err(format!("its tensor {} has a number that is not finite", tensor.name)),
+            None => Ok(Self::Weights(weights)),
+        }
+    }
+}
+
+/// The file of trained weights that `path` stands for, if it does.
+fn weights_file(path: &Path) -> Option<PathBuf> {
+    if path.file_name().is_some_and(|name| name == WEIGHTS) {
+        return Some(path.to_owned());
+    }
+    // Of a run, the best; what it shows at its end is older while it goes on.
+    ["best/weights.safetensors", "last/weights.safetensors", WEIGHTS]
+        .into_iter()
+        .map(|name| path.join(name))
+        .find(|file| file.is_file())
+}
