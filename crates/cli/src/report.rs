@@ -311,7 +311,7 @@ fn facts(records: &Records) -> Vec<Fact> {
     let run = &records.run;
     let mut facts = vec![Fact::code("backbone", records.setting("model"))];
     facts.extend(run.fingerprint.clone().map(|f| Fact::code("fingerprint", f)));
-    facts.extend(run.parameters.map(|n| Fact::new("frozen parameters", units::count(n))));
+    facts.extend(run.parameters.map(|n| Fact::new("model parameters", units::count(n))));
     facts.extend(run.trained.map(|n| Fact::new("trained parameters", units::count(n))));
     facts.push(Fact::new("steps", units::count(records.last_step())));
     facts.extend(

@@ -2,8 +2,8 @@
 //! each.
 //!
 //! A checkpoint holds `prompt.safetensors` (the tensor `prompt` `[P, D]`) or, of a job that trains weights,
-//! `weights.safetensors`; `optimizer.safetensors`, `state.json` and, written last, `MANIFEST`: the BLAKE3 hash of each, in the form that `b3sum --check`
-//! reads. It appears by one rename or not at all, and nothing in it depends on threads, devices or the number
+//! `weights.safetensors`; `optimizer.safetensors`, `state.json` and, written last, `MANIFEST`: the BLAKE3 hash of each,
+//! in the form that `b3sum --check` reads. It appears by one rename or not at all, and nothing in it depends on threads, devices or the number
 //! of processes.
 
 use crate::{

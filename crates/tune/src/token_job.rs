@@ -44,7 +44,7 @@ impl TokenJob {
     /// A job before its first step, and what a person should know of its prompt. All ranks make this call together.
     ///
     /// # Errors
-    /// If the prompt cannot be made as the specification says, or there are less than two batches of examples.
+    /// If the prompt cannot be made as the specification says, or there is less than one batch of examples.
     pub(crate) fn start(backbone: &Backbone, spec: &TrainSpec, task: &Task) -> Result<(Self, Vec<String>)> {
         let (tokenizer, vocab_size) = (&backbone.tokenizer, backbone.config().vocab_size);
         let (prompt, warnings) = match spec.method {
@@ -75,7 +75,7 @@ impl TokenJob {
     /// A job that has come to `prompt` in `num_steps` steps. All ranks make this call together.
     ///
     /// # Errors
-    /// If the prompt is none of the model's, or there are less than two batches of examples.
+    /// If the prompt is none of the model's, or there is less than one batch of examples.
     pub(crate) fn go_on(
         backbone: &Backbone,
         spec: &TrainSpec,

@@ -22,13 +22,15 @@ impl Trained {
     /// # Errors
     /// If `path` holds neither, or what it holds is damaged.
     pub fn read(path: &Path) -> Result<Self> {
-        match weights_file(path) {
-            Some(file) => {
-                let bytes = std::fs::read(&file).map_err(Error::io("read", &file))?;
-                Self::decode(WEIGHTS, &bytes).map_err(|what| Error::PromptFile { path: file, what })
-            }
-            None => Ok(Self::Prompt(Prompt::read(path)?)),
+        if let Some(dir) = weights_checkpoint(path) {
+            return Ok(checkpoint::load(&dir)?.trained);
         }
+        let file = if path.is_dir() { path.join(WEIGHTS) } else { path.to_owned() };
+        if file.file_name().is_none_or(|name| name != WEIGHTS) || !file.is_file() {
+            return Ok(Self::Prompt(Prompt::read(path)?));
+        }
+        let bytes = std::fs::read(&file).map_err(Error::io("read", &file))?;
+        Self::decode(WEIGHTS, &bytes).map_err(|what| Error::PromptFile { path: file, what })
     }
 
     /// The prompt, if it is one.
@@ -81,14 +83,9 @@ impl Trained {
     }
 }
 
-/// The file of trained weights that `path` stands for, if it does.
-fn weights_file(path: &Path) -> Option<PathBuf> {
-    if path.file_name().is_some_and(|name| name == WEIGHTS) {
-        return Some(path.to_owned());
-    }
-    // Of a run, the best; what it shows at its end is older while it goes on.
-    ["best/weights.safetensors", "last/weights.safetensors", WEIGHTS]
-        .into_iter()
-        .map(|name| path.join(name))
-        .find(|file| file.is_file())
+/// The checkpoint of trained weights that `path` is, or, of a run, the best or else the last; what a run shows at its end is older while
+/// it goes on.
+fn weights_checkpoint(path: &Path) -> Option<PathBuf> {
+    let dirs = [path.to_owned(), path.join("best"), path.join("last")];
+    dirs.into_iter().find(|dir| dir.join(checkpoint::MANIFEST).is_file() && dir.join(WEIGHTS).is_file())
 }

@@ -146,6 +146,14 @@ fn a_prompt_is_asked_for_where_there_are_weights_and_weights_must_fit_the_model(
     let error = Prompt::read(&out.join("last")).unwrap_err().to_string();
     assert!(error.contains("holds trained weights and no prompt"), "{error}");
 
+    let damaged = out.join("last/weights.safetensors");
+    let whole = std::fs::read(&damaged).unwrap();
+    std::fs::write(&damaged, &whole[..whole.len() - 1]).unwrap();
+    // The run evaluated itself: its best is its last.
+    let error = Trained::read(&out).unwrap_err().to_string();
+    assert!(error.contains("weights.safetensors is damaged"), "{error}");
+    std::fs::write(&damaged, whole).unwrap();
+
     let mut weights = match checkpoint::load(&out.join("last")).unwrap().trained {
         Trained::Weights(weights) => weights,
         Trained::Prompt(_) => panic!("weights were trained"),

@@ -1,0 +1,47 @@
+//! What is trained in the place of a prompt, and the models that it is trained on, from the command line.
+
+mod common;
+
+use common::{demo, few_examples, incipit, path, refused};
+
+#[test]
+fn a_model_made_of_plain_text_is_adapted_and_serves_every_method() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let at = |name: &str| path(dir.path(), name);
+    let corpus =
+        "the parcel came late and the box was torn\nplease send a new bill for the repair\n".repeat(60);
+    std::fs::write(at("corpus.txt"), &corpus).expect("a file");
+    std::fs::write(at("held-out.txt"), &corpus[..1200]).expect("a file");
+    let (config, tokenizer) = (demo("model/config.json"), demo("model"));
+    let lengths = ["--max-input-length", "16", "--batch-size", "4", "--steps", "3", "--eval-every", "3"];
+    let text = ["--corpus", &at("corpus.txt"), "--eval", &at("held-out.txt")].map(str::to_owned);
+    let text: Vec<&str> = text.iter().map(String::as_str).collect();
+
+    let new = ["pretrain", "--config", &config, "--tokenizer", &tokenizer, "--out", &at("new"), "--json"]
+        .map(str::to_owned);
+    let new: Vec<&str> = new.iter().map(String::as_str).collect();
+    let made = incipit(&[&new, &text[..], &lengths[..], &["--max-target-length", "8"]].concat()).ok().json();
+    assert_eq!((&made["method"], &made["steps"]), (&"model".into(), &3.into()));
+    assert!(made["eval_loss"].is_number(), "{made}");
+    refused(&incipit(&[&new, &text[..]].concat()), &["initial is there already", "choose another --out"]);
+
+    let model = at("new/model");
+    let adapted = at("adapted");
+    let further = ["pretrain", "--model", &model, "--objective", "prefix-lm", "--out", &adapted];
+    incipit(&[&further, &text[..], &lengths[..]].concat()).ok();
+
+    let model = at("adapted/model");
+    let few = few_examples(dir.path());
+    for method in ["prompt", "model", "prefix", "adapter", "text", "search"] {
+        let out = at(method);
+        let mut args = vec!["train", "--method", method, "--model", &model, "--train", &few, "--eval", &few];
+        args.extend(["--out", &out, "--batch-size", "4", "--eval-every", "1", "--json"]);
+        args.extend(if method == "text" { ["--shots", "2"] } else { ["--steps", "1"] });
+        if method != "text" {
+            args.extend(["--prompt-length", "3"]);
+        }
+        let run = incipit(&args).ok().json();
+        let measured = incipit(&["eval", "--prompt", &out, "--data", &few, "--json"]).ok().json();
+        assert_eq!(measured["loss"], run["eval_loss"], "{method}: {measured}");
+    }
+}
