@@ -15,6 +15,7 @@ pub(crate) mod generate;
 pub(crate) mod inspect;
 pub(crate) mod job;
 pub(crate) mod launch;
+pub(crate) mod paper;
 pub(crate) mod pretrain;
 pub(crate) mod prompt;
 pub(crate) mod task;

@@ -54,6 +54,7 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
     match cli.command {
         Command::Demo(args) => commands::demo::run(&args, &global),
         Command::Train(args) => commands::train::run(*args, &global),
+        Command::Paper(args) => commands::paper::run(&args, &global),
         Command::Pretrain(args) => commands::pretrain::run(&args, &global),
         Command::Eval(args) => commands::eval::run(&args, &global),
         Command::Generate(args) => commands::generate::run(&args, &global),

@@ -170,22 +170,17 @@ fn loss_chart(records: &Records) -> Option<Chart> {
     }
     let mut series = Vec::new();
     if points.len() > 20 {
-        series.push(Series {
-            name: "each step".into(),
-            class: "s0",
-            mark: Mark::Faint,
-            points: points.clone(),
-        });
-        series.push(Series {
-            name: "training, smoothed".into(),
-            class: "s0",
-            mark: Mark::Line,
-            points: chart::smoothed(&points, span),
-        });
+        series.push(Series::new("each step".into(), "s0", Mark::Faint, points.clone()));
+        series.push(Series::new(
+            "training, smoothed".into(),
+            "s0",
+            Mark::Line,
+            chart::smoothed(&points, span),
+        ));
     } else {
-        series.push(Series { name: "training".into(), class: "s0", mark: Mark::Line, points });
+        series.push(Series::new("training".into(), "s0", Mark::Line, points));
     }
-    series.push(Series { name: "evaluation".into(), class: "s1", mark: Mark::Dots, points: evaluated });
+    series.push(Series::new("evaluation".into(), "s1", Mark::Dots, evaluated));
     series.retain(|s| !s.points.is_empty());
     Some(Chart {
         title: "Loss".into(),
@@ -198,21 +193,19 @@ fn loss_chart(records: &Records) -> Option<Chart> {
 
 fn metric_chart(records: &Records) -> Option<Chart> {
     let names = records.metric_names();
-    let curve = |(i, name): (usize, &String)| Series {
-        name: words(name),
-        class: METRIC_CLASSES[i % METRIC_CLASSES.len()],
-        mark: Mark::Dots,
-        points: records
-            .evaluations
-            .iter()
-            .filter_map(|e| e.metric(name).map(|v| (e.step as f64, v)))
-            .collect(),
+    let curve = |(i, name): (usize, &String)| {
+        Series::new(
+            words(name),
+            METRIC_CLASSES[i % METRIC_CLASSES.len()],
+            Mark::Dots,
+            records.evaluations.iter().filter_map(|e| e.metric(name).map(|v| (e.step as f64, v))).collect(),
+        )
     };
     let mut series: Vec<Series> = names.iter().enumerate().map(curve).collect();
     let legal: Vec<_> =
         records.evaluations.iter().filter_map(|e| e.legal.map(|v| (e.step as f64, v))).collect();
     if !legal.is_empty() {
-        series.push(Series { name: "legal labels".into(), class: "s0", mark: Mark::Line, points: legal });
+        series.push(Series::new("legal labels".into(), "s0", Mark::Line, legal));
     }
     let first = names.first()?;
     let best = records.best().and_then(|e| e.metric(first).map(|v| (e, v)));
@@ -239,7 +232,7 @@ fn rate_chart(records: &Records) -> Option<Chart> {
     if points.is_empty() || high - low < 1e-9 {
         return None;
     }
-    let series = vec![Series { name: "learning rate".into(), class: "s3", mark: Mark::Line, points }];
+    let series = vec![Series::new("learning rate".into(), "s3", Mark::Line, points)];
     Some(Chart {
         title: "Learning rate".into(),
         x_label: "step".into(),

@@ -3,7 +3,6 @@
 use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::process::{Command as Process, Stdio};
-use std::sync::mpsc::{Receiver, channel};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser as _};
@@ -13,6 +12,7 @@ use incipit_tune::spec::Backend;
 use crate::args::{Cli, Command, Global};
 use crate::commands::bench::BenchCommand;
 use crate::exit::{BadInput, Exit, bad_input};
+use crate::interrupt::signals;
 use crate::progress::{self, note};
 use crate::ranks::{self, environment};
 use crate::supervisor::{How, Outcome, supervise};
@@ -79,16 +79,6 @@ pub(crate) fn run(args: &LaunchArgs, global: &Global) -> Result<Exit> {
     });
     let outcome = supervise(processes.collect(), &signals()?)?;
     Ok(tell(&outcome))
-}
-
-/// Ctrl-C and termination signals, as they come.
-fn signals() -> Result<Receiver<()>> {
-    let (sender, receiver) = channel();
-    ctrlc::set_handler(move || {
-        // At the end nobody listens any more.
-        let _ = sender.send(());
-    })?;
-    Ok(receiver)
 }
 
 /// The command as each rank gets it. It is looked at here first, so that a slip in it is told once.

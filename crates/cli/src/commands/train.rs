@@ -255,6 +255,8 @@ pub(crate) struct Summary {
     tokens_per_s: Option<f64>,
     examples_per_s: Option<f64>,
     method: Method,
+    /// How many numbers were trained.
+    num_trained: Option<u64>,
     /// What was trained: a prompt, weights, or the directory of a whole model.
     trained: Option<PathBuf>,
     /// The prompt again, as PEFT reads it.
@@ -318,6 +320,7 @@ pub(crate) fn summary(spec: &TrainSpec, outcome: Outcome, time: Duration) -> Res
         tokens_per_s: records.tokens_per_second(),
         examples_per_s: records.examples_per_second(),
         method: spec.method,
+        num_trained: records.run.trained,
         adapter: outcome
             .trained
             .as_ref()

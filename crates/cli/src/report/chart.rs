@@ -25,6 +25,8 @@ pub(crate) enum Mark {
     Faint,
     /// A line with a dot at each point.
     Dots,
+    /// Dots alone.
+    Points,
     /// A bar from zero for each point; its x is a whole number.
     Bars,
 }
@@ -37,6 +39,14 @@ pub(crate) struct Series {
     pub(crate) mark: Mark,
     /// In order of x; points that are not finite are left out.
     pub(crate) points: Vec<(f64, f64)>,
+    /// How far each point's like lie around it, either way; empty where that is not known.
+    pub(crate) spread: Vec<f64>,
+}
+
+impl Series {
+    pub(crate) fn new(name: String, class: &'static str, mark: Mark, points: Vec<(f64, f64)>) -> Self {
+        Self { name, class, mark, points, spread: Vec::new() }
+    }
 }
 
 /// A chart of several curves over the same steps.
@@ -53,6 +63,8 @@ pub(crate) struct Chart {
     pub(crate) baseline: Option<(f64, String)>,
     /// A range of y to compare with, from its low to its high end.
     pub(crate) band: Option<(f64, f64)>,
+    /// The names of x = 0, 1, ..., where x is no number.
+    pub(crate) x_names: Vec<String>,
     /// y is a share: the axis runs within 0..=1 and is labelled in per cent.
     pub(crate) percent: bool,
 }
@@ -96,7 +108,38 @@ impl Axis {
     }
 }
 
+/// What the classes of a chart look like in a file of its own, which has no page around it.
+const STYLE: &str = "svg{background:#fff;font:13px sans-serif}.grid{stroke:#e6e0d6}.axis{stroke:#6b655c}text{fill:#4a453e}\
+.curve{fill:none;stroke:var(--c);stroke-width:2}.faint{stroke-width:1;opacity:.6}.dot,.bar{fill:var(--c)}.cross,.spots{display:none}\
+.s0{--c:#33526e}.s1{--c:#a32a1c}.s2{--c:#2f6f4e}.s3{--c:#a8741a}.s4{--c:#6d4a8c}.s5{--c:#1f7a8c}";
+/// Height of a line of the legend.
+const LEGEND_LINE: f64 = 20.0;
+
 impl Chart {
+    /// The chart as a file of its own, with a legend; nothing when there is no point to draw.
+    pub(crate) fn to_file(&self) -> Option<String> {
+        let (svg, _) = self.draw()?;
+        let body = &svg[svg.find('>').map_or(0, |end| end + 1)..];
+        let mut legend =
+            format!(r#"<text x="{LEFT}" y="{}">{}</text>"#, HEIGHT + LEGEND_LINE, escaped(&self.title));
+        for (i, series) in self.series.iter().enumerate() {
+            let y = HEIGHT + LEGEND_LINE * (i as f64 + 2.0);
+            let _ = write!(
+                legend,
+                r#"<circle class="dot {}" cx="{}" cy="{}" r="4"/><text x="{}" y="{y}">{}</text>"#,
+                series.class,
+                LEFT + 4.0,
+                y - 4.5,
+                LEFT + 16.0,
+                escaped(&series.name)
+            );
+        }
+        let height = HEIGHT + LEGEND_LINE * (self.series.len() as f64 + 2.0);
+        Some(format!(
+            "<svg viewBox=\"0 0 {WIDTH} {height}\" width=\"{WIDTH}\" role=\"img\" xmlns=\"http://www.w3.org/2000/svg\"><style>{STYLE}</style>{legend}{body}\n"
+        ))
+    }
+
     /// The chart, or nothing when there is no point to draw.
     pub(crate) fn draw(&self) -> Option<(String, Hover)> {
         let series: Vec<(&Series, Vec<(f64, f64)>)> = self
@@ -140,7 +183,13 @@ impl Chart {
     /// From 0, and wide enough for whole bars.
     fn x_axis(&self, all: &[(f64, f64)]) -> Axis {
         let high = all.iter().fold(0.0f64, |high, p| high.max(p.0));
-        let (low, high) = if self.has_bars() { (-0.5, high + 0.5) } else { (0.0, high.max(1.0)) };
+        let (low, high) = if !self.x_names.is_empty() {
+            (-0.5, self.x_names.len() as f64 - 0.5)
+        } else if self.has_bars() {
+            (-0.5, high + 0.5)
+        } else {
+            (0.0, high.max(1.0))
+        };
         Axis { low, high, from: LEFT, to: WIDTH - RIGHT, log: false }
     }
 
@@ -148,7 +197,11 @@ impl Chart {
         let compared = self.baseline.iter().map(|b| b.0).chain(self.band.iter().flat_map(|b| [b.0, b.1]));
         // A bar is as long as its number.
         let zero = self.has_bars().then_some(0.0);
-        let values = all.iter().map(|p| p.1).chain(compared).chain(zero);
+        let spread = self.series.iter().flat_map(|s| {
+            s.points.iter().zip(&s.spread).flat_map(|(point, spread)| [point.1 - spread, point.1 + spread])
+        });
+        let values =
+            all.iter().map(|p| p.1).chain(compared).chain(zero).chain(spread.filter(|v| v.is_finite()));
         let (mut low, mut high) = values.fold((f64::MAX, f64::MIN), |(l, h), v| (l.min(v), h.max(v)));
         let log = !self.percent && low > 0.0 && high / low > LOG_RATIO;
         if log {
@@ -179,15 +232,12 @@ impl Chart {
                 at + 4.5
             );
         }
-        // Steps and rows are whole.
-        for tick in x.ticks().into_iter().filter(|tick| tick.fract().abs() < 1e-9) {
-            let at = x.place(tick);
+        for (at, text) in self.x_ticks(x) {
             let _ = write!(
                 svg,
-                r#"<line class="axis" x1="{at:.1}" x2="{at:.1}" y1="{bottom}" y2="{}"/><text class="tick" x="{at:.1}" y="{}" text-anchor="middle">{}</text>"#,
+                r#"<line class="axis" x1="{at:.1}" x2="{at:.1}" y1="{bottom}" y2="{}"/><text class="tick" x="{at:.1}" y="{}" text-anchor="middle">{text}</text>"#,
                 bottom + 4.0,
-                bottom + 20.0,
-                thousands(tick)
+                bottom + 20.0
             );
         }
         let _ = write!(
@@ -200,6 +250,17 @@ impl Chart {
             escaped(&self.y_label),
             if y.log { " (log scale)" } else { "" }
         );
+    }
+
+    /// Where x is marked, and with what words.
+    fn x_ticks(&self, x: &Axis) -> Vec<(f64, String)> {
+        if self.x_names.is_empty() {
+            // Steps and rows are whole.
+            let whole = x.ticks().into_iter().filter(|tick| tick.fract().abs() < 1e-9);
+            return whole.map(|tick| (x.place(tick), thousands(tick))).collect();
+        }
+        let named = self.x_names.iter().enumerate();
+        named.map(|(i, name)| (x.place(i as f64), escaped(name))).collect()
     }
 
     fn draw_band(&self, svg: &mut String, y: &Axis) {
@@ -251,7 +312,10 @@ impl Chart {
         let text = |v: f64| if self.percent { format!("{:.1} %", 100.0 * v) } else { format!("{v:.4}") };
         let points = points
             .iter()
-            .map(|&(px, py)| (tenth(x.place(px)), tenth(y.place(py)), thousands(px), text(py)))
+            .map(|&(px, py)| {
+                let name = self.x_names.get(px as usize).cloned().unwrap_or_else(|| thousands(px));
+                (tenth(x.place(px)), tenth(y.place(py)), name, text(py))
+            })
             .collect();
         HoverSeries { name: series.name.clone(), class: series.class, points }
     }
@@ -266,8 +330,18 @@ fn draw_series(svg: &mut String, series: &Series, points: &[(f64, f64)], x: &Axi
         let _ = write!(path, "{}{:.1} {:.1}", if i == 0 { "M" } else { "L" }, x.place(px), y.place(py));
     }
     let faint = if series.mark == Mark::Faint { " faint" } else { "" };
-    let _ = write!(svg, r#"<path class="curve {}{faint}" d="{path}"/>"#, series.class);
-    if series.mark == Mark::Dots {
+    if series.mark != Mark::Points {
+        let _ = write!(svg, r#"<path class="curve {}{faint}" d="{path}"/>"#, series.class);
+    }
+    for (&(px, py), spread) in points.iter().zip(&series.spread) {
+        let (at, top, bottom) = (x.place(px), y.place(py + spread), y.place(py - spread));
+        let _ = write!(
+            svg,
+            r#"<path class="curve faint {}" d="M{at:.1} {top:.1}L{at:.1} {bottom:.1}"/>"#,
+            series.class
+        );
+    }
+    if matches!(series.mark, Mark::Dots | Mark::Points) {
         let radius = if points.len() > 60 { 1.8 } else { 3.0 };
         for &(px, py) in points {
             let (cx, cy) = (x.place(px), y.place(py));
@@ -364,7 +438,7 @@ mod tests {
     use super::*;
 
     fn line(points: Vec<(f64, f64)>) -> Chart {
-        let series = vec![Series { name: "loss".into(), class: "s0", mark: Mark::Line, points }];
+        let series = vec![Series::new("loss".into(), "s0", Mark::Line, points)];
         Chart { title: "a < b".into(), series, ..Chart::default() }
     }
 

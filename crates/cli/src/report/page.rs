@@ -8,12 +8,13 @@ use serde::Serialize;
 use super::chart::{Chart, Hover, Mark, Series};
 
 /// The frame, the charts in it, and the pages.
-const TEMPLATES: [(&str, &str); 5] = [
+const TEMPLATES: [(&str, &str); 6] = [
     ("frame", include_str!("frame.html")),
     ("charts", include_str!("charts.html")),
     ("report", include_str!("report.html")),
     ("prompt", include_str!("prompt.html")),
     ("similarity", include_str!("similarity.html")),
+    ("paper", include_str!("paper.html")),
 ];
 
 /// The upper part of every page.

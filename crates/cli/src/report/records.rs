@@ -35,6 +35,7 @@ pub(crate) struct Step {
     pub(crate) step: u64,
     pub(crate) loss: f64,
     pub(crate) lr: f64,
+    pub(crate) seconds: f64,
     pub(crate) tokens_per_second: f64,
     pub(crate) examples_per_second: f64,
 }
@@ -71,7 +72,9 @@ impl RunFacts {
     fn read(out: &Path, settings: &toml::Table) -> Self {
         let mut facts = Self::default();
         if let Ok(last) = checkpoint::load(&out.join("last")) {
-            facts.trained = Some(last.trained.num_parameters());
+            // Of a prompt of tokens each counts as one number, as in the paper's figure 4.
+            let tokens = last.state.tokens.as_ref().map(|tokens| tokens.len() as u64);
+            facts.trained = tokens.or(Some(last.trained.num_parameters()));
             facts.saved = Some((last.state.step, last.state.evaluations_since_best));
             facts.fingerprint = Some(last.state.backbone);
         }
@@ -128,6 +131,7 @@ impl Records {
                     step,
                     loss,
                     lr: f64::from(lr),
+                    seconds,
                     tokens_per_second: tokens_per_s,
                     examples_per_second: examples_per_s,
                 });

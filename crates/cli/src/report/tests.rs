@@ -15,6 +15,7 @@ fn records() -> Records {
         step,
         loss: 9.0 / step as f64,
         lr: 0.3 / step as f64,
+        seconds: 0.5,
         tokens_per_second: 5_000.0,
         examples_per_second: 40.0,
     };

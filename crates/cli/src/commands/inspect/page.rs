@@ -194,7 +194,7 @@ fn norm_chart(report: &prompt::Report) -> Chart {
         title: "Norms".into(),
         x_label: "row".into(),
         y_label: "norm".into(),
-        series: vec![Series { name: "rows".into(), class: "s0", mark: Mark::Bars, points }],
+        series: vec![Series::new("rows".into(), "s0", Mark::Bars, points)],
         // Its words stand above the chart, where no bar crosses them.
         baseline: words.map(|n| (n.median, String::new())),
         band: words.map(|n| (n.q05, n.q95)),

@@ -1,0 +1,340 @@
+//! What is to be run for some suites: commands of this program, each once, in an order in which each finds what it needs.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use incipit_model::Config;
+use incipit_tune::spec::{Backend, Method};
+use serde::Serialize;
+use toml::Value;
+
+use super::scale::{Model, Scale, Settings, TaskFiles, Variant};
+use crate::exit::bad_input;
+
+/// Tokens of a usual answer, for estimates of time.
+const ANSWER_TOKENS: f64 = 3.0;
+
+/// A command of this program and what it leaves.
+#[derive(Serialize)]
+pub(super) struct Run {
+    /// Its place below `runs/`, which says what it is.
+    pub(super) name: String,
+    /// The words behind `incipit`, without those that say where it computes.
+    pub(super) command: Vec<String>,
+    /// The runs that it needs.
+    pub(super) after: Vec<usize>,
+    /// About how many floating-point operations it takes; none if the model's shape is not known.
+    pub(super) work: Option<f64>,
+}
+
+/// What the flags of `paper` say of all runs.
+pub(super) struct Place {
+    pub(super) out: PathBuf,
+    pub(super) data: PathBuf,
+    pub(super) corpus: Option<PathBuf>,
+    pub(super) held_out: Option<PathBuf>,
+    pub(super) tokenizer: Option<PathBuf>,
+    /// Rows of new models' embeddings.
+    pub(super) vocab_size: usize,
+    /// Flags that every run is given: where it computes, and on how many ranks.
+    pub(super) machine: Vec<String>,
+    /// What connects ranks that are processes, and how many there are.
+    pub(super) launched: Option<(Backend, usize)>,
+}
+
+/// The runs, and where each is in them by name.
+pub(super) struct Plan<'a> {
+    pub(super) scale: &'a Scale,
+    pub(super) place: &'a Place,
+    pub(super) runs: Vec<Run>,
+    index: HashMap<String, usize>,
+}
+
+/// A trained variant: of each seed, the run and the directory that it leaves.
+pub(super) struct Trained {
+    pub(super) of_seeds: Vec<Member>,
+}
+
+pub(super) struct Member {
+    pub(super) run: usize,
+    /// Its summary in the run's: a JSON pointer.
+    pub(super) summary: String,
+    pub(super) dir: PathBuf,
+}
+
+impl<'a> Plan<'a> {
+    pub(super) fn new(scale: &'a Scale, place: &'a Place) -> Self {
+        Self { scale, place, runs: Vec::new(), index: HashMap::new() }
+    }
+
+    /// Where a run's directory is.
+    pub(super) fn dir(&self, name: &str) -> PathBuf {
+        self.place.out.join("runs").join(name)
+    }
+
+    /// The words behind `incipit` that carry a run out on this machine.
+    pub(super) fn command(&self, run: &Run) -> Vec<String> {
+        let launcher = self.place.launched.iter().flat_map(|(collective, ranks)| {
+            words(["launch", "--nproc", &ranks.to_string(), "--collective", &collective.to_string(), "--"])
+        });
+        launcher.chain(run.command.iter().cloned()).chain(self.place.machine.iter().cloned()).collect()
+    }
+
+    /// Leaves out the runs from `first` on.
+    pub(super) fn forget(&mut self, first: usize) {
+        for run in self.runs.drain(first..) {
+            self.index.remove(&run.name);
+        }
+    }
+
+    fn add(&mut self, run: Run) -> usize {
+        if let Some(&known) = self.index.get(&run.name) {
+            return known;
+        }
+        self.index.insert(run.name.clone(), self.runs.len());
+        self.runs.push(run);
+        self.runs.len() - 1
+    }
+
+    /// A model at a stage: where it is, and the run that makes it if it is not there already.
+    ///
+    /// # Errors
+    /// If the scale does not say how to come by it, or what it is made of is not given.
+    pub(super) fn model(&mut self, model: &Model, stage: &str) -> Result<(String, Vec<usize>)> {
+        if let Some(found) = model.found.get(stage) {
+            return Ok((found.clone(), Vec::new()));
+        }
+        let how = self.scale.stages.get(stage);
+        let how =
+            how.with_context(|| format!("the scale does not say what stage {stage} of {} is", model.name))?;
+        let Some(corpus) = &self.place.corpus else {
+            return bad_input(format!(
+                "model {} at stage {stage} has to be made: give the text to make it of with --corpus",
+                model.name
+            ));
+        };
+        let name = format!("model/{}-{stage}", model.name);
+        let dir = self.dir(&name);
+        let mut command = words(["pretrain", "--out", &shown(&dir), "--corpus", &shown(corpus)]);
+        command.extend(self.place.held_out.iter().flat_map(|path| words(["--eval", &shown(path)])));
+        let after = match &how.from {
+            Some(from) => {
+                let (path, after) = self.model(model, from)?;
+                command.extend(words(["--model", &path]));
+                after
+            }
+            None => {
+                command.extend(self.beginning(model)?);
+                Vec::new()
+            }
+        };
+        command.extend(flags(&how.settings));
+        let work =
+            model.config(self.place.vocab_size)?.map(|config| pretraining_work(&config, &how.settings));
+        let run = self.add(Run { name, command, after, work });
+        Ok((shown(&dir.join("model")), vec![run]))
+    }
+
+    /// The flags of a model that begins with random weights.
+    fn beginning(&self, model: &Model) -> Result<Vec<String>> {
+        let Some(tokenizer) = &self.place.tokenizer else {
+            return bad_input(format!(
+                "model {} has to be made: give the directory of its tokenizer with --tokenizer",
+                model.name
+            ));
+        };
+        let config = shown(&super::shape_file(&self.place.out, &model.name));
+        Ok(words(["--config", &config, "--tokenizer", &shown(tokenizer)]))
+    }
+
+    /// A task's files, which must be there.
+    ///
+    /// # Errors
+    /// If the scale does not have the task, or a file is missing.
+    pub(super) fn task(&self, name: &str, to_train: bool) -> Result<&'a TaskFiles> {
+        let task = self.scale.tasks.get(name).with_context(|| format!("the scale has no task {name}"))?;
+        match task.missing(&self.place.data, to_train) {
+            Some(what) => bad_input(format!("task {name}: {what}")),
+            None => Ok(task),
+        }
+    }
+
+    /// The runs of a variant on a task, one a seed; prompts of all seeds go through the backbone together.
+    ///
+    /// # Errors
+    /// As [`Self::model`] and [`Self::task`].
+    pub(super) fn train(&mut self, model: &str, task: &str, variant: &Variant) -> Result<Trained> {
+        if variant.method == Method::Prompt && self.scale.seeds > 1 {
+            return self.train_together(model, task, variant, self.scale.seeds);
+        }
+        self.train_alone(model, task, variant)
+    }
+
+    /// Prompts that are trained in one batch.
+    ///
+    /// # Errors
+    /// As [`Self::train`].
+    pub(super) fn train_together(
+        &mut self,
+        model: &str,
+        task: &str,
+        variant: &Variant,
+        members: u64,
+    ) -> Result<Trained> {
+        let count = members.to_string();
+        let start = words(["ensemble", "train", "--members", &count]);
+        let run = self.training(model, task, variant, (start, &format!("{members}-prompts"), members))?;
+        let dir = self.dir(&self.runs[run].name);
+        let member =
+            |i| Member { run, summary: format!("/members/{i}"), dir: dir.join(format!("member-{i}")) };
+        Ok(Trained { of_seeds: (0..members).map(member).collect() })
+    }
+
+    /// Runs of their own, one a seed.
+    ///
+    /// # Errors
+    /// As [`Self::train`].
+    pub(super) fn train_alone(&mut self, model: &str, task: &str, variant: &Variant) -> Result<Trained> {
+        let of_seeds = (0..self.scale.seeds).map(|seed| {
+            let start = words(["train", "--seed", &seed.to_string()]);
+            let run = self.training(model, task, variant, (start, &format!("seed-{seed}"), 1))?;
+            let dir = self.dir(&self.runs[run].name);
+            Ok(Member { run, summary: String::new(), dir })
+        });
+        Ok(Trained { of_seeds: of_seeds.collect::<Result<_>>()? })
+    }
+
+    /// A training run: `start` is the command's first words, what tells it from its like, and how many it trains.
+    fn training(
+        &mut self,
+        model: &str,
+        task: &str,
+        variant: &Variant,
+        (start, which, count): (Vec<String>, &str, u64),
+    ) -> Result<usize> {
+        let files = self.task(task, true)?;
+        let (scale, place) = (self.scale, self.place);
+        let model = scale.model(model)?;
+        let (path, after) = self.model(model, &variant.stage)?;
+        let what = [variant.method.to_string()].into_iter().chain(own(&variant.settings)).collect::<Vec<_>>();
+        let name = format!("{task}/{}-{}/{}/{which}", model.name, variant.stage, what.join(","));
+        let settings = scale.settings(variant);
+        let mut command = start;
+        command.extend(words(["--out", &shown(&self.dir(&name)), "--model", &path]));
+        if variant.method != Method::Prompt {
+            command.extend(words(["--method", &variant.method.to_string()]));
+        }
+        command.extend(files.to_train(&place.data));
+        command.extend(flags(&settings));
+        let config = model.config(place.vocab_size)?;
+        let work =
+            config.map(|config| training_work(&config, variant.method, &settings, files) * count as f64);
+        Ok(self.add(Run { name, command, after, work }))
+    }
+
+    /// An evaluation of what `member` has trained, on another task.
+    ///
+    /// # Errors
+    /// As [`Self::task`].
+    pub(super) fn evaluate(&mut self, member: &Member, task: &str) -> Result<usize> {
+        let command = words(["eval", "--prompt", &shown(&member.dir)]);
+        self.evaluation(member.run, &member.dir, task, command)
+    }
+
+    /// The votes of prompts that were trained together, on their own task.
+    ///
+    /// # Errors
+    /// As [`Self::task`].
+    pub(super) fn vote(&mut self, of: &Trained, task: &str) -> Result<usize> {
+        let run = of.of_seeds[0].run;
+        let dir = self.dir(&self.runs[run].name);
+        let command = words(["ensemble", "eval", "--ensemble", &shown(&dir)]);
+        self.evaluation(run, &dir, task, command)
+    }
+
+    fn evaluation(&mut self, of: usize, dir: &Path, task: &str, mut command: Vec<String>) -> Result<usize> {
+        command.extend(self.task(task, false)?.to_eval(&self.place.data));
+        let trained = dir.strip_prefix(self.place.out.join("runs")).expect("a run's directory").display();
+        let name = format!("on-{task}/{trained}");
+        // Little beside training.
+        Ok(self.add(Run { name, command, after: vec![of], work: Some(0.0) }))
+    }
+}
+
+/// Settings as flags.
+fn flags(settings: &Settings) -> Vec<String> {
+    let mut flags = Vec::new();
+    for (name, value) in settings {
+        match value {
+            // A flag that stands alone.
+            Value::Boolean(true) if name == "target-sentinel" => flags.push(format!("--{name}")),
+            Value::Boolean(false) if name == "target-sentinel" => {}
+            _ => flags.extend([format!("--{name}"), plain(value)]),
+        }
+    }
+    flags
+}
+
+/// What tells a variant from its like, as a part of a path.
+fn own(settings: &Settings) -> impl Iterator<Item = String> {
+    let safe = |c: char| if c.is_ascii_alphanumeric() || "=._+".contains(c) { c } else { '-' };
+    settings.iter().map(move |(name, value)| {
+        let value: String = plain(value).chars().map(safe).collect();
+        format!("{name}={value}")
+    })
+}
+
+/// A value as a flag takes it.
+pub(super) fn plain(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Array(values) => values.iter().map(plain).collect::<Vec<_>>().join(","),
+        other => other.to_string(),
+    }
+}
+
+fn words<const N: usize>(words: [&str; N]) -> Vec<String> {
+    words.map(str::to_owned).to_vec()
+}
+
+fn shown(path: &Path) -> String {
+    path.display().to_string()
+}
+
+/// A setting that is a number, or what holds where nobody says.
+pub(super) fn number(settings: &Settings, name: &str, default: f64) -> f64 {
+    let value = settings.get(name);
+    value.and_then(|value| value.as_float().or(value.as_integer().map(|n| n as f64))).unwrap_or(default)
+}
+
+/// Two operations a parameter that a token passes.
+fn forward(config: &Config, encoder_tokens: f64, decoder_tokens: f64) -> f64 {
+    let (encoder, decoder) = config.parameters_passed();
+    2.0 * (encoder as f64 * encoder_tokens + decoder as f64 * decoder_tokens)
+}
+
+fn pretraining_work(config: &Config, settings: &Settings) -> f64 {
+    let number = |name, default| number(settings, name, default);
+    let one = forward(config, number("max-input-length", 512.0), number("max-target-length", 114.0));
+    3.0 * one * number("batch-size", 32.0) * number("steps", 30_000.0)
+}
+
+/// A step goes forward, backward to the activations and, where weights are trained, to them; a search tries its candidates besides.
+fn training_work(config: &Config, method: Method, settings: &Settings, task: &TaskFiles) -> f64 {
+    let number = |name, default| number(settings, name, default);
+    let rows = match method {
+        Method::Prompt | Method::Prefix | Method::Search => number("prompt-length", 100.0),
+        Method::Text => number("shots", 4.0) * (task.input_tokens + ANSWER_TOKENS),
+        Method::Model | Method::Adapter => 0.0,
+    };
+    let one = forward(config, rows + task.input_tokens, ANSWER_TOKENS);
+    let (passes, steps) = match method {
+        Method::Model => (3.0, number("steps", 30_000.0)),
+        Method::Search => (3.0 + number("candidates", 32.0), number("steps", 30_000.0)),
+        Method::Text => (1.0, 1.0),
+        Method::Prompt | Method::Prefix | Method::Adapter => (2.0, number("steps", 30_000.0)),
+    };
+    let evaluations = (steps / number("eval-every", 500.0)).ceil();
+    one * (passes * steps * number("batch-size", 32.0) + evaluations * task.eval_examples)
+}
