@@ -41,6 +41,17 @@ fn a_model_made_of_plain_text_is_adapted_and_serves_every_method() {
             args.extend(["--prompt-length", "3"]);
         }
         let run = incipit(&args).ok().json();
+        // The demo's model: d_model 128, 4 heads of 32, 3 layers either side. docs/methods.md has the formulas.
+        let trained = match method {
+            "prompt" => 3 * 128,
+            "prefix" => 2 * 3 * 128 * 9,
+            "adapter" => (2 * 64 * 128 + 64 + 128) * 15,
+            "search" => 3,
+            _ => 0,
+        };
+        if trained > 0 {
+            assert_eq!(run["num_trained"], trained, "{method}");
+        }
         let measured = incipit(&["eval", "--prompt", &out, "--data", &few, "--json"]).ok().json();
         assert_eq!(measured["loss"], run["eval_loss"], "{method}: {measured}");
     }

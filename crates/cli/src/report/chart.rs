@@ -108,10 +108,11 @@ impl Axis {
     }
 }
 
-/// What the classes of a chart look like in a file of its own, which has no page around it.
-const STYLE: &str = "svg{background:#fff;font:13px sans-serif}.grid{stroke:#e6e0d6}.axis{stroke:#6b655c}text{fill:#4a453e}\
-.curve{fill:none;stroke:var(--c);stroke-width:2}.faint{stroke-width:1;opacity:.6}.dot,.bar{fill:var(--c)}.cross,.spots{display:none}\
-.s0{--c:#33526e}.s1{--c:#a32a1c}.s2{--c:#2f6f4e}.s3{--c:#a8741a}.s4{--c:#6d4a8c}.s5{--c:#1f7a8c}";
+/// What a chart looks like in a file of its own, which has no page around it. Few programs but browsers know variables of styles.
+const STYLE: &str = "text{fill:#4a453e;font:13px sans-serif}.grid{stroke:#e6e0d6}.axis{stroke:#6b655c}.curve{fill:none;stroke-width:2}\
+.faint{stroke-width:1;opacity:.6}.cross{display:none}";
+/// The colours of the classes `s0`, `s1`, ..., as on a light page.
+const COLOURS: [&str; 6] = ["#33526e", "#a32a1c", "#2f6f4e", "#a8741a", "#6d4a8c", "#1f7a8c"];
 /// Height of a line of the legend.
 const LEGEND_LINE: f64 = 20.0;
 
@@ -135,8 +136,13 @@ impl Chart {
             );
         }
         let height = HEIGHT + LEGEND_LINE * (self.series.len() as f64 + 2.0);
+        let colours = COLOURS.iter().enumerate();
+        let colours = colours
+            .map(|(i, colour)| format!(".s{i}{{fill:{colour}}}.curve.s{i}{{stroke:{colour};fill:none}}"));
+        let colours: String = colours.collect();
+        let ground = r##"<rect width="100%" height="100%" fill="#fff"/>"##;
         Some(format!(
-            "<svg viewBox=\"0 0 {WIDTH} {height}\" width=\"{WIDTH}\" role=\"img\" xmlns=\"http://www.w3.org/2000/svg\"><style>{STYLE}</style>{legend}{body}\n"
+            "<svg viewBox=\"0 0 {WIDTH} {height}\" width=\"{WIDTH}\" role=\"img\" xmlns=\"http://www.w3.org/2000/svg\"><style>{STYLE}{colours}</style>{ground}{legend}{body}\n"
         ))
     }
 
@@ -415,6 +421,10 @@ fn log_ticks(low: f64, high: f64) -> Vec<f64> {
 }
 
 fn plain(value: f64) -> String {
+    let large = [(1e9, "G"), (1e6, "M"), (1e3, "k")].into_iter().find(|(unit, _)| value.abs() >= 10.0 * unit);
+    if let Some((unit, name)) = large {
+        return format!("{}{name}", plain(value / unit));
+    }
     let text =
         if value != 0.0 && value.abs() < 0.001 { format!("{value:.0e}") } else { format!("{value:.4}") };
     if text.contains('e') { text } else { text.trim_end_matches('0').trim_end_matches('.').to_owned() }

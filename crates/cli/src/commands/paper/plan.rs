@@ -54,6 +54,10 @@ pub(super) struct Plan<'a> {
 /// A trained variant: of each seed, the run and the directory that it leaves.
 pub(super) struct Trained {
     pub(super) of_seeds: Vec<Member>,
+    /// The model's shape, if it is known.
+    config: Option<Config>,
+    /// Rows before an input.
+    rows: f64,
 }
 
 pub(super) struct Member {
@@ -188,7 +192,7 @@ impl<'a> Plan<'a> {
         let dir = self.dir(&self.runs[run].name);
         let member =
             |i| Member { run, summary: format!("/members/{i}"), dir: dir.join(format!("member-{i}")) };
-        Ok(Trained { of_seeds: (0..members).map(member).collect() })
+        self.trained(model, task, variant, (0..members).map(member).collect())
     }
 
     /// Runs of their own, one a seed.
@@ -202,7 +206,14 @@ impl<'a> Plan<'a> {
             let dir = self.dir(&self.runs[run].name);
             Ok(Member { run, summary: String::new(), dir })
         });
-        Ok(Trained { of_seeds: of_seeds.collect::<Result<_>>()? })
+        let of_seeds = of_seeds.collect::<Result<_>>()?;
+        self.trained(model, task, variant, of_seeds)
+    }
+
+    fn trained(&self, model: &str, task: &str, variant: &Variant, of_seeds: Vec<Member>) -> Result<Trained> {
+        let config = self.scale.model(model)?.config(self.place.vocab_size)?;
+        let rows = rows(variant.method, &self.scale.settings(variant), self.task(task, true)?);
+        Ok(Trained { of_seeds, config, rows })
     }
 
     /// A training run: `start` is the command's first words, what tells it from its like, and how many it trains.
@@ -233,13 +244,14 @@ impl<'a> Plan<'a> {
         Ok(self.add(Run { name, command, after, work }))
     }
 
-    /// An evaluation of what `member` has trained, on another task.
+    /// An evaluation of what a seed has trained, on another task.
     ///
     /// # Errors
     /// As [`Self::task`].
-    pub(super) fn evaluate(&mut self, member: &Member, task: &str) -> Result<usize> {
-        let command = words(["eval", "--prompt", &shown(&member.dir)]);
-        self.evaluation(member.run, &member.dir, task, command)
+    pub(super) fn evaluate(&mut self, of: &Trained, seed: usize, task: &str) -> Result<usize> {
+        let Member { run, dir, .. } = &of.of_seeds[seed];
+        let command = words(["eval", "--prompt", &shown(dir)]);
+        self.evaluation((*run, dir), task, command, of.forward(self.task(task, false)?))
     }
 
     /// The votes of prompts that were trained together, on their own task.
@@ -250,15 +262,29 @@ impl<'a> Plan<'a> {
         let run = of.of_seeds[0].run;
         let dir = self.dir(&self.runs[run].name);
         let command = words(["ensemble", "eval", "--ensemble", &shown(&dir)]);
-        self.evaluation(run, &dir, task, command)
+        let work = of.forward(self.task(task, false)?).map(|work| work * of.of_seeds.len() as f64);
+        self.evaluation((run, &dir), task, command, work)
     }
 
-    fn evaluation(&mut self, of: usize, dir: &Path, task: &str, mut command: Vec<String>) -> Result<usize> {
+    fn evaluation(
+        &mut self,
+        (of, dir): (usize, &Path),
+        task: &str,
+        mut command: Vec<String>,
+        work: Option<f64>,
+    ) -> Result<usize> {
         command.extend(self.task(task, false)?.to_eval(&self.place.data));
         let trained = dir.strip_prefix(self.place.out.join("runs")).expect("a run's directory").display();
         let name = format!("on-{task}/{trained}");
-        // Little beside training.
-        Ok(self.add(Run { name, command, after: vec![of], work: Some(0.0) }))
+        Ok(self.add(Run { name, command, after: vec![of], work }))
+    }
+}
+
+impl Trained {
+    /// The work of evaluating one of the seeds on a task.
+    fn forward(&self, task: &TaskFiles) -> Option<f64> {
+        let config = self.config.as_ref()?;
+        Some(forward(config, self.rows + task.input_tokens, ANSWER_TOKENS) * task.eval_examples)
     }
 }
 
@@ -320,14 +346,19 @@ fn pretraining_work(config: &Config, settings: &Settings) -> f64 {
     3.0 * one * number("batch-size", 32.0) * number("steps", 30_000.0)
 }
 
+/// Rows of a prompt or of keys, or tokens that are shown, before an input.
+fn rows(method: Method, settings: &Settings, task: &TaskFiles) -> f64 {
+    match method {
+        Method::Prompt | Method::Prefix | Method::Search => number(settings, "prompt-length", 100.0),
+        Method::Text => number(settings, "shots", 4.0) * (task.input_tokens + ANSWER_TOKENS),
+        Method::Model | Method::Adapter => 0.0,
+    }
+}
+
 /// A step goes forward, backward to the activations and, where weights are trained, to them; a search tries its candidates besides.
 fn training_work(config: &Config, method: Method, settings: &Settings, task: &TaskFiles) -> f64 {
     let number = |name, default| number(settings, name, default);
-    let rows = match method {
-        Method::Prompt | Method::Prefix | Method::Search => number("prompt-length", 100.0),
-        Method::Text => number("shots", 4.0) * (task.input_tokens + ANSWER_TOKENS),
-        Method::Model | Method::Adapter => 0.0,
-    };
+    let rows = rows(method, settings, task);
     let one = forward(config, rows + task.input_tokens, ANSWER_TOKENS);
     let (passes, steps) = match method {
         Method::Model => (3.0, number("steps", 30_000.0)),

@@ -148,12 +148,12 @@ fn transfer(
         for task in to {
             let mut row = Vec::new();
             for variant in &trained {
-                let of_seeds = variant.of_seeds.iter().map(|member| {
+                let of_seeds = variant.of_seeds.iter().enumerate().map(|(seed, member)| {
                     // On its own task a run was measured when it was trained.
                     if task == from {
                         return Ok((member.run, format!("{}/metrics", member.summary)));
                     }
-                    Ok((plan.evaluate(member, task)?, "/metrics".to_owned()))
+                    Ok((plan.evaluate(variant, seed, task)?, "/metrics".to_owned()))
                 });
                 let of_seeds = of_seeds.collect::<Result<Vec<_>>>()?;
                 row.extend(metrics.iter().map(|metric| {
@@ -277,4 +277,32 @@ fn search(
     }
     let columns = vec![task.to_owned()];
     Ok(Sheet { unit: Unit::Score, axes: ("settings", "task"), rows, columns, cells, trained: None })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What runs on such a model report (crates/cli/tests/methods.rs).
+    #[test]
+    fn numbers_are_counted_as_runs_report_them() {
+        let config = Config {
+            d_model: 128,
+            num_heads: 4,
+            d_kv: 32,
+            num_layers: 3,
+            num_decoder_layers: 3,
+            ..Config::preset("small").unwrap()
+        };
+        for (method, count) in [
+            (Method::Prompt, 3 * 128),
+            (Method::Prefix, 2 * 3 * 128 * 9),
+            (Method::Adapter, (2 * 64 * 128 + 64 + 128) * 15),
+            (Method::Search, 3),
+        ] {
+            let settings = toml::toml! { prompt-length = 3 };
+            let variant = Variant { name: String::new(), stage: adapted(), method, settings };
+            assert_eq!(num_trained(&config, &variant), count, "{method}");
+        }
+    }
 }
