@@ -93,6 +93,7 @@ fn job(backbone: &Backbone, n: usize) -> Result<Job> {
         shuffle: true,
         seed: n as u64,
         objective: Objective { reduction, dropout, z_loss: 0.0 },
+        shared_length: 0,
     };
     let (rows, width) = (1 + 7 * n, backbone.config().d_model);
     let mut random = Philox::new(SEED, &[n as u64]);

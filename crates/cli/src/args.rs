@@ -13,7 +13,7 @@ use incipit_tune::spec::Precision;
 
 use crate::commands::{
     backbones, bench, checkpoint, convert, coordinator, demo, doctor, engine, ensemble, eval, generate,
-    inspect, job, launch, paper, pretrain, prompt, task, train, up, worker, workers,
+    inspect, job, launch, multitask, paper, pretrain, prompt, task, train, up, worker, workers,
 };
 use crate::exit::bad_input;
 use crate::telemetry::{self, LogFormat};
@@ -102,6 +102,8 @@ pub(crate) enum Command {
     /// Tune several prompts on the same data at once, and let them vote
     #[command(subcommand)]
     Ensemble(ensemble::EnsembleCommand),
+    /// Tune prompts of several tasks at once that have rows in common
+    Multitask(Box<multitask::MultitaskArgs>),
     /// Run the tables and figures of the paper again, at a scale of your choice
     Paper(Box<paper::PaperArgs>),
     /// See the benchmarks that are known by name, and their examples

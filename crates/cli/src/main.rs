@@ -54,6 +54,7 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
     match cli.command {
         Command::Demo(args) => commands::demo::run(&args, &global),
         Command::Train(args) => commands::train::run(*args, &global),
+        Command::Multitask(args) => commands::multitask::run(*args, &global),
         Command::Paper(args) => commands::paper::run(&args, &global),
         Command::Pretrain(args) => commands::pretrain::run(&args, &global),
         Command::Eval(args) => commands::eval::run(&args, &global),
@@ -86,6 +87,7 @@ fn can_be_ranks(command: &Command) -> bool {
             | Command::Eval(_)
             | Command::Generate(_)
             | Command::Ensemble(_)
+            | Command::Multitask(_)
             | Command::Bench(_)
     )
 }

@@ -15,6 +15,7 @@ const COMMANDS: &[&[&str]] = &[
     &["ensemble"],
     &["ensemble", "train"],
     &["ensemble", "eval"],
+    &["multitask"],
     &["paper"],
     &["task"],
     &["task", "list"],

@@ -56,3 +56,30 @@ fn a_model_made_of_plain_text_is_adapted_and_serves_every_method() {
         assert_eq!(measured["loss"], run["eval_loss"], "{method}: {measured}");
     }
 }
+
+#[test]
+fn tasks_that_share_rows_are_tuned_together_and_serve_alone() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (few, out) = (few_examples(dir.path()), path(dir.path(), "both"));
+    let tasks = path(dir.path(), "tasks.toml");
+    let table = |name: &str, inputs: &str| {
+        format!("[{name}]\ntrain = '{few}'\neval = '{few}'\ninputs = '{inputs}'\n")
+    };
+    std::fs::write(&tasks, table("plain", "{inputs}") + &table("asked", "which? {inputs}")).expect("a file");
+    let model = demo("model");
+    let mut args = vec!["multitask", "--model", &model, "--tasks", &tasks, "--out", &out, "--json"];
+    args.extend(["--prompt-length", "6", "--shared-length", "2", "--batch-size", "4", "--steps", "2"]);
+    let printed = incipit(&args).ok().json();
+    let tasks = printed["members"].as_array().expect("tasks");
+    assert_eq!(tasks.len(), 2, "{printed}");
+    for task in tasks {
+        let dir = task["dir"].as_str().expect("a directory");
+        let measured = incipit(&["eval", "--prompt", dir, "--data", &few, "--json"]).ok().json();
+        assert_eq!(measured["loss"], task["eval_loss"], "{measured}");
+    }
+    let further = incipit(&["multitask", "--out", &out, "--resume", "--steps", "3", "--json"]).ok().json();
+    assert_eq!(further["members"][1]["steps"], 3, "{further}");
+    refused(&incipit(&[&args[..], &["--train", &few]].concat()), &["--train and --task are for one task"]);
+    let one = path(dir.path(), "both/plain");
+    refused(&incipit(&["train", "--out", &one, "--resume"]), &["--shared-length", "incipit multitask"]);
+}

@@ -36,6 +36,9 @@ pub struct JobSpec {
     pub seed: u64,
     /// What is made smaller.
     pub objective: Objective,
+    /// Rows at the prompt's beginning that other jobs have too: an optimizer of their own updates them, so that the same gradients make
+    /// the same rows in each. 0 if there are none.
+    pub shared_length: usize,
 }
 
 impl From<&TrainSpec> for JobSpec {
@@ -50,6 +53,7 @@ impl From<&TrainSpec> for JobSpec {
             shuffle: spec.shuffle,
             seed: spec.seed,
             objective: spec.engine_objective(),
+            shared_length: spec.shared_length.unwrap_or_default(),
         }
     }
 }
@@ -80,8 +84,14 @@ pub struct Job {
     prompt: Prompt,
     /// The same, as the model takes it.
     rows: Tensor,
+    /// Of the rows that are the job's own.
     optimizer: Optimizer,
+    /// Of those that it shares.
+    of_shared: Option<Optimizer>,
 }
+
+/// What the names of the state of the shared rows' optimizer begin with.
+const SHARED: &str = "shared.";
 
 impl Job {
     /// A job before its first step.
@@ -89,8 +99,10 @@ impl Job {
     /// # Errors
     /// If the data are less than one batch.
     pub fn new(spec: JobSpec, data: Arc<TokenizedSet>, prompt: Prompt) -> Result<Self> {
-        let optimizer = Optimizer::new(&spec.optimizer, prompt.length(), prompt.width());
-        Self::with_optimizer(spec, data, prompt, optimizer)
+        let (shared, width) = (spec.shared_length, prompt.width());
+        let optimizer = Optimizer::new(&spec.optimizer, prompt.length() - shared, width);
+        let of_shared = (shared > 0).then(|| Optimizer::new(&spec.optimizer, shared, width));
+        Self::with_optimizers(spec, data, prompt, (optimizer, of_shared))
     }
 
     /// A job that has made `num_steps` steps, from what a checkpoint kept of it.
@@ -104,20 +116,28 @@ impl Job {
         num_steps: u64,
         optimizer: &[NamedTensor],
     ) -> Result<Self> {
-        let (length, width) = (prompt.length(), prompt.width());
-        let optimizer = Optimizer::restore(&spec.optimizer, length, width, num_steps, optimizer)?;
-        Self::with_optimizer(spec, data, prompt, optimizer)
+        let (shared, width) = (spec.shared_length, prompt.width());
+        let (of_shared, own): (Vec<NamedTensor>, Vec<NamedTensor>) =
+            optimizer.iter().cloned().partition(|tensor| tensor.name.starts_with(SHARED));
+        let optimizer =
+            Optimizer::restore(&spec.optimizer, prompt.length() - shared, width, num_steps, &own)?;
+        let unnamed =
+            |tensor: NamedTensor| NamedTensor { name: tensor.name[SHARED.len()..].to_owned(), ..tensor };
+        let of_shared: Vec<NamedTensor> = of_shared.into_iter().map(unnamed).collect();
+        let restore = || Optimizer::restore(&spec.optimizer, shared, width, num_steps, &of_shared);
+        let of_shared = (shared > 0).then(restore).transpose()?;
+        Self::with_optimizers(spec, data, prompt, (optimizer, of_shared))
     }
 
-    fn with_optimizer(
+    fn with_optimizers(
         spec: JobSpec,
         data: Arc<TokenizedSet>,
         prompt: Prompt,
-        optimizer: Optimizer,
+        (optimizer, of_shared): (Optimizer, Option<Optimizer>),
     ) -> Result<Self> {
         let course = Course::new(spec, data, optimizer.num_steps())?;
         let rows = prompt_rows(&prompt)?;
-        Ok(Self { course, prompt, rows, optimizer })
+        Ok(Self { course, prompt, rows, optimizer, of_shared })
     }
 
     /// What it was told.
@@ -135,7 +155,15 @@ impl Job {
     /// A copy of the optimizer's state.
     #[must_use]
     pub fn optimizer_state(&self) -> Vec<NamedTensor> {
-        self.optimizer.state()
+        let named = |tensor: NamedTensor| NamedTensor { name: format!("{SHARED}{}", tensor.name), ..tensor };
+        let of_shared = self.of_shared.iter().flat_map(Optimizer::state).map(named);
+        self.optimizer.state().into_iter().chain(of_shared).collect()
+    }
+
+    /// How many numbers it shares with other jobs.
+    #[must_use]
+    pub fn num_shared(&self) -> usize {
+        self.spec().shared_length * self.prompt.width()
     }
 
     /// Steps made.
@@ -166,7 +194,13 @@ impl Job {
         let step = self.num_steps();
         let gradient = gradient.map_err(|fault| self.course.fault(step, &fault))?;
         let mut values = self.prompt.values().to_vec();
-        self.optimizer.step(&mut values, &gradient.gradient, self.course.lr(step));
+        let lr = self.course.lr(step);
+        let (shared, own) = values.split_at_mut(self.num_shared());
+        let (to_shared, to_own) = gradient.gradient.split_at(shared.len());
+        self.optimizer.step(own, to_own, lr);
+        if let Some(optimizer) = &mut self.of_shared {
+            optimizer.step(shared, to_shared, lr);
+        }
         if !values.iter().all(|x| x.is_finite()) {
             return Err(self.course.overflow(step));
         }

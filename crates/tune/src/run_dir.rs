@@ -35,6 +35,8 @@ pub(crate) fn published(method: Method) -> &'static str {
 pub(crate) struct RunDir {
     out: PathBuf,
     pub(crate) store: Store,
+    /// Where to go on from, if that is not the newest checkpoint: a step, or the beginning.
+    from: Option<Option<u64>>,
 }
 
 impl RunDir {
@@ -52,7 +54,12 @@ impl RunDir {
             return Err(Error::NoRun { path: out.clone() });
         }
         let store = Store::open(out)?;
-        Ok(Self { out: out.clone(), store })
+        Ok(Self { out: out.clone(), store, from: None })
+    }
+
+    /// Goes on from the checkpoint of a step, which is there, or from the beginning, whatever checkpoints there are besides.
+    pub(crate) fn go_on_from(&mut self, step: Option<u64>) {
+        self.from = Some(step);
     }
 
     /// Writes the specification down.
@@ -63,6 +70,9 @@ impl RunDir {
     /// The newest checkpoint that can be used. Those that cannot be used are told as warnings; if there are no others, the
     /// newest one's error is returned.
     pub(crate) fn newest(&self, warnings: &mut Vec<String>) -> Result<Option<Checkpoint>> {
+        if let Some(step) = self.from {
+            return step.map(|step| checkpoint::load(&self.store.path(step))).transpose();
+        }
         let found = self.store.newest_valid()?;
         let Some((_, checkpoint)) = found.checkpoint else {
             return found.damaged.into_iter().next().map_or(Ok(None), Err);

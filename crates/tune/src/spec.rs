@@ -93,6 +93,9 @@ pub struct TrainSpec {
     pub prompt_length: usize,
     /// Where the prompt starts.
     pub prompt_init: PromptInit,
+    /// Rows at its beginning that it shares with the prompts of other tasks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shared_length: Option<usize>,
     /// What is trained.
     pub method: Method,
     /// Of a run on a corpus of plain text: what of it is learnt.

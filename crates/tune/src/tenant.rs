@@ -182,6 +182,15 @@ impl Tenant {
         }
     }
 
+    /// How many numbers at the beginning of the prompt other jobs have too.
+    #[must_use]
+    pub fn num_shared(&self) -> Option<usize> {
+        match &self.trainee {
+            Trainee::Prompt(job) => Some(job.num_shared()).filter(|shared| *shared > 0),
+            Trainee::Tokens(_) | Trainee::Weights(_) => None,
+        }
+    }
+
     /// How many numbers are trained.
     #[must_use]
     pub fn num_trained(&self) -> u64 {
@@ -353,7 +362,28 @@ fn candidates(backbone: &Backbone, spec: &TrainSpec, task: &Task) -> Result<Opti
 
 /// The prompt before the first step.
 fn initial(backbone: &Backbone, spec: &TrainSpec, task: &Task) -> Result<Initial> {
-    let (length, d_model) = (spec.prompt_length, backbone.config().d_model);
+    let (shared, d_model) = (spec.shared_length.unwrap_or_default(), backbone.config().d_model);
+    let length = spec.prompt_length - shared;
+    let own = own_rows(backbone, spec, task, (length, d_model))?;
+    if shared == 0 {
+        return Ok(own);
+    }
+    // Other pieces than those that fill up the rows of the tasks.
+    let seed = !spec.seed;
+    let rows = with_sources(backbone, spec, task, |sources| {
+        initial_prompt(&PromptInit::Vocab, shared, d_model, &Sources { seed, ..*sources })
+    })?;
+    let values = [rows.prompt.values(), own.prompt.values()].concat();
+    Ok(Initial { prompt: Prompt::new(spec.prompt_length, d_model, values)?, ..own })
+}
+
+/// The rows of a prompt that are the task's own.
+fn own_rows(
+    backbone: &Backbone,
+    spec: &TrainSpec,
+    task: &Task,
+    (length, d_model): (usize, usize),
+) -> Result<Initial> {
     if let (PromptInit::File(path), Some(prompt)) = (&spec.prompt_init, &task.initial) {
         check_shape(prompt, path, length, d_model)?;
         return Ok(Initial { prompt: prompt.clone(), warnings: Vec::new() });

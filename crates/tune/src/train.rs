@@ -187,10 +187,19 @@ fn load_and_train(
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
     // Before the backbone, which may take minutes.
-    let dir = if ranks.leads() { Some(RunDir::open(spec)?) } else { None };
+    let dir = if ranks.leads() { Some(open(spec)?) } else { None };
     let backbone = Backbone::load_on(&spec.model, spec.dtype, spec.device, spec.engine_options(), ranks)?;
     let task = load(spec, &backbone)?;
     Run::begin(spec, &backbone, (dir, task), control, observer)?.carry_on()
+}
+
+/// Takes the directory of a run, unless it is one of several that share rows.
+fn open(spec: &TrainSpec) -> Result<RunDir> {
+    if spec.shared_length.is_some() {
+        let what = "is of several tasks; train them, and go on with them, by `incipit multitask`";
+        return Err(Error::spec("shared-length", &what));
+    }
+    RunDir::open(spec)
 }
 
 /// The data of a run.
@@ -209,7 +218,7 @@ pub fn train_on(
     control: &Control,
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
-    let dir = if backbone.engine.ranks().leads() { Some(RunDir::open(spec)?) } else { None };
+    let dir = if backbone.engine.ranks().leads() { Some(open(spec)?) } else { None };
     Run::begin(spec, backbone, (dir, load(spec, backbone)?), control, observer)?.carry_on()
 }
 
@@ -359,7 +368,7 @@ impl<'a> Run<'a> {
     }
 
     /// Saves where the run stands.
-    fn checkpoint(&mut self) -> Result<()> {
+    pub(crate) fn checkpoint(&mut self) -> Result<()> {
         let checkpoint = self.tenant.checkpoint();
         let Some(Files { dir, log }) = &mut self.files else { return Ok(()) };
         log.sync()?;

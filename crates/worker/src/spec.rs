@@ -50,6 +50,10 @@ fn refuse_elsewhere(spec: &PartialSpec) -> Result<(), Problem> {
             spec.objective.map(|_| "is for plain text, and a job learns from examples".to_owned()),
         ),
         (
+            "spec.shared_length",
+            spec.shared_length.map(|_| "is of several tasks, and a job has one".to_owned()),
+        ),
+        (
             "spec.target_sentinel",
             spec.target_sentinel.filter(|set| *set).map(|_| "is not for jobs yet".to_owned()),
         ),
@@ -326,6 +330,7 @@ mod tests {
             (PartialSpec { prompt_init: Some("file:p.npy".to_owned()), ..none() }, "spec.prompt_init"),
             (PartialSpec { train: Some("/".into()), ..none() }, "spec.train"),
             (PartialSpec { method: Some(Method::Adapter), ..none() }, "spec.method"),
+            (PartialSpec { shared_length: Some(3), ..none() }, "spec.shared_length"),
             (PartialSpec { target_sentinel: Some(true), ..none() }, "spec.target_sentinel"),
             (PartialSpec { parameter_scaling: Some(true), ..none() }, "spec.parameter_scaling"),
             (PartialSpec { predict: Some(Predict::Rank), ..none() }, "spec.predict"),

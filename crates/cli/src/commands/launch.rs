@@ -44,7 +44,7 @@ pub(crate) struct LaunchArgs {
     /// What connects them: gloo, or nccl for ranks with a GPU each [default: gloo]
     #[arg(long, value_name = "gloo|nccl", value_parser = ranks::collective)]
     collective: Option<Backend>,
-    /// What every rank does: train, eval, generate, ensemble train or eval, bench step or bench collective, with its flags
+    /// What every rank does: train, eval, generate, ensemble train or eval, multitask, bench step or bench collective, with its flags
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<OsString>,
 }
@@ -133,6 +133,7 @@ fn check(command: &Command) -> Result<Option<Backend>> {
             args.ranks.collective
         }
         Command::Ensemble(command) => command.collective(),
+        Command::Multitask(args) => args.train.ranks.collective,
         Command::Bench(BenchCommand::Step(args)) => args.ranks.collective,
         Command::Bench(BenchCommand::Collective(args)) => args.collective,
         _ => {

@@ -57,6 +57,7 @@ partial_spec! {
     labels: String,
     prompt_length: usize,
     prompt_init: String,
+    shared_length: usize,
     method: Method,
     objective: pretrain::Objective,
     noise_density: f64,
@@ -110,17 +111,35 @@ impl PartialSpec {
     /// # Errors
     /// If it cannot be read, is no TOML, or has a key or a value that means nothing; the message gives the place.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let (text, table) = table(path)?;
+        Self::check_keys(path, &table)?;
         let place = || path.to_owned();
-        let table: toml::Table =
-            text.parse().map_err(|source| Error::ConfigFile { path: place(), source: Box::new(source) })?;
+        toml::from_str(&text).map_err(|source| Error::ConfigFile { path: place(), source: Box::new(source) })
+    }
+
+    /// Reads a TOML file in which every table is a layer, by its name, in the order of the names.
+    ///
+    /// # Errors
+    /// As [`Self::read`]; also if something stands outside of the tables.
+    pub fn read_several(path: &Path) -> Result<Vec<(String, Self)>> {
+        let layer = |(name, value): (String, toml::Value)| {
+            let toml::Value::Table(table) = value else {
+                return Err(Error::ConfigKey { path: path.to_owned(), key: name, near: None });
+            };
+            Self::check_keys(path, &table)?;
+            let place = || path.to_owned();
+            let layer = table.try_into();
+            Ok((name, layer.map_err(|source| Error::ConfigFile { path: place(), source: Box::new(source) })?))
+        };
+        table(path)?.1.into_iter().map(layer).collect()
+    }
+
+    fn check_keys(path: &Path, table: &toml::Table) -> Result<()> {
         let known = Self::keys();
         let known: Vec<&str> = known.iter().map(String::as_str).collect();
-        if let Some(key) = table.keys().find(|key| !known.contains(&key.as_str())) {
-            let near = nearest(key, &known).map(str::to_owned);
-            return Err(Error::ConfigKey { path: place(), key: key.clone(), near });
-        }
-        toml::from_str(&text).map_err(|source| Error::ConfigFile { path: place(), source: Box::new(source) })
+        let Some(key) = table.keys().find(|key| !known.contains(&key.as_str())) else { return Ok(()) };
+        let near = nearest(key, &known).map(str::to_owned);
+        Err(Error::ConfigKey { path: path.to_owned(), key: key.clone(), near })
     }
 
     /// What holds where neither the recipe, nor a file, nor a flag says otherwise.
@@ -182,4 +201,13 @@ impl PartialSpec {
             ..Self::default()
         }
     }
+}
+
+/// A TOML file, as text and as a table.
+fn table(path: &Path) -> Result<(String, toml::Table)> {
+    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let table = text
+        .parse()
+        .map_err(|source| Error::ConfigFile { path: path.to_owned(), source: Box::new(source) })?;
+    Ok((text, table))
 }

@@ -37,6 +37,7 @@ pub(super) fn whole(layers: PartialSpec, resume: bool) -> Result<TrainSpec> {
         labels: layers.labels,
         prompt_length: defaulted(layers.prompt_length),
         prompt_init: prompt_init(&defaulted(layers.prompt_init), recipe)?,
+        shared_length: layers.shared_length,
         method: defaulted(layers.method),
         objective: layers.objective,
         noise_density: layers.noise_density,
@@ -92,6 +93,7 @@ pub(super) fn whole(layers: PartialSpec, resume: bool) -> Result<TrainSpec> {
         )?;
     }
     check_method(&spec)?;
+    check_shared(&spec)?;
     check_counts(&spec)?;
     check_numbers(&spec)?;
     check_texts(&spec)?;
@@ -184,8 +186,9 @@ fn prompt_init(text: &str, recipe: Recipe) -> Result<PromptInit> {
 }
 
 fn check_counts(spec: &TrainSpec) -> Result<()> {
-    let counts: [(&'static str, Option<u64>); 17] = [
+    let counts: [(&'static str, Option<u64>); 18] = [
         ("prompt-length", Some(spec.prompt_length as u64)),
+        ("shared-length", spec.shared_length.map(|n| n as u64)),
         ("eval-examples", spec.eval_examples.map(|n| n as u64)),
         ("max-prompt-tokens", spec.max_prompt_tokens.map(|n| n as u64)),
         ("candidates", spec.candidates.map(|n| n as u64)),
@@ -224,6 +227,35 @@ fn check_counts(spec: &TrainSpec) -> Result<()> {
             "patience",
             "counts evaluations, and there are none",
             "pass a file with --eval as well",
+        );
+    }
+    Ok(())
+}
+
+/// Prompts that share rows go step by step together.
+fn check_shared(spec: &TrainSpec) -> Result<()> {
+    let Some(shared) = spec.shared_length else { return Ok(()) };
+    if spec.method != Method::Prompt {
+        let problem = format!("is of prompts, and this is --method {}", spec.method);
+        return refused("shared-length", problem, "leave one of them out");
+    }
+    if shared >= spec.prompt_length {
+        let problem =
+            format!("is {shared}, and a prompt of {} rows has none of its own then", spec.prompt_length);
+        return refused("shared-length", problem, "pass less than --prompt-length");
+    }
+    if spec.patience.is_some() {
+        return refused(
+            "patience",
+            "ends one task before the others, with which it shares rows",
+            "leave it out",
+        );
+    }
+    if spec.keep < 2 {
+        return refused(
+            "keep",
+            "is less than 2, and tasks that share rows go on from a step that all have",
+            "pass 2",
         );
     }
     Ok(())

@@ -237,6 +237,7 @@ fn job(n: u64) -> Job {
         shuffle: true,
         seed: n,
         objective: if n == 2 { RELEASED } else { PAPER },
+        shared_length: 0,
     };
     let (rows, cols) = (2 + n as usize, config().d_model);
     let mut random = Philox::new(n, &[1]);

@@ -3,13 +3,14 @@
 use std::{path::Path, sync::Arc};
 
 use incipit_tune::{
-    Error,
+    Error, Result,
     control::Control,
-    ensemble::{FILE, PROMPTS, list, read_prompts, resolve, train_on as train_together},
+    ensemble::{ENSEMBLE, FILE, PROMPTS, list, read_prompts, resolve},
     evaluate::{EvalOptions, evaluate},
+    group,
     prompt::Prompt,
     spec::{PartialSpec, TrainSpec},
-    train::{End, Event, Observer, train_on},
+    train::{End, Event, Observer, Outcome, train_on},
     vote::Election,
 };
 
@@ -18,6 +19,15 @@ use crate::support::{Files, backbone, engine, tokenizer, tree};
 use incipit_tune::{backbone::Backbone, engine::Recompute};
 
 const MEMBERS: usize = 3;
+
+fn train_together<O: Observer>(
+    backbone: &Backbone,
+    specs: &[TrainSpec],
+    control: &Control,
+    observers: &mut [O],
+) -> Result<Vec<Result<Outcome>>> {
+    group::train_on(&ENSEMBLE, backbone, specs, control, observers)
+}
 
 fn specs(files: &Files, out: &str, change: PartialSpec) -> Vec<TrainSpec> {
     resolve(change.over(files.flags(out)), None, false, Some(MEMBERS)).unwrap()

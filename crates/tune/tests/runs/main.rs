@@ -4,6 +4,7 @@
 mod engine;
 mod ensembles;
 mod evaluation;
+mod multitask;
 mod rank;
 mod refusals;
 mod regroup;

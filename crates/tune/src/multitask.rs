@@ -1,0 +1,87 @@
+//! Prompts of several tasks that share rows: those of one task are rows for all tasks, and rows of its own (the released code of Lester et al.
+//! 2021 calls this multitask prompts, by concatenation).
+//!
+//! A task's directory `out/NAME` is one of a training run, whose prompt serves alone: the shared rows stand before its own. Beside the tasks
+//! lies `multitask.json`, which lists them.
+
+use std::path::{Path, PathBuf};
+
+use crate::{
+    Error, Result,
+    group::{self, Kind},
+    spec::{PartialSpec, TrainSpec},
+};
+
+/// The file in the directory of several tasks that lists them.
+pub const FILE: &str = "multitask.json";
+
+/// Several tasks as a group of runs. They go on from the newest step of which all have a checkpoint, and what ends one ends all.
+pub const MULTITASK: Kind = Kind { file: FILE, what: "run of several tasks", close: |_, _| Ok(()) };
+
+/// The specifications of the tasks: what `flags`, the task's part of the file `tasks` and, with `resume`, the directory say. `flags.out` is
+/// the directory of all. Each table of the file is a task, by the name of its directory, with settings by the names of the flags.
+///
+/// # Errors
+/// As [`TrainSpec::resolve`]; also if there are fewer than two tasks, or they differ in what a step of all has in common.
+pub fn resolve(flags: &PartialSpec, tasks: Option<&Path>, resume: bool) -> Result<Vec<TrainSpec>> {
+    let Some(out) = flags.out.clone().filter(|out| !out.as_os_str().is_empty()) else {
+        return Err(Error::spec("out", &"is missing; pass a directory for the tasks"));
+    };
+    let named: Vec<(String, PartialSpec)> = match tasks {
+        Some(path) => PartialSpec::read_several(path)?,
+        None if resume && out.join(FILE).exists() => {
+            let members = group::list(&out, FILE, "")?;
+            members.into_iter().map(|member| (member.dir, PartialSpec::default())).collect()
+        }
+        None => return Err(Error::spec("tasks", &"is missing; pass a file with a table for each task")),
+    };
+    let spec = |(name, of_task): (String, PartialSpec)| {
+        let flags = PartialSpec { out: Some(directory(&out, &name)?), ..flags.clone() };
+        TrainSpec::resolve(flags.over(of_task), None, resume)
+    };
+    let specs = named.into_iter().map(spec).collect::<Result<Vec<_>>>()?;
+    check(&specs)?;
+    Ok(specs)
+}
+
+fn directory(out: &Path, name: &str) -> Result<PathBuf> {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if name.starts_with('.') || !name.chars().all(is_plain) || name.is_empty() {
+        let what = format!("names a task {name:?}, which is to be a directory; use letters, digits, - and _");
+        return Err(Error::spec("tasks", &what));
+    }
+    Ok(out.join(name))
+}
+
+/// What a step of all tasks, and the rows that they share, have in common.
+fn check(specs: &[TrainSpec]) -> Result<()> {
+    let Some((first, others)) = specs.split_first().filter(|(_, others)| !others.is_empty()) else {
+        return Err(Error::spec(
+            "tasks",
+            &"names fewer than two tasks; train one alone with `incipit train`",
+        ));
+    };
+    if first.shared_length.is_none() {
+        return Err(Error::spec("shared-length", &"is missing; pass how many rows the tasks share"));
+    }
+    let common = |spec: &TrainSpec| {
+        let rates = (spec.lr, spec.schedule, spec.warmup_steps, spec.optimizer_kind());
+        [
+            ("model", spec.model.clone()),
+            ("shared-length", format!("{:?}", spec.shared_length)),
+            ("seed", spec.seed.to_string()),
+            ("steps", spec.steps.to_string()),
+            ("eval-every", spec.eval_every.to_string()),
+            ("checkpoint-every", spec.checkpoint_every.to_string()),
+            ("optimizer", format!("{rates:?}")),
+        ]
+    };
+    for other in others {
+        let differs = common(first).into_iter().zip(common(other)).find(|(one, other)| one != other);
+        if let Some(((flag, _), _)) = differs {
+            let what = "differs between tasks that share rows; say it once, on the command line";
+            return Err(Error::spec(flag, &what));
+        }
+    }
+    Ok(())
+}
