@@ -3,31 +3,22 @@
 use std::{path::Path, sync::Arc};
 
 use incipit_tune::{
-    Error, Result,
+    Error,
     control::Control,
     ensemble::{ENSEMBLE, FILE, PROMPTS, list, read_prompts, resolve},
     evaluate::{EvalOptions, evaluate},
     group,
     prompt::Prompt,
     spec::{PartialSpec, TrainSpec},
-    train::{End, Event, Observer, Outcome, train_on},
+    train::{End, train_on},
     vote::Election,
 };
 
 use crate::evaluation::{RECORDS, set};
-use crate::support::{Files, backbone, engine, tokenizer, tree};
+use crate::support::{Files, StopAfter, backbone, engine, tokenizer, tree};
 use incipit_tune::{backbone::Backbone, engine::Recompute};
 
 const MEMBERS: usize = 3;
-
-fn train_together<O: Observer>(
-    backbone: &Backbone,
-    specs: &[TrainSpec],
-    control: &Control,
-    observers: &mut [O],
-) -> Result<Vec<Result<Outcome>>> {
-    group::train_on(&ENSEMBLE, backbone, specs, control, observers)
-}
 
 fn specs(files: &Files, out: &str, change: PartialSpec) -> Vec<TrainSpec> {
     resolve(change.over(files.flags(out)), None, false, Some(MEMBERS)).unwrap()
@@ -65,7 +56,7 @@ fn together(specs: &[TrainSpec]) -> Vec<Vec<(String, Vec<u8>)>> {
 fn each_member_ends_in_the_bytes_of_a_run_alone() {
     let (files, backbone) = (Files::new(), backbone());
     let specs = specs(&files, "five", impatient());
-    let outcomes = train_together(&backbone, &specs, &Control::new(), &mut unwatched()).unwrap();
+    let outcomes = group::train_on(&ENSEMBLE, &backbone, &specs, &Control::new(), &mut unwatched()).unwrap();
     let outcomes: Vec<_> = outcomes.into_iter().map(Result::unwrap).collect();
     let steps: Vec<u64> = outcomes.iter().map(|outcome| outcome.step).collect();
     assert!(steps.iter().any(|step| *step != steps[0]), "all end after {steps:?} steps: choose another seed");
@@ -80,26 +71,13 @@ fn each_member_ends_in_the_bytes_of_a_run_alone() {
     assert!(each[0] != each[1] && each[1] != each[2]);
 }
 
-/// Asks to stop after so many steps.
-struct StopAfter(u64, Control);
-
-impl Observer for StopAfter {
-    fn on(&mut self, event: &Event<'_>) {
-        if let Event::Step { update, .. } = event
-            && update.step == self.0
-        {
-            self.1.request_stop();
-        }
-    }
-}
-
 #[test]
 fn members_that_stand_at_different_checkpoints_go_on_to_the_same_bytes() {
     let (files, backbone) = (Files::new(), backbone());
     let specs = specs(&files, "cut", PartialSpec { steps: Some(18), ..PartialSpec::default() });
     let control = Control::new();
-    let mut observers = [(); MEMBERS].map(|()| StopAfter(7, control.clone()));
-    let outcomes = train_together(&backbone, &specs, &control, &mut observers).unwrap();
+    let mut observers = [(); MEMBERS].map(|()| StopAfter { step: 7, control: &control });
+    let outcomes = group::train_on(&ENSEMBLE, &backbone, &specs, &control, &mut observers).unwrap();
     assert!(outcomes.iter().flatten().all(|outcome| outcome.end == End::Requested && outcome.step == 7));
     // A kill may catch one before its last checkpoint, one in the middle of one, and one before it began. (The checkpoints of these steps
     // are pruned in the end.)
@@ -108,12 +86,13 @@ fn members_that_stand_at_different_checkpoints_go_on_to_the_same_bytes() {
     std::fs::write(newest(1).join("state.json"), "cut off").unwrap();
     std::fs::remove_dir_all(&specs[2].out).unwrap();
     std::fs::remove_file(files.path("cut").join(PROMPTS)).unwrap();
-    train_together(&backbone, &again(&specs), &Control::new(), &mut unwatched()).unwrap();
+    group::train_on(&ENSEMBLE, &backbone, &again(&specs), &Control::new(), &mut unwatched()).unwrap();
     let alone = alone(&backbone, &specs, &files);
     assert_eq!(together(&specs), alone);
     assert!(files.path("cut").join(PROMPTS).exists());
     // All are at their ends: nothing is left to do.
-    let outcomes = train_together(&backbone, &again(&specs), &Control::new(), &mut unwatched()).unwrap();
+    let outcomes =
+        group::train_on(&ENSEMBLE, &backbone, &again(&specs), &Control::new(), &mut unwatched()).unwrap();
     assert!(outcomes.iter().flatten().all(|outcome| outcome.end == End::Steps));
     assert_eq!(together(&specs), alone);
 }
@@ -125,7 +104,7 @@ fn a_member_whose_loss_is_no_number_ends_alone() {
     files.write("train.jsonl", &(good + "{\"inputs\": \"poison\", \"targets\": \"no\"}\n"));
     let short = PartialSpec { steps: Some(2), ..PartialSpec::default() };
     let specs = specs(&files, "poisoned", short);
-    let outcomes = train_together(&backbone, &specs, &Control::new(), &mut unwatched()).unwrap();
+    let outcomes = group::train_on(&ENSEMBLE, &backbone, &specs, &Control::new(), &mut unwatched()).unwrap();
     let failed = outcomes.iter().filter(|outcome| matches!(outcome, Err(Error::NonFinite { .. }))).count();
     let ended = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
     assert!(failed > 0 && ended > 0 && failed + ended == MEMBERS, "choose other seeds: {outcomes:?}");
@@ -143,7 +122,7 @@ fn an_ensemble_that_cannot_begin_or_go_on_is_refused_with_the_mend() {
     let last = PartialSpec { seed: Some(i64::MAX as u64 - 1), ..files.flags("x") };
     assert!(refused(last, false, None).contains("leaves no seeds for 5 members"));
     let begin = |specs: &[TrainSpec]| {
-        train_together(&backbone, specs, &Control::new(), &mut unwatched())
+        group::train_on(&ENSEMBLE, &backbone, specs, &Control::new(), &mut unwatched())
             .map(drop)
             .map_err(|e| e.to_string())
     };

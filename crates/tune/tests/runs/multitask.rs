@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use incipit_tune::{
-    Error, Result,
+    Error,
     backbone::Backbone,
     control::Control,
     group,
@@ -13,21 +13,12 @@ use incipit_tune::{
     spec::{PartialSpec, TrainSpec},
     task::Task,
     tenant::{End, Tenant},
-    train::{Event, Observer, Outcome, train_on},
+    train::train_on,
 };
 
-use crate::support::{Files, backbone, tokenizer, tree};
+use crate::support::{Files, StopAfter, backbone, tokenizer, tree};
 
 const SHARED: usize = 3;
-
-fn train_together<O: Observer>(
-    backbone: &Backbone,
-    specs: &[TrainSpec],
-    control: &Control,
-    observers: &mut [O],
-) -> Result<Vec<Result<Outcome>>> {
-    group::train_on(&MULTITASK, backbone, specs, control, observers)
-}
 
 /// Two tasks: the second has the first one's examples for evaluation and the other way round.
 fn tasks(files: &Files) -> std::path::PathBuf {
@@ -80,7 +71,7 @@ fn a_step_moves_shared_rows_by_the_mean_of_the_tasks_gradients_and_a_tasks_own_b
         .iter()
         .map(|spec| Tenant::start(&backbone, spec, load(&backbone, spec)).unwrap().prompt().unwrap().clone())
         .collect();
-    train_together(&backbone, &specs, &Control::new(), &mut [(), ()]).unwrap();
+    group::train_on(&MULTITASK, &backbone, &specs, &Control::new(), &mut [(), ()]).unwrap();
     let together = prompts(&specs, "last");
     // Each task alone, from the same prompt.
     let alone: Vec<Prompt> = specs
@@ -117,24 +108,11 @@ fn shared_rows_stay_the_same_in_all_tasks_whatever_the_optimizer() {
     for optimizer in [OptimizerName::Adafactor, OptimizerName::AdamW] {
         let change = PartialSpec { optimizer: Some(optimizer), steps: Some(7), ..PartialSpec::default() };
         let specs = specs(&files, &optimizer.to_string(), change);
-        train_together(&backbone, &specs, &Control::new(), &mut [(), ()]).unwrap();
+        group::train_on(&MULTITASK, &backbone, &specs, &Control::new(), &mut [(), ()]).unwrap();
         let last = prompts(&specs, "last");
         let shared = SHARED * backbone.config().d_model;
         assert_eq!(last[0].values()[..shared], last[1].values()[..shared], "{optimizer}");
         assert_ne!(last[0].values()[shared..], last[1].values()[shared..], "{optimizer}");
-    }
-}
-
-/// Asks to stop after so many steps.
-struct StopAfter(u64, Control);
-
-impl Observer for StopAfter {
-    fn on(&mut self, event: &Event<'_>) {
-        if let Event::Step { update, .. } = event
-            && update.step == self.0
-        {
-            self.1.request_stop();
-        }
     }
 }
 
@@ -143,16 +121,16 @@ fn tasks_go_on_from_a_step_that_all_have_to_the_same_bytes() {
     let (files, backbone) = (Files::new(), backbone());
     let steps = |n| PartialSpec { steps: Some(n), ..PartialSpec::default() };
     let (whole, cut) = (specs(&files, "whole", steps(17)), specs(&files, "cut", steps(17)));
-    train_together(&backbone, &whole, &Control::new(), &mut [(), ()]).unwrap();
+    group::train_on(&MULTITASK, &backbone, &whole, &Control::new(), &mut [(), ()]).unwrap();
 
     let control = Control::new();
-    let mut observers = [0; 2].map(|_| StopAfter(8, control.clone()));
-    let outcomes = train_together(&backbone, &cut, &control, &mut observers).unwrap();
+    let mut observers = [0; 2].map(|_| StopAfter { step: 8, control: &control });
+    let outcomes = group::train_on(&MULTITASK, &backbone, &cut, &control, &mut observers).unwrap();
     assert!(outcomes.iter().flatten().all(|outcome| outcome.end == End::Requested && outcome.step == 8));
     // A kill between the two tasks' checkpoints leaves one of them behind.
     std::fs::remove_dir_all(cut[1].out.join("checkpoints/step-00000008")).unwrap();
     let again: Vec<TrainSpec> = cut.iter().map(|spec| TrainSpec { resume: true, ..spec.clone() }).collect();
-    train_together(&backbone, &again, &Control::new(), &mut [(), ()]).unwrap();
+    group::train_on(&MULTITASK, &backbone, &again, &Control::new(), &mut [(), ()]).unwrap();
     for (whole, cut) in whole.iter().zip(&cut) {
         assert_eq!(tree(&whole.out), tree(&cut.out));
     }
@@ -170,7 +148,7 @@ fn tasks_go_on_from_a_step_that_all_have_to_the_same_bytes() {
 fn a_tasks_prompt_is_not_gone_on_with_alone() {
     let (files, backbone) = (Files::new(), backbone());
     let specs = specs(&files, "both", PartialSpec { steps: Some(1), ..PartialSpec::default() });
-    train_together(&backbone, &specs, &Control::new(), &mut [(), ()]).unwrap();
+    group::train_on(&MULTITASK, &backbone, &specs, &Control::new(), &mut [(), ()]).unwrap();
     let alone = PartialSpec { out: Some(specs[0].out.clone()), ..PartialSpec::default() };
     let spec = TrainSpec::resolve(alone, None, true).unwrap();
     let error = train_on(&backbone, &spec, &Control::new(), &mut ()).unwrap_err().to_string();
