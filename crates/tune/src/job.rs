@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use incipit_data::TokenizedSet;
+use incipit_model::SoftPrompt;
 
 use crate::{
     Result,
@@ -79,7 +80,7 @@ pub struct Job {
     course: Course,
     prompt: Prompt,
     /// The same, as the model takes it.
-    rows: Tensor,
+    rows: SoftPrompt,
     optimizer: Optimizer,
 }
 
@@ -89,7 +90,7 @@ impl Job {
     /// # Errors
     /// If the data are less than one batch.
     pub fn new(spec: JobSpec, data: Arc<TokenizedSet>, prompt: Prompt) -> Result<Self> {
-        let optimizer = Optimizer::new(&spec.optimizer, prompt.length(), prompt.width());
+        let optimizer = Optimizer::new(&spec.optimizer, prompt.num_rows(), prompt.width());
         Self::with_optimizer(spec, data, prompt, optimizer)
     }
 
@@ -104,8 +105,8 @@ impl Job {
         num_steps: u64,
         optimizer: &[NamedTensor],
     ) -> Result<Self> {
-        let (length, width) = (prompt.length(), prompt.width());
-        let optimizer = Optimizer::restore(&spec.optimizer, length, width, num_steps, optimizer)?;
+        let (rows, width) = (prompt.num_rows(), prompt.width());
+        let optimizer = Optimizer::restore(&spec.optimizer, rows, width, num_steps, optimizer)?;
         Self::with_optimizer(spec, data, prompt, optimizer)
     }
 
@@ -170,7 +171,7 @@ impl Job {
         if !values.iter().all(|x| x.is_finite()) {
             return Err(self.course.overflow(step));
         }
-        self.prompt = Prompt::new(self.prompt.length(), self.prompt.width(), values)?;
+        self.prompt = self.prompt.with_values(values)?;
         self.rows = prompt_rows(&self.prompt)?;
         self.course.advance(step, gradient.loss, norm(&gradient.gradient), gradient.num_tokens)
     }
@@ -185,10 +186,11 @@ impl Job {
     }
 }
 
-/// The prompt as the model takes it: `[P, D]` f32.
+/// The prompt as the model takes it.
 ///
 /// # Errors
 /// None on a CPU.
-pub fn prompt_rows(prompt: &Prompt) -> Result<Tensor> {
-    Ok(Tensor::from_slice(prompt.values(), (prompt.length(), prompt.width()), &Device::Cpu)?)
+pub fn prompt_rows(prompt: &Prompt) -> Result<SoftPrompt> {
+    let rows = Tensor::from_slice(prompt.values(), (prompt.num_rows(), prompt.width()), &Device::Cpu)?;
+    Ok(SoftPrompt { rows, num_layers: prompt.num_layers(), placement: prompt.placement() })
 }

@@ -351,8 +351,14 @@ fn candidates(backbone: &Backbone, spec: &TrainSpec, task: &Task) -> Result<Opti
     spec.predict.candidates(task.labels.as_deref(), tokenizer, vocab_size, spec.target_sentinel)
 }
 
-/// The prompt before the first step.
+/// The prompt before the first step, in its place; if each layer has rows of its own, all begin alike.
 fn initial(backbone: &Backbone, spec: &TrainSpec, task: &Task) -> Result<Initial> {
+    let Initial { prompt, warnings } = initial_rows(backbone, spec, task)?;
+    let num_layers = spec.prompt_layers.of(backbone.config().num_layers);
+    Ok(Initial { prompt: prompt.for_layers(num_layers)?.placed(spec.prompt_placement.into()), warnings })
+}
+
+fn initial_rows(backbone: &Backbone, spec: &TrainSpec, task: &Task) -> Result<Initial> {
     let (length, d_model) = (spec.prompt_length, backbone.config().d_model);
     if let (PromptInit::File(path), Some(prompt)) = (&spec.prompt_init, &task.initial) {
         check_shape(prompt, path, length, d_model)?;
@@ -404,7 +410,7 @@ fn restored(backbone: &Backbone, spec: &TrainSpec, task: &Task, earlier: &Checkp
     }
     match &earlier.trained {
         Trained::Prompt(prompt) => {
-            prompt.check_width(backbone.config().d_model, spec.out.join("last"))?;
+            prompt.check_fits(backbone.config(), spec.out.join("last"))?;
             Ok(Trainee::Prompt(Job::restore(job, data, prompt.clone(), steps, &earlier.optimizer)?))
         }
         Trained::Weights(tensors) => {

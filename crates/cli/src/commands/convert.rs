@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
-use incipit_model::Config;
+use incipit_model::{Config, Placement};
 use incipit_tune::peft::{self, BaseModel};
 use incipit_tune::prompt::Prompt;
 use incipit_tune::{atomic, npy, spec::Precision};
@@ -68,7 +68,7 @@ pub(crate) struct PromptArgs {
 #[derive(Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 enum PromptKind {
-    /// One array [P, D] of f32, as google-research/prompt-tuning reads it
+    /// One array [P, D] of f32, as google-research/prompt-tuning reads it; [L, P, D] with rows for each layer
     Npy,
     /// A directory as Hugging Face PEFT loads it
     Peft,
@@ -125,13 +125,19 @@ fn prompt(args: &PromptArgs) -> Result<PromptWritten> {
         atomic::create_dir(parent)?;
     }
     match kind {
+        PromptKind::Npy if prompt.placement() != Placement::Before => {
+            return bad_input(
+                "an .npy file has no room to tell that the prompt does not stand before the input: use the run's \
+                 directory, or a checkpoint in it",
+            );
+        }
         PromptKind::Npy => npy::write(&args.destination, &prompt)?,
         PromptKind::Peft => peft::write(&args.destination, &prompt, &base_model(args, &prompt)?)?,
     }
     Ok(PromptWritten {
         destination: args.destination.clone(),
         kind,
-        rows: prompt.length(),
+        rows: prompt.num_rows(),
         width: prompt.width(),
     })
 }

@@ -9,6 +9,7 @@ use clap::{ArgAction, Args};
 use incipit_collective::{Options, Ranks};
 use incipit_tune::control::Control;
 use incipit_tune::engine::Recompute;
+use incipit_tune::placement::{PromptLayers, PromptPlacement};
 use incipit_tune::rank::Predict;
 use incipit_tune::spec::{Backend, Method, PartialSpec, Precision, TrainSpec};
 use incipit_tune::train::{End, Outcome, train, train_as_rank};
@@ -28,8 +29,8 @@ use crate::units;
 const ADAPTER_DIR: &str = "adapter";
 
 const AFTER_HELP: &str = "\
-The prompt is evaluated as it learns. OUT receives the best one for Incipit (prompt.npy) and for PEFT (adapter/), checkpoints, \
-metrics.jsonl and the same for TensorBoard, and report.html.
+The prompt is evaluated as it learns. OUT receives the best one for Incipit (prompt.npy) and for PEFT (adapter/; PEFT knows \
+only prompts before the input, of one layer), checkpoints, metrics.jsonl and the same for TensorBoard, and report.html.
 
 Examples:
   incipit train --model google/t5-small-lm-adapt --train train.jsonl --eval dev.jsonl --out runs/first
@@ -90,6 +91,13 @@ pub(crate) struct TrainArgs {
     /// What is trained: a prompt, or what it is compared with (see below) [default: prompt]
     #[arg(long, help_heading = "Prompt", value_parser = choice::<Method>(names::METHODS))]
     method: Option<Method>,
+    /// Where the prompt's rows stand: before the input, after it (and before its </s>), or before the decoder's start
+    /// token [default: before]
+    #[arg(long, help_heading = "Prompt", value_parser = choice::<PromptPlacement>(names::PLACEMENTS))]
+    prompt_placement: Option<PromptPlacement>,
+    /// Encoder layers at which the prompt has rows: the first, or all, each --prompt-length rows of its own [default: first]
+    #[arg(long, help_heading = "Prompt", value_parser = choice::<PromptLayers>(names::PROMPT_LAYERS))]
+    prompt_layers: Option<PromptLayers>,
     /// Whether Adafactor's learning rate is relative to the size of what is trained [default: by method, prompt: false]
     #[arg(long, value_name = "true|false", help_heading = "Optimization", action = ArgAction::Set)]
     parameter_scaling: Option<bool>,
@@ -160,6 +168,8 @@ impl TrainArgs {
             data_dir: self.named.data_dir,
             out: self.out,
             method: self.method,
+            prompt_placement: self.prompt_placement,
+            prompt_layers: self.prompt_layers,
             adapter_width: self.adapter_width,
             shots: self.shots,
             shot_template: self.shot_template,
@@ -322,7 +332,8 @@ pub(crate) fn summary(spec: &TrainSpec, outcome: Outcome, time: Duration) -> Res
             .trained
             .as_ref()
             .filter(|_| spec.method == Method::Prompt)
-            .map(|_| spec.out.join(ADAPTER_DIR)),
+            .map(|_| spec.out.join(ADAPTER_DIR))
+            .filter(|adapter| adapter.exists()),
         trained: outcome.trained,
         report,
     })

@@ -4,6 +4,7 @@
 mod engine;
 mod ensembles;
 mod evaluation;
+mod placements;
 mod rank;
 mod refusals;
 mod regroup;
