@@ -68,7 +68,7 @@ pub(crate) struct PromptArgs {
 #[derive(Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 enum PromptKind {
-    /// One array [P, D] of f32, as google-research/prompt-tuning reads it; [L, P, D] with rows for each layer
+    /// One array [P, D] of f32, as google-research/prompt-tuning reads it
     Npy,
     /// A directory as Hugging Face PEFT loads it
     Peft,

@@ -29,8 +29,8 @@ use crate::units;
 const ADAPTER_DIR: &str = "adapter";
 
 const AFTER_HELP: &str = "\
-The prompt is evaluated as it learns. OUT receives the best one for Incipit (prompt.npy) and for PEFT (adapter/; PEFT knows \
-only prompts before the input, of one layer), checkpoints, metrics.jsonl and the same for TensorBoard, and report.html.
+The prompt is evaluated as it learns. OUT receives the best one for Incipit (prompt.npy) and for PEFT (adapter/), checkpoints, \
+metrics.jsonl and the same for TensorBoard, and report.html.
 
 Examples:
   incipit train --model google/t5-small-lm-adapt --train train.jsonl --eval dev.jsonl --out runs/first
@@ -92,11 +92,12 @@ pub(crate) struct TrainArgs {
     #[arg(long, help_heading = "Prompt", value_parser = choice::<Method>(names::METHODS))]
     method: Option<Method>,
     /// Where the prompt's rows stand: before the input, after it (and before its </s>), or before the decoder's start
-    /// token [default: before]
-    #[arg(long, help_heading = "Prompt", value_parser = choice::<PromptPlacement>(names::PLACEMENTS))]
+    /// token; PEFT knows only the first [default: before]
+    #[arg(long, value_name = "PLACE", help_heading = "Prompt", value_parser = choice::<PromptPlacement>(names::PLACEMENTS))]
     prompt_placement: Option<PromptPlacement>,
-    /// Encoder layers at which the prompt has rows: the first, or all, each --prompt-length rows of its own [default: first]
-    #[arg(long, help_heading = "Prompt", value_parser = choice::<PromptLayers>(names::PROMPT_LAYERS))]
+    /// Encoder layers at which the prompt has rows: the first, or all, each --prompt-length of its own, which PEFT does
+    /// not know [default: first]
+    #[arg(long, value_name = "LAYERS", help_heading = "Prompt", value_parser = choice::<PromptLayers>(names::PROMPT_LAYERS))]
     prompt_layers: Option<PromptLayers>,
     /// Whether Adafactor's learning rate is relative to the size of what is trained [default: by method, prompt: false]
     #[arg(long, value_name = "true|false", help_heading = "Optimization", action = ArgAction::Set)]
