@@ -144,7 +144,7 @@ fn seven_neighbours_change_no_bit_in_f32() -> Result<()> {
 fn a_neighbour_that_is_stopped_changes_no_bit() -> Result<()> {
     let backbone = backbone(Precision::Bf16, 10_000)?;
     let (first, last) = (job(&backbone, 2)?, job(&backbone, 4)?);
-    let poisoned = Tensor::full(f32::NAN, (5, backbone.config().d_model), &Device::Cpu)?;
+    let poisoned = Tensor::full(f32::NAN, (5, backbone.config().d_model), &Device::Cpu)?.into();
     let bad = JobBatch { prompt: &poisoned, ..first.batch() };
     let together = backbone.engine.gradients(&[first.batch(), bad, last.batch()])?;
     ensure!(together[1].is_err(), "a prompt of NaN gives a gradient");

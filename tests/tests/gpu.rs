@@ -115,7 +115,7 @@ fn losses_gradients_logits_and_greedy_tokens_equal_those_of_transformers() -> Re
         for name in MODELS {
             let golden = Golden::load(name)?;
             let model = golden_model(name, DType::F32, device)?;
-            let prompts = [golden.tensor("p7.prompt")?.clone()];
+            let prompts = [golden.tensor("p7.prompt")?.clone().into()];
             let examples = golden.examples();
             let batch = Microbatch { prompts: &prompts, examples: &examples };
             let logits = numbers(&model.logits(&batch)?)?;
@@ -160,7 +160,7 @@ fn dropout_z_loss_and_mixed_prompts_give_what_they_give_on_the_cpu() -> Result<(
     let mut random = Philox::new(SEED, &[1]);
     let mut prompt = |rows: usize| {
         let values: Vec<f32> = (0..rows * config.d_model).map(|_| random.normal()).collect();
-        Tensor::from_vec(values, (rows, config.d_model), &Device::Cpu)
+        Tensor::from_vec(values, (rows, config.d_model), &Device::Cpu).map(SoftPrompt::from)
     };
     let prompts = [prompt(7)?, prompt(70)?];
     let mut random = Philox::new(SEED, &[2]);
@@ -219,7 +219,7 @@ fn two_jobs(
         keys: (0..examples.len() as u64).collect(),
         objective,
     };
-    Ok(engine.gradients(&[job(&good), job(&other)])?)
+    Ok(engine.gradients(&[job(&good.into()), job(&other.into())])?)
 }
 
 #[test]

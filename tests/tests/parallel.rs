@@ -10,7 +10,8 @@ use incipit_data::TokenizedExample;
 use incipit_kernels::rng::Philox;
 use incipit_kernels::{Activation, Frozen};
 use incipit_model::{
-    Config, Example, ExampleGradient, GenerateOptions, Microbatch, PassOptions, T5, TensorAxis,
+    Config, Example, ExampleGradient, GenerateOptions, Microbatch, PassOptions, Placement, SoftPrompt, T5,
+    TensorAxis,
 };
 use incipit_tune::engine::{Engine, EngineOptions, JobBatch, JobFault, Objective, Recompute};
 use incipit_tune::ranks::{agree, on_threads};
@@ -53,9 +54,10 @@ fn model(config: &Config, dtype: DType, axis: &TensorAxis) -> Result<T5> {
     Ok(T5::load_on(config.clone(), &weights, dtype, axis, &Device::Cpu)?)
 }
 
-/// Prompts of 7 and of 3 rows, and examples of many lengths, one of them without a prompt.
+/// Prompts of 7 and of 3 rows before the input, one behind it, one in the decoder and one for all layers, and examples of many lengths,
+/// one of them without a prompt.
 struct Batch {
-    prompts: Vec<Tensor>,
+    prompts: Vec<SoftPrompt>,
     examples: Vec<(Option<usize>, Vec<u32>, Vec<u32>)>,
 }
 
@@ -65,16 +67,26 @@ impl Batch {
         let mut random = Philox::new(SEED, &[1]);
         let mut prompt = |rows: usize| {
             let values: Vec<f32> = (0..rows * config.d_model).map(|_| random.normal()).collect();
-            Tensor::from_vec(values, (rows, config.d_model), &Device::Cpu)
+            Tensor::from_vec(values, (rows, config.d_model), &Device::Cpu).map(SoftPrompt::from)
         };
-        let prompts = vec![prompt(7)?, prompt(3)?];
+        let placed = |prompt: SoftPrompt, placement| SoftPrompt { placement, ..prompt };
+        let num_layers = config.num_layers;
+        let prompts = vec![
+            prompt(7)?,
+            prompt(3)?,
+            placed(prompt(4)?, Placement::After),
+            placed(prompt(5)?, Placement::Decoder),
+            SoftPrompt { num_layers, ..placed(prompt(2 * num_layers)?, Placement::After) },
+        ];
         let mut random = Philox::new(SEED, &[2]);
         let mut tokens = |n: usize| -> Vec<u32> {
             (0..n).map(|_| random.below(config.vocab_size as u64) as u32).collect()
         };
         let shapes = [(Some(0), 5, 2), (Some(1), 11, 4), (None, 9, 1), (Some(0), 1, 3), (Some(0), 30, 5)];
+        let placed = [(Some(2), 6, 2), (Some(3), 8, 3), (Some(4), 4, 2)];
+        let shapes = shapes.into_iter().chain(placed);
         let examples = shapes.map(|(prompt, input, target)| (prompt, tokens(input), tokens(target)));
-        Ok(Self { prompts, examples: examples.into() })
+        Ok(Self { prompts, examples: examples.collect() })
     }
 
     fn with<R>(&self, f: impl FnOnce(&Microbatch<'_>) -> R) -> R {
@@ -198,7 +210,7 @@ fn step_over(mesh: Mesh, config: &Config, batch: &Batch, microbatch_tokens: usiz
             objective,
         };
         let mut bits = Vec::new();
-        for gradient in engine.gradients(&[job(0, 0), job(1, 2)])? {
+        for gradient in engine.gradients(&[job(0, 0), job(1, 2), job(2, 1), job(3, 3), job(4, 0)])? {
             let gradient = gradient?;
             bits.extend((gradient.loss as f32).to_bits().to_le_bytes().map(u32::from));
             bits.extend(gradient.gradient.iter().map(|g| g.to_bits()));
@@ -253,7 +265,7 @@ impl Source for Spoilt {
     }
 }
 
-fn job_of<'a>(prompt: &'a Tensor, examples: &'a [TokenizedExample]) -> JobBatch<'a> {
+fn job_of<'a>(prompt: &'a SoftPrompt, examples: &'a [TokenizedExample]) -> JobBatch<'a> {
     let keys = (0..examples.len() as u64).collect();
     let objective = Objective { reduction: LossReduction::Mean, dropout: 0.0, z_loss: 0.0 };
     JobBatch { prompt, examples: examples.iter().collect(), keys, objective }

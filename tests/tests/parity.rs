@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
-use incipit_model::{Config, Example, ExampleGradient, GenerateOptions, Microbatch, PassOptions, T5};
+use incipit_model::{
+    Config, Example, ExampleGradient, GenerateOptions, Microbatch, PassOptions, SoftPrompt, T5,
+};
 use incipit_weights::Checkpoint;
 use serde::Deserialize;
 
@@ -72,8 +74,8 @@ impl Golden {
     }
 
     /// The prompts that examples name by their place in [`CASES`].
-    fn prompts(&self) -> Result<Vec<Tensor>> {
-        ["p7.prompt", "p3.prompt"].iter().map(|key| self.tensor(key).cloned()).collect()
+    fn prompts(&self) -> Result<Vec<SoftPrompt>> {
+        ["p7.prompt", "p3.prompt"].iter().map(|key| Ok(self.tensor(key)?.clone().into())).collect()
     }
 
     fn examples(&self, case: &str) -> Vec<Example<'_>> {
@@ -368,7 +370,7 @@ fn assert_adapter_gives_pefts_results(batch: &PeftBatch, adapter: &Path, result:
     let pairs = batch.examples.iter().map(|e| (&e.input, &e.target));
     let examples: Vec<_> =
         pairs.map(|(input, target)| Example { prompt: Some(0), input, target, key: 0 }).collect();
-    let microbatch = Microbatch { prompts: &[prompt], examples: &examples };
+    let microbatch = Microbatch { prompts: &[prompt.into()], examples: &examples };
     let sums = model.loss(&microbatch)?;
     let name = adapter.file_name().unwrap_or_default().to_string_lossy();
     let num_tokens: usize = batch.examples.iter().map(|e| e.target.len()).sum();

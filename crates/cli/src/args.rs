@@ -239,6 +239,8 @@ pub(crate) mod names {
     pub(crate) const DTYPES: &[&str] = &["bf16", "f32"];
     pub(crate) const LOG_FORMATS: &[&str] = &["text", "json"];
     pub(crate) const LOSSES: &[&str] = &["mean", "sum"];
+    pub(crate) const PLACEMENTS: &[&str] = &["before", "after", "decoder"];
+    pub(crate) const PROMPT_LAYERS: &[&str] = &["first", "all"];
     pub(crate) const METHODS: &[&str] = &["prompt", "model", "prefix", "adapter", "text", "search"];
     pub(crate) const METRICS: &[&str] = &[
         "accuracy",

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{demo, few_examples, incipit, path, refused};
+use common::{demo, few_examples, incipit, path, refused, train};
 
 #[test]
 fn a_model_made_of_plain_text_is_adapted_and_serves_every_method() {
@@ -82,4 +82,36 @@ fn tasks_that_share_rows_are_tuned_together_and_serve_alone() {
     refused(&incipit(&[&args[..], &["--train", &few]].concat()), &["--train and --task are for one task"]);
     let one = path(dir.path(), "both/plain");
     refused(&incipit(&["train", "--out", &one, "--resume"]), &["--shared-length", "incipit multitask"]);
+}
+
+#[test]
+fn a_prompt_in_any_place_is_measured_and_used_from_its_run() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let at = |name: &str| path(dir.path(), name);
+    let few = few_examples(dir.path());
+    for (name, place) in [
+        ("after", &["--prompt-placement", "after"][..]),
+        ("decoder", &["--prompt-placement", "decoder"]),
+        ("all", &["--prompt-layers", "all"]),
+    ] {
+        let short = ["--steps", "2", "--eval-every", "1"];
+        let run = train(dir.path(), name, &[&short[..], place].concat()).ok().json();
+        assert!(run["adapter"].is_null(), "{run}");
+        let measured = incipit(&["eval", "--prompt", &at(name), "--data", &few, "--json"]).ok().json();
+        assert_eq!(measured["loss"], run["eval_loss"], "{name}: {measured}");
+        let tp = ["eval", "--prompt", &at(name), "--data", &few, "--json", "--tp", "2", "--dtype", "f32"]
+            .map(str::to_owned);
+        incipit(&tp.iter().map(String::as_str).collect::<Vec<_>>()).ok();
+        incipit(&["generate", "--prompt", &at(name), "--input", "the parcel came late"]).ok();
+        let ran = incipit(&["convert", "prompt", &at(name), &at("peft")]);
+        refused(&ran, &["PEFT"]);
+    }
+    let ran = incipit(&["convert", "prompt", &at("decoder"), &at("p.npy")]);
+    refused(&ran, &["does not stand before the input", "checkpoint"]);
+    refused(&incipit(&["inspect", "prompt", &at("all")]), &["layers", "--prompt-layers"]);
+    incipit(&["inspect", "prompt", &at("decoder")]).ok();
+    let votes =
+        ["ensemble", "eval", "--prompt", &at("after"), "--prompt", &at("all"), "--data", &few, "--json"]
+            .map(str::to_owned);
+    incipit(&votes.iter().map(String::as_str).collect::<Vec<_>>()).ok();
 }

@@ -1,15 +1,18 @@
 //! Microbatches: what goes through the backbone at once.
 
+use std::ops::Range;
+
 use candle_core::Tensor;
 use incipit_kernels::{Rows, Segments};
 
 use crate::config::Config;
+use crate::prompt::{Placement, SoftPrompt};
 use crate::{Error, Result};
 
 /// One example.
 #[derive(Clone, Copy, Debug)]
 pub struct Example<'a> {
-    /// Which of the microbatch's prompts goes before the input; none for the bare model.
+    /// Which of the microbatch's prompts stands by its input; none for the bare model.
     pub prompt: Option<usize>,
     /// Token ids of the input, `</s>` included.
     pub input: &'a [u32],
@@ -22,20 +25,112 @@ pub struct Example<'a> {
 /// Examples of one or many prompts, laid end to end: nothing is padded.
 #[derive(Clone, Copy, Debug)]
 pub struct Microbatch<'a> {
-    /// Each `[P, D]` f32, with a `P` of its own.
-    pub prompts: &'a [Tensor],
+    /// Each with a `P` and a place of its own.
+    pub prompts: &'a [SoftPrompt],
     /// In any order.
     pub examples: &'a [Example<'a>],
 }
 
+/// The rows of an example's prompt in a stack.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Span {
+    /// Which of the microbatch's prompts.
+    pub(crate) prompt: usize,
+    /// The first row, among those of all examples.
+    pub(crate) first: usize,
+    /// `P`.
+    pub(crate) count: usize,
+}
+
+impl Span {
+    pub(crate) fn rows(&self) -> Range<usize> {
+        self.first..self.first + self.count
+    }
+}
+
+/// A run of rows.
+#[derive(Clone, Copy)]
+enum Part<'a> {
+    Prompt { index: usize, length: usize },
+    Tokens(&'a [u32]),
+}
+
+impl Part<'_> {
+    fn len(self) -> usize {
+        match self {
+            Part::Prompt { length, .. } => length,
+            Part::Tokens(ids) => ids.len(),
+        }
+    }
+}
+
+/// What a stack reads: the runs of each example, which lie end to end.
+pub(crate) struct Layout<'a> {
+    examples: Vec<Vec<Part<'a>>>,
+}
+
+impl<'a> Layout<'a> {
+    /// The rows by example.
+    pub(crate) fn rows(&self) -> Segments {
+        Segments::new(self.examples.iter().map(|parts| parts.iter().map(|part| part.len()).sum()))
+    }
+
+    /// All runs. Of ranks whose embeddings are added up, one has `with_prompts`.
+    pub(crate) fn runs(&self, with_prompts: bool) -> Vec<Rows<'a>> {
+        let run = |part: &Part<'a>| match *part {
+            Part::Prompt { index, .. } if with_prompts => Rows::Prompt(index),
+            Part::Prompt { length, .. } => Rows::Zeros(length),
+            Part::Tokens(ids) => Rows::Tokens(ids),
+        };
+        self.examples.iter().flatten().map(run).collect()
+    }
+
+    /// The token of each row; a prompt's row has none.
+    pub(crate) fn tokens(&self) -> Vec<Option<u32>> {
+        let tokens = |part: &Part<'a>| match *part {
+            Part::Prompt { length, .. } => vec![None; length],
+            Part::Tokens(ids) => ids.iter().copied().map(Some).collect(),
+        };
+        self.examples.iter().flatten().flat_map(tokens).collect()
+    }
+
+    /// Where each example's prompt is, if it has one here.
+    pub(crate) fn spans(&self) -> Vec<Option<Span>> {
+        let mut next = 0;
+        let span = |parts: &Vec<Part<'a>>| {
+            let mut span = None;
+            for part in parts {
+                if let Part::Prompt { index, length } = *part {
+                    span = Some(Span { prompt: index, first: next, count: length });
+                }
+                next += part.len();
+            }
+            span
+        };
+        self.examples.iter().map(span).collect()
+    }
+
+    /// The rows of each example that are no prompt's, where they follow each other: in the decoder.
+    pub(crate) fn token_ranges(&self) -> Vec<Range<usize>> {
+        let rows = self.rows();
+        let range = |(e, span): (usize, Option<Span>)| {
+            let all = rows.range(e);
+            all.start + span.map_or(0, |span| span.count)..all.end
+        };
+        self.spans().into_iter().enumerate().map(range).collect()
+    }
+}
+
 impl<'a> Microbatch<'a> {
     pub(crate) fn check(&self, config: &Config, with_targets: bool) -> Result<()> {
+        self.check_prompts(config)?;
         for (example, e) in self.examples.iter().enumerate() {
             let refuse = |what: String| Err(Error::Example { example, what });
             if e.prompt.is_some_and(|p| p >= self.prompts.len()) {
                 return refuse(format!("there is no prompt {:?} among {}", e.prompt, self.prompts.len()));
             }
-            if e.input.is_empty() && self.prompt_length(e) == 0 {
+            let in_decoder = self.prompt_of(e).is_some_and(|p| p.placement == Placement::Decoder);
+            if e.input.is_empty() && (in_decoder || self.prompt_of(e).map_or(0, SoftPrompt::length) == 0) {
                 return refuse("the input is empty".into());
             }
             if with_targets && e.target.is_empty() {
@@ -50,49 +145,65 @@ impl<'a> Microbatch<'a> {
         Ok(())
     }
 
-    fn prompt_length(&self, e: &Example<'_>) -> usize {
-        e.prompt.map_or(0, |p| self.prompts[p].dims().first().copied().unwrap_or(0))
+    /// Rows for layers must be for all of the encoder's.
+    fn check_prompts(&self, config: &Config) -> Result<()> {
+        let refuse = |what: String| Err(Error::Options { what });
+        for prompt in self.prompts.iter().filter(|prompt| prompt.num_layers != 1) {
+            let (layers, all) = (prompt.num_layers, config.num_layers);
+            let rows = prompt.rows.dims().first().copied().unwrap_or(0);
+            if prompt.placement == Placement::Decoder {
+                return refuse("a prompt in the decoder has rows for its first layer alone".into());
+            }
+            if layers != all || rows % layers != 0 {
+                return refuse(format!(
+                    "a prompt of {rows} rows for {layers} layers does not fit an encoder of {all} layers"
+                ));
+            }
+        }
+        Ok(())
     }
 
-    /// The encoder's rows.
-    pub(crate) fn encoder_rows(&self) -> Segments {
-        Segments::new(self.examples.iter().map(|e| self.prompt_length(e) + e.input.len()))
+    fn prompt_of(&self, e: &Example<'_>) -> Option<&'a SoftPrompt> {
+        e.prompt.map(|prompt| &self.prompts[prompt])
     }
 
-    /// What the encoder reads. Of ranks whose embeddings are added up, one has `with_prompts`.
-    pub(crate) fn encoder_runs(&self, with_prompts: bool) -> Vec<Rows<'a>> {
-        let prompt = |e: &Example<'a>| match e.prompt {
-            Some(prompt) if with_prompts => Rows::Prompt(prompt),
-            _ => Rows::Zeros(self.prompt_length(e)),
+    /// The rows `[P, D]` of each prompt that are embedded.
+    pub(crate) fn embedded_prompts(&self) -> Result<Vec<Tensor>> {
+        self.prompts.iter().map(|prompt| prompt.of_layer(0)).collect()
+    }
+
+    /// The run of the example's prompt, if that is its place.
+    fn prompt_at(&self, e: &Example<'_>, place: Placement) -> Part<'a> {
+        match (e.prompt, self.prompt_of(e)) {
+            (Some(index), Some(prompt)) if prompt.placement == place => {
+                Part::Prompt { index, length: prompt.length() }
+            }
+            _ => Part::Tokens(&[]),
+        }
+    }
+
+    /// What the encoder reads.
+    pub(crate) fn encoder(&self) -> Layout<'a> {
+        let parts = |e: &Example<'a>| {
+            let (text, end) = e.input.split_at(e.input.len().saturating_sub(1));
+            let [before, after] = [Placement::Before, Placement::After].map(|place| self.prompt_at(e, place));
+            vec![before, Part::Tokens(text), after, Part::Tokens(end)]
         };
-        self.examples.iter().flat_map(|e| [prompt(e), Rows::Tokens(e.input)]).collect()
+        Layout { examples: self.examples.iter().map(parts).collect() }
     }
 
-    /// The token of each of the encoder's rows; a prompt's row has none.
-    pub(crate) fn encoder_tokens(&self) -> Vec<Option<u32>> {
-        let tokens = |e: &'a Example<'a>| {
-            std::iter::repeat_n(None, self.prompt_length(e)).chain(e.input.iter().copied().map(Some))
+    /// What the decoder reads: `start`, the start token, then the target but for its last token.
+    pub(crate) fn decoder(&self, start: &'a [u32; 1]) -> Layout<'a> {
+        let parts = |e: &Example<'a>| {
+            let shifted = &e.target[..e.target.len().saturating_sub(1)];
+            vec![self.prompt_at(e, Placement::Decoder), Part::Tokens(start), Part::Tokens(shifted)]
         };
-        self.examples.iter().flat_map(tokens).collect()
+        Layout { examples: self.examples.iter().map(parts).collect() }
     }
 
-    /// Place and number of the prompt's rows of each example among the encoder's rows.
-    pub(crate) fn prompt_rows(&self, rows: &Segments) -> Vec<(usize, usize)> {
-        let place = |(i, e)| (rows.range(i).start, self.prompt_length(e));
-        self.examples.iter().enumerate().map(place).collect()
-    }
-
-    /// The decoder's rows.
-    pub(crate) fn decoder_rows(&self) -> Segments {
+    /// The rows of targets by example.
+    pub(crate) fn target_rows(&self) -> Segments {
         Segments::new(self.examples.iter().map(|e| e.target.len()))
-    }
-
-    /// What the decoder reads: the start token, then the target but for its last token.
-    pub(crate) fn decoder_inputs(&self, start: u32) -> Vec<u32> {
-        let shifted = |e: &Example<'a>| {
-            std::iter::once(start).chain(e.target[..e.target.len() - 1].iter().copied()).collect::<Vec<_>>()
-        };
-        self.examples.iter().flat_map(shifted).collect()
     }
 
     /// All targets, one after another.

@@ -61,12 +61,14 @@ pub(crate) struct LayerCache {
 /// One step of generation.
 #[derive(Clone, Copy)]
 pub(crate) struct Step<'a> {
-    /// How many consecutive hypotheses each example has.
+    /// How many consecutive rows each example has, those of its hypotheses.
     pub(crate) queries: &'a Segments,
     /// How many rows of the encoder's result each example has.
     pub(crate) keys: &'a Segments,
-    /// The token's place in its sequence, from 0.
+    /// The place of the first in its sequence, from 0.
     pub(crate) place: usize,
+    /// Rows of each hypothesis that are read at once: a token, or at place 0 a whole prompt.
+    pub(crate) count: usize,
     pub(crate) dtype: DType,
 }
 
@@ -105,7 +107,7 @@ impl Decoder {
         }
     }
 
-    /// `x` `[Td, D]` f32 are the embedded target rows; the result `[Td, D]` is of the pass's type.
+    /// `x` `[Td, D]` f32 are the embedded rows; the result `[Td, D]` is of the pass's type.
     pub(crate) fn forward(
         &self,
         config: &Config,
@@ -139,9 +141,8 @@ impl Decoder {
         self.layers.iter().zip(&state.layers).flat_map(of).collect()
     }
 
-    /// The gradients to the encoder's result `[T, D]` f32 and, if gradients to weights are asked for, to the embedded target rows
-    /// `[Td, D]` f32; `dy` `[Td, D]` f32 is the one to the decoder's result. Where all weights are frozen, the way down to the embedded
-    /// rows is not gone to its end.
+    /// The gradients to the encoder's result `[T, D]` f32 and, if the pass wants it, to the embedded rows `[Td, D]` f32; `dy` `[Td, D]`
+    /// f32 is the one to the decoder's result. Otherwise the way down to the embedded rows is not gone to its end.
     pub(crate) fn backward(
         &self,
         dy: Tensor,
@@ -155,7 +156,6 @@ impl Decoder {
         let mut dx = self.norm.backward(&dy, &last, None, gradients)?;
         drop(last);
         let mut d_memory: Option<Tensor> = None;
-        let to_the_end = !gradients.is_empty();
         for (i, layer) in self.layers.iter().enumerate().rev() {
             let state = match layers.pop() {
                 Some(Kept::State(state)) => state,
@@ -171,7 +171,7 @@ impl Decoder {
                 Some(sum) => incipit_kernels::add(&sum, &part)?,
                 None => part,
             });
-            if i > 0 || to_the_end {
+            if i > 0 || pass.to_the_end {
                 dx = layer.cross.cross_backward(&dq, &dx, &state.cross, gradients)?;
                 let spec = self_spec(&bias, pass);
                 dx = layer.attention.backward(&dx, &state.attention, &spec, sites(0), gradients)?;
@@ -180,7 +180,7 @@ impl Decoder {
         // Every layer's part comes from the heads that are here: they are added up over the ranks once, for all layers.
         let d_memory = d_memory.unwrap_or_else(|| unreachable!("a decoder has at least one layer"));
         let d_input =
-            to_the_end.then(|| pass.sites(DECODER_SITES + ENDS).drop(0, dx, pass.rows)).transpose()?;
+            pass.to_the_end.then(|| pass.sites(DECODER_SITES + ENDS).drop(0, dx, pass.rows)).transpose()?;
         Ok((self.axis.reduce_gradient(&d_memory)?, d_input))
     }
 
@@ -191,7 +191,7 @@ impl Decoder {
         self.layers.iter().map(cache).collect()
     }
 
-    /// The result `[n, D]` for the next token of each of `n` hypotheses, whose embedded rows are `x` `[n, D]` f32.
+    /// The result `[n count, D]` for the next rows of each of `n` hypotheses, which are `x` `[n count, D]` f32, embedded.
     pub(crate) fn step(
         &self,
         config: &Config,
@@ -199,35 +199,36 @@ impl Decoder {
         caches: &mut [LayerCache],
         step: &Step<'_>,
     ) -> Result<Tensor> {
-        let Step { queries, keys, place, dtype } = *step;
-        let bias = PositionBias::from_query(&self.bias, config.buckets(false), place + 1, place)?;
-        let one_each = Segments::new(std::iter::repeat_n(1, x.dims()[0]));
-        let so_far = Segments::new(std::iter::repeat_n(place + 1, x.dims()[0]));
+        let Step { queries, keys, place, count, dtype } = *step;
+        let bias = PositionBias::from_query(&self.bias, config.buckets(false), place + count, place)?;
+        let hypotheses = x.dims()[0] / count;
+        let own_rows = Segments::new(std::iter::repeat_n(count, hypotheses));
+        let so_far = Segments::new(std::iter::repeat_n(place + count, hypotheses));
         let own = Attention {
-            queries: &one_each,
+            queries: &own_rows,
             keys: &so_far,
             heads: bias.heads(),
             bias: Some(&bias),
-            causal: false,
+            causal: count > 1,
             prefix: 0,
             dropout: None,
         };
-        let cross = Attention { queries, keys, bias: None, ..own };
+        let cross = Attention { queries, keys, bias: None, causal: false, ..own };
         for (layer, cache) in self.layers.iter().zip(caches) {
             let y = layer.attention.norm.forward(&x, dtype)?;
             let (k, v) = layer.attention.keys_and_values(&y)?;
+            let by_hypothesis = |t: Tensor| t.reshape((hypotheses, count, t.dims()[1]));
+            let (k, v) = (by_hypothesis(k)?, by_hypothesis(v)?);
             let grown = match cache.own.take() {
-                None => (k.unsqueeze(1)?, v.unsqueeze(1)?),
-                Some((ks, vs)) => {
-                    (Tensor::cat(&[&ks, &k.unsqueeze(1)?], 1)?, Tensor::cat(&[&vs, &v.unsqueeze(1)?], 1)?)
-                }
+                None => (k, v),
+                Some((ks, vs)) => (Tensor::cat(&[&ks, &k], 1)?, Tensor::cat(&[&vs, &v], 1)?),
             };
             let flat = (grown.0.flatten_to(1)?, grown.1.flatten_to(1)?);
             cache.own = Some(grown);
             x = layer.attention.forward(x, Some(flat), &own, Sites::NONE, dtype)?.0;
             x = layer.cross.forward(x, Some(cache.memory.clone()), &cross, Sites::NONE, dtype)?.0;
             let inside = layer.feed_forward.inside(x, dtype)?;
-            x = layer.feed_forward.output(&inside, &one_each, Sites::NONE)?;
+            x = layer.feed_forward.output(&inside, &own_rows, Sites::NONE)?;
         }
         self.norm.forward(&x, dtype)
     }

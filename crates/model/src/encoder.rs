@@ -10,6 +10,7 @@ use crate::gradients::WeightGradients;
 use crate::layers::{
     AttentionLayer, AttentionState, FeedForward, FeedForwardState, Norm, Sites, position_table,
 };
+use crate::prompt::LayerPrompts;
 use crate::sharding::Slices;
 
 /// The frozen encoder.
@@ -27,6 +28,10 @@ pub(crate) struct Pass<'a> {
     pub(crate) dtype: DType,
     /// Whether only the layers' inputs are kept, and their insides computed again in backward.
     pub(crate) recompute: bool,
+    /// The prompts that have rows for every layer of the encoder.
+    pub(crate) prompts: Option<&'a LayerPrompts<'a>>,
+    /// Of the decoder: whether the gradient to its embedded rows is wanted.
+    pub(crate) to_the_end: bool,
 }
 
 impl<'a> Pass<'a> {
@@ -93,6 +98,7 @@ impl Encoder {
         let mut x = pass.sites(ENDS).drop(0, x, pass.rows)?;
         let mut layers = Vec::with_capacity(self.layers.len());
         for i in 0..self.layers.len() {
+            x = with_prompts(i, x, pass)?;
             let input = x.clone();
             let (out, state) = self.layer_forward(i, x, &bias, pass)?;
             layers.push(if pass.recompute { Kept::Input(input) } else { Kept::State(state) });
@@ -116,7 +122,7 @@ impl Encoder {
     pub(crate) fn infer(&self, config: &Config, mut x: Tensor, pass: &Pass<'_>) -> Result<Tensor> {
         let bias = PositionBias::new(&self.bias, config.buckets(true), pass.rows.longest())?;
         for i in 0..self.layers.len() {
-            x = self.layer_forward(i, x, &bias, pass)?.0;
+            x = self.layer_forward(i, with_prompts(i, x, pass)?, &bias, pass)?.0;
         }
         self.norm.forward(&x, pass.dtype)
     }
@@ -141,18 +147,20 @@ impl Encoder {
         Ok((first, feed_forward.inside(x, pass.dtype)?))
     }
 
-    /// The gradient `[T, D]` f32 to the embedded rows; `dy` `[T, D]` f32 is the one to the result.
+    /// The gradient `[T, D]` f32 to the embedded rows, and those to the prompts of the other layers, by layer and example; `dy` `[T, D]`
+    /// f32 is the one to the result.
     pub(crate) fn backward(
         &self,
         dy: Tensor,
         state: EncoderState,
         pass: &Pass<'_>,
         gradients: &mut WeightGradients,
-    ) -> Result<Tensor> {
+    ) -> Result<(Tensor, Vec<Vec<Option<Tensor>>>)> {
         let EncoderState { mut layers, last, bias } = state;
         let dy = pass.sites(ENDS).drop(1, dy, pass.rows)?;
         let mut dx = self.norm.backward(&dy, &last, None, gradients)?;
         drop(last);
+        let mut of_layers = Vec::new();
         for (i, (attention, feed_forward)) in self.layers.iter().enumerate().rev() {
             let (first, second) = match layers.pop() {
                 Some(Kept::State(state)) => state,
@@ -162,8 +170,22 @@ impl Encoder {
             let site = i * SITES_PER_LAYER;
             dx = feed_forward.backward(&dx, &second, (pass.rows, pass.sites(site + 1)), gradients)?;
             dx = attention.backward(&dx, &first, &spec(&bias, pass), pass.sites(site), gradients)?;
+            if let Some(prompts) = pass.prompts.filter(|_| i > 0) {
+                let (own, rest) = prompts.take(&dx)?;
+                of_layers.push(own);
+                dx = rest;
+            }
         }
-        pass.sites(ENDS).drop(0, dx, pass.rows)
+        of_layers.reverse();
+        Ok((pass.sites(ENDS).drop(0, dx, pass.rows)?, of_layers))
+    }
+}
+
+/// What goes into layer `i`: what the one before it gave, but for the rows of prompts that have some of their own there.
+fn with_prompts(i: usize, x: Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+    match pass.prompts {
+        Some(prompts) if i > 0 => prompts.put(i, &x),
+        _ => Ok(x),
     }
 }
 

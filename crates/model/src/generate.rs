@@ -1,10 +1,12 @@
 //! Generation: greedy, by beams, or sampled from the nucleus, with a cache of keys and values.
 
+use std::collections::BTreeSet;
+
 use candle_core::Tensor;
 use incipit_kernels::Segments;
 use incipit_kernels::rng::Philox;
 
-use crate::batch::Microbatch;
+use crate::batch::{Example, Microbatch};
 use crate::beam::Beam;
 use crate::decoder::{LayerCache, Step};
 use crate::t5::{Encoded, T5};
@@ -84,7 +86,33 @@ impl T5 {
         if batch.examples.is_empty() {
             return Ok(Vec::new());
         }
+        let start = [self.config().decoder_start_token_id];
+        let spans = batch.decoder(&start).spans();
+        let lengths: Vec<usize> = spans.iter().map(|span| span.map_or(0, |span| span.count)).collect();
+        let mut generated = vec![None; lengths.len()];
+        // A step reads rows of one place: those behind prompts of one length go together.
+        for length in lengths.iter().copied().collect::<BTreeSet<_>>() {
+            let group: Vec<usize> = (0..lengths.len()).filter(|e| lengths[*e] == length).collect();
+            let examples: Vec<Example<'_>> = group.iter().map(|e| batch.examples[*e]).collect();
+            let part = Microbatch { prompts: batch.prompts, examples: &examples };
+            let written = self.generate_at(&encoded.of(&group)?, &part, length, options)?;
+            group.into_iter().zip(written).for_each(|(e, written)| generated[e] = Some(written));
+        }
+        Ok(generated.into_iter().flatten().collect())
+    }
+
+    /// Generates for examples whose prompts in the decoder have `length` rows.
+    fn generate_at(
+        &self,
+        encoded: &Encoded,
+        batch: &Microbatch<'_>,
+        length: usize,
+        options: &GenerateOptions,
+    ) -> Result<Vec<Generated>> {
         let mut decoding = Decoding::new(self, encoded, batch, options)?;
+        if length > 0 {
+            decoding.read_prompts(batch, length)?;
+        }
         for place in 0..options.max_new_tokens {
             decoding.step(place)?;
             if decoding.searches.iter().all(|s| s.is_done()) {
@@ -102,6 +130,8 @@ struct Decoding<'a> {
     searches: Vec<Search>,
     caches: Vec<LayerCache>,
     keys: &'a Segments,
+    /// Rows before the start token.
+    before: usize,
 }
 
 impl<'a> Decoding<'a> {
@@ -120,7 +150,18 @@ impl<'a> Decoding<'a> {
         };
         let searches = batch.examples.iter().map(|e| search(e.key)).collect();
         let caches = model.decoder.caches(&encoded.rows)?;
-        Ok(Self { model, options, searches, caches, keys: &encoded.segments })
+        Ok(Self { model, options, searches, caches, keys: &encoded.segments, before: 0 })
+    }
+
+    /// Reads what stands before the start token: each example's prompt of `length` rows.
+    fn read_prompts(&mut self, batch: &Microbatch<'_>, length: usize) -> Result<()> {
+        let x = self.model.prompts_in_decoder(batch)?;
+        let queries = Segments::new(std::iter::repeat_n(length, batch.examples.len()));
+        let dtype = self.model.dtype();
+        let step = Step { queries: &queries, keys: self.keys, place: 0, count: length, dtype };
+        self.model.decoder.step(self.model.config(), x, &mut self.caches, &step)?;
+        self.before = length;
+        Ok(())
     }
 
     /// Reads the newest token of every live hypothesis and chooses the next ones.
@@ -135,7 +176,8 @@ impl<'a> Decoding<'a> {
         }
         let x = self.model.embedded(&tokens)?;
         let queries = Segments::new(counts);
-        let step = Step { queries: &queries, keys: self.keys, place, dtype: self.model.dtype() };
+        let (place_of_row, dtype) = (self.before + place, self.model.dtype());
+        let step = Step { queries: &queries, keys: self.keys, place: place_of_row, count: 1, dtype };
         let rows = self.model.decoder.step(self.model.config(), x, &mut self.caches, &step)?;
         let logits = self.model.head(&rows)?.to_vec2::<f32>()?;
         let mut parents = Vec::with_capacity(tokens.len());

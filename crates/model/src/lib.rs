@@ -16,6 +16,7 @@ mod generate;
 mod gradients;
 mod layers;
 mod prefix;
+mod prompt;
 pub mod sharding;
 mod t5;
 
@@ -25,4 +26,5 @@ pub use config::Config;
 pub use error::{Error, Result};
 pub use generate::{GenerateOptions, Generated};
 pub use gradients::WeightGradients;
+pub use prompt::{Placement, SoftPrompt};
 pub use t5::{Encoded, ExampleGradient, PassOptions, T5, embedding_name};

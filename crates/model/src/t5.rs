@@ -1,5 +1,7 @@
 //! The whole model: from token ids and prompts to losses and the prompts' gradients.
 
+use std::ops::Range;
+
 use candle_core::{DType, Device, Tensor};
 use incipit_kernels::{
     Dropout, LossSlope, Rows, Segments, Softmax, Targets, Vocabulary, cross_entropy_gradient, embed, linear,
@@ -9,11 +11,12 @@ use incipit_mesh::Shard;
 use incipit_weights::Source;
 
 use crate::axis::TensorAxis;
-use crate::batch::{Example, Microbatch};
+use crate::batch::{Example, Layout, Microbatch, Span};
 use crate::config::Config;
 use crate::decoder::{Decoder, Memory};
 use crate::encoder::{Encoder, Pass};
 use crate::gradients::WeightGradients;
+use crate::prompt::{LayerPrompts, RowGradients, behind_prompts, taken};
 use crate::sharding::{self, Slices, Weight};
 use crate::{Error, Result};
 
@@ -59,12 +62,22 @@ pub struct Encoded {
     pub(crate) segments: Segments,
 }
 
+impl Encoded {
+    /// Of these examples alone, ascending.
+    pub(crate) fn of(&self, examples: &[usize]) -> Result<Self> {
+        let ranges: Vec<Range<usize>> = examples.iter().map(|e| self.segments.range(*e)).collect();
+        let segments = Segments::new(ranges.iter().map(ExactSizeIterator::len));
+        Ok(Self { rows: taken(&self.rows, &ranges)?, segments })
+    }
+}
+
 /// Loss and gradient of one example.
 #[derive(Clone, Debug)]
 pub struct ExampleGradient {
     /// Sum of the target tokens' losses.
     pub loss: f32,
-    /// Gradient of `scale * loss` to the example's prompt, `[P, D]` f32, on the model's device; `[0, D]` without a prompt.
+    /// Gradient of `scale * loss` to the rows of the example's prompt, of their shape, f32, on the model's device; `[0, D]` without
+    /// a prompt.
     pub prompt_gradient: Tensor,
 }
 
@@ -192,7 +205,7 @@ impl T5 {
         Ok(scores.flatten_all()?.to_vec1()?)
     }
 
-    /// The encoder's result for all examples end to end, prompt rows first: `[T, D]` f32, each example's rows together.
+    /// The encoder's result for all examples end to end, with the prompts that stand there: `[T, D]` f32, each example's rows together.
     ///
     /// # Errors
     /// If the batch does not fit the model.
@@ -206,9 +219,11 @@ impl T5 {
     /// If the batch does not fit the model.
     pub fn encoded(&self, batch: &Microbatch<'_>) -> Result<Encoded> {
         batch.check(&self.config, false)?;
-        let segments = batch.encoder_rows();
-        let x = self.encoder_embedding(batch)?;
-        let pass = Pass { rows: &segments, dropout: None, dtype: self.dtype, recompute: false };
+        let layout = batch.encoder();
+        let segments = layout.rows();
+        let prompts = LayerPrompts::of(batch, &layout.spans());
+        let x = self.embedding(batch, &layout)?;
+        let pass = Pass { prompts: prompts.as_ref(), ..self.pass(&segments) };
         Ok(Encoded { rows: self.encoder.infer(&self.config, x, &pass)?, segments })
     }
 
@@ -217,7 +232,7 @@ impl T5 {
     /// # Errors
     /// If the batch does not fit the model.
     pub fn logits(&self, batch: &Microbatch<'_>) -> Result<Tensor> {
-        self.head(&self.decoded(batch, &self.encoded(batch)?, &batch.decoder_rows())?)
+        self.head(&self.decoded(batch, &self.encoded(batch)?, 1)?)
     }
 
     /// Each example's sum of token losses, without dropout.
@@ -233,7 +248,7 @@ impl T5 {
     /// # Errors
     /// If the batch does not fit the model.
     pub fn loss_after(&self, encoded: &Encoded, batch: &Microbatch<'_>) -> Result<Vec<f32>> {
-        self.losses(encoded, batch, &batch.decoder_rows())
+        self.losses(encoded, batch, 1)
     }
 
     /// What [`T5::loss_after`] gives for each of `labels` in the place of the target, the same bits: example by example, the labels of
@@ -250,14 +265,11 @@ impl T5 {
     ) -> Result<Vec<f32>> {
         let labelled = |e: &'a Example<'a>| labels.iter().map(|label| Example { target: label, ..*e });
         let pairs: Vec<Example<'a>> = batch.examples.iter().flat_map(labelled).collect();
-        let tokens = labels.iter().map(Vec::len).sum();
-        let readers = Segments::new(std::iter::repeat_n(tokens, batch.examples.len()));
-        self.losses(encoded, &Microbatch { prompts: batch.prompts, examples: &pairs }, &readers)
+        self.losses(encoded, &Microbatch { prompts: batch.prompts, examples: &pairs }, labels.len())
     }
 
-    /// The loss of each example of `batch`, in which examples of one encoding follow each other; so many rows of the decoder as
-    /// `readers` says read each encoding.
-    fn losses(&self, encoded: &Encoded, batch: &Microbatch<'_>, readers: &Segments) -> Result<Vec<f32>> {
+    /// The loss of each example of `batch`, in which `readers` examples of one encoding follow each other.
+    fn losses(&self, encoded: &Encoded, batch: &Microbatch<'_>, readers: usize) -> Result<Vec<f32>> {
         let rows = self.decoded(batch, encoded, readers)?;
         let targets = batch.targets();
         let mut losses = Vec::new();
@@ -265,7 +277,7 @@ impl T5 {
             let (_, softmax) = self.softmax(&rows.narrow(0, first, chunk.len())?, chunk)?;
             losses.push(softmax.losses(0.0)?);
         }
-        sums(&losses, &batch.decoder_rows())
+        sums(&losses, &batch.target_rows())
     }
 
     /// Each example's loss, and the gradient of `scale[e] * loss of e` to its prompt.
@@ -280,10 +292,9 @@ impl T5 {
         scale: &[f32],
         options: &PassOptions,
     ) -> Result<Vec<ExampleGradient>> {
-        let Backward { losses, d_input, places, .. } =
+        let Backward { losses, prompt_gradients, .. } =
             self.backward(batch, scale, options, &mut WeightGradients::default())?;
-        let gradients = prompt_gradients(&d_input, &places)?;
-        let pairs = losses.into_iter().zip(gradients);
+        let pairs = losses.into_iter().zip(prompt_gradients);
         Ok(pairs.map(|(loss, prompt_gradient)| ExampleGradient { loss, prompt_gradient }).collect())
     }
 
@@ -302,26 +313,43 @@ impl T5 {
         }
         let keys = || Dropout::new(options.dropout, batch.keys());
         let dropout = (options.dropout != 0.0).then(keys).transpose()?;
-        let (encoder_rows, decoder_rows) = (batch.encoder_rows(), batch.decoder_rows());
+        let start = [self.config.decoder_start_token_id];
+        let (encoder, decoder) = (batch.encoder(), batch.decoder(&start));
+        let (encoder_rows, decoder_rows) = (encoder.rows(), decoder.rows());
+        let (encoder_spans, decoder_spans) = (encoder.spans(), decoder.spans());
+        let prompts = LayerPrompts::of(batch, &encoder_spans);
         let pass = Pass {
-            rows: &encoder_rows,
             dropout: dropout.as_ref(),
-            dtype: self.dtype,
             recompute: options.recompute,
+            prompts: prompts.as_ref(),
+            ..self.pass(&encoder_rows)
         };
-        let x = self.encoder_embedding(batch)?;
+        let x = self.embedding(batch, &encoder)?;
         let (memory, encoder_state) = self.encoder.forward(&self.config, x, &pass)?;
         let memory = Memory { rows: &memory, segments: &encoder_rows, readers: &decoder_rows };
-        let decoder_pass = Pass { rows: &decoder_rows, ..pass };
-        let x = self.decoder_embedding(batch)?;
+        // Without a prompt or weights to train there, nobody reads the gradient to what the decoder reads.
+        let to_the_end = !gradients.is_empty() || decoder_spans.iter().any(Option::is_some);
+        let decoder_pass = Pass { rows: &decoder_rows, prompts: None, to_the_end, ..pass };
+        let x = self.embedding(batch, &decoder)?;
         let (rows, decoder_state) = self.decoder.forward(&self.config, x, memory, &decoder_pass)?;
+        let targets = decoder.token_ranges();
+        let rows = taken(&rows, &targets)?;
         let (losses, d_rows) = self.head_gradient(&rows, batch, (scale, options.z_loss), gradients)?;
         drop(rows);
+        let d_rows = behind_prompts(d_rows, &targets, &decoder_rows)?;
         let (d_memory, d_targets) =
             self.decoder.backward(d_rows, decoder_state, memory, &decoder_pass, gradients)?;
-        let d_input = self.encoder.backward(d_memory, encoder_state, &pass, gradients)?;
-        let places = batch.prompt_rows(&encoder_rows);
-        Ok(Backward { losses: sums(&losses, &decoder_rows)?, d_input, d_targets, places })
+        let (d_input, d_layers) = self.encoder.backward(d_memory, encoder_state, &pass, gradients)?;
+        let places = encoder_spans.into_iter().zip(decoder_spans);
+        let d_rows = RowGradients { input: &d_input, layers: &d_layers, targets: d_targets.as_ref() };
+        let prompt_gradients =
+            places.enumerate().map(|(e, spans)| d_rows.of_prompt(e, spans)).collect::<Result<_>>()?;
+        Ok(Backward { losses: sums(&losses, &batch.target_rows())?, prompt_gradients, d_input, d_targets })
+    }
+
+    /// A pass without gradients over these rows.
+    fn pass<'a>(&self, rows: &'a Segments) -> Pass<'a> {
+        Pass { rows, dropout: None, dtype: self.dtype, recompute: true, prompts: None, to_the_end: false }
     }
 
     /// Embedded rows of these tokens, `[n, D]` f32.
@@ -329,14 +357,24 @@ impl T5 {
         self.axis.reduce(&embed(&self.shared.matrix, self.vocabulary, &[], &[Rows::Tokens(tokens)])?)
     }
 
+    /// The rows of the examples' prompts that stand in the decoder, end to end.
+    pub(crate) fn prompts_in_decoder(&self, batch: &Microbatch<'_>) -> Result<Tensor> {
+        let start = [self.config.decoder_start_token_id];
+        let layout = batch.decoder(&start);
+        let ranges: Vec<_> = layout.spans().iter().flatten().map(Span::rows).collect();
+        taken(&self.embedding(batch, &layout)?, &ranges)
+    }
+
     /// The logits `[n, V]` f32 of the decoder's result `rows` `[n, D]`.
     pub(crate) fn head(&self, rows: &Tensor) -> Result<Tensor> {
         self.axis.gather_columns(linear(rows, &self.head.matrix, DType::F32)?)
     }
 
-    fn encoder_embedding(&self, batch: &Microbatch<'_>) -> Result<Tensor> {
-        let runs = batch.encoder_runs(self.axis.shard().index() == 0);
-        self.axis.reduce(&embed(&self.shared.matrix, self.vocabulary, batch.prompts, &runs)?)
+    /// What a stack reads, `[T, D]` f32.
+    fn embedding(&self, batch: &Microbatch<'_>, layout: &Layout<'_>) -> Result<Tensor> {
+        let runs = layout.runs(self.axis.shard().index() == 0);
+        let prompts = batch.embedded_prompts()?;
+        self.axis.reduce(&embed(&self.shared.matrix, self.vocabulary, &prompts, &runs)?)
     }
 
     /// The logits `[n, V]` f32 that are here, and the softmax over all.
@@ -350,17 +388,18 @@ impl T5 {
         Targets { ids, vocabulary: self.vocabulary }
     }
 
-    fn decoder_embedding(&self, batch: &Microbatch<'_>) -> Result<Tensor> {
-        self.embedded(&batch.decoder_inputs(self.config.decoder_start_token_id))
-    }
-
-    /// The decoder's result for all target tokens end to end.
-    fn decoded(&self, batch: &Microbatch<'_>, encoded: &Encoded, readers: &Segments) -> Result<Tensor> {
+    /// The decoder's result for all target tokens end to end; `readers` examples that follow each other read one encoding.
+    fn decoded(&self, batch: &Microbatch<'_>, encoded: &Encoded, readers: usize) -> Result<Tensor> {
         batch.check(&self.config, true)?;
-        let rows = batch.decoder_rows();
-        let memory = Memory { rows: &encoded.rows, segments: &encoded.segments, readers };
-        let pass = Pass { rows: &rows, dropout: None, dtype: self.dtype, recompute: true };
-        Ok(self.decoder.forward(&self.config, self.decoder_embedding(batch)?, memory, &pass)?.0)
+        let start = [self.config.decoder_start_token_id];
+        let layout = batch.decoder(&start);
+        let rows = layout.rows();
+        let of_encoding = |first: usize| (first..first + readers).map(|e| rows.range(e).len()).sum();
+        let readers = Segments::new((0..rows.len()).step_by(readers).map(of_encoding));
+        let memory = Memory { rows: &encoded.rows, segments: &encoded.segments, readers: &readers };
+        let x = self.embedding(batch, &layout)?;
+        let decoded = self.decoder.forward(&self.config, x, memory, &self.pass(&rows))?.0;
+        taken(&decoded, &layout.token_ranges())
     }
 
     /// The token losses in parts, and the gradient `[Td, D]` f32 to the decoder's result. Logits live a few rows at a time.
@@ -401,10 +440,10 @@ struct Backward {
     losses: Vec<f32>,
     /// The gradient to the embedded rows of the encoder, `[T, D]` f32.
     d_input: Tensor,
-    /// The one to the decoder's, `[Td, D]` f32, where gradients to weights were asked for.
+    /// The one to the decoder's, `[Td, D]` f32, where something is trained there.
     d_targets: Option<Tensor>,
-    /// Place and number of each example's prompt rows among the encoder's.
-    places: Vec<(usize, usize)>,
+    /// Each example's, of the shape of its prompt's rows.
+    prompt_gradients: Vec<Tensor>,
 }
 
 /// The name of the table `[V, D]` of the vocabulary's embeddings. Checkpoints in the wild keep it under one of three, or under several.
@@ -424,13 +463,4 @@ fn sums(losses: &[Tensor], rows: &Segments) -> Result<Vec<f32>> {
     let losses = if losses.is_empty() { Vec::new() } else { Tensor::cat(losses, 0)?.to_vec1::<f32>()? };
     let sum = |e| losses[rows.range(e)].iter().map(|l| f64::from(*l)).sum::<f64>() as f32;
     Ok((0..rows.len()).map(sum).collect())
-}
-
-/// Copies of the rows of `dx` that are prompts', so that `dx` itself need not live on.
-fn prompt_gradients(dx: &Tensor, places: &[(usize, usize)]) -> Result<Vec<Tensor>> {
-    let copy = |(first, count): &(usize, usize)| match count {
-        0 => Ok(Tensor::zeros((0, dx.dims()[1]), DType::F32, dx.device())?),
-        count => Ok(dx.narrow(0, *first, *count)?.copy()?),
-    };
-    places.iter().map(copy).collect()
 }

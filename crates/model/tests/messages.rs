@@ -85,7 +85,7 @@ fn config(num_layers: usize, num_decoder_layers: usize) -> Config {
 fn calls(config: &Config, lengths: &[(usize, usize)], options: &PassOptions, tp: usize) -> Vec<Vec<Call>> {
     let mut random = Philox::new(SEED, &[1]);
     let prompt: Vec<f32> = (0..PROMPT * config.d_model).map(|_| random.normal()).collect();
-    let prompts = [Tensor::from_vec(prompt, (PROMPT, config.d_model), &Device::Cpu).unwrap()];
+    let prompts = [Tensor::from_vec(prompt, (PROMPT, config.d_model), &Device::Cpu).unwrap().into()];
     let mut tokens =
         |n: usize| -> Vec<u32> { (0..n).map(|_| random.below(config.vocab_size as u64) as u32).collect() };
     let texts: Vec<_> = lengths.iter().map(|(input, target)| (tokens(*input), tokens(*target))).collect();

@@ -1,7 +1,8 @@
 //! Checkpoints of one job: `out/checkpoints/step-00001000/`, with `out/best` and `out/last` pointing to one
 //! each.
 //!
-//! A checkpoint holds `prompt.safetensors` (the tensor `prompt` `[P, D]`) or, of a job that trains weights,
+//! A checkpoint holds `prompt.safetensors` (the tensor `prompt` `[P, D]`, or `[L, P, D]` with rows for each layer; named
+//! `prompt.after` or `prompt.decoder` where the rows do not stand before the input) or, of a job that trains weights,
 //! `weights.safetensors`; `optimizer.safetensors`, `state.json` and, written last, `MANIFEST`: the BLAKE3 hash of each,
 //! in the form that `b3sum --check` reads. It appears by one rename or not at all, and nothing in it depends on threads, devices or the number
 //! of processes.
@@ -9,6 +10,7 @@
 use crate::{
     Error, Result, atomic,
     optimizer::{NamedTensor, OptimizerKind},
+    placement,
     prompt::Prompt,
     tensors,
     trained::{Trained, WEIGHTS},
@@ -25,6 +27,8 @@ pub use store::{Found, Store};
 pub const MANIFEST: &str = "MANIFEST";
 /// The file that holds the prompt.
 pub const PROMPT: &str = "prompt.safetensors";
+/// The tensor in it, of a prompt before the input.
+const TENSOR: &str = "prompt";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
 /// The version of the files written here.
@@ -207,20 +211,19 @@ pub fn write_prompt(path: &Path, prompt: &Prompt) -> Result<()> {
 
 /// The bytes of a `prompt.safetensors`.
 pub(crate) fn encode_prompt(prompt: &Prompt) -> Result<Vec<u8>, String> {
-    tensors::encode(&[("prompt", &[prompt.length(), prompt.width()], prompt.values())])
+    let name = format!("{TENSOR}{}", placement::suffix(prompt.placement()));
+    tensors::encode(&[(&name, &prompt.shape(), prompt.values())])
 }
 
 /// The prompt in the bytes of a `prompt.safetensors`.
 pub(crate) fn decode_prompt(bytes: &[u8]) -> Result<Prompt, String> {
     let tensors = tensors::decode(bytes)?;
     let names: Vec<String> = tensors.iter().map(|t| t.name.clone()).collect();
-    let Some(prompt) = tensors.into_iter().find(|t| t.name == "prompt") else {
-        return Err(format!("it has no tensor \"prompt\", but {names:?}"));
+    let placed = |tensor: NamedTensor| Some((placement::of_name(&tensor.name, TENSOR)?, tensor));
+    let Some((place, prompt)) = tensors.into_iter().find_map(placed) else {
+        return Err(format!("it has no tensor {TENSOR:?}, but {names:?}"));
     };
-    let [length, width] = prompt.shape[..] else {
-        return Err(format!("the prompt has the shape {:?} and should have two dimensions", prompt.shape));
-    };
-    Prompt::new(length, width, prompt.data).map_err(|e| e.to_string())
+    Ok(Prompt::of_shape(&prompt.shape, prompt.data)?.placed(place))
 }
 
 fn decode_state(bytes: &[u8]) -> Result<TrainState, String> {

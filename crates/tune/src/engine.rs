@@ -6,10 +6,9 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use candle_core::Tensor;
 use incipit_collective::{Axis, Ranks};
 use incipit_data::TokenizedExample;
-use incipit_model::{Example, ExampleGradient, Microbatch, PassOptions, T5, TensorAxis};
+use incipit_model::{Example, ExampleGradient, Microbatch, PassOptions, SoftPrompt, T5, TensorAxis};
 
 use crate::{
     Error, Result,
@@ -67,8 +66,8 @@ pub struct Objective {
 /// One job's part of a step.
 #[derive(Clone, Debug)]
 pub struct JobBatch<'a> {
-    /// `[P, D]` f32; a job that trains weights has no rows here.
-    pub prompt: &'a Tensor,
+    /// A job that trains weights has no rows here.
+    pub prompt: &'a SoftPrompt,
     /// The examples, in the order of the batch.
     pub examples: Vec<&'a TokenizedExample>,
     /// One an example: names its random numbers.
@@ -93,7 +92,7 @@ pub struct JobGradient {
     pub num_targets: usize,
     /// All tokens of the batch: inputs, prompt rows and targets.
     pub num_tokens: usize,
-    /// Gradient of the objective, `[P, D]` row-major.
+    /// Gradient of the objective to the prompt's rows, row-major.
     pub gradient: Vec<f32>,
 }
 
@@ -369,7 +368,7 @@ fn send<T>(
 /// Tokens that an example takes of a microbatch.
 fn cost(job: &JobBatch<'_>, example: usize) -> usize {
     let example = job.examples[example];
-    job.prompt.dims()[0] + example.input.len() + example.target.len()
+    job.prompt.length() + example.input.len() + example.target.len()
 }
 
 /// d objective / d (sum of an example's token losses): known before the pass, so that no cut of the batch can change it.
@@ -385,7 +384,7 @@ fn num_targets(job: &JobBatch<'_>) -> usize {
 }
 
 /// The prompts of the jobs that the rows name, and the examples with their prompts. Rows of a job lie together.
-fn assemble<'a>(jobs: &[JobBatch<'a>], rows: &[Row]) -> (Vec<Tensor>, Vec<Example<'a>>) {
+fn assemble<'a>(jobs: &[JobBatch<'a>], rows: &[Row]) -> (Vec<SoftPrompt>, Vec<Example<'a>>) {
     let (mut prompts, mut examples, mut last) = (Vec::new(), Vec::new(), None);
     for row in rows {
         let job = &jobs[row.job];

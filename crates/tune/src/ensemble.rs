@@ -9,6 +9,8 @@ use std::path::Path;
 use crate::{
     Error, Result, atomic,
     group::{self, Kind},
+    optimizer::NamedTensor,
+    placement,
     prompt::Prompt,
     spec::{Method, PartialSpec, TrainSpec, validate::MAX_SEED},
     tensors,
@@ -18,7 +20,8 @@ pub use crate::group::Member;
 
 /// The file in an ensemble's directory that lists its members.
 pub const FILE: &str = "ensemble.json";
-/// The file with the prompts of all members: the tensor `prompts` `[N, P, D]` f32, in the order of the members.
+/// The file with the prompts of all members: the tensor `prompts` `[N, P, D]` f32, in the order of the members; `[N, L, P, D]` with rows
+/// for each layer, and named `prompts.after` or `prompts.decoder` where they do not stand before the input.
 pub const PROMPTS: &str = "ensemble.safetensors";
 /// How many members there are where nobody says: as many as in the paper.
 pub const DEFAULT_MEMBERS: usize = 5;
@@ -93,21 +96,21 @@ pub fn list(dir: &Path) -> Result<Vec<Member>> {
 /// The prompts in a file such as `ensemble.safetensors`.
 ///
 /// # Errors
-/// If it cannot be read, or holds anything but `[N, P, D]` finite numbers named `prompts`.
+/// If it cannot be read, or holds anything but finite numbers of such a name and shape.
 pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
     let refuse = |what| Error::Ensemble { path: path.to_owned(), what };
     let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
     let tensors = tensors::decode(&bytes).map_err(refuse)?;
-    let Some(tensor) = tensors.into_iter().find(|tensor| tensor.name == TENSOR) else {
+    let placed = |tensor: NamedTensor| Some((placement::of_name(&tensor.name, TENSOR)?, tensor));
+    let Some((place, tensor)) = tensors.into_iter().find_map(placed) else {
         return Err(refuse(format!("it has no tensor {TENSOR:?}; give the {PROMPTS} of an ensemble")));
     };
-    let [_, length, width] = tensor.shape[..] else {
-        let shape = &tensor.shape;
-        return Err(refuse(format!("its prompts have the shape {shape:?}, and not members, rows, columns")));
+    let [_, shape @ ..] = &tensor.shape[..] else {
+        return Err(refuse("its prompts have no shape; give the file that was written".to_owned()));
     };
-    let parts = tensor.data.chunks((length * width).max(1));
-    let prompts =
-        parts.map(|values| Prompt::new(length, width, values.to_vec())).collect::<Result<Vec<_>>>()?;
+    let parts = tensor.data.chunks(shape.iter().product::<usize>().max(1));
+    let prompt = |values: &[f32]| Ok(Prompt::of_shape(shape, values.to_vec()).map_err(refuse)?.placed(place));
+    let prompts = parts.map(prompt).collect::<Result<Vec<_>>>()?;
     if prompts.is_empty() {
         return Err(refuse("it holds no prompt; train the ensemble anew".to_owned()));
     }
@@ -118,10 +121,11 @@ pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
 fn write_prompts(dir: &Path, members: &[TrainSpec]) -> Result<()> {
     let prompts = members.iter().map(|spec| Prompt::read(&spec.out)).collect::<Result<Vec<_>>>()?;
     let Some(first) = prompts.first() else { return Ok(()) };
-    let shape = [prompts.len(), first.length(), first.width()];
+    let shape = [vec![prompts.len()], first.shape()].concat();
+    let name = format!("{TENSOR}{}", placement::suffix(first.placement()));
     let values: Vec<f32> = prompts.iter().flat_map(Prompt::values).copied().collect();
     let path = dir.join(PROMPTS);
-    let bytes = tensors::encode(&[(TENSOR, &shape, &values)])
+    let bytes = tensors::encode(&[(&name, &shape, &values)])
         .map_err(|what| Error::Ensemble { path: path.clone(), what })?;
     atomic::write_file(&path, &bytes)
 }

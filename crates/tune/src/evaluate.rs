@@ -2,14 +2,13 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use candle_core::Tensor;
 use incipit_collective::gather_bytes;
 use incipit_data::{
     LabelMap, TokenizedExample, TokenizedSet,
     metrics::{self, Metric, Reference, score_references},
     tasks::Selection,
 };
-use incipit_model::{Example, GenerateOptions, Generated, Microbatch};
+use incipit_model::{Example, GenerateOptions, Generated, Microbatch, SoftPrompt};
 use serde::Serialize;
 use tokenizers::Tokenizer;
 
@@ -132,8 +131,8 @@ pub fn evaluate(
 pub struct PartialEvaluation {
     set: Arc<TokenizedSet>,
     options: EvalOptions,
-    /// Each `[P, D]`; none without a prompt.
-    prompts: Vec<Tensor>,
+    /// None for the bare backbone.
+    prompts: Vec<SoftPrompt>,
     rounds: Vec<Round>,
     /// How many are done.
     done: usize,

@@ -123,7 +123,8 @@ pub fn label_order(labels: &[String]) -> Vec<&str> {
     labels.iter().map(String::as_str).collect::<BTreeSet<_>>().into_iter().collect()
 }
 
-/// The prompt `[length, d_model]` with which a job begins: a function of its arguments alone.
+/// The prompt `[length, d_model]` with which a job begins: a function of its arguments alone. One of a file is as it is there, with rows
+/// for each layer if it has them.
 ///
 /// # Errors If a label is missing or has no pieces, the vocabulary is too small, or a file holds no prompt of
 /// this length and width.
@@ -149,7 +150,7 @@ pub fn initial_prompt(
         PromptInit::File(path) => {
             let prompt = Prompt::read(path)?;
             check_shape(&prompt, path, length, d_model)?;
-            prompt.into_values()
+            return Ok(Initial { prompt, warnings });
         }
     };
     Ok(Initial { prompt: Prompt::new(length, d_model, values)?, warnings })

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use incipit_data::TokenizedSet;
+use incipit_model::SoftPrompt;
 
 use crate::{
     Result,
@@ -83,7 +84,7 @@ pub struct Job {
     course: Course,
     prompt: Prompt,
     /// The same, as the model takes it.
-    rows: Tensor,
+    rows: SoftPrompt,
     /// Of the rows that are the job's own.
     optimizer: Optimizer,
     /// Of those that it shares.
@@ -100,7 +101,7 @@ impl Job {
     /// If the data are less than one batch.
     pub fn new(spec: JobSpec, data: Arc<TokenizedSet>, prompt: Prompt) -> Result<Self> {
         let (shared, width) = (spec.shared_length, prompt.width());
-        let optimizer = Optimizer::new(&spec.optimizer, prompt.length() - shared, width);
+        let optimizer = Optimizer::new(&spec.optimizer, prompt.num_rows() - shared, width);
         let of_shared = (shared > 0).then(|| Optimizer::new(&spec.optimizer, shared, width));
         Self::with_optimizers(spec, data, prompt, (optimizer, of_shared))
     }
@@ -120,7 +121,7 @@ impl Job {
         let (of_shared, own): (Vec<NamedTensor>, Vec<NamedTensor>) =
             optimizer.iter().cloned().partition(|tensor| tensor.name.starts_with(SHARED));
         let optimizer =
-            Optimizer::restore(&spec.optimizer, prompt.length() - shared, width, num_steps, &own)?;
+            Optimizer::restore(&spec.optimizer, prompt.num_rows() - shared, width, num_steps, &own)?;
         let unnamed =
             |tensor: NamedTensor| NamedTensor { name: tensor.name[SHARED.len()..].to_owned(), ..tensor };
         let of_shared: Vec<NamedTensor> = of_shared.into_iter().map(unnamed).collect();
@@ -204,7 +205,7 @@ impl Job {
         if !values.iter().all(|x| x.is_finite()) {
             return Err(self.course.overflow(step));
         }
-        self.prompt = Prompt::new(self.prompt.length(), self.prompt.width(), values)?;
+        self.prompt = self.prompt.with_values(values)?;
         self.rows = prompt_rows(&self.prompt)?;
         self.course.advance(step, gradient.loss, norm(&gradient.gradient), gradient.num_tokens)
     }
@@ -219,10 +220,11 @@ impl Job {
     }
 }
 
-/// The prompt as the model takes it: `[P, D]` f32.
+/// The prompt as the model takes it.
 ///
 /// # Errors
 /// None on a CPU.
-pub fn prompt_rows(prompt: &Prompt) -> Result<Tensor> {
-    Ok(Tensor::from_slice(prompt.values(), (prompt.length(), prompt.width()), &Device::Cpu)?)
+pub fn prompt_rows(prompt: &Prompt) -> Result<SoftPrompt> {
+    let rows = Tensor::from_slice(prompt.values(), (prompt.num_rows(), prompt.width()), &Device::Cpu)?;
+    Ok(SoftPrompt { rows, num_layers: prompt.num_layers(), placement: prompt.placement() })
 }

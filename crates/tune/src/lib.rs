@@ -24,6 +24,7 @@ pub mod npy;
 pub mod optimizer;
 mod order;
 pub mod peft;
+pub mod placement;
 pub mod prompt;
 pub mod rank;
 pub mod ranks;

@@ -7,7 +7,7 @@ use std::path::Path;
 /// What every file of this format begins with.
 pub const MAGIC: &[u8; 6] = b"\x93NUMPY";
 
-/// Reads a prompt `[P, D]`, in format version 1, 2 or 3, C order, little-endian f4, f2 (exact in f32) or f8
+/// Reads a prompt `[P, D]`, or `[L, P, D]` with rows for each of `L` layers, in format version 1, 2 or 3, C order, little-endian f4, f2 (exact in f32) or f8
 /// (rounded to f32).
 ///
 /// # Errors If the file cannot be read, is truncated, or holds anything else; the message says what, and how
@@ -17,7 +17,7 @@ pub fn read(path: &Path) -> Result<Prompt> {
     decode(&bytes).map_err(|what| Error::PromptFile { path: path.to_owned(), what })
 }
 
-/// Writes a prompt as `[P, D]` f4, atomically.
+/// Writes a prompt as `[P, D]` f4, or `[L, P, D]`, atomically. Where its rows stand is not told.
 ///
 /// # Errors
 /// If the system refuses.
@@ -27,8 +27,9 @@ pub fn write(path: &Path, prompt: &Prompt) -> Result<()> {
 
 /// The bytes of the file, as numpy.save writes them.
 fn encode(prompt: &Prompt) -> Vec<u8> {
-    let shape = (prompt.length(), prompt.width());
-    let mut header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': {shape:?}, }}");
+    let shape: Vec<String> = prompt.shape().iter().map(usize::to_string).collect();
+    let shape = shape.join(", ");
+    let mut header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({shape}), }}");
     let preamble = MAGIC.len() + 4;
     let padded = (preamble + header.len() + 1).next_multiple_of(64) - preamble;
     header.extend(std::iter::repeat_n(' ', padded - 1 - header.len()));
@@ -46,7 +47,7 @@ fn decode(bytes: &[u8]) -> Result<Prompt, String> {
     if field(header, "fortran_order")?.starts_with("True") {
         return Err("it is in Fortran order; save it with numpy.ascontiguousarray(prompt)".to_owned());
     }
-    let [length, width] = shape(header)?;
+    let shape = shape(header)?;
     let descr = quoted(field(header, "descr")?).ok_or("its header names no plain element type")?;
     let (size, decode): (usize, fn(&[u8]) -> f32) = match descr {
         "<f4" => (4, |b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
@@ -56,17 +57,18 @@ fn decode(bytes: &[u8]) -> Result<Prompt, String> {
             return Err(format!("its elements are {other:?}; save it with prompt.astype(numpy.float32)"));
         }
     };
-    let expected =
-        length.checked_mul(width).and_then(|n| n.checked_mul(size)).ok_or("its shape is too large")?;
+    let numbers = shape.iter().try_fold(1usize, |n, dim| n.checked_mul(*dim));
+    let expected = numbers.and_then(|n| n.checked_mul(size)).ok_or("its shape is too large")?;
     if data.len() != expected {
         return Err(format!(
-            "it should hold {expected} bytes of numbers ({length} x {width} of {size} bytes) and holds {}; \
+            "it should hold {expected} bytes of numbers ({} of {size} bytes) and holds {}; \
              it was not written or copied to the end",
+            shape.iter().map(usize::to_string).collect::<Vec<_>>().join(" x "),
             data.len()
         ));
     }
     let values = data.chunks_exact(size).map(decode).collect();
-    Prompt::new(length, width, values).map_err(|e| e.to_string())
+    Prompt::of_shape(&shape, values)
 }
 
 /// The header's text, and what comes after it.
@@ -101,16 +103,17 @@ fn quoted(value: &str) -> Option<&str> {
     value[1..].split_once(quote).map(|(text, _)| text)
 }
 
-fn shape(header: &str) -> Result<[usize; 2], String> {
+fn shape(header: &str) -> Result<Vec<usize>, String> {
     let value = field(header, "shape")?;
     let inside = value.strip_prefix('(').and_then(|v| v.split_once(')')).ok_or("its header has no shape")?.0;
     let dims: Vec<&str> = inside.split(',').map(str::trim).filter(|d| !d.is_empty()).collect();
-    let [length, width] = dims[..] else {
-        return Err(format!("its shape is ({inside}), and a prompt has two dimensions: rows and d_model"));
-    };
+    if !(2..=3).contains(&dims.len()) {
+        let dims = "two dimensions, rows and d_model, or three, with layers before them";
+        return Err(format!("its shape is ({inside}), and a prompt has {dims}"));
+    }
     // Python 2 wrote its long integers with an L.
-    let parse = |d: &str| d.trim_end_matches('L').parse().map_err(|_| format!("its shape is ({inside})"));
-    Ok([parse(length)?, parse(width)?])
+    let parse = |d: &&str| d.trim_end_matches('L').parse().map_err(|_| format!("its shape is ({inside})"));
+    dims.iter().map(parse).collect()
 }
 
 #[cfg(test)]
@@ -189,13 +192,21 @@ mod tests {
     }
 
     #[test]
+    fn three_dimensions_are_rows_for_layers() {
+        let values = (0..12).map(|i| i as f32).collect();
+        let prompt = Prompt::of_layers(2, 3, 2, values).unwrap();
+        assert!(encode(&prompt).windows(9).any(|part| part == b"(2, 3, 2)"));
+        assert_eq!(decode(&encode(&prompt)).unwrap(), prompt);
+    }
+
+    #[test]
     fn what_cannot_be_a_prompt_is_refused_with_the_mend() {
         let with = |from: &str, to: &str| decode(&file(1, &F4.replace(from, to), &[0; 24])).unwrap_err();
         assert!(with("False", "True").contains("numpy.ascontiguousarray"));
         assert!(with("<f4", ">f4").contains("astype(numpy.float32)"));
         assert!(with("<f4", "|O").contains("\"|O\""));
         assert!(with("(2, 3)", "(6,)").contains("two dimensions"));
-        assert!(with("(2, 3)", "(1, 2, 3)").contains("two dimensions"));
+        assert!(with("(2, 3)", "(1, 1, 2, 3)").contains("two dimensions"));
         assert!(with("(2, 3)", "(2, x)").contains("(2, x)"));
         assert!(with("(2, 3)", "(18446744073709551615, 3)").contains("too large"));
         assert!(decode(&file(1, &F4.replace("2", "0"), &[])).unwrap_err().contains("no rows"));

@@ -35,8 +35,12 @@ pub struct BaseModel {
 /// Writes `prompt` as a PEFT adapter directory, atomically, in the place of the one that may be there.
 ///
 /// # Errors
-/// If the system refuses.
+/// If the prompt is none that PEFT knows, which puts `[P, D]` before the input, or the system refuses.
 pub fn write(dir: &Path, prompt: &Prompt, base: &BaseModel) -> Result<()> {
+    if !prompt.is_plain() {
+        let what = "PEFT knows only prompts of one layer that stand before the input, and this is another; use the run's own files";
+        return Err(Error::Prompt { what: what.to_owned() });
+    }
     let shape = [prompt.length(), prompt.width()];
     let weights = tensors::encode(&[(TENSOR, &shape, prompt.values())])
         .map_err(|what| Error::PromptFile { path: dir.join(WEIGHTS), what })?;

@@ -1,18 +1,26 @@
 //! A soft prompt, and reading one from whatever holds one.
 
-use crate::{Error, Result, checkpoint, npy, peft, trained::Trained};
+use crate::{
+    Error, Result, checkpoint, npy, peft,
+    spec::{PartialSpec, RUN_FILE},
+    trained::Trained,
+};
+use incipit_model::{Config, Placement};
 use std::{
     fs::File,
     io::Read,
     path::{Path, PathBuf},
 };
 
-/// The rows `[P, D]` that are put before a model's embedded input: f32, row-major, finite.
+/// The rows `[P, D]` that are put into what a model reads, or `[L, P, D]` with rows for each of the encoder's `L` layers: f32,
+/// row-major, finite.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Prompt {
+    num_layers: usize,
     length: usize,
     width: usize,
     values: Vec<f32>,
+    placement: Placement,
 }
 
 impl Prompt {
@@ -21,21 +29,107 @@ impl Prompt {
     /// # Errors
     /// If it is empty, `values` are not `length * width`, or one of them is not finite.
     pub fn new(length: usize, width: usize, values: Vec<f32>) -> Result<Self> {
+        Self::of_layers(1, length, width, values)
+    }
+
+    /// A prompt with `length` rows for each of `num_layers` layers, those of the first layer first.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn of_layers(num_layers: usize, length: usize, width: usize, values: Vec<f32>) -> Result<Self> {
         let refuse = |what| Err(Error::Prompt { what });
-        if length == 0 || width == 0 {
+        if num_layers == 0 || length == 0 || width == 0 {
             return refuse(format!("a prompt of {length} x {width} has no rows or no columns"));
         }
-        if length.checked_mul(width) != Some(values.len()) {
+        let rows = length.checked_mul(num_layers);
+        if rows.and_then(|rows| rows.checked_mul(width)) != Some(values.len()) {
             return refuse(format!("a prompt of {length} x {width} cannot hold {} numbers", values.len()));
         }
         if let Some(i) = values.iter().position(|v| !v.is_finite()) {
             let (row, col) = (i / width, i % width);
             return refuse(format!("the prompt's row {row}, column {col} is {}; it is damaged", values[i]));
         }
-        Ok(Self { length, width, values })
+        Ok(Self { num_layers, length, width, values, placement: Placement::Before })
     }
 
-    /// P: how many rows it has.
+    /// A prompt of the shape `[P, D]` or `[L, P, D]`.
+    pub(crate) fn of_shape(shape: &[usize], values: Vec<f32>) -> Result<Self, String> {
+        let prompt = match *shape {
+            [length, width] => Self::new(length, width, values),
+            [layers, length, width] => Self::of_layers(layers, length, width, values),
+            _ => return Err(format!("the prompt has the shape {shape:?} and should have two dimensions")),
+        };
+        prompt.map_err(|e| e.to_string())
+    }
+
+    /// The same rows in another place.
+    #[must_use]
+    pub fn placed(self, placement: Placement) -> Self {
+        Self { placement, ..self }
+    }
+
+    /// The same place and shape, with other numbers.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with_values(&self, values: Vec<f32>) -> Result<Self> {
+        let prompt = Self::of_layers(self.num_layers, self.length, self.width, values)?;
+        Ok(prompt.placed(self.placement))
+    }
+
+    /// The rows of a prompt of one layer for each of `num_layers` layers.
+    ///
+    /// # Errors
+    /// If it has rows for another number of layers.
+    pub fn for_layers(self, num_layers: usize) -> Result<Self> {
+        if self.num_layers == num_layers {
+            return Ok(self);
+        }
+        if self.num_layers != 1 {
+            let what = format!(
+                "a prompt with rows for {} layers is none for {num_layers}; look at --prompt-layers",
+                self.num_layers
+            );
+            return Err(Error::Prompt { what });
+        }
+        let values = self.values.repeat(num_layers);
+        Ok(Self::of_layers(num_layers, self.length, self.width, values)?.placed(self.placement))
+    }
+
+    /// Layers for which it has rows: 1, or L.
+    #[must_use]
+    pub fn num_layers(&self) -> usize {
+        self.num_layers
+    }
+
+    /// Where the rows stand.
+    #[must_use]
+    pub fn placement(&self) -> Placement {
+        self.placement
+    }
+
+    /// Whether it is what other programs take for a prompt: `[P, D]` before the input.
+    #[must_use]
+    pub fn is_plain(&self) -> bool {
+        self.num_layers == 1 && self.placement == Placement::Before
+    }
+
+    /// `[P, D]`, or `[L, P, D]`.
+    #[must_use]
+    pub fn shape(&self) -> Vec<usize> {
+        match self.num_layers {
+            1 => vec![self.length, self.width],
+            layers => vec![layers, self.length, self.width],
+        }
+    }
+
+    /// Rows of all layers together.
+    #[must_use]
+    pub fn num_rows(&self) -> usize {
+        self.num_layers * self.length
+    }
+
+    /// P: the places that it takes.
     #[must_use]
     pub fn length(&self) -> usize {
         self.length
@@ -61,7 +155,7 @@ impl Prompt {
 
     /// Reads the prompt that `path` holds: an `.npy` file, a PEFT directory, a checkpoint, a
     /// `prompt.safetensors`, or a training directory (whose best prompt is taken, or the last one as long as
-    /// there is no best).
+    /// there is no best). Where its rows stand is told by the file, or of an `.npy` file by the `run.toml` beside it.
     ///
     /// # Errors
     /// If it holds none, or a damaged one.
@@ -78,7 +172,7 @@ impl Prompt {
             return of_checkpoint(dir);
         }
         if dir.join("prompt.npy").exists() {
-            return npy::read(&dir.join("prompt.npy"));
+            return of_npy(&dir.join("prompt.npy"));
         }
         match ["best", "last"].map(|name| dir.join(name)).into_iter().find(|link| link.exists()) {
             Some(link) => of_checkpoint(&link),
@@ -92,7 +186,7 @@ impl Prompt {
         file.take(npy::MAGIC.len() as u64).read_to_end(&mut start).map_err(Error::io("read", path))?;
         let name = path.file_name().unwrap_or_default();
         if start == npy::MAGIC || path.extension().is_some_and(|e| e == "npy") {
-            npy::read(path)
+            of_npy(path)
         } else if name == peft::WEIGHTS || name == peft::OLD_WEIGHTS || name == peft::CONFIG {
             peft::read(&path.with_file_name(""))
         } else if path.extension().is_some_and(|e| e == "safetensors") {
@@ -107,13 +201,41 @@ impl Prompt {
     /// Checks that it fits a model; `from` is where it came from.
     ///
     /// # Errors
-    /// If its rows have not `d_model` columns.
+    /// If its rows have not `d_model` columns, or are for other layers than the encoder has.
+    pub fn check_fits(&self, config: &Config, from: impl Into<PathBuf>) -> Result<()> {
+        let from = from.into();
+        self.check_width(config.d_model, &from)?;
+        if self.num_layers == 1 || self.num_layers == config.num_layers {
+            return Ok(());
+        }
+        let (here, all) = (self.num_layers, config.num_layers);
+        let what = format!(
+            "it has rows for {here} layers, and the model's encoder has {all}; give the model that it is for"
+        );
+        Err(Error::PromptFile { path: from, what })
+    }
+
+    /// Checks that its rows are the model's; `from` is where it came from.
+    ///
+    /// # Errors
+    /// If they have not `d_model` columns.
     pub fn check_width(&self, d_model: usize, from: impl Into<PathBuf>) -> Result<()> {
         if self.width == d_model {
             return Ok(());
         }
         Err(Error::PromptWidth { path: from.into(), expected: d_model, found: self.width })
     }
+}
+
+/// An `.npy` file has no room for the place of its rows.
+fn of_npy(path: &Path) -> Result<Prompt> {
+    let prompt = npy::read(path)?;
+    let run = path.with_file_name(RUN_FILE);
+    if !run.is_file() {
+        return Ok(prompt);
+    }
+    let placement = PartialSpec::read(&run)?.prompt_placement;
+    Ok(prompt.placed(placement.map(Into::into).unwrap_or_default()))
 }
 
 fn of_checkpoint(dir: &Path) -> Result<Prompt> {

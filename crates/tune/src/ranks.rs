@@ -130,9 +130,10 @@ pub(crate) fn tokens_digest(examples: &[TokenizedExample]) -> String {
     hasher.finalize().to_hex().to_string()
 }
 
-/// What stands for a prompt in [`agree`]: a hash of its bits.
+/// What stands for a prompt in [`agree`]: a hash of its bits, its shape and its place.
 pub(crate) fn prompt_digest(prompt: &Prompt) -> String {
     let mut hasher = blake3::Hasher::new();
+    hasher.update(format!("{:?} {:?}", prompt.placement(), prompt.shape()).as_bytes());
     hasher.update(&prompt.values().iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>());
     hasher.finalize().to_hex().to_string()
 }

@@ -16,7 +16,7 @@ use crate::{
 
 /// The prompt, as google-research/prompt-tuning reads it.
 pub(crate) const PROMPT_FILE: &str = "prompt.npy";
-/// The prompt, as PEFT reads it.
+/// The prompt, as PEFT reads it, where it is one that PEFT knows.
 pub(crate) const ADAPTER_DIR: &str = "adapter";
 
 /// A model that was trained as a whole, as Hugging Face's libraries read it.
@@ -136,6 +136,9 @@ impl RunDir {
             tokens.write(&self.out.join(TOKENS), &backbone.tokenizer)?;
         }
         npy::write(&self.out.join(PROMPT_FILE), prompt)?;
+        if !prompt.is_plain() {
+            return Ok(());
+        }
         peft::write(&self.out.join(ADAPTER_DIR), prompt, &backbone.base_model())
     }
 }

@@ -7,7 +7,7 @@
 use candle_core::{Device, Tensor};
 use incipit_data::TokenizedSet;
 use incipit_kernels::rng::Philox;
-use incipit_model::T5;
+use incipit_model::{SoftPrompt, T5};
 use tokenizers::Tokenizer;
 
 use crate::{
@@ -180,7 +180,7 @@ impl Search {
         let (model, ids) = (engine.model(), self.prompt.ids());
         let width = model.config().d_model;
         let rows = self.prompt.rows(model)?.into_values();
-        let prompt = Tensor::from_slice(&rows, (ids.len(), width), &Device::Cpu)?;
+        let prompt = SoftPrompt::from(Tensor::from_slice(&rows, (ids.len(), width), &Device::Cpu)?);
         let found = engine.gradients(&[gradient.job(&prompt)])?.swap_remove(0);
         let found = found.map_err(|fault| self.stopped(&fault, gradient))?;
 
@@ -193,7 +193,7 @@ impl Search {
         for row in model.embedding_rows(&tried)?.chunks_exact(width) {
             let mut rows = rows.clone();
             rows[place.clone()].copy_from_slice(row);
-            prompts.push(Tensor::from_vec(rows, (ids.len(), width), &Device::Cpu)?);
+            prompts.push(Tensor::from_vec(rows, (ids.len(), width), &Device::Cpu)?.into());
         }
 
         let jobs: Vec<JobBatch<'_>> = prompts.iter().map(|prompt| evaluation.job(prompt)).collect();
@@ -231,7 +231,7 @@ impl Search {
 }
 
 impl<'a> SearchBatch<'a> {
-    fn job(&self, prompt: &'a Tensor) -> JobBatch<'a> {
+    fn job(&self, prompt: &'a SoftPrompt) -> JobBatch<'a> {
         JobBatch {
             prompt,
             examples: self.places.iter().map(|place| &self.set.examples[*place]).collect(),

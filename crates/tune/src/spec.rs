@@ -22,6 +22,7 @@ use crate::{
     engine::{EngineOptions, Objective, Recompute},
     init::PromptInit,
     optimizer::{Adafactor, OptimizerKind},
+    placement::{PromptLayers, PromptPlacement},
     rank::Predict,
     recipe::{LossReduction, OptimizerName, Recipe},
     schedule::Schedule,
@@ -96,6 +97,12 @@ pub struct TrainSpec {
     /// Rows at its beginning that it shares with the prompts of other tasks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shared_length: Option<usize>,
+    /// Where the prompt's rows stand. Not written where it is the default, so that runs of versions without it go on.
+    #[serde(skip_serializing_if = "PromptPlacement::is_default")]
+    pub prompt_placement: PromptPlacement,
+    /// At which layers of the encoder the prompt has rows. Written as the place is.
+    #[serde(skip_serializing_if = "PromptLayers::is_default")]
+    pub prompt_layers: PromptLayers,
     /// What is trained.
     pub method: Method,
     /// Of a run on a corpus of plain text: what of it is learnt.

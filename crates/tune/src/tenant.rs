@@ -360,14 +360,24 @@ fn candidates(backbone: &Backbone, spec: &TrainSpec, task: &Task) -> Result<Opti
     spec.predict.candidates(task.labels.as_deref(), tokenizer, vocab_size, spec.target_sentinel)
 }
 
-/// The prompt before the first step.
+/// The prompt before the first step, in its place; if each layer has rows of its own, all begin alike.
 fn initial(backbone: &Backbone, spec: &TrainSpec, task: &Task) -> Result<Initial> {
     let (shared, d_model) = (spec.shared_length.unwrap_or_default(), backbone.config().d_model);
-    let length = spec.prompt_length - shared;
-    let own = own_rows(backbone, spec, task, (length, d_model))?;
-    if shared == 0 {
-        return Ok(own);
-    }
+    let own = own_rows(backbone, spec, task, (spec.prompt_length - shared, d_model))?;
+    let Initial { prompt, warnings } =
+        if shared == 0 { own } else { behind_shared(backbone, spec, task, (shared, d_model), own)? };
+    let num_layers = spec.prompt_layers.of(backbone.config().num_layers);
+    Ok(Initial { prompt: prompt.for_layers(num_layers)?.placed(spec.prompt_placement.into()), warnings })
+}
+
+/// A task's own rows behind those that it shares with others.
+fn behind_shared(
+    backbone: &Backbone,
+    spec: &TrainSpec,
+    task: &Task,
+    (shared, d_model): (usize, usize),
+    own: Initial,
+) -> Result<Initial> {
     // Other pieces than those that fill up the rows of the tasks.
     let seed = !spec.seed;
     let rows = with_sources(backbone, spec, task, |sources| {
@@ -434,7 +444,7 @@ fn restored(backbone: &Backbone, spec: &TrainSpec, task: &Task, earlier: &Checkp
     }
     match &earlier.trained {
         Trained::Prompt(prompt) => {
-            prompt.check_width(backbone.config().d_model, spec.out.join("last"))?;
+            prompt.check_fits(backbone.config(), spec.out.join("last"))?;
             Ok(Trainee::Prompt(Job::restore(job, data, prompt.clone(), steps, &earlier.optimizer)?))
         }
         Trained::Weights(tensors) => {

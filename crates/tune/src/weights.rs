@@ -9,6 +9,7 @@ use incipit_data::{
     TokenizedSet,
     pretrain::{Cursor, Pretraining},
 };
+use incipit_model::SoftPrompt;
 use rayon::prelude::*;
 
 use crate::{
@@ -30,7 +31,7 @@ pub struct Weights {
     num_steps: u64,
     engine: Engine,
     /// The prompt of an example that has none: `[0, D]`.
-    no_prompt: Tensor,
+    no_prompt: SoftPrompt,
 }
 
 impl Weights {
@@ -78,7 +79,7 @@ impl Weights {
         num_steps: u64,
     ) -> Result<Self> {
         let engine = backbone.engine_with(&tensors)?;
-        let no_prompt = Tensor::zeros((0, backbone.config().d_model), DType::F32, &Device::Cpu)?;
+        let no_prompt = Tensor::zeros((0, backbone.config().d_model), DType::F32, &Device::Cpu)?.into();
         Ok(Self { tensors, optimizers, num_steps, engine, no_prompt })
     }
 
@@ -112,7 +113,7 @@ impl Weights {
     }
 
     /// The prompt of a batch of these weights, which has no rows.
-    pub(crate) fn no_prompt(&self) -> &Tensor {
+    pub(crate) fn no_prompt(&self) -> &SoftPrompt {
         &self.no_prompt
     }
 

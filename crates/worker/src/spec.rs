@@ -54,6 +54,18 @@ fn refuse_elsewhere(spec: &PartialSpec) -> Result<(), Problem> {
             spec.shared_length.map(|_| "is of several tasks, and a job has one".to_owned()),
         ),
         (
+            "spec.prompt_placement",
+            spec.prompt_placement
+                .filter(|place| !place.is_default())
+                .map(|place| format!("is {place}, and the prompt of a job stands before the input")),
+        ),
+        (
+            "spec.prompt_layers",
+            spec.prompt_layers
+                .filter(|layers| !layers.is_default())
+                .map(|layers| format!("is {layers}, and the prompt of a job has rows for the first layer")),
+        ),
+        (
             "spec.target_sentinel",
             spec.target_sentinel.filter(|set| *set).map(|_| "is not for jobs yet".to_owned()),
         ),
@@ -231,6 +243,7 @@ fn refuse_file(prompt_init: Option<&str>) -> Result<(), Problem> {
 
 #[cfg(test)]
 mod tests {
+    use incipit_tune::placement::{PromptLayers, PromptPlacement};
     use proptest::{option, prelude::*};
 
     use super::*;
@@ -334,6 +347,11 @@ mod tests {
             (PartialSpec { target_sentinel: Some(true), ..none() }, "spec.target_sentinel"),
             (PartialSpec { parameter_scaling: Some(true), ..none() }, "spec.parameter_scaling"),
             (PartialSpec { predict: Some(Predict::Rank), ..none() }, "spec.predict"),
+            (
+                PartialSpec { prompt_placement: Some(PromptPlacement::Decoder), ..none() },
+                "spec.prompt_placement",
+            ),
+            (PartialSpec { prompt_layers: Some(PromptLayers::All), ..none() }, "spec.prompt_layers"),
         ] {
             assert_eq!(to_wire(&spec).unwrap_err().fields[0].0, field);
         }

@@ -78,7 +78,7 @@ pub(crate) fn load(
     for (path, trained) in prompts {
         match trained {
             Trained::Prompt(prompt) => {
-                prompt.check_width(backbone.config().d_model, &path)?;
+                prompt.check_fits(backbone.config(), &path)?;
                 rows.push(prompt);
             }
             Trained::Weights(weights) => {

@@ -16,7 +16,7 @@ use incipit_collective::{Ranks, gather_bytes};
 use incipit_data::TokenizedExample;
 use incipit_kernels::DeviceMemory;
 use incipit_kernels::rng::Philox;
-use incipit_model::{Config, T5, TensorAxis};
+use incipit_model::{Config, SoftPrompt, T5, TensorAxis};
 use incipit_tune::device::DeviceChoice;
 use incipit_tune::engine::{Engine, EngineOptions, JobBatch, Objective, Recompute};
 use incipit_tune::optimizer::{Optimizer, OptimizerKind};
@@ -403,9 +403,9 @@ fn jobs(args: &StepArgs, config: &Config) -> Vec<Job> {
 
 /// One update of every job; the mean of their losses.
 fn one_step(engine: &Engine, jobs: &mut [Job], rows: usize, width: usize) -> Result<f64> {
-    let prompts: Vec<Tensor> = jobs
+    let prompts: Vec<SoftPrompt> = jobs
         .iter()
-        .map(|job| Tensor::from_slice(&job.prompt, (rows, width), &Device::Cpu))
+        .map(|job| Ok(Tensor::from_slice(&job.prompt, (rows, width), &Device::Cpu)?.into()))
         .collect::<candle_core::Result<_>>()?;
     let objective = Objective { reduction: LossReduction::Mean, dropout: 0.0, z_loss: 0.0 };
     let batches: Vec<JobBatch<'_>> = jobs

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
-use incipit_model::Config;
+use incipit_model::{Config, Placement};
 use incipit_tune::peft::{self, BaseModel};
 use incipit_tune::prompt::Prompt;
 use incipit_tune::{atomic, npy, spec::Precision};
@@ -125,13 +125,19 @@ fn prompt(args: &PromptArgs) -> Result<PromptWritten> {
         atomic::create_dir(parent)?;
     }
     match kind {
+        PromptKind::Npy if prompt.placement() != Placement::Before => {
+            return bad_input(
+                "an .npy file has no room to tell that the prompt does not stand before the input: use the run's \
+                 directory, or a checkpoint in it",
+            );
+        }
         PromptKind::Npy => npy::write(&args.destination, &prompt)?,
         PromptKind::Peft => peft::write(&args.destination, &prompt, &base_model(args, &prompt)?)?,
     }
     Ok(PromptWritten {
         destination: args.destination.clone(),
         kind,
-        rows: prompt.length(),
+        rows: prompt.num_rows(),
         width: prompt.width(),
     })
 }

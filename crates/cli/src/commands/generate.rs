@@ -8,12 +8,12 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use candle_core::{Device, Tensor};
 use clap::Args;
 use incipit_collective::{Axis, Ranks, broadcast_bytes, gather_bytes};
 use incipit_data::tasks::{ExampleId, Split, TaskSplit, Use};
 use incipit_data::{LoadOptions, Record, TextExample, TokenizedExample, load_inputs, tokenize};
-use incipit_model::{Example, GenerateOptions, Microbatch};
+use incipit_model::{Example, GenerateOptions, Microbatch, SoftPrompt};
+use incipit_tune::job::prompt_rows;
 use incipit_tune::prompt::Prompt;
 use serde::{Deserialize, Serialize};
 
@@ -213,11 +213,6 @@ fn example(args: &GenerateArgs, ready: &Ready, text: &str) -> Result<TextExample
     Ok(TextExample { inputs, targets: String::new(), index: 0, line: 1 })
 }
 
-/// `[P, D]`.
-fn rows(prompt: &Prompt) -> candle_core::Result<Tensor> {
-    Tensor::from_slice(prompt.values(), (prompt.length(), prompt.width()), &Device::Cpu)
-}
-
 /// Lines of standard input, as rank 0 reads them for all.
 #[derive(Default, Serialize, Deserialize)]
 struct Read {
@@ -360,7 +355,8 @@ impl Writer<'_> {
 
     /// Answers those of the examples that stand at `places`.
     fn generate(&self, examples: &[TokenizedExample], places: &[usize]) -> Result<Vec<Generated>> {
-        let prompts: Vec<Tensor> = self.ready.prompts.iter().map(rows).collect::<candle_core::Result<_>>()?;
+        let prompts: Vec<SoftPrompt> =
+            self.ready.prompts.iter().map(prompt_rows).collect::<incipit_tune::Result<_>>()?;
         let prompt = (!prompts.is_empty()).then_some(0);
         let example = |place: &usize| Example {
             prompt,

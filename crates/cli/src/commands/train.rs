@@ -9,6 +9,7 @@ use clap::{ArgAction, Args};
 use incipit_collective::{Options, Ranks};
 use incipit_tune::control::Control;
 use incipit_tune::engine::Recompute;
+use incipit_tune::placement::{PromptLayers, PromptPlacement};
 use incipit_tune::rank::Predict;
 use incipit_tune::spec::{Backend, Method, PartialSpec, Precision, TrainSpec};
 use incipit_tune::train::{End, Outcome, train, train_as_rank};
@@ -90,6 +91,14 @@ pub(crate) struct TrainArgs {
     /// What is trained: a prompt, or what it is compared with (see below) [default: prompt]
     #[arg(long, help_heading = "Prompt", value_parser = choice::<Method>(names::METHODS))]
     method: Option<Method>,
+    /// Where the prompt's rows stand: before the input, after it (and before its </s>), or before the decoder's start
+    /// token; PEFT knows only the first [default: before]
+    #[arg(long, value_name = "PLACE", help_heading = "Prompt", value_parser = choice::<PromptPlacement>(names::PLACEMENTS))]
+    prompt_placement: Option<PromptPlacement>,
+    /// Encoder layers at which the prompt has rows: the first, or all, each --prompt-length of its own, which PEFT does
+    /// not know [default: first]
+    #[arg(long, value_name = "LAYERS", help_heading = "Prompt", value_parser = choice::<PromptLayers>(names::PROMPT_LAYERS))]
+    prompt_layers: Option<PromptLayers>,
     /// Whether Adafactor's learning rate is relative to the size of what is trained [default: by method, prompt: false]
     #[arg(long, value_name = "true|false", help_heading = "Optimization", action = ArgAction::Set)]
     parameter_scaling: Option<bool>,
@@ -160,6 +169,8 @@ impl TrainArgs {
             data_dir: self.named.data_dir,
             out: self.out,
             method: self.method,
+            prompt_placement: self.prompt_placement,
+            prompt_layers: self.prompt_layers,
             adapter_width: self.adapter_width,
             shots: self.shots,
             shot_template: self.shot_template,
@@ -325,7 +336,8 @@ pub(crate) fn summary(spec: &TrainSpec, outcome: Outcome, time: Duration) -> Res
             .trained
             .as_ref()
             .filter(|_| spec.method == Method::Prompt)
-            .map(|_| spec.out.join(ADAPTER_DIR)),
+            .map(|_| spec.out.join(ADAPTER_DIR))
+            .filter(|adapter| adapter.exists()),
         trained: outcome.trained,
         report,
     })

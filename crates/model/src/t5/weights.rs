@@ -11,6 +11,7 @@ use crate::batch::Microbatch;
 use crate::decoder::Memory;
 use crate::encoder::Pass;
 use crate::gradients::WeightGradients;
+use crate::prompt::LayerPrompts;
 use crate::sharding::Rule;
 
 impl T5 {
@@ -27,11 +28,10 @@ impl T5 {
         gradients: &mut WeightGradients,
     ) -> Result<Vec<f32>> {
         let Backward { losses, d_input, d_targets, .. } = self.backward(batch, scale, options, gradients)?;
-        self.embedding_gradient(&d_input, &batch.encoder_tokens(), gradients)?;
+        self.embedding_gradient(&d_input, &batch.encoder().tokens(), gradients)?;
         if let Some(d_targets) = d_targets {
-            let tokens = batch.decoder_inputs(self.config.decoder_start_token_id);
-            let tokens: Vec<_> = tokens.into_iter().map(Some).collect();
-            self.embedding_gradient(&d_targets, &tokens, gradients)?;
+            let start = [self.config.decoder_start_token_id];
+            self.embedding_gradient(&d_targets, &batch.decoder(&start).tokens(), gradients)?;
         }
         Ok(losses)
     }
@@ -71,13 +71,16 @@ impl T5 {
     /// If the batch does not fit the model, or an exchange with other ranks fails.
     pub fn keys_and_values(&self, batch: &Microbatch<'_>) -> Result<Vec<(String, Tensor)>> {
         batch.check(&self.config, true)?;
-        let (encoder_rows, decoder_rows) = (batch.encoder_rows(), batch.decoder_rows());
-        let pass = Pass { rows: &encoder_rows, dropout: None, dtype: self.dtype, recompute: false };
-        let x = self.encoder_embedding(batch)?;
+        let start = [self.config.decoder_start_token_id];
+        let (encoder, decoder) = (batch.encoder(), batch.decoder(&start));
+        let (encoder_rows, decoder_rows) = (encoder.rows(), decoder.rows());
+        let prompts = LayerPrompts::of(batch, &encoder.spans());
+        let pass = Pass { recompute: false, prompts: prompts.as_ref(), ..self.pass(&encoder_rows) };
+        let x = self.embedding(batch, &encoder)?;
         let (memory, encoder_state) = self.encoder.forward(&self.config, x, &pass)?;
         let memory = Memory { rows: &memory, segments: &encoder_rows, readers: &decoder_rows };
-        let pass = Pass { rows: &decoder_rows, ..pass };
-        let x = self.decoder_embedding(batch)?;
+        let pass = Pass { rows: &decoder_rows, prompts: None, ..pass };
+        let x = self.embedding(batch, &decoder)?;
         let (_, decoder_state) = self.decoder.forward(&self.config, x, memory, &pass)?;
         let all = [self.encoder.as_prefixes(&encoder_state), self.decoder.as_prefixes(&decoder_state)];
         all.concat().into_iter().map(|(name, rows)| Ok((name, self.axis.gather_columns(rows)?))).collect()

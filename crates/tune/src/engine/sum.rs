@@ -69,7 +69,7 @@ pub(super) fn over_replicas(
         let outcome = judged(ranks, examples, terms)?;
         let first = len;
         if outcome.is_ok() {
-            len += job.prompt.elem_count();
+            len += job.prompt.rows.elem_count();
         }
         outcomes.push(outcome.map(|exponent| Outcome { exponent, first, examples }));
     }
@@ -79,7 +79,7 @@ pub(super) fn over_replicas(
         gradients.push(match outcome {
             Err(fault) => Err(fault),
             Ok(Outcome { exponent, first, examples }) => {
-                let range = first..first + job.prompt.elem_count();
+                let range = first..first + job.prompt.rows.elem_count();
                 finished(job, examples, dequantized(&sums, range, exponent)?)
             }
         });

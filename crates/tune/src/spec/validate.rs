@@ -8,6 +8,7 @@ use super::{Backend, Method, PartialSpec, TrainSpec};
 use crate::{
     Error, Result,
     init::PromptInit,
+    placement::{PromptLayers, PromptPlacement},
     rank::Predict,
     recipe::{OptimizerName, Recipe},
     schedule::Schedule,
@@ -38,6 +39,8 @@ pub(super) fn whole(layers: PartialSpec, resume: bool) -> Result<TrainSpec> {
         prompt_length: defaulted(layers.prompt_length),
         prompt_init: prompt_init(&defaulted(layers.prompt_init), recipe)?,
         shared_length: layers.shared_length,
+        prompt_placement: defaulted(layers.prompt_placement),
+        prompt_layers: defaulted(layers.prompt_layers),
         method: defaulted(layers.method),
         objective: layers.objective,
         noise_density: layers.noise_density,
@@ -239,6 +242,10 @@ fn check_shared(spec: &TrainSpec) -> Result<()> {
         let problem = format!("is of prompts, and this is --method {}", spec.method);
         return refused("shared-length", problem, "leave one of them out");
     }
+    if !spec.prompt_layers.is_default() {
+        let problem = "is of prompts of one layer, and --prompt-layers gives each its own";
+        return refused("shared-length", problem, "leave one of them out");
+    }
     if shared >= spec.prompt_length {
         let problem =
             format!("is {shared}, and a prompt of {} rows has none of its own then", spec.prompt_length);
@@ -271,10 +278,16 @@ fn check_method(spec: &TrainSpec) -> Result<()> {
         ("instruction", spec.instruction.is_some(), Method::Text),
         ("max-prompt-tokens", spec.max_prompt_tokens.is_some(), Method::Text),
         ("candidates", spec.candidates.is_some(), Method::Search),
+        ("prompt-placement", !spec.prompt_placement.is_default(), Method::Prompt),
+        ("prompt-layers", !spec.prompt_layers.is_default(), Method::Prompt),
     ];
     if let Some((flag, _, method)) = flags.into_iter().find(|(_, given, of)| *given && *of != spec.method) {
         let problem = format!("is of --method {method}, and this is --method {}", spec.method);
         return refused(flag, problem, "leave one of them out");
+    }
+    if spec.prompt_layers == PromptLayers::All && spec.prompt_placement == PromptPlacement::Decoder {
+        let problem = "all has rows for the encoder's layers, and this prompt stands in the decoder";
+        return refused("prompt-layers", problem, "leave it out, or pass another --prompt-placement");
     }
     if spec.method == Method::Text && spec.steps != 1 {
         let problem = format!("is {}, and --method text trains nothing", spec.steps);

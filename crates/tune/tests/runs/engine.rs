@@ -5,6 +5,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use incipit_data::{TextExample, TokenizedExample, TokenizedSet};
 use incipit_kernels::rng::Philox;
+use incipit_model::SoftPrompt;
 use incipit_tune::{
     engine::{Engine, JobBatch, JobFault, JobGradient, Objective, Recompute},
     job::{Job, JobSpec},
@@ -21,7 +22,7 @@ const RELEASED: Objective = Objective { reduction: LossReduction::Sum, dropout: 
 
 /// A job's part of a step, with what it borrows.
 struct Owned {
-    prompt: Tensor,
+    prompt: SoftPrompt,
     examples: Vec<TokenizedExample>,
     objective: Objective,
 }
@@ -31,7 +32,7 @@ impl Owned {
     fn new(seed: u64, rows: usize, num_examples: usize, objective: Objective) -> Self {
         let mut random = Philox::new(seed, &[]);
         let values: Vec<f32> = (0..rows * config().d_model).map(|_| random.normal()).collect();
-        let prompt = Tensor::from_vec(values, (rows, config().d_model), &Device::Cpu).unwrap();
+        let prompt = Tensor::from_vec(values, (rows, config().d_model), &Device::Cpu).unwrap().into();
         let mut tokens = |longest: u64| {
             let length = 1 + random.below(longest);
             (0..length).map(|_| 3 + random.below(12) as u32).chain([1]).collect::<Vec<u32>>()
@@ -137,7 +138,7 @@ fn a_number_that_is_none_ends_its_job_and_leaves_the_neighbours_bits() {
     let mut jobs: Vec<Owned> = (0..4).map(|n| Owned::new(10 + n, 3 + n as usize, 5, PAPER)).collect();
     jobs[1].examples[3].input[0] = id("poison");
     let bad = vec![f32::INFINITY; 4 * config().d_model];
-    jobs[2].prompt = Tensor::from_vec(bad, (4, config().d_model), &Device::Cpu).unwrap();
+    jobs[2].prompt = Tensor::from_vec(bad, (4, config().d_model), &Device::Cpu).unwrap().into();
     let batches: Vec<JobBatch<'_>> = jobs.iter().map(Owned::batch).collect();
     let results = engine.gradients(&batches).unwrap();
     assert!(

@@ -5,6 +5,7 @@ mod engine;
 mod ensembles;
 mod evaluation;
 mod multitask;
+mod placements;
 mod rank;
 mod refusals;
 mod regroup;

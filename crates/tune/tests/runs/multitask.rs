@@ -8,6 +8,7 @@ use incipit_tune::{
     control::Control,
     group,
     multitask::{FILE, MULTITASK, resolve},
+    placement::PromptLayers,
     prompt::Prompt,
     recipe::OptimizerName,
     spec::{PartialSpec, TrainSpec},
@@ -180,6 +181,10 @@ fn tasks_that_cannot_share_rows_are_refused_with_the_mend() {
             ["--shared-length is 0", "at least 1"],
         ),
         (refused(PartialSpec { patience: Some(2), ..none() }, Some(&path)), ["--patience", "leave it out"]),
+        (
+            refused(PartialSpec { prompt_layers: Some(PromptLayers::All), ..none() }, Some(&path)),
+            ["--shared-length", "--prompt-layers"],
+        ),
         (refused(PartialSpec { keep: Some(1), ..none() }, Some(&path)), ["--keep", "pass 2"]),
         (
             refused(none(), Some(&written(&all.replace("[there]", "[there]\nlr = 0.1")))),

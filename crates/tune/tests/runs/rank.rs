@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
 use incipit_collective::{Mesh, Options};
 use incipit_data::{TokenizedSet, metrics::Metric};
 use incipit_model::{Example, Microbatch};
@@ -10,6 +9,7 @@ use incipit_tune::{
     control::Control,
     engine::{Engine, EngineOptions, Recompute},
     evaluate::{EvalOptions, Evaluation, evaluate},
+    job::prompt_rows,
     prompt::Prompt,
     rank::Predict,
     ranks::on_threads,
@@ -51,7 +51,7 @@ fn a_labels_score_is_minus_its_loss_and_the_highest_is_the_prediction() {
         &Control::new(),
     )
     .unwrap();
-    let rows = Tensor::from_slice(prompt.values(), (prompt.length(), prompt.width()), &Device::Cpu).unwrap();
+    let rows = prompt_rows(&prompt).unwrap();
     for (prediction, example) in evaluation.predictions.iter().zip(&set.examples) {
         let scores = prediction.scores.as_ref().unwrap();
         assert_eq!(scores.len(), LABELS.len());

@@ -8,7 +8,7 @@ use incipit_data::{
     LoadOptions, TaskFormat, TextExample, TokenizedExample, TokenizedSet, load_text, tokenize,
 };
 use incipit_kernels::rng::Philox;
-use incipit_model::{Example, Microbatch};
+use incipit_model::{Example, Microbatch, SoftPrompt};
 use incipit_tune::{
     Error, Result,
     backbone::Backbone,
@@ -126,7 +126,7 @@ fn the_rows_of_tokens_do_what_the_tokens_do_before_an_input() {
     let model = backbone.engine.model();
     let prompt = TokenPrompt::new(vec![700, 5, 5, 42], 1024).unwrap();
     let rows = prompt.rows(model).unwrap();
-    let rows = [Tensor::from_slice(rows.values(), (4, rows.width()), &Device::Cpu).unwrap()];
+    let rows = [Tensor::from_slice(rows.values(), (4, rows.width()), &Device::Cpu).unwrap().into()];
     for TokenizedExample { input, target } in &data(&backbone).examples[..3] {
         let whole = [prompt.ids(), input].concat();
         let loss = |prompt, input| {
@@ -137,7 +137,7 @@ fn the_rows_of_tokens_do_what_the_tokens_do_before_an_input() {
     }
 }
 
-fn job<'a>(prompt: &'a Tensor, examples: &'a [TokenizedExample]) -> JobBatch<'a> {
+fn job<'a>(prompt: &'a SoftPrompt, examples: &'a [TokenizedExample]) -> JobBatch<'a> {
     let objective = Objective { reduction: LossReduction::Mean, dropout: 0.0, z_loss: 0.0 };
     JobBatch { prompt, examples: examples.iter().collect(), keys: vec![0; examples.len()], objective }
 }
@@ -151,7 +151,7 @@ fn a_candidates_change_is_the_slope_of_the_loss_towards_its_row() {
     let rows = prompt.rows(engine.model()).unwrap().into_values();
     let examples = [("red", "yes"), ("blue", "maybe"), ("green", "no")]
         .map(|(input, target)| TokenizedExample { input: vec![id(input), 1], target: vec![id(target), 1] });
-    let tensor = |rows: &[f32]| Tensor::from_slice(rows, (3, width), &Device::Cpu).unwrap();
+    let tensor = |rows: &[f32]| SoftPrompt::from(Tensor::from_slice(rows, (3, width), &Device::Cpu).unwrap());
     let start = tensor(&rows);
     let gradient = engine.gradients(&[job(&start, &examples)]).unwrap().remove(0).unwrap().gradient;
     let mut worst: f64 = 0.0;

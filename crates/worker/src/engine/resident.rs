@@ -172,6 +172,6 @@ pub(crate) fn sent(admission: &Admission, machine: &Machine) -> Result<Begin> {
 
 /// All tokens of a batch: inputs, prompt rows and targets.
 fn tokens(batch: &JobBatch<'_>) -> u64 {
-    let rows = batch.prompt.dims()[0];
+    let rows = batch.prompt.length();
     batch.examples.iter().map(|example| (rows + example.input.len() + example.target.len()) as u64).sum()
 }

@@ -37,7 +37,7 @@ pub(super) struct Report {
 }
 
 pub(super) fn examine(args: &PromptArgs) -> Result<Report> {
-    let prompt = Prompt::read(&args.prompt)?;
+    let prompt = read(&args.prompt)?;
     let run = run_settings(&args.prompt)?.unwrap_or_default();
     // A model that no flag names is looked for on this machine alone.
     let model = args.model.as_deref().or(run.model.as_deref().filter(|dir| Path::new(dir).is_dir()));
@@ -61,6 +61,22 @@ pub(super) fn examine(args: &PromptArgs) -> Result<Report> {
         words,
         per_row,
     })
+}
+
+/// The prompt at `path`, whose rows are in the space of words.
+///
+/// # Errors
+/// If there is none, or it has rows for layers that read no words.
+pub(super) fn read(path: &Path) -> Result<Prompt> {
+    let prompt = Prompt::read(path)?;
+    match prompt.num_layers() {
+        1 => Ok(prompt),
+        layers => bad_input(format!(
+            "{} has rows for each of {layers} layers, and only those of the first lie among words: take a prompt \
+             that was trained without --prompt-layers all",
+            path.display()
+        )),
+    }
 }
 
 fn compare(args: &PromptArgs, prompt: &Prompt, dir: &Path, run: &PartialSpec) -> Result<(Vec<Row>, Words)> {

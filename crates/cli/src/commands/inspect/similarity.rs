@@ -23,7 +23,7 @@ pub(super) struct Compared {
 }
 
 pub(super) fn examine(args: &SimilarityArgs) -> Result<Report> {
-    let read = |path: &std::path::PathBuf| Ok((path.display().to_string(), Prompt::read(path)?));
+    let read = |path: &std::path::PathBuf| Ok((path.display().to_string(), super::prompt::read(path)?));
     let prompts: Vec<(String, Prompt)> = args.prompts.iter().map(read).collect::<Result<_>>()?;
     let similarity = interpret::similarity(&prompts)?;
     let compared = |(path, prompt): (String, Prompt)| Compared { path, rows: prompt.length() };
