@@ -151,7 +151,7 @@ fn a_candidates_change_is_the_slope_of_the_loss_towards_its_row() {
     let rows = prompt.rows(engine.model()).unwrap().into_values();
     let examples = [("red", "yes"), ("blue", "maybe"), ("green", "no")]
         .map(|(input, target)| TokenizedExample { input: vec![id(input), 1], target: vec![id(target), 1] });
-    let tensor = |rows: &[f32]| Tensor::from_slice(rows, (3, width), &Device::Cpu).unwrap();
+    let tensor = |rows: &[f32]| SoftPrompt::from(Tensor::from_slice(rows, (3, width), &Device::Cpu).unwrap());
     let start = tensor(&rows);
     let gradient = engine.gradients(&[job(&start, &examples)]).unwrap().remove(0).unwrap().gradient;
     let mut worst: f64 = 0.0;
