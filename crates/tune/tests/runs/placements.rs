@@ -125,7 +125,7 @@ fn a_run_does_not_go_on_with_its_prompt_in_another_place() {
     assert!(!spec.to_toml().contains("placement") && !spec.to_toml().contains("layers"));
     for (changed, flag) in [
         (TrainSpec { prompt_placement: PromptPlacement::After, ..spec.clone() }, "prompt-placement"),
-        (TrainSpec { prompt_layers: PromptLayers::All, ..spec.clone() }, "prompt-layers"),
+        (TrainSpec { prompt_layers: PromptLayers::All, ..spec }, "prompt-layers"),
     ] {
         let resumed = TrainSpec { resume: true, ..changed };
         let error = train_on(&backbone, &resumed, &Control::new(), &mut ()).unwrap_err().to_string();
@@ -165,15 +165,16 @@ fn jobs_with_prompts_in_all_places_trained_together_get_what_they_get_alone() {
         for _ in 0..6 {
             let batches: Vec<JobBatch<'_>> = together.iter().map(Job::batch).collect();
             let gradients = engine.gradients(&batches).unwrap();
-            together
-                .iter_mut()
-                .zip(gradients)
-                .for_each(|(job, gradient)| drop(job.update(gradient).unwrap()));
+            for (job, gradient) in together.iter_mut().zip(gradients) {
+                job.update(gradient).unwrap();
+            }
         }
         for (n, job) in together.iter().enumerate() {
             let mut alone = self::job(n as u64);
             let start = alone.prompt().clone();
-            (0..6).for_each(|_| drop(alone.step(&engine).unwrap()));
+            for _ in 0..6 {
+                alone.step(&engine).unwrap();
+            }
             assert_ne!(*alone.prompt(), start);
             assert_eq!(alone.prompt(), job.prompt(), "job {n}, {tokens} tokens");
         }
