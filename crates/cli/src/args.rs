@@ -236,6 +236,7 @@ pub(crate) mod names {
     pub(crate) const LOG_FORMATS: &[&str] = &["text", "json"];
     pub(crate) const LOSSES: &[&str] = &["mean", "sum"];
     pub(crate) const METHODS: &[&str] = &["prompt", "model", "prefix", "adapter", "text", "search"];
+    pub(crate) const PREFIX_PARTS: &[&str] = &["all", "decoder"];
     pub(crate) const METRICS: &[&str] = &[
         "accuracy",
         "exact-match",

@@ -63,6 +63,8 @@ pub(crate) struct RunFacts {
     pub(crate) parameters: Option<u64>,
     /// Numbers that were trained.
     pub(crate) trained: Option<u64>,
+    /// Numbers that are left, where they are not those.
+    pub(crate) kept: Option<u64>,
     /// Steps after which the last checkpoint was saved, and evaluations since the best one.
     saved: Option<(u64, u64)>,
 }
@@ -71,7 +73,9 @@ impl RunFacts {
     fn read(out: &Path, settings: &toml::Table) -> Self {
         let mut facts = Self::default();
         if let Ok(last) = checkpoint::load(&out.join("last")) {
-            facts.trained = Some(last.trained.num_parameters());
+            let trained = last.trained.num_parameters();
+            facts.trained = Some(trained);
+            facts.kept = last.trained.kept().ok().map(|kept| kept.num_parameters()).filter(|n| *n != trained);
             facts.saved = Some((last.state.step, last.state.evaluations_since_best));
             facts.fingerprint = Some(last.state.backbone);
         }
