@@ -242,6 +242,7 @@ pub(crate) mod names {
     pub(crate) const PLACEMENTS: &[&str] = &["before", "after", "decoder"];
     pub(crate) const PROMPT_LAYERS: &[&str] = &["first", "all"];
     pub(crate) const METHODS: &[&str] = &["prompt", "model", "prefix", "adapter", "text", "search"];
+    pub(crate) const PREFIX_PARTS: &[&str] = &["all", "decoder"];
     pub(crate) const METRICS: &[&str] = &[
         "accuracy",
         "exact-match",

@@ -397,7 +397,15 @@ fn trained(loaded: &Loaded<'_>) -> String {
         Method::Search => format!("{count} tokens to find"),
         Method::Model => format!("all of them to train ({count})"),
         Method::Prefix => {
-            format!("prefixes of {} to train ({count} parameters, {share:.3}%)", loaded.spec.prompt_length)
+            let length = loaded.spec.prompt_length;
+            if loaded.spec.prefix_projection.is_none() {
+                return format!("prefixes of {length} to train ({count} parameters, {share:.3}%)");
+            }
+            let kept = 100.0 * loaded.num_kept as f64 / (all + loaded.num_kept) as f64;
+            format!(
+                "prefixes of {length} to train through an MLP ({count} parameters, {share:.3}%; {} kept, {kept:.3}%)",
+                units::count(loaded.num_kept)
+            )
         }
         Method::Adapter => {
             let width = loaded.spec.adapter_width.unwrap_or_default();

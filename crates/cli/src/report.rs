@@ -306,6 +306,7 @@ fn facts(records: &Records) -> Vec<Fact> {
     facts.extend(run.fingerprint.clone().map(|f| Fact::code("fingerprint", f)));
     facts.extend(run.parameters.map(|n| Fact::new("model parameters", units::count(n))));
     facts.extend(run.trained.map(|n| Fact::new("trained parameters", units::count(n))));
+    facts.extend(run.kept.map(|n| Fact::new("parameters kept", units::count(n))));
     facts.push(Fact::new("steps", units::count(records.last_step())));
     facts.extend(
         records.evaluations.last().map(|e| Fact::new("evaluation examples", units::count(e.examples as u64))),

@@ -76,29 +76,10 @@ fn submit_sends_what_a_training_file_says_and_uploads_what_is_missing() {
     let token = dir.path().join("token");
     std::fs::write(&token, "secret\n").expect("a file");
     let token = token.display().to_string();
-    let ran = ask(
-        &fake,
-        &[
-            "job",
-            "submit",
-            "--config",
-            &config,
-            "--lr",
-            "0.1",
-            "--priority",
-            "20",
-            "--label",
-            "team=nlp",
-            "--retries",
-            "2",
-            "--name",
-            "q-1",
-            "--token-file",
-            &token,
-            "--json",
-        ],
-    )
-    .ok();
+    let words = format!(
+        "job submit --config {config} --lr 0.1 --priority 20 --label team=nlp --retries 2 --name q-1 --token-file {token} --json"
+    );
+    let ran = ask(&fake, &words.split(' ').collect::<Vec<_>>()).ok();
     assert_eq!(ran.json()["name"], "jobs/q-1");
     for part in [
         "out, device, dtype, tp, collective are left to the backbone",
@@ -221,6 +202,65 @@ fn data_on_the_workers_is_neither_read_nor_sent() {
         (train.source, &*train.file_name),
         (Some(Source::Path("/data/on/them.csv".into())), "them.csv")
     );
+}
+
+#[test]
+fn a_job_starts_as_a_prompt_of_this_machine_or_of_the_registry() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let config = run_file(dir.path());
+    let at = |name: &str| dir.path().join(name);
+    let prompt = Prompt::new(20, 2, (0..40).map(|i| i as f32).collect()).expect("a prompt");
+    incipit_tune::npy::write(&at("p.npy"), &prompt).expect("a file");
+    checkpoint::write_prompt(&at("p.safetensors"), &prompt).expect("a file");
+    let bytes = std::fs::read(at("p.safetensors")).expect("a file");
+    let promoted = PromptVersion {
+        name: "prompts/greeter/versions/3".into(),
+        digest: "ab".repeat(32),
+        ..PromptVersion::default()
+    };
+    let fake = Fake::start(State {
+        backbones: vec![backbone("base", "google/t5")],
+        prompts: vec![promoted],
+        ..State::default()
+    });
+    let submit = |init: &str, more: &[&str]| {
+        let args = ["job", "submit", "--config", &config, "--prompt-init", init];
+        ask(&fake, &[&args[..], more].concat())
+    };
+    let file = |name: &str| format!("file:{}", at(name).display());
+    submit(&file("p.npy"), &[]).ok();
+    submit(&file("p.safetensors"), &["--data-on-workers"]).ok();
+    submit("prompt:greeter/3", &[]).ok();
+    let digests = [hash(&bytes), hash(&bytes), "ab".repeat(32)];
+    let state = fake.state();
+    for ((request, _), digest) in state.created.iter().zip(&digests) {
+        let spec = request.job.clone().and_then(|job| job.spec).expect("a specification");
+        let initial = spec.initial.expect("a prompt");
+        assert_eq!(initial.source, Some(Source::Digest(digest.clone())));
+        assert_eq!(
+            (spec.prompt_init.as_deref(), &*initial.file_name),
+            (Some("file:prompt.safetensors"), "prompt.safetensors")
+        );
+    }
+    assert_eq!(
+        (state.created.len(), state.uploads.len()),
+        (3, 3),
+        "two files of examples, and the prompt once"
+    );
+    assert_eq!(state.blobs[&hash(&bytes)], bytes);
+    drop(state);
+
+    for (init, more, part) in [
+        (file("absent.npy"), &[][..], "absent.npy"),
+        (file("p.npy"), &["--prompt-length", "7"], "has 20 rows, not 7; give --prompt-length 20"),
+        ("prompt:greeter/no".to_owned(), &[], "is no version"),
+    ] {
+        let ran = submit(&init, more);
+        assert!(ran.code == 2 && ran.stderr.contains(part), "no {part:?} in {}:\n{}", ran.code, ran.stderr);
+    }
+    let ran = submit("prompt:greeter/4", &[]);
+    assert!(ran.code != 0 && ran.stderr.contains("greeter/versions/4"), "{}", ran.stderr);
+    assert_eq!(fake.state().created.len(), 3);
 }
 
 #[test]

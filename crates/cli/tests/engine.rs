@@ -115,7 +115,7 @@ fn job(name: &str, attempt: u32, spec: v1::TrainingSpec) -> LocalJob {
         assignment: Some(assignment),
         train: demo("data/train.jsonl"),
         eval: demo("data/eval.jsonl"),
-        checkpoint: String::new(),
+        ..LocalJob::default()
     }
 }
 
@@ -126,10 +126,15 @@ fn wish(mut job: LocalJob, wish: JobWish) -> LocalJob {
 
 /// What `incipit train` makes of the same.
 fn trained(dir: &Path, seed: u64, steps: u64) -> Vec<u8> {
+    trained_from(dir, seed, steps, &[])
+}
+
+/// The same, with more flags.
+fn trained_from(dir: &Path, seed: u64, steps: u64, more: &[&str]) -> Vec<u8> {
     let out = dir.join(format!("alone-{seed}")).display().to_string();
     let (seed, steps) = (seed.to_string(), steps.to_string());
     let (model, train, eval) = (demo("model"), demo("data/train.jsonl"), demo("data/eval.jsonl"));
-    incipit(&[
+    let args = [
         "train",
         "--model",
         &model,
@@ -154,8 +159,8 @@ fn trained(dir: &Path, seed: u64, steps: u64) -> Vec<u8> {
         "--seed",
         &seed,
         "-q",
-    ])
-    .ok();
+    ];
+    incipit(&[&args[..], more].concat()).ok();
     std::fs::read(Path::new(&out).join("last/prompt.safetensors")).expect("a prompt")
 }
 
@@ -193,6 +198,39 @@ fn jobs_of_one_batch_end_in_the_bytes_that_each_has_alone() {
         assert_eq!((end.state(), end.step), (JobState::Succeeded, 25), "{end:?}");
         assert!(*prompt == trained(dir.path(), seed, 25), "the prompt of seed {seed} differs");
     }
+}
+
+#[test]
+fn a_job_that_starts_as_another_prompt_ends_in_the_bytes_that_train_leaves() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let first = trained(dir.path(), 3, 5);
+    let initial = dir.path().join("first.safetensors");
+    std::fs::write(&initial, &first).expect("a file");
+    let initial = initial.display().to_string();
+    let alone = trained_from(dir.path(), 4, 15, &["--prompt-init", &format!("file:{initial}")]);
+    let mut engine = Engine::start();
+    engine.join(1, (1, 2));
+    let digest = blake3::hash(&first).to_hex().to_string();
+    let spec = v1::TrainingSpec {
+        prompt_init: Some("file:prompt.safetensors".to_owned()),
+        initial: Some(incipit_worker::spec::initial_of(&digest)),
+        ..spec(4, 15)
+    };
+    let other = job("other", 1, self::spec(4, 15));
+    let jobs = vec![other, LocalJob { initial, ..job("spot", 1, spec.clone()) }];
+    engine.tell(Order::Jobs(Jobs { epoch: 1, jobs }));
+    let left = until_all_left(&mut engine, 2);
+    assert_eq!(left["jobs/spot"].0.state(), JobState::Succeeded, "{:?}", left["jobs/spot"].0);
+    assert!(left["jobs/spot"].1 == alone, "the prompt differs from that of `incipit train`");
+    assert!(left["jobs/other"].1 != alone, "it does not start as its neighbour");
+
+    let short = v1::TrainingSpec { prompt_length: Some(7), ..spec };
+    let initial = dir.path().join("first.safetensors").display().to_string();
+    engine.tell(Order::Jobs(Jobs { epoch: 1, jobs: vec![LocalJob { initial, ..job("short", 1, short) }] }));
+    let left = until_all_left(&mut engine, 1);
+    let end = &left["jobs/short"].0;
+    assert_eq!(end.state(), JobState::Failed);
+    assert!(end.message.contains("8 rows, not 7; give --prompt-length 8"), "{end:?}");
 }
 
 #[test]

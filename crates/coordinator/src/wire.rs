@@ -41,7 +41,7 @@ pub struct Roots {
 
 /// Digests of the blobs that a specification names. The service sees to it that they are there.
 pub fn digests_of(spec: &TrainingSpec) -> impl Iterator<Item = &str> {
-    [&spec.train, &spec.eval].into_iter().flatten().filter_map(|data| match &data.source {
+    [&spec.train, &spec.eval, &spec.initial].into_iter().flatten().filter_map(|data| match &data.source {
         Some(Source::Digest(digest)) => Some(digest.as_str()),
         _ => None,
     })

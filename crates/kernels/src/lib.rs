@@ -43,5 +43,6 @@ pub use gpu::emulated::on as on_emulated_gpu;
 pub use isa::{Isa, isa};
 pub use linear::{linear, linear_add, linear_gradient, linear_weight_gradient};
 pub use loss::{LossSlope, Softmax, Targets, cross_entropy_gradient};
+pub use math::tanh;
 pub use norm::{rms_norm, rms_norm_gradient, rms_norm_weight_gradient};
 pub use segments::Segments;

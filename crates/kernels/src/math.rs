@@ -88,6 +88,13 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
+/// The hyperbolic tangent, to about 1e-7 absolute.
+#[inline(always)]
+#[must_use]
+pub fn tanh(x: f32) -> f32 {
+    1.0 - 2.0 * sigmoid(-2.0 * x)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -105,6 +112,18 @@ mod tests {
         }
         assert_eq!(exp(0.0), 1.0);
         assert!(exp(-1000.0) < 2e-38 && exp(f32::NEG_INFINITY) < 2e-38 && exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn tanh_is_right_to_a_unit_of_one() {
+        let worst = (-4000..4000)
+            .map(|i| i as f32 * 0.005 + 0.001)
+            .map(|x| (f64::from(tanh(x)) - f64::from(x).tanh()).abs())
+            .fold(0.0, f64::max);
+        println!("largest error of tanh: {worst:e}");
+        assert!(worst < 2.5e-7, "{worst}");
+        assert_eq!((tanh(f32::INFINITY), tanh(f32::NEG_INFINITY), tanh(0.0)), (1.0, -1.0, 0.0));
+        assert!(tanh(f32::NAN).is_nan());
     }
 
     #[test]

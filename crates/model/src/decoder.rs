@@ -3,7 +3,6 @@
 use candle_core::{DType, Tensor};
 use incipit_kernels::{Attention, Frozen, PositionBias, Segments};
 
-use crate::Result;
 use crate::axis::TensorAxis;
 use crate::config::Config;
 use crate::encoder::{DECODER_SITES, ENDS, Kept, Pass, SITES_PER_LAYER};
@@ -12,10 +11,13 @@ use crate::layers::{
     AttentionLayer, AttentionState, FeedForward, FeedForwardState, Norm, Sites, position_table,
 };
 use crate::sharding::Slices;
+use crate::{Error, Result};
 
 /// The frozen decoder.
 pub(crate) struct Decoder {
     axis: TensorAxis,
+    /// Places that prefixes take before a target's first token.
+    past: usize,
     layers: Vec<Layer>,
     bias: Frozen,
     norm: Norm,
@@ -88,10 +90,18 @@ impl Decoder {
                 feed_forward: FeedForward::load(config, source, axis, &name(2))?,
             })
         });
+        let layers: Vec<Layer> = layers.collect::<Result<_>>()?;
+        let past = layers.iter().map(|layer| layer.attention.places_before());
+        let past = past.reduce(|one, other| if one == other { one } else { usize::MAX }).unwrap_or_default();
+        if past == usize::MAX {
+            let what = "the decoder's layers have prefixes (past_k) of different lengths; give each the same";
+            return Err(Error::Config { what: what.to_owned() });
+        }
         let shape = [config.relative_attention_num_buckets, config.num_heads];
         Ok(Self {
             axis: axis.clone(),
-            layers: layers.collect::<Result<_>>()?,
+            past,
+            layers,
             bias: source.on_host(&position_table("decoder"), &shape)?,
             norm: Norm::load(config, source, "decoder.final_layer_norm", logit_scale)?,
         })
@@ -115,7 +125,7 @@ impl Decoder {
         memory: Memory<'_>,
         pass: &Pass<'_>,
     ) -> Result<(Tensor, DecoderState)> {
-        let bias = PositionBias::new(&self.bias, config.buckets(false), pass.rows.longest())?;
+        let bias = PositionBias::new(&self.bias, config.buckets(false), self.past + pass.rows.longest())?;
         let mut x = pass.sites(DECODER_SITES + ENDS).drop(0, x, pass.rows)?;
         let mut layers = Vec::with_capacity(self.layers.len());
         for (i, layer) in self.layers.iter().enumerate() {
@@ -200,7 +210,8 @@ impl Decoder {
         step: &Step<'_>,
     ) -> Result<Tensor> {
         let Step { queries, keys, place, count, dtype } = *step;
-        let bias = PositionBias::from_query(&self.bias, config.buckets(false), place + count, place)?;
+        let query = self.past + place;
+        let bias = PositionBias::from_query(&self.bias, config.buckets(false), query + count, query)?;
         let hypotheses = x.dims()[0] / count;
         let own_rows = Segments::new(std::iter::repeat_n(count, hypotheses));
         let so_far = Segments::new(std::iter::repeat_n(place + count, hypotheses));

@@ -225,9 +225,13 @@ impl AttentionLayer {
             Some(prefix) => prefix.before(spec.keys, own)?,
             None => own,
         };
-        let (keys, masks) = (self.keys(spec.keys), self.masks(sites));
-        let attended = attention(&self.spec(spec, keys.as_ref(), masks.as_ref()), &q, &k, &v)?;
-        let out = self.end.forward(&x, &attended.output, (spec.queries, sites))?;
+        let q = match self.padding(spec) {
+            Some(prefix) => prefix.before_queries(&q, spec.queries)?,
+            None => q,
+        };
+        let (longer, masks) = (self.longer(spec), self.masks(sites));
+        let attended = attention(&self.spec(spec, &longer, masks.as_ref()), &q, &k, &v)?;
+        let out = self.end.forward(&x, &self.of_sequence(&attended.output, spec)?, (spec.queries, sites))?;
         Ok((out, AttentionState { x, q, k, v, attended }))
     }
 
@@ -242,20 +246,37 @@ impl AttentionLayer {
         sites.at(PROBABILITIES).map(|masks| masks.of_heads(self.first_head))
     }
 
-    /// The rows of keys by example, where a prefix makes them more.
-    fn keys(&self, keys: &Segments) -> Option<Segments> {
-        self.prefix.as_ref().map(|prefix| prefix.segments(keys))
+    /// How many positions a prefix takes before the sequence's.
+    pub(crate) fn places_before(&self) -> usize {
+        self.prefix.as_ref().filter(|prefix| prefix.is_placed()).map_or(0, Prefix::length)
+    }
+
+    /// The prefix, if queries get rows before them too: what is causal counts both from the same place.
+    fn padding(&self, spec: &Attention<'_>) -> Option<&Prefix> {
+        self.prefix.as_ref().filter(|prefix| spec.causal && prefix.is_placed())
+    }
+
+    /// Of rows of queries, those that the sequence has.
+    fn of_sequence(&self, rows: &Tensor, spec: &Attention<'_>) -> Result<Tensor> {
+        self.padding(spec).map_or_else(|| Ok(rows.clone()), |prefix| prefix.behind(rows, spec.queries))
+    }
+
+    /// The rows of queries and keys by example, where a prefix makes them more.
+    fn longer(&self, spec: &Attention<'_>) -> [Option<Segments>; 2] {
+        let queries = self.padding(spec).map(|prefix| prefix.segments(spec.queries));
+        [queries, self.prefix.as_ref().map(|prefix| prefix.segments(spec.keys))]
     }
 
     /// What attends to what, with the prefix and dropout.
     fn spec<'a>(
         &self,
         spec: &Attention<'a>,
-        keys: Option<&'a Segments>,
+        [queries, keys]: &'a [Option<Segments>; 2],
         dropout: Option<&'a Dropout>,
     ) -> Attention<'a> {
-        let prefix = self.prefix.as_ref().map_or(0, Prefix::length);
-        Attention { keys: keys.unwrap_or(spec.keys), prefix, dropout, ..*spec }
+        let prefix = self.prefix.as_ref().filter(|prefix| !prefix.is_placed()).map_or(0, Prefix::length);
+        let queries = queries.as_ref().unwrap_or(spec.queries);
+        Attention { queries, keys: keys.as_ref().unwrap_or(spec.keys), prefix, dropout, ..*spec }
     }
 
     /// The gradients to `q`, and to the `k` and `v` of the sequence.
@@ -268,10 +289,13 @@ impl AttentionLayer {
         gradients: &mut WeightGradients,
     ) -> Result<[Tensor; 3]> {
         let dtype = state.q.dtype();
-        let y = || Ok(state.attended.output.clone());
-        let d_attended = self.end.backward(dy, y, dtype, (spec.queries, sites), gradients)?;
-        let (keys, masks) = (self.keys(spec.keys), self.masks(sites));
-        let whole = self.spec(spec, keys.as_ref(), masks.as_ref());
+        let y = || self.of_sequence(&state.attended.output, spec);
+        let mut d_attended = self.end.backward(dy, y, dtype, (spec.queries, sites), gradients)?;
+        if let Some(prefix) = self.padding(spec) {
+            d_attended = prefix.before_queries(&d_attended, spec.queries)?;
+        }
+        let (longer, masks) = (self.longer(spec), self.masks(sites));
+        let whole = self.spec(spec, &longer, masks.as_ref());
         let operands = [&state.q, &state.k, &state.v];
         let [dq, dk, dv] = match self.positions.as_ref().filter(|(table, _)| gradients.wants(table)) {
             Some((name, buckets)) => {
@@ -284,7 +308,7 @@ impl AttentionLayer {
         };
         let Some(prefix) = &self.prefix else { return Ok([dq, dk, dv]) };
         let [dk, dv] = prefix.backward(spec.keys, [dk, dv], gradients)?;
-        Ok([dq, dk, dv])
+        Ok([self.of_sequence(&dq, spec)?, dk, dv])
     }
 
     /// The gradient to `x` of self-attention.

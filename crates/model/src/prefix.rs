@@ -7,8 +7,10 @@ use crate::Result;
 use crate::gradients::WeightGradients;
 use crate::sharding::{Slices, Weight};
 
-/// `P` keys and values, which every query of an attention sees before the others, whatever its place. They have no position.
+/// `P` keys and values, which every query of an attention sees before the others, whatever its place. They have no position (`prefix_k`),
+/// or those before the first of the sequence, as Hugging Face's caches have (`past_k`).
 pub(crate) struct Prefix {
+    placed: bool,
     keys: Weight,
     values: Weight,
     /// Both `[P, H K]`, with the heads that are here, of the type of products.
@@ -18,15 +20,23 @@ pub(crate) struct Prefix {
 impl Prefix {
     /// That of the attention `name` ("encoder.block.0.layer.0.SelfAttention"), if the source has one.
     pub(crate) fn load(source: Slices<'_>, name: &str, inner: usize) -> Result<Option<Self>> {
-        let names = ["prefix_k", "prefix_v"].map(|part| format!("{name}.{part}.weight"));
-        let Some(length) = source.rows_of(&names[0]) else { return Ok(None) };
+        let named = |kind: &str| ["k", "v"].map(|part| format!("{name}.{kind}_{part}.weight"));
+        let found = |kind: &str| source.rows_of(&named(kind)[0]).map(|length| (named(kind), length));
+        let (free, past) = (found("prefix"), found("past"));
+        let placed = free.is_none();
+        let Some((names, length)) = free.or(past) else { return Ok(None) };
         let [keys, values] = names.each_ref().map(|name| source.weight_on_host(name, &[length, inner]));
         let (keys, values) = (keys?, values?);
         let rows = |weight: &Weight| -> Result<Tensor> {
             let shape = (weight.matrix.rows(), weight.matrix.cols());
             Ok(Tensor::from_vec(weight.matrix.to_f32(), shape, source.device)?.to_dtype(source.dtype)?)
         };
-        Ok(Some(Self { rows: [rows(&keys)?, rows(&values)?], keys, values }))
+        Ok(Some(Self { placed, rows: [rows(&keys)?, rows(&values)?], keys, values }))
+    }
+
+    /// Whether its rows have the positions before the first of the sequence.
+    pub(crate) fn is_placed(&self) -> bool {
+        self.placed
     }
 
     /// `P`.
@@ -43,6 +53,17 @@ impl Prefix {
     pub(crate) fn before(&self, segments: &Segments, (k, v): (Tensor, Tensor)) -> Result<(Tensor, Tensor)> {
         let [keys, values] = &self.rows;
         Ok((interleaved(keys, &k, segments)?, interleaved(values, &v, segments)?))
+    }
+
+    /// Queries with rows of zeros before each example's, so that queries and keys count their places from one row.
+    pub(crate) fn before_queries(&self, q: &Tensor, queries: &Segments) -> Result<Tensor> {
+        let zeros = Tensor::zeros((self.length(), q.dims()[1]), q.dtype(), q.device())?;
+        interleaved(&zeros, q, queries)
+    }
+
+    /// Of rows such as [`Self::before_queries`] makes, those of the sequence.
+    pub(crate) fn behind(&self, rows: &Tensor, queries: &Segments) -> Result<Tensor> {
+        self.rest(rows, &self.segments(queries))
     }
 
     /// Takes the prefix's part of the gradients to keys and values, which has the rows of [`Self::segments`], and gives what is of the

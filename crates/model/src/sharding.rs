@@ -36,7 +36,7 @@ impl Rule {
         match rest.rsplit('.').next()? {
             "shared" | "lm_head" | "embed_tokens" => Some(Self::Vocabulary),
             "layer_norm" | "final_layer_norm" | "down" | "up" => Some(Self::Replicated),
-            "relative_attention_bias" | "prefix_k" | "prefix_v" => Some(Self::Heads),
+            "relative_attention_bias" | "prefix_k" | "prefix_v" | "past_k" | "past_v" => Some(Self::Heads),
             "q" | "k" | "v" | "wi" | "wi_0" | "wi_1" => Some(Self::Column),
             "o" | "wo" => Some(Self::Row),
             _ => None,

@@ -121,7 +121,7 @@ impl Backbone {
     /// The model's tensors with these over them: matrices of type `dtype`.
     fn with(&self, weights: &[NamedTensor], dtype: DType) -> Result<Overlay<'_>> {
         let mut source = Overlay::new(&*self.source);
-        for weight in weights {
+        for weight in self.fitting(weights)? {
             check_weight(weight)?;
             let numbers = frozen(weight, dtype);
             for copy in self.copies(&weight.name) {
@@ -130,6 +130,25 @@ impl Backbone {
             source.put(&weight.name, &weight.shape, numbers);
         }
         Ok(source)
+    }
+
+    /// The weights that the model has layers for. PEFT's prefixes may have as many again, which it makes and does not read.
+    fn fitting<'w>(&self, weights: &'w [NamedTensor]) -> Result<Vec<&'w NamedTensor>> {
+        let (layers, width) = (self.config().num_decoder_layers, self.config().inner());
+        let past = || weights.iter().filter(|weight| weight.name.ends_with(".past_k.weight"));
+        let (found, wide) = (past().count(), past().next().and_then(|weight| weight.shape.last().copied()));
+        if ![0, layers, 2 * layers].contains(&found) || wide.is_some_and(|wide| wide != width) {
+            let what = format!(
+                "the prefix has {} columns for {found} decoder layers, and {} has {layers} layers of {width}; give the model that it was \
+                 trained on",
+                wide.unwrap_or_default(),
+                self.name
+            );
+            return Err(Error::Prompt { what });
+        }
+        let beyond: Vec<String> = (layers..found).map(|i| format!("decoder.block.{i}.")).collect();
+        let fits = |weight: &&NamedTensor| !beyond.iter().any(|block| weight.name.starts_with(block));
+        Ok(weights.iter().filter(fits).collect())
     }
 
     /// The names under which the files have the table `name` again: some checkpoints keep the shared embedding more than once.

@@ -205,8 +205,15 @@ pub fn load(path: &Path) -> Result<Checkpoint> {
 /// # Errors
 /// If the system refuses.
 pub fn write_prompt(path: &Path, prompt: &Prompt) -> Result<()> {
-    let bytes = encode_prompt(prompt).map_err(|what| Error::PromptFile { path: path.to_owned(), what })?;
-    atomic::write_file(path, &bytes)
+    atomic::write_file(path, &prompt_bytes(prompt)?)
+}
+
+/// The bytes of a checkpoint's `prompt.safetensors`.
+///
+/// # Errors
+/// None for a prompt.
+pub fn prompt_bytes(prompt: &Prompt) -> Result<Vec<u8>> {
+    encode_prompt(prompt).map_err(|what| Error::PromptFile { path: PROMPT.into(), what })
 }
 
 /// The bytes of a `prompt.safetensors`.

@@ -5,10 +5,12 @@
 //! `num_transformer_submodules: 1`, which PEFT loads to the same loss and the same generated text, without
 //! rows that nobody reads; and we read both.
 
+pub mod prefix;
+
 use crate::{Error, Result, atomic, optimizer::NamedTensor, prompt::Prompt, tensors};
 use candle_core::{DType, pickle};
 use serde_json::{Value, json};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The file that says what the adapter is.
 pub const CONFIG: &str = "adapter_config.json";
@@ -16,6 +18,8 @@ pub const CONFIG: &str = "adapter_config.json";
 pub const WEIGHTS: &str = "adapter_model.safetensors";
 /// The file that held its rows before PEFT wrote safetensors.
 pub const OLD_WEIGHTS: &str = "adapter_model.bin";
+/// As `peft_type` names prompts.
+const TYPE: &str = "PROMPT_TUNING";
 /// The tensor that holds its rows.
 const TENSOR: &str = "prompt_embeddings";
 /// The release whose fields are written.
@@ -44,9 +48,13 @@ pub fn write(dir: &Path, prompt: &Prompt, base: &BaseModel) -> Result<()> {
     let shape = [prompt.length(), prompt.width()];
     let weights = tensors::encode(&[(TENSOR, &shape, prompt.values())])
         .map_err(|what| Error::PromptFile { path: dir.join(WEIGHTS), what })?;
-    let config = format!("{:#}\n", config(prompt, base));
+    write_files(dir, &weights, &config(prompt, base))
+}
+
+fn write_files(dir: &Path, weights: &[u8], config: &Value) -> Result<()> {
+    let config = format!("{config:#}\n");
     atomic::write_dir(dir, |staged| {
-        atomic::write_synced(&staged.join(WEIGHTS), &weights)?;
+        atomic::write_synced(&staged.join(WEIGHTS), weights)?;
         atomic::write_synced(&staged.join(CONFIG), config.as_bytes())
     })
 }
@@ -62,7 +70,7 @@ fn config(prompt: &Prompt, base: &BaseModel) -> Value {
         "num_layers": base.num_layers,
         "num_transformer_submodules": 1,
         "num_virtual_tokens": prompt.length(),
-        "peft_type": "PROMPT_TUNING",
+        "peft_type": TYPE,
         "peft_version": PEFT_VERSION,
         "prompt_tuning_init": "RANDOM",
         "prompt_tuning_init_text": null,
@@ -79,16 +87,32 @@ fn config(prompt: &Prompt, base: &BaseModel) -> Value {
 /// # Errors
 /// If a file is missing or damaged, the adapter is of another type, or its rows do not fit its configuration.
 pub fn read(dir: &Path) -> Result<Prompt> {
+    let config = read_config(dir, &[TYPE])?;
+    let (place, tensors) = read_tensors(dir)?;
+    config.rows(tensors).map_err(|what| Error::PromptFile { path: place, what })
+}
+
+/// Whether `dir` is a PEFT directory with a prefix.
+pub(crate) fn is_prefix(dir: &Path) -> bool {
+    read_config(dir, &[prefix::TYPE]).is_ok()
+}
+
+/// The configuration, which must be of one of the `types`.
+fn read_config(dir: &Path, types: &[&str]) -> Result<Config> {
     let place = dir.join(CONFIG);
     let text = std::fs::read_to_string(&place).map_err(Error::io("read", &place))?;
-    let config = Config::parse(&text).map_err(|what| Error::PromptFile { path: place, what })?;
+    Config::parse(&text, types).map_err(|what| Error::PromptFile { path: place, what })
+}
+
+/// The tensors, and the file that has them.
+fn read_tensors(dir: &Path) -> Result<(PathBuf, Vec<NamedTensor>)> {
     let place = if dir.join(WEIGHTS).exists() || !dir.join(OLD_WEIGHTS).exists() {
         dir.join(WEIGHTS)
     } else {
         dir.join(OLD_WEIGHTS)
     };
-    let found = if place.ends_with(OLD_WEIGHTS) { read_old(&place) } else { read_new(&place) };
-    found.and_then(|tensors| config.rows(tensors).map_err(|what| Error::PromptFile { path: place, what }))
+    let found = if place.ends_with(OLD_WEIGHTS) { read_old(&place)? } else { read_new(&place)? };
+    Ok((place, found))
 }
 
 fn read_new(path: &Path) -> Result<Vec<NamedTensor>> {
@@ -114,24 +138,37 @@ fn read_old(path: &Path) -> Result<Vec<NamedTensor>> {
 struct Config {
     num_virtual_tokens: usize,
     token_dim: Option<usize>,
+    num_layers: Option<usize>,
+    num_transformer_submodules: Option<usize>,
 }
 
 impl Config {
-    fn parse(text: &str) -> Result<Self, String> {
+    fn parse(text: &str, types: &[&str]) -> Result<Self, String> {
         let config: Value = serde_json::from_str(text).map_err(|e| format!("it is no JSON ({e})"))?;
         let number = |key: &str| config[key].as_u64().and_then(|n| usize::try_from(n).ok());
         match config["peft_type"].as_str() {
-            Some("PROMPT_TUNING") => {}
+            Some(found) if types.contains(&found) => {}
+            Some(prefix::TYPE) => {
+                return Err(format!(
+                    "its peft_type is {}, which is no prompt but keys and values within the decoder; pass it to a command that takes \
+                     either (eval, generate)",
+                    prefix::TYPE
+                ));
+            }
             Some(other) => {
                 return Err(format!(
-                    "its peft_type is {other}, and only PROMPT_TUNING is a prompt of free rows before the \
-                     encoder's input"
+                    "its peft_type is {other}, and only {TYPE} is a prompt of free rows before the encoder's input"
                 ));
             }
             None => return Err("it has no peft_type; is it PEFT's?".to_owned()),
         }
         let num_virtual_tokens = number("num_virtual_tokens").ok_or("it has no num_virtual_tokens")?;
-        Ok(Self { num_virtual_tokens, token_dim: number("token_dim") })
+        Ok(Self {
+            num_virtual_tokens,
+            token_dim: number("token_dim"),
+            num_layers: number("num_layers"),
+            num_transformer_submodules: number("num_transformer_submodules"),
+        })
     }
 
     fn rows(&self, tensors: Vec<NamedTensor>) -> Result<Prompt, String> {

@@ -106,7 +106,7 @@ impl RunDir {
     /// Shows what was trained to other programs, and for good.
     pub(crate) fn finish(&self, backbone: &Backbone, method: Method) -> Result<()> {
         let Some(Checkpoint { trained, state, .. }) = self.to_show()? else { return Ok(()) };
-        match trained {
+        match trained.kept()? {
             Trained::Prompt(prompt) => self.show_prompt(&prompt, state.tokens, backbone),
             Trained::Weights(weights) if method == Method::Model => {
                 let model = self.out.join(MODEL_DIR);
@@ -117,10 +117,21 @@ impl RunDir {
                 backbone.write_with(&weights, &model)
             }
             trained @ Trained::Weights(_) => {
+                self.show_prefix(&trained, backbone)?;
                 let file = self.out.join(WEIGHTS);
                 let refuse = |what| Error::PromptFile { path: file.clone(), what };
                 atomic::write_file(&file, &trained.encode().map_err(refuse)?)
             }
+        }
+    }
+
+    /// Shows a prefix as PEFT reads it, if it is of a kind that PEFT has.
+    fn show_prefix(&self, trained: &Trained, backbone: &Backbone) -> Result<()> {
+        match trained {
+            Trained::Weights(weights) if peft::prefix::is_whole(weights) => {
+                peft::prefix::write(&self.out.join(ADAPTER_DIR), weights, &backbone.base_model())
+            }
+            _ => Ok(()),
         }
     }
 

@@ -28,7 +28,7 @@ use crate::{
     schedule::Schedule,
 };
 
-pub use method::Method;
+pub use method::{Method, PrefixPart};
 pub use partial::PartialSpec;
 
 choices! {
@@ -117,6 +117,12 @@ pub struct TrainSpec {
     /// Of a run on a corpus: the examples of the evaluation text that are looked at.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval_examples: Option<usize>,
+    /// Of a prefix: which attentions have one. None, and `all`, are all of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefix_part: Option<PrefixPart>,
+    /// Of a prefix: inner columns of the MLP that makes it while it is trained; none trains keys and values themselves.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefix_projection: Option<usize>,
     /// Inner columns of an adapter.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapter_width: Option<usize>,
@@ -317,6 +323,9 @@ impl TrainSpec {
         if !self.parameter_scaling {
             // As runs of versions are known that had no such field.
             table.remove("parameter-scaling");
+        }
+        if self.prefix_part == Some(PrefixPart::All) {
+            table.remove("prefix-part");
         }
         if self.schedule == Schedule::Constant {
             // A schedule that ends with the run has another learning rate at each step if the end moves; this one has not.

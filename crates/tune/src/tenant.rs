@@ -202,6 +202,15 @@ impl Tenant {
         }
     }
 
+    /// How many numbers are left when training is over.
+    #[must_use]
+    pub fn num_kept(&self) -> u64 {
+        match &self.trainee {
+            Trainee::Weights(job) => job.weights().kept().iter().map(|t| t.data.len() as u64).sum(),
+            Trainee::Prompt(_) | Trainee::Tokens(_) => self.num_trained(),
+        }
+    }
+
     /// A copy of what is trained as it is now.
     #[must_use]
     pub fn trained(&self) -> Trained {

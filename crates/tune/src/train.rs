@@ -83,6 +83,8 @@ pub struct Loaded<'a> {
     pub fingerprint: String,
     /// Numbers that are trained.
     pub num_trained: u64,
+    /// Numbers that are left of them when training is over.
+    pub num_kept: u64,
     /// Tokens that go through the backbone at once, at most.
     pub microbatch_tokens: usize,
     /// Training examples.
@@ -276,6 +278,7 @@ impl<'a> Run<'a> {
             num_parameters: backbone.num_parameters,
             fingerprint: backbone.fingerprint.to_string(),
             num_trained: tenant.num_trained(),
+            num_kept: tenant.num_kept(),
             microbatch_tokens: backbone.engine.microbatch_tokens(),
             num_train: tenant.task().train.examples.len(),
             num_eval: tenant.task().eval.as_ref().map(|eval| eval.examples.len()),

@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::{Error, Result, checkpoint, optimizer::NamedTensor, prompt::Prompt, tensors};
+use crate::{
+    Error, Result, checkpoint, optimizer::NamedTensor, peft, prompt::Prompt, tensors, weights::projection,
+};
 
 /// The trained part of a model whose rest is frozen.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,13 +19,17 @@ pub enum Trained {
 pub const WEIGHTS: &str = "weights.safetensors";
 
 impl Trained {
-    /// Reads a prompt as [`Prompt::read`] does, or weights: a `weights.safetensors`, a checkpoint, or a training directory.
+    /// Reads a prompt as [`Prompt::read`] does, or weights as they are [`Self::kept`]: a PEFT directory of a prefix, a `weights.safetensors`, a checkpoint, or a training directory.
     ///
     /// # Errors
     /// If `path` holds neither, or what it holds is damaged.
     pub fn read(path: &Path) -> Result<Self> {
         if let Some(dir) = weights_checkpoint(path) {
-            return Ok(checkpoint::load(&dir)?.trained);
+            return checkpoint::load(&dir)?.trained.kept();
+        }
+        let adapter = if path.is_dir() { path } else { path.parent().unwrap_or(path) };
+        if peft::is_prefix(adapter) {
+            return Ok(Self::Weights(peft::prefix::read(adapter)?));
         }
         let file = if path.is_dir() { path.join(WEIGHTS) } else { path.to_owned() };
         if file.file_name().is_none_or(|name| name != WEIGHTS) || !file.is_file() {
@@ -31,6 +37,17 @@ impl Trained {
         }
         let bytes = std::fs::read(&file).map_err(Error::io("read", &file))?;
         Self::decode(WEIGHTS, &bytes).map_err(|what| Error::PromptFile { path: file, what })
+    }
+
+    /// What is left when training is over: of an MLP that makes a prefix, the prefix.
+    ///
+    /// # Errors
+    /// If the MLP is not whole.
+    pub fn kept(self) -> Result<Self> {
+        match self {
+            Self::Weights(tensors) => Ok(Self::Weights(projection::results(&tensors)?.unwrap_or(tensors))),
+            Self::Prompt(_) => Ok(self),
+        }
     }
 
     /// The prompt, if it is one.

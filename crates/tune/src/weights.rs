@@ -1,6 +1,7 @@
 //! Jobs that train weights: the model's own, or small ones laid into it.
 
 mod initial;
+pub(crate) mod projection;
 
 use std::sync::Arc;
 
@@ -29,13 +30,16 @@ pub struct Weights {
     tensors: Vec<NamedTensor>,
     optimizers: Vec<Optimizer>,
     num_steps: u64,
+    /// What the model takes, where it is made of what is trained.
+    projected: Option<Vec<NamedTensor>>,
     engine: Engine,
     /// The prompt of an example that has none: `[0, D]`.
     no_prompt: SoftPrompt,
 }
 
 impl Weights {
-    /// Weights before their first step, by the names under which the model takes them.
+    /// Weights before their first step, by the names under which the model takes them; or those of an MLP that makes them
+    /// ([`projection`]).
     ///
     /// # Errors
     /// If the model does not take one of them.
@@ -78,9 +82,10 @@ impl Weights {
         optimizers: Vec<Optimizer>,
         num_steps: u64,
     ) -> Result<Self> {
-        let engine = backbone.engine_with(&tensors)?;
+        let projected = projection::results(&tensors)?;
+        let engine = backbone.engine_with(projected.as_ref().unwrap_or(&tensors))?;
         let no_prompt = Tensor::zeros((0, backbone.config().d_model), DType::F32, &Device::Cpu)?.into();
-        Ok(Self { tensors, optimizers, num_steps, engine, no_prompt })
+        Ok(Self { tensors, optimizers, num_steps, projected, engine, no_prompt })
     }
 
     /// The model with the weights as they are now.
@@ -93,6 +98,12 @@ impl Weights {
     #[must_use]
     pub fn tensors(&self) -> &[NamedTensor] {
         &self.tensors
+    }
+
+    /// What the model takes, and all that is left when training is over: the weights, or what an MLP makes of them.
+    #[must_use]
+    pub fn kept(&self) -> &[NamedTensor] {
+        self.projected.as_ref().unwrap_or(&self.tensors)
     }
 
     /// Steps made.
@@ -123,8 +134,17 @@ impl Weights {
     /// If an exchange with other ranks fails.
     pub(crate) fn gradients(&self, batch: &JobBatch<'_>) -> Result<Result<WeightGradient, JobFault>> {
         let wanted: Vec<(&str, usize)> =
-            self.tensors.iter().map(|tensor| (&*tensor.name, tensor.data.len())).collect();
-        self.engine.weight_gradients(batch, &wanted)
+            self.kept().iter().map(|tensor| (&*tensor.name, tensor.data.len())).collect();
+        let gradient = self.engine.weight_gradients(batch, &wanted)?;
+        let gradient = match gradient {
+            Ok(gradient) if self.projected.is_some() => gradient,
+            gradient => return Ok(gradient),
+        };
+        let gradients = projection::gradients(&self.tensors, &gradient.gradients)?;
+        if let Some((name, _)) = gradients.iter().find(|(_, values)| !values.iter().all(|g| g.is_finite())) {
+            return Ok(Err(JobFault::Refused { what: format!("the gradient to {name} is not finite") }));
+        }
+        Ok(Ok(WeightGradient { gradients, ..gradient }))
     }
 
     /// Makes a step. False if an updated weight would have a number that is not finite; then the weights are spoilt.
@@ -138,10 +158,15 @@ impl Weights {
             optimizer.step(&mut tensor.data, &gradients[&tensor.name], lr);
             tensor.data.iter().all(|value| value.is_finite())
         });
-        if finite {
-            self.engine = backbone.engine_with(&self.tensors)?;
+        if !finite {
+            return Ok(false);
         }
-        Ok(finite)
+        self.projected = projection::results(&self.tensors)?;
+        if !self.kept().iter().all(|tensor| tensor.data.iter().all(|value| value.is_finite())) {
+            return Ok(false);
+        }
+        self.engine = backbone.engine_with(self.kept())?;
+        Ok(true)
     }
 }
 

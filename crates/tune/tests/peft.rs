@@ -70,6 +70,32 @@ fn peft_computes_the_same_with_our_file_as_with_its_own() {
     }
 }
 
+/// What PEFT computes with a prefix that it wrote, with the one that we write of the same keys and values: in twice as many layers.
+#[test]
+fn peft_computes_the_same_with_our_prefix_as_with_its_own() {
+    let Some(mut python) = common::python("peft, transformers, torch") else { return };
+    let golden = |name: &str| root().join("tests/goldens/peft_prefix").join(name);
+    let batch: Value = serde_json::from_slice(&fs::read(golden("batch.json")).unwrap()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let (data, ours) = (dir.path().join("data.jsonl"), dir.path().join("adapter"));
+    let lines: Vec<String> = batch["examples"].as_array().unwrap().iter().map(Value::to_string).collect();
+    fs::write(&data, lines.join("\n")).unwrap();
+    let base = BaseModel { name: "model4".to_owned(), num_layers: 1, num_heads: 2 };
+    peft::prefix::write(&ours, &peft::prefix::read(&golden("four_layers")).unwrap(), &base).unwrap();
+    python.arg(root().join("scripts/goldens/check_peft_export.py"));
+    python.arg("--model").arg(golden("model4")).arg("--adapter").arg(&ours);
+    python.arg("--data").arg(&data).args(["--max-new-tokens", "6"]);
+    let found: Value = serde_json::from_str(common::output(&mut python).lines().last().unwrap()).unwrap();
+    let expected = &batch["results"]["four_layers"];
+    assert_eq!(found["greedy"], expected["greedy"]);
+    for (found, expected) in
+        found["losses"].as_array().unwrap().iter().zip(expected["losses"].as_array().unwrap())
+    {
+        let (found, expected) = (found.as_f64().unwrap(), expected.as_f64().unwrap());
+        assert!((found - expected).abs() <= 1e-6 * expected, "{found} and {expected}");
+    }
+}
+
 #[test]
 fn peft_holds_the_very_rows_that_we_wrote() {
     let Some(mut python) = common::python("peft, transformers, numpy") else { return };

@@ -82,6 +82,9 @@ pub struct LocalJob {
     /// Directory of the checkpoint to go on from; empty where there is none.
     #[prost(string, tag = "4")]
     pub checkpoint: String,
+    /// File of the prompt to start as; empty where there is none.
+    #[prost(string, tag = "5")]
+    pub initial: String,
 }
 
 /// What an engine says.

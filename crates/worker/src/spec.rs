@@ -18,6 +18,11 @@ use incipit_tune::{
     spec::{Method, PartialSpec},
 };
 
+/// What `prompt_init` begins with where the prompt starts as another.
+const FILE: &str = "file:";
+/// The name of such a prompt's file.
+const PROMPT: &str = "prompt.safetensors";
+
 /// Defines for each enumeration of ours the way to its number on the wire, and the way back. 0 is what was left open.
 macro_rules! enumerations {
     ($($to:ident, $from:ident: $ours:ident = v1::$wire:ident { $($our:ident = $their:ident),+ $(,)? })+) => {
@@ -100,17 +105,16 @@ enumerations! {
 }
 
 /// What a job may set of `spec`, for the wire. Files of examples are named by their paths; whoever uploads them puts digests in their
-/// places.
+/// places. Of a file to start from only that there is one crosses: whoever uploads its prompt puts the digest into `initial`.
 ///
 /// # Errors
-/// If a value cannot be written down: a count beyond 32 bits, a path that is not UTF-8, no metric at all, what a job cannot do, or a
-/// prompt that starts from a file.
+/// If a value cannot be written down: a count beyond 32 bits, a path that is not UTF-8, no metric at all, or what a job cannot do.
 pub fn to_wire(spec: &PartialSpec) -> Result<TrainingSpec, Problem> {
     if spec.metrics.as_ref().is_some_and(Vec::is_empty) {
         return Err(Problem::field("spec.metrics", "is empty; name at least one, such as accuracy"));
     }
     refuse_elsewhere(spec)?;
-    refuse_file(spec.prompt_init.as_deref())?;
+    let of_file = spec.prompt_init.as_deref().is_some_and(|init| init.starts_with(FILE));
     let metrics = spec.metrics.iter().flatten();
     Ok(TrainingSpec {
         train: spec.train.as_deref().map(|path| source("spec.train", path)).transpose()?,
@@ -119,7 +123,8 @@ pub fn to_wire(spec: &PartialSpec) -> Result<TrainingSpec, Problem> {
         targets: spec.targets.clone(),
         labels: spec.labels.clone(),
         prompt_length: count("spec.prompt_length", spec.prompt_length)?,
-        prompt_init: spec.prompt_init.clone(),
+        prompt_init: if of_file { Some(format!("{FILE}{PROMPT}")) } else { spec.prompt_init.clone() },
+        initial: None,
         recipe: recipe_to_wire(spec.recipe),
         optimizer: optimizer_to_wire(spec.optimizer),
         lr: spec.lr,
@@ -144,7 +149,14 @@ pub fn to_wire(spec: &PartialSpec) -> Result<TrainingSpec, Problem> {
     })
 }
 
-/// The settings in `wire`. `find` tells where the examples of a source lie on this machine.
+/// The prompt to start as, for the wire.
+#[must_use]
+pub fn initial_of(digest: &str) -> DataSource {
+    DataSource { source: Some(Source::Digest(digest.to_owned())), file_name: PROMPT.to_owned() }
+}
+
+/// The settings in `wire`. `find` tells where the examples of a source lie on this machine. A prompt to start as is named by its digest,
+/// so that the job is the same one on every machine.
 ///
 /// # Errors
 /// If a value means nothing to this version, or `find` refuses.
@@ -152,7 +164,7 @@ pub fn from_wire(
     wire: &TrainingSpec,
     find: impl Fn(&DataSource) -> Result<PathBuf, Problem>,
 ) -> Result<PartialSpec, Problem> {
-    refuse_file(wire.prompt_init.as_deref())?;
+    let prompt_init = prompt_init(wire)?;
     let metric = |number: &i32| {
         let unspecified = || Problem::field("spec.metrics", "has an entry without a name; leave it out");
         metric_from_wire("spec.metrics", *number)?.ok_or_else(unspecified)
@@ -165,7 +177,7 @@ pub fn from_wire(
         targets: wire.targets.clone(),
         labels: wire.labels.clone(),
         prompt_length: wire.prompt_length.map(|n| n as usize),
-        prompt_init: wire.prompt_init.clone(),
+        prompt_init,
         recipe: recipe_from_wire("spec.recipe", wire.recipe)?,
         optimizer: optimizer_from_wire("spec.optimizer", wire.optimizer)?,
         lr: wire.lr,
@@ -228,16 +240,21 @@ fn count(field: &str, count: Option<usize>) -> Result<Option<u32>, Problem> {
     count.map(narrow).transpose()
 }
 
-/// A file would have to be on the worker, and the job's numbers would depend on what it holds at the time.
-fn refuse_file(prompt_init: Option<&str>) -> Result<(), Problem> {
-    match prompt_init.filter(|init| init.starts_with("file:")) {
-        Some(init) => Err(Problem::field(
-            "spec.prompt_init",
-            format!(
-                "is {init:?}, and a job cannot start from a file; pass class-label, vocab, uniform or text:TEXT"
-            ),
+/// As [`PartialSpec`] has it. A path would name what the worker's machine has at the time, so that only a digest will do.
+fn prompt_init(wire: &TrainingSpec) -> Result<Option<String>, Problem> {
+    let of_file = wire.prompt_init.as_deref().is_some_and(|init| init.starts_with(FILE));
+    let initial = wire.initial.as_ref().and_then(|initial| initial.source.as_ref());
+    match (of_file, initial) {
+        (false, None) => Ok(wire.prompt_init.clone()),
+        (true, Some(Source::Digest(digest))) => Ok(Some(format!("{FILE}{digest}"))),
+        (false, Some(_)) => Err(Problem::field(
+            "spec.initial",
+            "is given, and spec.prompt_init is not file:NAME; leave one of them out",
         )),
-        None => Ok(()),
+        (true, _) => Err(Problem::field(
+            "spec.initial",
+            "is no blob, and spec.prompt_init is file:NAME; upload a prompt.safetensors and give its digest",
+        )),
     }
 }
 
@@ -340,7 +357,6 @@ mod tests {
         for (spec, field) in [
             (PartialSpec { keep: Some(1 << 40), ..none() }, "spec.keep"),
             (PartialSpec { metrics: Some(Vec::new()), ..none() }, "spec.metrics"),
-            (PartialSpec { prompt_init: Some("file:p.npy".to_owned()), ..none() }, "spec.prompt_init"),
             (PartialSpec { train: Some("/".into()), ..none() }, "spec.train"),
             (PartialSpec { method: Some(Method::Adapter), ..none() }, "spec.method"),
             (PartialSpec { shared_length: Some(3), ..none() }, "spec.shared_length"),
@@ -354,6 +370,31 @@ mod tests {
             (PartialSpec { prompt_layers: Some(PromptLayers::All), ..none() }, "spec.prompt_layers"),
         ] {
             assert_eq!(to_wire(&spec).unwrap_err().fields[0].0, field);
+        }
+    }
+
+    #[test]
+    fn a_prompt_to_start_as_is_known_by_its_digest_alone() {
+        let digest = "ab".repeat(32);
+        let given = PartialSpec { prompt_init: Some("file:runs/a b".to_owned()), ..PartialSpec::default() };
+        let wire = to_wire(&given).unwrap();
+        assert_eq!(wire.prompt_init.as_deref(), Some("file:prompt.safetensors"));
+        let with = |init: &str, initial: Option<DataSource>| {
+            let wire = TrainingSpec { prompt_init: Some(init.to_owned()), initial, ..wire.clone() };
+            from_wire(&wire, path_of)
+                .map(|spec| spec.prompt_init)
+                .map_err(|problem| problem.fields[0].0.clone())
+        };
+        let path =
+            DataSource { source: Some(Source::Path("/p.npy".to_owned())), file_name: "p.npy".to_owned() };
+        assert_eq!(
+            with("file:prompt.safetensors", Some(initial_of(&digest))),
+            Ok(Some(format!("file:{digest}")))
+        );
+        for (init, initial) in
+            [("file:p", None), ("file:p", Some(path)), ("vocab", Some(initial_of(&digest)))]
+        {
+            assert_eq!(with(init, initial), Err("spec.initial".to_owned()), "{init}");
         }
     }
 

@@ -1,8 +1,9 @@
 //! Bytes by their hash: a file's digest, its way to the coordinator, and a checkpoint's files on their way back.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Cursor, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
@@ -22,7 +23,9 @@ const LARGEST_FILE: u64 = 4 << 30;
 /// A file of this machine, by its bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct LocalFile {
+    /// Where it lies, or, of bytes made of a file, where that does.
     pub(crate) path: PathBuf,
+    made: Option<Arc<[u8]>>,
     pub(crate) digest: String,
     pub(crate) size: u64,
 }
@@ -37,7 +40,20 @@ impl LocalFile {
         let mut hasher = blake3::Hasher::new();
         let size =
             std::io::copy(&mut File::open(path).with_context(failed)?, &mut hasher).with_context(failed)?;
-        Ok(Self { path: path.to_owned(), digest: hasher.finalize().to_hex().to_string(), size })
+        Ok(Self { path: path.to_owned(), made: None, digest: hasher.finalize().to_hex().to_string(), size })
+    }
+
+    /// Bytes that were made of the file at `path`.
+    pub(crate) fn made(path: &Path, bytes: Vec<u8>) -> Self {
+        let (digest, size) = (blake3::hash(&bytes).to_hex().to_string(), bytes.len() as u64);
+        Self { path: path.to_owned(), made: Some(bytes.into()), digest, size }
+    }
+
+    fn open(&self) -> std::io::Result<Box<dyn Read>> {
+        Ok(match &self.made {
+            Some(bytes) => Box::new(Cursor::new(bytes.clone())),
+            None => Box::new(File::open(&self.path)?),
+        })
     }
 }
 
@@ -73,7 +89,7 @@ pub(crate) async fn upload(client: &Client, files: &[LocalFile], global: &Global
 }
 
 async fn upload_one(client: &Client, file: &LocalFile, bar: Option<&progress::Bar>) -> Result<()> {
-    let mut source = File::open(&file.path)?;
+    let mut source = file.open()?;
     let (parts, receiver) = tokio::sync::mpsc::channel(4);
     let feed = async {
         let mut first = WriteBlobRequest { digest: file.digest.clone(), size: file.size, data: Bytes::new() };

@@ -5,6 +5,7 @@ mod list;
 mod logs;
 mod plan;
 mod plot;
+mod start;
 mod submit;
 mod view;
 mod watch;

@@ -11,7 +11,7 @@ use incipit_tune::control::Control;
 use incipit_tune::engine::Recompute;
 use incipit_tune::placement::{PromptLayers, PromptPlacement};
 use incipit_tune::rank::Predict;
-use incipit_tune::spec::{Backend, Method, PartialSpec, Precision, TrainSpec};
+use incipit_tune::spec::{Backend, Method, PartialSpec, Precision, PrefixPart, TrainSpec};
 use incipit_tune::train::{End, Outcome, train, train_as_rank};
 use serde::Serialize;
 
@@ -51,7 +51,8 @@ Examples:
 Methods:
   prompt   rows of numbers before the input (Lester et al. 2021): OUT/prompt.npy, OUT/adapter
   model    all weights of the model, by T5's recipe: OUT/model, a directory for --model
-  prefix   --prompt-length keys and values before those of every attention (Li and Liang 2021): OUT/weights.safetensors
+  prefix   --prompt-length keys and values before those of every attention (Li and Liang 2021): OUT/weights.safetensors;
+           with --prefix-part decoder as PEFT has them: OUT/adapter besides
   adapter  small layers of --adapter-width behind every sub-layer (Houlsby et al. 2019): OUT/weights.safetensors
   text     nothing: --shots examples with their answers before the input (Brown et al. 2020): OUT/tokens.json
   search   --prompt-length tokens before the input, found by the gradient (Shin et al. 2020): OUT/tokens.json
@@ -102,6 +103,14 @@ pub(crate) struct TrainArgs {
     /// Whether Adafactor's learning rate is relative to the size of what is trained [default: by method, prompt: false]
     #[arg(long, value_name = "true|false", help_heading = "Optimization", action = ArgAction::Set)]
     parameter_scaling: Option<bool>,
+    /// Which attentions have a prefix of --method prefix: all, or the decoder's to itself, as PEFT's prefix tuning has it
+    /// [default: all]
+    #[arg(long, value_name = "PART", help_heading = "Prompt", value_parser = choice::<PrefixPart>(names::PREFIX_PARTS))]
+    prefix_part: Option<PrefixPart>,
+    /// Train the prefix of --method prefix through an MLP with so many inner columns (Li and Liang 2021, section 4.3);
+    /// only what it makes is kept [default: none]
+    #[arg(long, value_name = "N", help_heading = "Prompt")]
+    prefix_projection: Option<usize>,
     /// Inner columns of --method adapter [default: 64]
     #[arg(long, value_name = "N", help_heading = "Prompt")]
     adapter_width: Option<usize>,
@@ -171,6 +180,8 @@ impl TrainArgs {
             method: self.method,
             prompt_placement: self.prompt_placement,
             prompt_layers: self.prompt_layers,
+            prefix_part: self.prefix_part,
+            prefix_projection: self.prefix_projection,
             adapter_width: self.adapter_width,
             shots: self.shots,
             shot_template: self.shot_template,
@@ -335,7 +346,7 @@ pub(crate) fn summary(spec: &TrainSpec, outcome: Outcome, time: Duration) -> Res
         adapter: outcome
             .trained
             .as_ref()
-            .filter(|_| spec.method == Method::Prompt)
+            .filter(|_| spec.method == Method::Prompt || spec.prefix_part == Some(PrefixPart::Decoder))
             .map(|_| spec.out.join(ADAPTER_DIR))
             .filter(|adapter| adapter.exists()),
         trained: outcome.trained,

@@ -64,6 +64,8 @@ pub(crate) struct RunFacts {
     pub(crate) parameters: Option<u64>,
     /// Numbers that were trained.
     pub(crate) trained: Option<u64>,
+    /// Numbers that are left, where they are not those.
+    pub(crate) kept: Option<u64>,
     /// Steps after which the last checkpoint was saved, and evaluations since the best one.
     saved: Option<(u64, u64)>,
 }
@@ -74,7 +76,10 @@ impl RunFacts {
         if let Ok(last) = checkpoint::load(&out.join("last")) {
             // Of a prompt of tokens each counts as one number, as in the paper's figure 4.
             let tokens = last.state.tokens.as_ref().map(|tokens| tokens.len() as u64);
-            facts.trained = tokens.or(Some(last.trained.num_parameters()));
+            let trained = tokens.unwrap_or_else(|| last.trained.num_parameters());
+            facts.trained = Some(trained);
+            let kept = last.trained.kept().ok().map(|kept| kept.num_parameters());
+            facts.kept = kept.filter(|kept| tokens.is_none() && *kept != trained);
             facts.saved = Some((last.state.step, last.state.evaluations_since_best));
             facts.fingerprint = Some(last.state.backbone);
         }

@@ -12,6 +12,7 @@ use incipit_proto::v1::checkpoint_service_server::{CheckpointService, Checkpoint
 use incipit_proto::v1::event::Resource;
 use incipit_proto::v1::event_service_server::{EventService, EventServiceServer};
 use incipit_proto::v1::job_service_server::{JobService, JobServiceServer};
+use incipit_proto::v1::prompt_service_server::{PromptService, PromptServiceServer};
 use incipit_proto::v1::*;
 use pbjson_types::Empty;
 use tokio_stream::{Stream, StreamExt as _};
@@ -26,6 +27,7 @@ pub(crate) struct State {
     pub(crate) backbones: Vec<Backbone>,
     pub(crate) jobs: BTreeMap<String, Job>,
     pub(crate) checkpoints: Vec<Checkpoint>,
+    pub(crate) prompts: Vec<PromptVersion>,
     pub(crate) blobs: BTreeMap<String, Bytes>,
     pub(crate) points: Vec<MetricPoint>,
     pub(crate) lines: Vec<LogLine>,
@@ -67,6 +69,7 @@ impl Fake {
             .add_service(BackboneServiceServer::new(services.clone()))
             .add_service(CheckpointServiceServer::new(services.clone()))
             .add_service(BlobServiceServer::new(services.clone()))
+            .add_service(PromptServiceServer::new(services.clone()))
             .add_service(EventServiceServer::new(services.clone()));
         let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
         runtime.spawn(async move { server.serve_with_incoming(incoming).await });
@@ -353,5 +356,29 @@ impl BlobService for Services {
             .map(|part| Ok(ReadBlobResponse { data: Bytes::copy_from_slice(part) }))
             .collect();
         Ok(Response::new(Box::pin(tokio_stream::iter(parts))))
+    }
+}
+
+#[tonic::async_trait]
+impl PromptService for Services {
+    async fn promote_prompt(&self, _: Request<PromotePromptRequest>) -> Answer<PromptVersion> {
+        none()
+    }
+
+    async fn get_prompt_version(&self, request: Request<GetPromptVersionRequest>) -> Answer<PromptVersion> {
+        let name = &request.get_ref().name;
+        let found = self.state().prompts.iter().find(|version| version.name == *name).cloned();
+        found.map(Response::new).ok_or_else(|| Problem::not_found(name).into())
+    }
+
+    async fn list_prompt_versions(
+        &self,
+        _: Request<ListPromptVersionsRequest>,
+    ) -> Answer<ListPromptVersionsResponse> {
+        none()
+    }
+
+    async fn delete_prompt_version(&self, _: Request<DeletePromptVersionRequest>) -> Answer<Empty> {
+        none()
     }
 }

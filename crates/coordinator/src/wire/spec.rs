@@ -26,6 +26,7 @@ pub(super) fn check_spec(checks: &mut Checks, spec: &TrainingSpec, roots: &Roots
     check_numbers(checks, spec);
     check_choices(checks, spec);
     check_init(checks, spec.prompt_init.as_deref());
+    check_initial(checks, spec, roots);
     check_evaluation(checks, spec);
 }
 
@@ -92,11 +93,12 @@ fn check_choices(checks: &mut Checks, spec: &TrainingSpec) {
     }
 }
 
-/// As the worker parses it, but for files, which are on machines of nobody's.
+/// As the worker parses it.
 fn check_init(checks: &mut Checks, init: Option<&str>) {
     let Some(init) = init else { return };
     let fits = match init.split_once(':') {
         None => matches!(init, "class-label" | "vocab" | "uniform"),
+        Some(("file", name)) => is_file_name(name),
         Some(("text", text)) => !text.trim().is_empty() && text.len() <= MAX_TEXT,
         Some(("uniform", range)) => {
             let number = |text: &str| text.trim().parse::<f32>().ok().filter(|number| number.is_finite());
@@ -106,8 +108,29 @@ fn check_init(checks: &mut Checks, init: Option<&str>) {
         Some(_) => false,
     };
     if !fits {
-        let what = format!("is {init:.80?}; give class-label, vocab, uniform, uniform:LOW,HIGH or text:TEXT");
+        let what = format!(
+            "is {init:.80?}; give class-label, vocab, uniform, uniform:LOW,HIGH, text:TEXT or file:NAME"
+        );
         checks.wrong("job.spec.prompt_init", what);
+    }
+}
+
+/// A prompt to start as is a blob, whose bytes nobody changes, and is there if the specification says that there is one.
+fn check_initial(checks: &mut Checks, spec: &TrainingSpec, roots: &Roots) {
+    const FIELD: &str = "job.spec.initial";
+    let of_file = spec.prompt_init.as_deref().is_some_and(|init| init.starts_with("file:"));
+    match &spec.initial {
+        None if of_file => {
+            checks.wrong(FIELD, "is missing, and job.spec.prompt_init is file:NAME; give its digest")
+        }
+        None => {}
+        Some(_) if !of_file => {
+            checks.wrong(FIELD, "is of no use unless job.spec.prompt_init is file:NAME; leave it out")
+        }
+        Some(DataSource { source: Some(Source::Path(_)), .. }) => {
+            checks.wrong(FIELD, "is a path, where the prompt may change; upload it and give its digest");
+        }
+        Some(initial) => check_data(checks, FIELD, initial, roots),
     }
 }
 

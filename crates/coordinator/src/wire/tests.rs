@@ -85,7 +85,6 @@ fn numbers_out_of_their_ranges_are_refused_by_their_fields() {
         ("metrics", |spec| spec.metrics = vec![1, 1]),
         ("inputs", |spec| spec.inputs = Some("x".repeat(16 * 1024 + 1))),
         ("labels", |spec| spec.labels = Some(String::new())),
-        ("prompt_init", |spec| spec.prompt_init = Some("file:/etc/passwd".to_owned())),
         ("prompt_init", |spec| spec.prompt_init = Some("uniform:1,0".to_owned())),
         ("prompt_init", |spec| spec.prompt_init = Some("text: ".to_owned())),
         ("train", |spec| spec.train = None),
@@ -103,6 +102,27 @@ fn numbers_out_of_their_ranges_are_refused_by_their_fields() {
     for init in ["class-label", "vocab", "uniform", "uniform:-0.5, 0.5", "text:Is it so?"] {
         assert_eq!(wrong(|_, spec| spec.prompt_init = Some(init.to_owned())), [""; 0]);
     }
+}
+
+#[test]
+fn a_prompt_to_start_as_is_a_blob_that_the_specification_asks_for() {
+    let with = |init: &str, initial: Option<DataSource>| {
+        wrong(move |_, spec| (spec.prompt_init, spec.initial) = (Some(init.to_owned()), initial.clone()))
+    };
+    let blob = data(Source::Digest("ab".repeat(32)));
+    let none: [&str; 0] = [];
+    assert_eq!(with("file:prompt.safetensors", blob.clone()), none);
+    assert_eq!(with("file:prompt.safetensors", None), ["job.spec.initial"]);
+    assert_eq!(with("vocab", blob.clone()), ["job.spec.initial"]);
+    assert_eq!(
+        with("file:prompt.safetensors", data(Source::Path("/data/p.npy".to_owned()))),
+        ["job.spec.initial"]
+    );
+    assert_eq!(with("file:p.npy", data(Source::Digest("ab".to_owned()))), ["job.spec.initial.digest"]);
+    let mut spec = TrainingSpec { initial: blob, ..TrainingSpec::default() };
+    assert_eq!(digests_of(&spec).collect::<Vec<_>>(), ["ab".repeat(32)], "it stays as long as the job");
+    spec.initial = None;
+    assert_eq!(digests_of(&spec).count(), 0);
 }
 
 #[test]

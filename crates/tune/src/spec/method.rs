@@ -21,6 +21,16 @@ choices! {
     }
 }
 
+choices! {
+    /// Which attentions a prefix stands before.
+    PrefixPart, "prefix part" {
+        /// Every one: in the encoder, in the decoder, and from the decoder to the encoder. Its keys have no place in the sequence.
+        All => "all",
+        /// Those of the decoder to itself. Its keys have the places before the first token's, as PEFT's have.
+        Decoder => "decoder",
+    }
+}
+
 impl Method {
     /// What the method says, where it says something else than the recipe, which is prompt tuning's.
     pub(super) fn defaults(self) -> PartialSpec {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use incipit_data::{metrics::Metric, pretrain, tasks};
 use serde::{Deserialize, Serialize};
 
-use super::{Backend, Method, Precision, TrainSpec, validate};
+use super::{Backend, Method, Precision, PrefixPart, TrainSpec, validate};
 use crate::{
     Error, Result,
     choice::nearest,
@@ -66,6 +66,8 @@ partial_spec! {
     noise_density: f64,
     mean_span_length: f64,
     eval_examples: usize,
+    prefix_part: PrefixPart,
+    prefix_projection: usize,
     adapter_width: usize,
     shots: usize,
     shot_template: String,

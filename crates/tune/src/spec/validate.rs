@@ -46,6 +46,8 @@ pub(super) fn whole(layers: PartialSpec, resume: bool) -> Result<TrainSpec> {
         noise_density: layers.noise_density,
         mean_span_length: layers.mean_span_length,
         eval_examples: layers.eval_examples,
+        prefix_part: layers.prefix_part,
+        prefix_projection: layers.prefix_projection,
         adapter_width: layers.adapter_width,
         shots: layers.shots,
         shot_template: layers.shot_template,
@@ -88,19 +90,24 @@ pub(super) fn whole(layers: PartialSpec, resume: bool) -> Result<TrainSpec> {
         threads: layers.threads,
         resume,
     };
-    if spec.collective == Backend::Nccl && !spec.device.is_gpu() {
-        refused(
-            "collective",
-            "nccl moves numbers between GPUs",
-            "pass --device cuda besides, or --collective gloo",
-        )?;
-    }
+    check_collective(&spec)?;
     check_method(&spec)?;
     check_shared(&spec)?;
     check_counts(&spec)?;
     check_numbers(&spec)?;
     check_texts(&spec)?;
     Ok(spec)
+}
+
+fn check_collective(spec: &TrainSpec) -> Result<()> {
+    if spec.collective == Backend::Nccl && !spec.device.is_gpu() {
+        return refused(
+            "collective",
+            "nccl moves numbers between GPUs",
+            "pass --device cuda besides, or --collective gloo",
+        );
+    }
+    Ok(())
 }
 
 /// Where the examples come from.
@@ -189,12 +196,13 @@ fn prompt_init(text: &str, recipe: Recipe) -> Result<PromptInit> {
 }
 
 fn check_counts(spec: &TrainSpec) -> Result<()> {
-    let counts: [(&'static str, Option<u64>); 18] = [
+    let counts: [(&'static str, Option<u64>); 19] = [
         ("prompt-length", Some(spec.prompt_length as u64)),
         ("shared-length", spec.shared_length.map(|n| n as u64)),
         ("eval-examples", spec.eval_examples.map(|n| n as u64)),
         ("max-prompt-tokens", spec.max_prompt_tokens.map(|n| n as u64)),
         ("candidates", spec.candidates.map(|n| n as u64)),
+        ("prefix-projection", spec.prefix_projection.map(|n| n as u64)),
         ("adapter-width", spec.adapter_width.map(|n| n as u64)),
         ("batch-size", Some(spec.batch_size as u64)),
         ("steps", Some(spec.steps)),
@@ -271,6 +279,8 @@ fn check_shared(spec: &TrainSpec) -> Result<()> {
 /// Flags of one method with another are a slip.
 fn check_method(spec: &TrainSpec) -> Result<()> {
     let flags = [
+        ("prefix-part", spec.prefix_part.is_some(), Method::Prefix),
+        ("prefix-projection", spec.prefix_projection.is_some(), Method::Prefix),
         ("adapter-width", spec.adapter_width.is_some(), Method::Adapter),
         ("shots", spec.shots.is_some(), Method::Text),
         ("shot-template", spec.shot_template.is_some(), Method::Text),

@@ -10,7 +10,8 @@ use crate::{
     backbone::Backbone,
     init::MOST_FREQUENT,
     optimizer::NamedTensor,
-    spec::{Method, TrainSpec},
+    spec::{Method, PrefixPart, TrainSpec},
+    weights::projection,
 };
 
 /// Distinguishes these random numbers from the job's others.
@@ -23,7 +24,17 @@ const STREAM: u64 = u64::from_be_bytes(*b"prefix 0");
 pub(crate) fn initial(backbone: &Backbone, spec: &TrainSpec) -> Result<Vec<NamedTensor>> {
     match spec.method {
         Method::Adapter => adapters(backbone.config(), spec.adapter_width.unwrap_or_default(), spec.seed),
-        Method::Prefix => prefixes(backbone, spec.prompt_length, spec.seed),
+        Method::Prefix => {
+            let words = prefixes(backbone, spec.prompt_length, spec.seed)?;
+            let kept: Vec<NamedTensor> = match spec.prefix_part.unwrap_or(PrefixPart::All) {
+                PrefixPart::All => words,
+                PrefixPart::Decoder => words.into_iter().filter_map(as_past).collect(),
+            };
+            Ok(match spec.prefix_projection {
+                Some(width) => projection::initial(&kept, backbone.config().d_model, width, spec.seed),
+                None => kept,
+            })
+        }
         _ => all_weights(backbone),
     }
 }
@@ -89,4 +100,12 @@ fn prefixes(backbone: &Backbone, length: usize, seed: u64) -> Result<Vec<NamedTe
         Ok(NamedTensor { name, shape, data: rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1()? })
     };
     rows.into_iter().map(tensor).collect()
+}
+
+/// A prefix of the decoder's attention to itself, as rows that stand before the sequence; none of another attention.
+fn as_past(tensor: NamedTensor) -> Option<NamedTensor> {
+    if !(tensor.name.starts_with("decoder.") && tensor.name.contains(".SelfAttention.")) {
+        return None;
+    }
+    Some(NamedTensor { name: tensor.name.replace(".prefix_", ".past_"), ..tensor })
 }

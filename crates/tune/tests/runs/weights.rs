@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use incipit_collective::Options;
+use incipit_model::{Example, Microbatch};
 use incipit_tune::{
     Error,
     backbone::Backbone,
@@ -13,15 +14,28 @@ use incipit_tune::{
     evaluate::{EvalOptions, evaluate},
     optimizer::NamedTensor,
     prompt::Prompt,
-    spec::{Method, PartialSpec, Precision, TrainSpec},
+    spec::{Method, PartialSpec, Precision, PrefixPart, TrainSpec},
     task::Task,
-    train::{Outcome, train, train_on},
+    train::{Event, Observer, Outcome, train, train_on},
     trained::Trained,
 };
 
 use crate::support::{Last, StopAfter, losses, resolve, tree};
 
-const METHODS: [Method; 3] = [Method::Model, Method::Adapter, Method::Prefix];
+/// Each way to train weights, by a name.
+fn ways() -> Vec<(&'static str, Method, PartialSpec)> {
+    let none = PartialSpec::default;
+    let mlp = PartialSpec { prefix_projection: Some(12), ..none() };
+    let decoder = PartialSpec { prefix_part: Some(PrefixPart::Decoder), ..none() };
+    vec![
+        ("model", Method::Model, none()),
+        ("adapter", Method::Adapter, none()),
+        ("prefix", Method::Prefix, none()),
+        ("prefix-mlp", Method::Prefix, mlp.clone()),
+        ("prefix-decoder", Method::Prefix, decoder.clone()),
+        ("prefix-decoder-mlp", Method::Prefix, mlp.over(decoder)),
+    ]
+}
 
 fn demo(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo").join(name)
@@ -67,35 +81,40 @@ fn run(backbone: &Backbone, spec: &TrainSpec) -> Outcome {
 #[test]
 fn a_run_stopped_and_resumed_leaves_the_same_bytes() {
     let (dir, backbone) = (tempfile::tempdir().unwrap(), load(&demo("model")));
-    for method in METHODS.into_iter().chain([Method::Search]) {
-        let undisturbed = resolve(flags(method, &dir.path().join(format!("{method}"))));
+    for (way, method, change) in
+        ways().into_iter().chain([("search", Method::Search, PartialSpec::default())])
+    {
+        let spec_of = |out: &str| resolve(change.clone().over(flags(method, &dir.path().join(out))));
+        let undisturbed = spec_of(way);
         run(&backbone, &undisturbed);
-        let spec = resolve(flags(method, &dir.path().join(format!("{method}-stopped"))));
+        let spec = spec_of(&format!("{way}-stopped"));
         let control = Control::new();
         train_on(&backbone, &spec, &control, &mut StopAfter { step: 4, control: &control }).unwrap();
         run(&backbone, &TrainSpec { resume: true, ..spec.clone() });
         let (expected, left) = (tree(&undisturbed.out), tree(&spec.out));
         let names =
             |tree: &[(String, Vec<u8>)]| tree.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
-        assert_eq!(names(&left), names(&expected), "{method}");
+        assert_eq!(names(&left), names(&expected), "{way}");
         let differing: Vec<_> =
             left.iter().zip(&expected).filter(|(a, b)| a != b).map(|(a, _)| &a.0).collect();
-        assert!(differing.is_empty(), "{method}: {differing:?}");
+        assert!(differing.is_empty(), "{way}: {differing:?}");
     }
 }
 
 #[test]
 fn training_lowers_the_loss_and_what_is_left_computes_what_the_run_measured() {
     let (dir, backbone) = (tempfile::tempdir().unwrap(), load(&demo("model")));
-    for method in METHODS {
-        let out = dir.path().join(method.to_string());
-        let spec = resolve(PartialSpec { steps: Some(24), eval_every: Some(24), ..flags(method, &out) });
+    for (way, method, change) in ways() {
+        let out = dir.path().join(way);
+        let longer = PartialSpec { steps: Some(24), eval_every: Some(24), ..change };
+        let spec = resolve(longer.over(flags(method, &out)));
         let mut last = Last::default();
         let outcome = train_on(&backbone, &spec, &Control::new(), &mut last).unwrap();
         let losses = losses(&out);
         let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
         let (first, end) = (mean(&losses[..5]), mean(&losses[19..]));
-        assert!(end < 0.8 * first, "{method}: from {first} to {end}");
+        println!("{way}: from {first} to {end}");
+        assert!(end < 0.8 * first, "{way}: from {first} to {end}");
 
         let mut again = load(&if method == Method::Model { out.join("model") } else { demo("model") });
         if method != Method::Model {
@@ -114,17 +133,18 @@ fn training_lowers_the_loss_and_what_is_left_computes_what_the_run_measured() {
         let set = task.eval.unwrap();
         let evaluation =
             evaluate(&again.engine, None, &set, &again.tokenizer, &options, &Control::new()).unwrap();
-        assert_eq!(Some(evaluation), last.0, "{method}: {:?}", outcome.trained);
+        assert_eq!(Some(evaluation), last.0, "{way}: {:?}", outcome.trained);
     }
 }
 
 #[test]
 fn ranks_that_share_the_work_come_to_nearly_the_same() {
     let dir = tempfile::tempdir().unwrap();
-    for method in METHODS {
+    for (way, method, change) in ways() {
         let losses_of = |name: &str, tp: usize, dp: usize| {
-            let out = dir.path().join(format!("{method}-{name}"));
-            let spec = resolve(PartialSpec { tp: Some(tp), dp: Some(dp), ..flags(method, &out) });
+            let out = dir.path().join(format!("{way}-{name}"));
+            let ranks = PartialSpec { tp: Some(tp), dp: Some(dp), ..change.clone() };
+            let spec = resolve(ranks.over(flags(method, &out)));
             train(&spec, &Options::default(), &Control::new(), &mut ()).unwrap();
             losses(&out)
         };
@@ -132,9 +152,97 @@ fn ranks_that_share_the_work_come_to_nearly_the_same() {
         for (name, tp, dp) in [("tp", 2, 1), ("dp", 1, 2)] {
             let shared = losses_of(name, tp, dp);
             let apart = alone.iter().zip(&shared).map(|(a, b)| (a / b - 1.0).abs()).fold(0.0, f64::max);
-            println!("{method} {name}: {apart:.1e}");
-            assert!(apart < 1e-4 && shared.len() == 6, "{method} {name}: {alone:?} {shared:?}");
+            println!("{way} {name}: {apart:.1e}");
+            assert!(apart < 1e-4 && shared.len() == 6, "{way} {name}: {alone:?} {shared:?}");
         }
+    }
+}
+
+/// The MLP is in checkpoints, and goes no further.
+#[test]
+fn of_a_prefix_trained_through_an_mlp_the_keys_and_values_are_kept() {
+    let (dir, backbone) = (tempfile::tempdir().unwrap(), load(&demo("model")));
+    let [plain, projected] = [None, Some(12)].map(|width| {
+        let out = dir.path().join(format!("{width:?}"));
+        let change = PartialSpec {
+            prefix_projection: width,
+            steps: Some(2),
+            eval_every: Some(2),
+            ..PartialSpec::default()
+        };
+        let spec = resolve(change.over(flags(Method::Prefix, &out)));
+        let mut counts = Counts::default();
+        train_on(&backbone, &spec, &Control::new(), &mut counts).unwrap();
+        (out, counts)
+    });
+    let shapes = |path: &Path| match Trained::read(path).unwrap() {
+        Trained::Weights(weights) => weights.into_iter().map(|w| (w.name, w.shape)).collect::<Vec<_>>(),
+        Trained::Prompt(_) => panic!("weights were trained"),
+    };
+    assert_eq!(shapes(&projected.0), shapes(&plain.0));
+    let [shown, best] =
+        ["weights.safetensors", "best"].map(|name| Trained::read(&projected.0.join(name)).unwrap());
+    assert!(shown == best, "a checkpoint is read as what it makes");
+    assert_eq!((plain.1.trained, plain.1.kept), (shown.num_parameters(), shown.num_parameters()));
+    let (attentions, inner, d) = (3 + 2 * 3, 128, 128);
+    assert_eq!(projected.1.kept, 2 * 4 * inner * attentions);
+    assert_eq!(projected.1.trained, 4 * d + 12 * d + 12 + 2 * attentions * (inner * 12 + inner));
+    let held = checkpoint::load(&projected.0.join("last")).unwrap().trained;
+    assert_eq!(held.num_parameters(), projected.1.trained);
+}
+
+/// The two counts that a run begins with.
+#[derive(Default)]
+struct Counts {
+    trained: u64,
+    kept: u64,
+}
+
+impl Observer for Counts {
+    fn on(&mut self, event: &Event<'_>) {
+        if let Event::Loaded(loaded) = event {
+            (self.trained, self.kept) = (loaded.num_trained, loaded.num_kept);
+        }
+    }
+}
+
+#[test]
+fn a_prefix_of_the_decoder_is_left_for_peft_and_read_again() {
+    let (dir, backbone) = (tempfile::tempdir().unwrap(), load(&demo("model")));
+    let out = dir.path().join("out");
+    let decoder = PartialSpec { prefix_part: Some(PrefixPart::Decoder), ..PartialSpec::default() };
+    run(&backbone, &resolve(decoder.over(flags(Method::Prefix, &out))));
+    let adapter = out.join("adapter");
+    let loss = |path: &Path| {
+        let Trained::Weights(weights) = Trained::read(path).unwrap() else { panic!("weights were trained") };
+        let engine = backbone.engine_with(&weights).unwrap();
+        let (input, target) = ([9, 12, 30, 1], [7, 5, 1]);
+        let example = Example { prompt: None, input: &input, target: &target, key: 0 };
+        engine.model().loss(&Microbatch { prompts: &[], examples: &[example] }).unwrap()[0]
+    };
+    assert_eq!(loss(&out), loss(&adapter));
+    assert_eq!(loss(&out), loss(&adapter.join("adapter_model.safetensors")));
+    let error = Prompt::read(&adapter).unwrap_err().to_string();
+    assert!(error.contains("PREFIX_TUNING") && error.contains("eval, generate"), "{error}");
+
+    let other = |change: &dyn Fn(&mut Vec<NamedTensor>)| {
+        let Trained::Weights(mut weights) = Trained::read(&out).unwrap() else {
+            panic!("weights were trained")
+        };
+        change(&mut weights);
+        backbone.engine_with(&weights).err().unwrap().to_string()
+    };
+    let narrow = |weights: &mut Vec<NamedTensor>| {
+        for weight in weights {
+            weight.shape = vec![4, 64];
+            weight.data.truncate(4 * 64);
+        }
+    };
+    for error in [other(&|weights| weights.truncate(4)), other(&narrow)] {
+        assert!(
+            error.contains("3 layers of 128") && error.contains("the model that it was trained on"),
+            "{error}"
+        );
     }
 }
 
@@ -178,6 +286,16 @@ fn flags_of_one_method_are_refused_with_another() {
     let none = PartialSpec::default;
     let error = refused(PartialSpec { adapter_width: Some(8), ..none() });
     assert!(error.contains("--adapter-width") && error.contains("--method prompt"), "{error}");
+    let error = refused(PartialSpec { prefix_projection: Some(8), ..none() });
+    assert!(
+        error.contains("--prefix-projection is of --method prefix") && error.contains("leave one"),
+        "{error}"
+    );
+    let error = refused(PartialSpec { prefix_part: Some(PrefixPart::All), ..none() });
+    assert!(error.contains("--prefix-part is of --method prefix"), "{error}");
+    let prefix = PartialSpec { method: Some(Method::Prefix), ..none() };
+    let error = refused(PartialSpec { prefix_projection: Some(0), ..prefix });
+    assert!(error.contains("--prefix-projection is 0"), "{error}");
     let error =
         refused(PartialSpec { method: Some(Method::Prefix), parameter_scaling: Some(true), ..none() });
     assert!(error.contains("--parameter-scaling") && error.contains("adamw"), "{error}");

@@ -90,12 +90,13 @@ impl Files {
         let spec = job.spec.clone().unwrap_or_default();
         let train = self.data(client, spec.train.as_ref()).await?;
         let eval = self.data(client, spec.eval.as_ref()).await?;
+        let initial = self.data(client, spec.initial.as_ref()).await?;
         let checkpoint = match &job.checkpoint {
             None => String::new(),
             Some(checkpoint) => self.checkpoint(client, &job.job, checkpoint).await?,
         };
-        self.evict(&[&train, &eval]).await;
-        Ok(LocalJob { assignment: Some(job.clone()), train, eval, checkpoint })
+        self.evict(&[&train, &eval, &initial]).await;
+        Ok(LocalJob { assignment: Some(job.clone()), train, eval, checkpoint, initial })
     }
 
     async fn data(&self, client: &Client, source: Option<&v1::DataSource>) -> Result<String, Stopped> {

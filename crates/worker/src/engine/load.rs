@@ -7,6 +7,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use incipit_proto::v1::JobAssignment;
 use incipit_tune::backbone::Backbone;
 use incipit_tune::checkpoint;
+use incipit_tune::init::PromptInit;
+use incipit_tune::prompt::Prompt;
 use incipit_tune::spec::{PartialSpec, TrainSpec};
 use incipit_tune::task::Task;
 use tokenizers::Tokenizer;
@@ -78,7 +80,11 @@ impl Shelf {
             "" => None,
             path => Some(checkpoint::load(Path::new(path))?),
         };
-        let task = self.task(&spec)?;
+        let initial = match &*local.initial {
+            "" => None,
+            path => Some(Prompt::read(Path::new(path))?),
+        };
+        let task = Task { initial, ..self.task(&spec)? };
         Ok(Begin { spec, task, checkpoint })
     }
 
@@ -88,7 +94,11 @@ impl Shelf {
             self.tasks.iter().position(|(known, _)| *known == key).and_then(|place| self.tasks.remove(place));
         let task = match kept {
             Some((_, task)) => task,
-            None => Task::load(spec, &self.tokenizer, self.vocab_size)?,
+            // A prompt to start as is no part of what jobs share, and its name is no path.
+            None => {
+                let spec = TrainSpec { prompt_init: PromptInit::Vocab, ..spec.clone() };
+                Task::load(&spec, &self.tokenizer, self.vocab_size)?
+            }
         };
         self.tasks.push_front((key, task.clone()));
         self.tasks.truncate(KEPT);

@@ -196,6 +196,8 @@ mod tests {
     use incipit_proto::v1::BackboneState;
     use incipit_tune::spec::PartialSpec;
 
+    use std::path::Path;
+
     use super::*;
 
     fn spec(change: PartialSpec) -> TrainSpec {
@@ -234,7 +236,7 @@ mod tests {
         let known = examples(&spec, &texts(105), Some(&texts(7)));
         assert_eq!((known.train, known.eval, known.tokens_each), (105, Some(7), 123.0));
         let answer = Job { queue_position: 2, ..Job::default() };
-        let missing = [LocalFile { path: "/d/train.jsonl".into(), digest: "ab".into(), size: 2048 }];
+        let missing = [LocalFile::made(Path::new("/d/train.jsonl"), vec![0; 2048])];
         let plan = Plan::new(&spec, Some(known), &backbone(), Some(&answer), &missing);
         assert_eq!((plan.steps, plan.epochs), (1200, Some(120.0)));
         assert_eq!((plan.evaluations, plan.checkpoints, plan.checkpoints_kept), (3, 3, 4));

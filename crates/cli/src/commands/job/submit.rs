@@ -16,6 +16,7 @@ use incipit_proto::v1::{
 use incipit_tune::spec::{PartialSpec, TrainSpec};
 
 use super::plan::{self, Examples, Plan};
+use super::start::Start;
 use super::{list, watch};
 use crate::args::Global;
 use crate::cluster::blobs::{self, LocalFile};
@@ -40,7 +41,9 @@ Examples:
       what it would be: steps, bytes, its place in the queue, roughly the time; nothing is sent
 
 Files: JSON lines (also .gz), CSV, TSV or Parquet.
-Prompt initialisations: class-label, vocab, uniform, uniform:LOW,HIGH, text:SOME WORDS.";
+Prompt initialisations: class-label, vocab, uniform, uniform:LOW,HIGH, text:SOME WORDS; or another task's prompt (Vu et al. \
+2022): file:PATH (an .npy, a PEFT directory or a run, which is read here and handed in), prompt:NAME or prompt:NAME/VERSION \
+(one that was promoted).";
 
 /// Flags of `job submit`.
 #[derive(Args)]
@@ -113,8 +116,10 @@ pub(super) async fn run(args: SubmitArgs, connect: &ConnectArgs, global: &Global
     };
     let draft = Draft::resolve(args)?;
     let mut wire = incipit_worker::spec::to_wire(&draft.job).map_err(refusal)?;
-    let data = if on_workers { Data::default() } else { Data::read(&draft.whole, &mut wire, global)? };
+    let mut data = if on_workers { Data::default() } else { Data::read(&draft.whole, &mut wire, global)? };
     let client = connect.connect().await?;
+    wire.initial = draft.start.source(&client).await?;
+    data.files.extend(draft.start.file().cloned());
     let backbone = choose(&client, backbone.as_deref(), draft.model.as_deref()).await?;
     let missing = blobs::missing(&client, &data.files).await?;
     (job.backbone, job.spec) = (backbone.name.clone(), Some(wire));
@@ -180,6 +185,7 @@ struct Draft {
     job: PartialSpec,
     /// The whole, checked.
     whole: TrainSpec,
+    start: Start,
     model: Option<String>,
 }
 
@@ -199,14 +205,16 @@ impl Draft {
         let given = flags.over(file);
         refuse_task(args.task.as_deref().or(given.task.as_deref()), args.data_dir.is_some())?;
         let model = given.model.clone();
-        let job = job_fields(given);
+        let mut job = job_fields(given);
+        let promoted = Start::promoted(&mut job)?;
         let elsewhere = PartialSpec {
             model: Some(ELSEWHERE.to_owned()),
             out: Some(ELSEWHERE.into()),
             ..PartialSpec::default()
         };
         let whole = TrainSpec::resolve(elsewhere.over(job.clone()), None, false)?;
-        Ok(Self { job, whole, model })
+        let start = promoted.map_or_else(|| Start::read(&whole), Ok)?;
+        Ok(Self { job, whole, start, model })
     }
 }
 

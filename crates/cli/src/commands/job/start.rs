@@ -1,0 +1,106 @@
+//! The prompt that a job starts as, where that is another task's (Vu et al. 2022).
+
+use anyhow::Result;
+use incipit_proto::client::Client;
+use incipit_proto::v1::{DataSource, GetPromptVersionRequest};
+use incipit_tune::checkpoint;
+use incipit_tune::init::PromptInit;
+use incipit_tune::prompt::Prompt;
+use incipit_tune::spec::{PartialSpec, TrainSpec};
+use incipit_worker::spec::initial_of;
+
+use crate::cluster::blobs::LocalFile;
+use crate::cluster::{call, names};
+use crate::exit::bad_input;
+
+/// What `--prompt-init` begins with for a prompt of the cluster's registry.
+const PROMOTED: &str = "prompt:";
+
+/// What a job starts as.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Start {
+    /// A prompt that is made where the job is trained.
+    Made,
+    /// A prompt of this machine, to be handed in.
+    Here(LocalFile),
+    /// A version of a promoted prompt, by its whole name.
+    Promoted(String),
+}
+
+impl Start {
+    /// A promoted prompt, if `job` names one. In its place `job` gets a file, which is what the worker makes of it.
+    ///
+    /// # Errors
+    /// If it is no name of a prompt.
+    pub(super) fn promoted(job: &mut PartialSpec) -> Result<Option<Self>> {
+        let Some(name) = job.prompt_init.as_deref().and_then(|init| init.strip_prefix(PROMOTED)) else {
+            return Ok(None);
+        };
+        match names::prompt_version(name) {
+            Ok(version) => {
+                job.prompt_init = Some(format!("file:{name}"));
+                Ok(Some(Self::Promoted(version)))
+            }
+            Err(what) => bad_input(format!("--prompt-init prompt:{name}: {what}")),
+        }
+    }
+
+    /// What else the specification starts from: a prompt of this machine is read.
+    ///
+    /// # Errors
+    /// If it holds no prompt, or one of another length.
+    pub(super) fn read(spec: &TrainSpec) -> Result<Self> {
+        let PromptInit::File(path) = &spec.prompt_init else { return Ok(Self::Made) };
+        let prompt = Prompt::read(path)?;
+        let (length, given) = (prompt.length(), spec.prompt_length);
+        if length != given {
+            return bad_input(format!(
+                "--prompt-init {}: it has {length} rows, not {given}; give --prompt-length {length}",
+                spec.prompt_init
+            ));
+        }
+        Ok(Self::Here(LocalFile::made(path, checkpoint::prompt_bytes(&prompt)?)))
+    }
+
+    /// The file to hand in, if there is one.
+    pub(super) fn file(&self) -> Option<&LocalFile> {
+        match self {
+            Self::Here(file) => Some(file),
+            Self::Made | Self::Promoted(_) => None,
+        }
+    }
+
+    /// What goes with the job.
+    ///
+    /// # Errors
+    /// What the coordinator says of a promoted prompt.
+    pub(super) async fn source(&self, client: &Client) -> Result<Option<DataSource>> {
+        Ok(match self {
+            Self::Made => None,
+            Self::Here(file) => Some(initial_of(&file.digest)),
+            Self::Promoted(name) => {
+                let request = GetPromptVersionRequest { name: name.clone() };
+                Some(initial_of(&call!(client, prompts.get_prompt_version(request))?.digest))
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_promoted_prompt_is_told_from_a_file() {
+        let start = |init: &str| {
+            let mut job = PartialSpec { prompt_init: Some(init.to_owned()), ..PartialSpec::default() };
+            let found = Start::promoted(&mut job).map_err(|error| error.to_string());
+            (found, job.prompt_init.unwrap_or_default())
+        };
+        let version = Start::Promoted("prompts/greeter/versions/3".to_owned());
+        assert_eq!(start("prompt:greeter/3"), (Ok(Some(version)), "file:greeter/3".to_owned()));
+        assert_eq!(start("file:prompt:x"), (Ok(None), "file:prompt:x".to_owned()));
+        assert_eq!(start("vocab").0, Ok(None));
+        assert!(start("prompt:greeter/zero").0.unwrap_err().contains("greeter/zero"));
+    }
+}
