@@ -14,7 +14,7 @@ use incipit_collective::Ranks;
 use incipit_data::TokenizedExample;
 use incipit_kernels::rng::Philox;
 use incipit_model::{
-    Config, Example, ExampleGradient, GenerateOptions, Microbatch, PassOptions, T5, TensorAxis,
+    Config, Example, ExampleGradient, GenerateOptions, Microbatch, PassOptions, SoftPrompt, T5, TensorAxis,
 };
 use incipit_tune::engine::{Engine, EngineOptions, JobBatch, JobFault, JobGradient, Objective, Recompute};
 use incipit_tune::recipe::LossReduction;
