@@ -38,8 +38,8 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Weights before their first step, by the names under which the model takes them; or those of an MLP that makes them
-    /// ([`projection`]).
+    /// Weights before their first step, by the names under which the model takes them; or those of an MLP that makes
+    /// them.
     ///
     /// # Errors
     /// If the model does not take one of them.

@@ -121,11 +121,11 @@ fn check_initial(checks: &mut Checks, spec: &TrainingSpec, roots: &Roots) {
     let of_file = spec.prompt_init.as_deref().is_some_and(|init| init.starts_with("file:"));
     match &spec.initial {
         None if of_file => {
-            checks.wrong(FIELD, "is missing, and job.spec.prompt_init is file:NAME; give its digest")
+            checks.wrong(FIELD, "is missing, and job.spec.prompt_init is file:NAME; give its digest");
         }
         None => {}
         Some(_) if !of_file => {
-            checks.wrong(FIELD, "is of no use unless job.spec.prompt_init is file:NAME; leave it out")
+            checks.wrong(FIELD, "is of no use unless job.spec.prompt_init is file:NAME; leave it out");
         }
         Some(DataSource { source: Some(Source::Path(_)), .. }) => {
             checks.wrong(FIELD, "is a path, where the prompt may change; upload it and give its digest");
