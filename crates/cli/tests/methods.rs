@@ -79,7 +79,10 @@ fn tasks_that_share_rows_are_tuned_together_and_serve_alone() {
     }
     let further = incipit(&["multitask", "--out", &out, "--resume", "--steps", "3", "--json"]).ok().json();
     assert_eq!(further["members"][1]["steps"], 3, "{further}");
-    refused(&incipit(&[&args[..], &["--train", &few]].concat()), &["--train and --task are for one task"]);
+    refused(
+        &incipit(&[&args[..], &["--train", &few]].concat()),
+        &["--train, --eval and --task are for one task"],
+    );
     let one = path(dir.path(), "both/plain");
     refused(&incipit(&["train", "--out", &one, "--resume"]), &["--shared-length", "incipit multitask"]);
 }

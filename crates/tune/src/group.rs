@@ -220,7 +220,7 @@ impl Dirs {
         let mut members = specs.iter().map(RunDir::open).collect::<Result<Vec<_>>>()?;
         if is_tied(specs) {
             // The rows that they share are those of one step.
-            let step = common_step(&members)?;
+            let step = common_step(&group.out, &members)?;
             members.iter_mut().for_each(|member| member.go_on_from(step));
         }
         Ok(Self { members, group })
@@ -233,14 +233,18 @@ fn is_tied(specs: &[TrainSpec]) -> bool {
 }
 
 /// The newest step of which every member has a checkpoint that can be used: a process may have died between two members' checkpoints.
-fn common_step(members: &[RunDir]) -> Result<Option<u64>> {
-    let Some((first, others)) = members.split_first() else { return Ok(None) };
-    let mut steps = first.store.steps()?;
-    steps.reverse();
-    let is_whole = |member: &RunDir, step: u64| checkpoint::load(&member.store.path(step)).is_ok();
-    Ok(steps
-        .into_iter()
-        .find(|step| is_whole(first, *step) && others.iter().all(|member| is_whole(member, *step))))
+///
+/// # Errors
+/// If there is none although they have come further than a first one.
+fn common_step(out: &Path, members: &[RunDir]) -> Result<Option<u64>> {
+    let steps = members.iter().map(|member| member.store.steps()).collect::<Result<Vec<_>>>()?;
+    let is_whole = |step: u64| members.iter().all(|m| checkpoint::load(&m.store.path(step)).is_ok());
+    let common = steps.first().and_then(|first| first.iter().rev().copied().find(|step| is_whole(*step)));
+    if common.is_none() && steps.iter().any(|steps| steps.len() > 1) {
+        let what = "its runs have no checkpoint of one step that can be used, and would begin anew; pass another --out";
+        return Err(Error::Ensemble { path: out.to_owned(), what: what.to_owned() });
+    }
+    Ok(common)
 }
 
 fn carry_on<O: Observer>(

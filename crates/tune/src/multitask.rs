@@ -35,6 +35,17 @@ pub fn resolve(flags: &PartialSpec, tasks: Option<&Path>, resume: bool) -> Resul
         }
         None => return Err(Error::spec("tasks", &"is missing; pass a file with a table for each task")),
     };
+    if resume && out.join(FILE).exists() {
+        let began: Vec<String> = group::list(&out, FILE, "")?.into_iter().map(|member| member.dir).collect();
+        let now: Vec<&str> = named.iter().map(|(name, _)| name.as_str()).collect();
+        if began != now {
+            return Err(Error::OtherSpec {
+                flag: "tasks".into(),
+                was: began.join(", "),
+                now: now.join(", "),
+            });
+        }
+    }
     let spec = |(name, of_task): (String, PartialSpec)| {
         let flags = PartialSpec { out: Some(directory(&out, &name)?), ..flags.clone() };
         TrainSpec::resolve(flags.over(of_task), None, resume)
@@ -65,15 +76,22 @@ fn check(specs: &[TrainSpec]) -> Result<()> {
         return Err(Error::spec("shared-length", &"is missing; pass how many rows the tasks share"));
     }
     let common = |spec: &TrainSpec| {
-        let rates = (spec.lr, spec.schedule, spec.warmup_steps, spec.optimizer_kind());
         [
             ("model", spec.model.clone()),
+            ("dtype", spec.dtype.to_string()),
+            ("device", spec.device.to_string()),
+            ("tp", spec.tp.to_string()),
+            ("dp", spec.dp.to_string()),
+            ("prompt-placement", spec.prompt_placement.to_string()),
+            ("lr", spec.lr.to_string()),
+            ("schedule", spec.schedule.to_string()),
+            ("warmup-steps", spec.warmup_steps.to_string()),
             ("shared-length", format!("{:?}", spec.shared_length)),
             ("seed", spec.seed.to_string()),
             ("steps", spec.steps.to_string()),
             ("eval-every", spec.eval_every.to_string()),
             ("checkpoint-every", spec.checkpoint_every.to_string()),
-            ("optimizer", format!("{rates:?}")),
+            ("optimizer", format!("{:?}", spec.optimizer_kind())),
         ]
     };
     for other in others {

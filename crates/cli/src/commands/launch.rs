@@ -138,7 +138,7 @@ fn check(command: &Command) -> Result<Option<Backend>> {
         Command::Bench(BenchCommand::Collective(args)) => args.collective,
         _ => {
             return bad_input(
-                "launch starts the ranks of train, eval, generate, ensemble, bench step and bench collective; run other commands by themselves",
+                "launch starts the ranks of train, eval, generate, ensemble, multitask, bench step and bench collective; run other commands by themselves",
             );
         }
     };

@@ -60,9 +60,9 @@ pub(crate) fn run(args: MultitaskArgs, global: &Global) -> Result<Exit> {
         Some(path) => flags.over(PartialSpec::read(&path)?),
         None => flags,
     };
-    if flags.train.is_some() || flags.task.is_some() {
+    if flags.train.is_some() || flags.eval.is_some() || flags.task.is_some() {
         return bad_input(
-            "--train and --task are for one task: give a table for each in the file of --tasks",
+            "--train, --eval and --task are for one task: give a table for each in the file of --tasks",
         );
     }
     let specs = multitask::resolve(&flags, args.tasks.as_deref(), resume)?;

@@ -39,14 +39,14 @@ Every run is a command of this program, which --dry-run prints; OUT/runs keeps w
 suites go on where they were, after Ctrl-C, a crash or a kill; runs that several suites have in common are made once.
 
 Each suite becomes OUT/SUITE.txt, .json, .csv and .svg, with the paper's numbers beside ours and, over several seeds, with mean and
-deviation (that of a sample); OUT/paper.html has all of them.
+deviation (that of a sample); OUT/paper.html has all that were asked for.
 
 Scales:
   tiny     small models, made on the spot of --corpus; short runs: all of it takes about an hour on two cores
   paper    T5 1.1 and its LM-adapted form in five sizes, SuperGLUE and the paper's settings
   FILE     a scale of your own: `incipit paper --scale tiny --print-scale` prints one to begin with
 
-Suites: table-1 to table-6, figure-1, figure-3a to figure-3d, figure-4, and methods, which sets the systems of section 3.1 side by side.
+Suites: table-1 to table-6, figure-1, figure-3a to figure-3d, figure-4, and methods, which sets prompt tuning beside what it is compared with.
 
 Examples:
   incipit paper --scale tiny --data-dir data --corpus books/ --tokenizer ./t5-small --out tiny --dry-run
@@ -147,15 +147,13 @@ impl PaperArgs {
             Some(dir) => load_tokenizer(dir)?.get_vocab_size(true).next_multiple_of(ROWS),
             None => ROWS,
         };
-        let mut machine = Vec::new();
         let threads = global.threads.map(|threads| threads.to_string());
         let (tp, dp) = (self.tp.map(|n| n.to_string()), self.dp.map(|n| n.to_string()));
-        for (flag, value) in
-            [("--device", &self.device), ("--tp", &tp), ("--dp", &dp), ("--threads", &threads)]
-        {
-            machine.extend(value.iter().flat_map(|value| [flag.to_owned(), value.clone()]));
-        }
-        let ranks = self.tp.unwrap_or(1) * self.dp.unwrap_or(1);
+        let given = |flags: [(&str, &Option<String>); 2]| {
+            let words = |(flag, value): (&str, &Option<String>)| Some([flag.to_owned(), value.clone()?]);
+            flags.into_iter().filter_map(words).flatten().collect::<Vec<_>>()
+        };
+        let num_ranks = self.tp.unwrap_or(1) * self.dp.unwrap_or(1);
         let launched = self.collective.filter(|collective| *collective != Backend::Local);
         Ok(Place {
             out: out.clone(),
@@ -164,8 +162,10 @@ impl PaperArgs {
             held_out: self.held_out.clone(),
             tokenizer: self.tokenizer.clone(),
             vocab_size,
-            machine,
-            launched: launched.map(|collective| (collective, ranks)),
+            device: self.device.clone(),
+            machine: given([("--device", &self.device), ("--threads", &threads)]),
+            ranks: given([("--tp", &tp), ("--dp", &dp)]),
+            launched: launched.map(|collective| (collective, num_ranks)),
         })
     }
 }
@@ -197,7 +197,7 @@ fn shape_file(out: &Path, model: &str) -> PathBuf {
 
 /// Writes the shapes of the models that are made here.
 fn write_shapes(scale: &Scale, place: &Place) -> Result<()> {
-    for model in scale.models.iter().filter(|model| matches!(model.shape, Shape::Sizes(_))) {
+    for model in scale.models.iter().filter(|model| !matches!(model.shape, Shape::Own(_))) {
         let Some(config) = model.config(place.vocab_size)? else { continue };
         let path = shape_file(&place.out, &model.name);
         let parent = path.parent().unwrap_or(&place.out);
@@ -281,8 +281,8 @@ struct DryRun {
     work: Option<f64>,
     /// About how long that takes at the speed of the runs that are done.
     seconds: Option<f64>,
-    /// The least that it takes at the speed of a plain product of matrices, if it runs on this machine's CPU.
-    least_seconds: Option<f64>,
+    /// What it would take at the speed of a plain product of matrices on this machine's CPU, if it runs there.
+    product_seconds: Option<f64>,
 }
 
 #[derive(Serialize)]
@@ -303,14 +303,15 @@ impl DryRun {
         };
         let runs: Vec<DryRunOf> = plan.runs.iter().zip(&progress.done).map(run).collect();
         let work = runs.iter().filter(|run| !run.done).map(|run| run.work).sum::<Option<f64>>();
-        let on_cpu = plan.place.launched.is_none() && !plan.place.machine.contains(&"--device".to_owned());
+        let on_cpu = plan.place.launched.is_none()
+            && plan.place.device.as_deref().is_none_or(|device| device == "cpu");
         let rate = if on_cpu { Some(estimate::product_rate()?) } else { None };
         Ok(Self {
             suites: suites.iter().map(|(suite, _)| suite.name.clone()).collect(),
             runs,
             work,
             seconds: estimate::left(plan, progress).map(|time| time.as_secs_f64()),
-            least_seconds: work.zip(rate).map(|(work, rate)| work / rate),
+            product_seconds: work.zip(rate).map(|(work, rate)| work / rate),
         })
     }
 }
@@ -329,14 +330,17 @@ impl Printed for DryRun {
             ("suites", self.suites.join(", ")),
             ("to run", format!("{} of {}", commands.len(), self.runs.len())),
         ];
-        match (self.seconds, self.least_seconds) {
+        match (self.seconds, self.product_seconds) {
             (Some(seconds), _) => {
                 facts.push(("time", format!("about {}, at the speed of what is done", time(seconds))));
             }
-            (None, Some(least)) => {
+            (None, Some(product)) => {
                 facts.push((
                     "time",
-                    format!("more than {}, at the speed of a plain product of matrices", time(least)),
+                    format!(
+                        "about {} if all went at the speed of a plain product of matrices",
+                        time(product)
+                    ),
                 ));
             }
             (None, None) => facts.push(("time", "not known before a run is done".to_owned())),

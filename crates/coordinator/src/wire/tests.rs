@@ -107,7 +107,7 @@ fn numbers_out_of_their_ranges_are_refused_by_their_fields() {
 #[test]
 fn a_prompt_to_start_as_is_a_blob_that_the_specification_asks_for() {
     let with = |init: &str, initial: Option<DataSource>| {
-        wrong(move |_, spec| (spec.prompt_init, spec.initial) = (Some(init.to_owned()), initial.clone()))
+        wrong(move |_, spec| (spec.prompt_init, spec.initial) = (Some(init.to_owned()), initial))
     };
     let blob = data(Source::Digest("ab".repeat(32)));
     let none: [&str; 0] = [];

@@ -11,7 +11,7 @@ use super::Task;
 use crate::{Error, Result, prompt::Prompt};
 
 /// The version of the bytes written here.
-const FORMAT: u64 = 2;
+const FORMAT: u64 = 3;
 
 impl Task {
     /// All of it as bytes, to be sent to another rank.
@@ -27,8 +27,7 @@ impl Task {
         out.text(&self.train_hash);
         out.list(self.eval_hash.as_slice(), |out, hash| out.text(hash));
         out.list(self.initial.as_slice(), |out, prompt| {
-            out.number(prompt.length());
-            out.number(prompt.width());
+            out.list(&prompt.shape(), |out, dim| out.number(*dim));
             out.words(prompt.values().iter().map(|value| value.to_bits()));
         });
         out.list(&self.warnings, |out, warning| out.text(warning));
@@ -157,8 +156,8 @@ impl<'a> Reader<'a> {
     }
 
     fn prompt(&mut self) -> Option<Prompt> {
-        let (length, width) = (self.number()?, self.number()?);
-        Prompt::new(length, width, self.words()?.into_iter().map(f32::from_bits).collect()).ok()
+        let shape = self.list(Self::number)?;
+        Prompt::of_shape(&shape, self.words()?.into_iter().map(f32::from_bits).collect()).ok()
     }
 
     fn reference(&mut self) -> Option<Reference> {

@@ -224,7 +224,7 @@ mod tests {
         assert_eq!(found.len(), tensors.len());
         let mut worst = 0.0f64;
         for (t, tensor) in tensors.iter().enumerate() {
-            for i in 0..tensor.data.len() {
+            for (i, found) in found[&tensor.name].iter().enumerate() {
                 // A power of two, so that the step is the same up and down.
                 let step = 2f32.powi(-12);
                 let [up, down] = [step, -step].map(|step| {
@@ -233,7 +233,7 @@ mod tests {
                     (objective(&moved), f64::from(moved[t].data[i]))
                 });
                 let slope = (up.0 - down.0) / (up.1 - down.1);
-                worst = worst.max((slope - f64::from(found[&tensor.name][i])).abs());
+                worst = worst.max((slope - f64::from(*found)).abs());
             }
         }
         println!("largest difference: {worst:.1e}");

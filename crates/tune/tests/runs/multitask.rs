@@ -188,7 +188,7 @@ fn tasks_that_cannot_share_rows_are_refused_with_the_mend() {
         (refused(PartialSpec { keep: Some(1), ..none() }, Some(&path)), ["--keep", "pass 2"]),
         (
             refused(none(), Some(&written(&all.replace("[there]", "[there]\nlr = 0.1")))),
-            ["--optimizer differs", "on the command line"],
+            ["--lr differs", "on the command line"],
         ),
         (
             refused(none(), Some(&written(&all.replace("[there]", "[there]\ntrian = 'x'")))),

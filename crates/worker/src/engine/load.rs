@@ -82,7 +82,7 @@ impl Shelf {
         };
         let initial = match &*local.initial {
             "" => None,
-            path => Some(Prompt::read(Path::new(path))?),
+            path => Some(Prompt::read(Path::new(path))?.for_layers(1)?),
         };
         let task = Task { initial, ..self.task(&spec)? };
         Ok(Begin { spec, task, checkpoint })

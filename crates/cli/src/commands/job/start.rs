@@ -48,10 +48,17 @@ impl Start {
     /// What else the specification starts from: a prompt of this machine is read.
     ///
     /// # Errors
-    /// If it holds no prompt, or one of another length.
+    /// If it holds no prompt, or one of another length or with rows for every layer.
     pub(super) fn read(spec: &TrainSpec) -> Result<Self> {
         let PromptInit::File(path) = &spec.prompt_init else { return Ok(Self::Made) };
         let prompt = Prompt::read(path)?;
+        if prompt.num_layers() != 1 {
+            return bad_input(format!(
+                "--prompt-init {}: it has rows for {} layers, and a job starts as a prompt of one; give another",
+                spec.prompt_init,
+                prompt.num_layers()
+            ));
+        }
         let (length, given) = (prompt.length(), spec.prompt_length);
         if length != given {
             return bad_input(format!(

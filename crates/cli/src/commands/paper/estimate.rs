@@ -31,7 +31,7 @@ pub(super) fn rate(progress: &Progress) -> Option<f64> {
     (work > 0.0).then(|| work / seconds)
 }
 
-/// Floating-point operations a second of a plain product of matrices on this machine's CPU, which no run can exceed.
+/// Floating-point operations a second of a plain product of matrices on this machine's CPU, in f32.
 ///
 /// # Errors
 /// If the matrices cannot be made.

@@ -20,6 +20,7 @@ use serde_json::Value;
 use super::plan::{Plan, Run};
 use crate::exit::{Exit, bad_input};
 use crate::progress::{note, warn};
+use crate::ranks::environment::LAUNCHER;
 use crate::units;
 
 /// How often a run is looked at.
@@ -106,13 +107,18 @@ pub(super) fn carry_out(plan: &Plan<'_>, progress: &mut Progress, signals: &Rece
         note(&format!("[{}/{}] {}{left}", i + 1, plan.runs.len(), run.name));
         let start = Instant::now();
         match process(plan, run, signals)? {
-            Ended::Well(summary) => {
+            Ended::Well { summary, asked } => {
                 let seconds = start.elapsed().as_secs_f64();
                 let done = Done { command: run.command.clone(), seconds, work: run.work, summary };
                 let path = record(plan, run);
                 make_parent(&path)?;
                 atomic::write_file(&path, &serde_json::to_vec_pretty(&done)?)?;
                 progress.done[i] = Some(done);
+                // Someone asked for the end while the run came to its own.
+                if asked {
+                    progress.interrupted = true;
+                    return Ok(());
+                }
             }
             Ended::Badly => {
                 let log = log(plan, run);
@@ -136,7 +142,7 @@ fn make_parent(path: &Path) -> Result<()> {
 }
 
 enum Ended {
-    Well(Value),
+    Well { summary: Value, asked: bool },
     Badly,
     Interrupted,
 }
@@ -156,6 +162,8 @@ fn process(plan: &Plan<'_>, run: &Run, signals: &Receiver<()>) -> Result<Ended> 
     command.args(["--json", "--quiet"]).args(begun.then_some("--resume"));
     let log = log(plan, run);
     let stderr = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+    // If this process is killed, its run ends too, and does not stand in the way of the next.
+    command.env(LAUNCHER, std::process::id().to_string());
     // A group of its own: Ctrl-C in the terminal reaches this process alone, which passes it on once.
     let mut child = command
         .process_group(0)
@@ -186,7 +194,7 @@ fn process(plan: &Plan<'_>, run: &Run, signals: &Receiver<()>) -> Result<Ended> 
         Some(code) if code == Exit::Ok as i32 => {
             let summary =
                 serde_json::from_str(&text).with_context(|| format!("what {} printed", run.name))?;
-            Ok(Ended::Well(summary))
+            Ok(Ended::Well { summary, asked })
         }
         _ if asked => Ok(Ended::Interrupted),
         _ => Ok(Ended::Badly),

@@ -15,6 +15,9 @@ use crate::exit::bad_input;
 /// Tokens of a usual answer, for estimates of time.
 const ANSWER_TOKENS: f64 = 3.0;
 
+/// Flags that stand alone.
+const ALONE: [&str; 2] = ["target-sentinel", "skip-bad-records"];
+
 /// A command of this program and what it leaves.
 #[derive(Serialize)]
 pub(super) struct Run {
@@ -37,8 +40,11 @@ pub(super) struct Place {
     pub(super) tokenizer: Option<PathBuf>,
     /// Rows of new models' embeddings.
     pub(super) vocab_size: usize,
-    /// Flags that every run is given: where it computes, and on how many ranks.
+    pub(super) device: Option<String>,
+    /// Flags that every run is given: where it computes.
     pub(super) machine: Vec<String>,
+    /// Flags that say on how many ranks.
+    pub(super) ranks: Vec<String>,
     /// What connects ranks that are processes, and how many there are.
     pub(super) launched: Option<(Backend, usize)>,
 }
@@ -79,10 +85,16 @@ impl<'a> Plan<'a> {
 
     /// The words behind `incipit` that carry a run out on this machine.
     pub(super) fn command(&self, run: &Run) -> Vec<String> {
-        let launcher = self.place.launched.iter().flat_map(|(collective, ranks)| {
+        let Place { machine, ranks, launched, .. } = self.place;
+        let command = run.command.iter().chain(machine).cloned();
+        // A model is made on one rank.
+        if run.command[0] == "pretrain" {
+            return command.collect();
+        }
+        let launcher = launched.iter().flat_map(|(collective, ranks)| {
             words(["launch", "--nproc", &ranks.to_string(), "--collective", &collective.to_string(), "--"])
         });
-        launcher.chain(run.command.iter().cloned()).chain(self.place.machine.iter().cloned()).collect()
+        launcher.chain(command).chain(ranks.iter().cloned()).collect()
     }
 
     /// Leaves out the runs from `first` on.
@@ -293,9 +305,8 @@ fn flags(settings: &Settings) -> Vec<String> {
     let mut flags = Vec::new();
     for (name, value) in settings {
         match value {
-            // A flag that stands alone.
-            Value::Boolean(true) if name == "target-sentinel" => flags.push(format!("--{name}")),
-            Value::Boolean(false) if name == "target-sentinel" => {}
+            Value::Boolean(true) if ALONE.contains(&name.as_str()) => flags.push(format!("--{name}")),
+            Value::Boolean(false) if ALONE.contains(&name.as_str()) => {}
             _ => flags.extend([format!("--{name}"), plain(value)]),
         }
     }

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::execute::Progress;
 use super::published::Published;
 use super::scale::Suite;
-use super::suites::{Sheet, Unit};
+use super::suites::{MEAN, Sheet, Unit};
 use super::values::Values;
 use crate::output;
 use crate::report::chart::{Chart, Mark, Series};
@@ -33,6 +33,8 @@ pub(super) struct Filled {
     rows: Vec<Row>,
     /// Seeds of all cells that are not there.
     pub(super) missing: usize,
+    /// Seeds that were never as good as their like are on average.
+    below: usize,
     paper: Published,
 }
 
@@ -56,12 +58,15 @@ impl Filled {
     /// If a run's files cannot be read.
     pub(super) fn new(suite: &Suite, sheet: &Sheet, progress: &Progress) -> Result<Self> {
         let paper = Published::of(&suite.name);
-        let (mut rows, mut missing) = (Vec::new(), 0);
+        let (mut rows, mut missing, mut below) = (Vec::new(), 0, 0);
         for (i, (name, cells)) in sheet.rows.iter().zip(&sheet.cells).enumerate() {
             let cells = sheet.columns.iter().zip(cells).map(|(column, cell)| {
                 let ours = progress.values(cell)?;
                 missing += ours.missing;
-                Ok(Filling { ours, paper: paper.cell(name, column).map(str::to_owned) })
+                below += ours.below;
+                // A mean is that of its rows.
+                let same = name != MEAN || paper.has_rows(&sheet.rows);
+                Ok(Filling { ours, paper: paper.cell(name, column).filter(|_| same).map(str::to_owned) })
             });
             let cells = cells.collect::<Result<_>>()?;
             let num_trained = sheet.trained.as_ref().and_then(|trained| progress.number(&trained[i]));
@@ -76,6 +81,7 @@ impl Filled {
             columns: sheet.columns.clone(),
             rows,
             missing,
+            below,
             paper,
         })
     }
@@ -134,6 +140,13 @@ impl Filled {
         }
         if self.missing > 0 {
             let _ = write!(text, "\n{} values are not there yet, or their runs failed", self.missing);
+        }
+        if self.below > 0 {
+            let _ = write!(
+                text,
+                "\n{} runs never came near to the mean of their like, and have no time",
+                self.below
+            );
         }
         text
     }

@@ -24,6 +24,11 @@ impl Published {
         all.expect("published.toml is TOML").remove(suite).unwrap_or_default()
     }
 
+    /// Whether its rows are these.
+    pub(super) fn has_rows(&self, names: &[String]) -> bool {
+        self.rows.len() == names.len() && self.rows.iter().all(|row| names.contains(&row[0]))
+    }
+
     /// The printed text of a cell.
     pub(super) fn cell(&self, row: &str, column: &str) -> Option<&str> {
         let place = self.columns.iter().position(|name| name == column)?;

@@ -17,6 +17,24 @@ pub(super) type Settings = toml::Table;
 /// The model that suites name which are about one model alone: that of `--model`, or the scale's last.
 pub(super) const MAIN: &str = "main";
 
+/// Settings that a plan gives to its runs, or that only a person should.
+const PLANNED: [&str; 14] = [
+    "model",
+    "train",
+    "eval",
+    "task",
+    "data-dir",
+    "out",
+    "method",
+    "seed",
+    "device",
+    "tp",
+    "dp",
+    "collective",
+    "threads",
+    "allow-other-backbone",
+];
+
 /// The scales that come with the program, each with its name.
 pub(super) const BUILT_IN: [(&str, &str); 2] =
     [("tiny", include_str!("tiny.toml")), ("paper", include_str!("paper.toml"))];
@@ -222,7 +240,9 @@ impl Scale {
             method.parse::<Method>().map_err(|error| error.to_string())?;
         }
         let all = self.methods.values().chain([&self.train]).chain(self.stages.values().map(|s| &s.settings));
-        all.chain(self.suites.iter().flat_map(|suite| suite.kind.settings())).try_for_each(is_known)?;
+        let all = all.chain(self.suites.iter().flat_map(|suite| suite.kind.settings()));
+        all.flat_map(Settings::iter).try_for_each(is_known)?;
+        self.suites.iter().flat_map(|suite| suite.kind.space()).try_for_each(is_known)?;
         let mut names: Vec<&str> = self.suites.iter().map(|suite| suite.name.as_str()).collect();
         names.sort_unstable();
         match names.windows(2).find(|pair| pair[0] == pair[1]) {
@@ -277,6 +297,11 @@ impl Scale {
         Ok(())
     }
 
+    /// The name of the model for what is about one alone, which a suite calls `name`.
+    pub(super) fn sole<'a>(&self, name: &'a str) -> &'a str {
+        if self.main.is_some() { MAIN } else { name }
+    }
+
     /// What holds for a run of a variant: its own settings over those of its method over those of all.
     pub(super) fn settings(&self, variant: &Variant) -> Settings {
         let of_method = self.methods.get(&variant.method.to_string());
@@ -325,11 +350,21 @@ impl Kind {
             Self::Search { .. } => Vec::new(),
         }
     }
+
+    /// What a search draws from.
+    fn space(&self) -> Vec<(&String, &toml::Value)> {
+        let Self::Search { space, .. } = self else { return Vec::new() };
+        space.iter().flat_map(|d| d.values.iter().map(move |value| (&d.setting, value))).collect()
+    }
 }
 
-/// Whether every setting is one of a run's.
-fn is_known(settings: &Settings) -> Result<(), String> {
-    settings.clone().try_into::<PartialSpec>().map(|_| ()).map_err(|error| error.message().to_owned())
+/// Whether a setting is one of a run's that a scale may give.
+fn is_known((name, value): (&String, &toml::Value)) -> Result<(), String> {
+    if PLANNED.contains(&name.as_str()) {
+        return Err(format!("{name} is decided by the plan of the runs: leave it out"));
+    }
+    let alone = Settings::from_iter([(name.clone(), value.clone())]);
+    alone.try_into::<PartialSpec>().map(|_| ()).map_err(|error| error.message().to_owned())
 }
 
 impl TaskFiles {

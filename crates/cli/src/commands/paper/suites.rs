@@ -17,6 +17,9 @@ const SEARCH_STREAM: u64 = u64::from_be_bytes(*b"settings");
 /// The published T5s, as table 4 has them.
 const SIZES: [&str; 5] = ["small", "base", "large", "xl", "xxl"];
 
+/// The row with the mean of those above it.
+pub(super) const MEAN: &str = "mean";
+
 /// What a sheet's numbers are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -69,18 +72,20 @@ impl Source {
 /// # Errors
 /// If the scale does not have what the suite names, or a task's files are missing.
 pub(super) fn sheet(plan: &mut Plan<'_>, suite: &Suite) -> Result<Sheet> {
+    // What is about one model alone is about the one that was given, if one was.
+    let sole = |model: &str| plan.scale.sole(model).to_owned();
     match &suite.kind {
         Kind::Models { models, tasks, variants } => over_models(plan, models, tasks, variants),
-        Kind::Tasks { model, tasks, variants } => over_tasks(plan, model, tasks, variants),
+        Kind::Tasks { model, tasks, variants } => over_tasks(plan, &sole(model), tasks, variants),
         Kind::Transfer { model, pairs, metrics, variants } => {
-            transfer(plan, model, (pairs, metrics), variants)
+            transfer(plan, &sole(model), (pairs, metrics), variants)
         }
         Kind::Ensemble { model, tasks, members, settings } => {
-            ensemble(plan, model, (tasks, *members), settings)
+            ensemble(plan, &sole(model), (tasks, *members), settings)
         }
         Kind::Parameters { variants } => Ok(parameters(variants)),
         Kind::Time { models, task, variants } => time(plan, models, task, variants),
-        Kind::Search { model, task, trials, space } => search(plan, model, (task, *trials), space),
+        Kind::Search { model, task, trials, space } => search(plan, &sole(model), (task, *trials), space),
     }
 }
 
@@ -200,7 +205,7 @@ fn ensemble(
         Cell::Means(vec![sources.collect()])
     };
     cells.push(columns.map(mean).into());
-    let rows = tasks.iter().cloned().chain(["mean".to_owned()]).collect();
+    let rows = tasks.iter().cloned().chain([MEAN.to_owned()]).collect();
     let columns = columns.map(str::to_owned).to_vec();
     Ok(Sheet { unit: Unit::Score, axes: ("task", "of the members"), rows, columns, cells, trained: None })
 }

@@ -23,6 +23,8 @@ pub(super) struct Values {
     pub(super) deviation: Option<f64>,
     /// Seeds that are not there yet, or have failed.
     pub(super) missing: usize,
+    /// Seeds that are there and have no value, since they were never good enough.
+    pub(super) below: usize,
 }
 
 impl Values {
@@ -34,7 +36,7 @@ impl Values {
         let deviation = mean.filter(|_| values.len() > 1).map(|mean| {
             (values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (count - 1.0)).sqrt()
         });
-        Self { values, mean, deviation, missing }
+        Self { values, mean, deviation, missing, below: 0 }
     }
 }
 
@@ -44,11 +46,11 @@ impl Progress {
     /// # Errors
     /// If a run's files cannot be read.
     pub(super) fn values(&self, cell: &Cell) -> Result<Values> {
-        Ok(Values::new(match cell {
-            Cell::Known(value) => vec![Some(*value)],
-            Cell::Means(seeds) => seeds.iter().map(|sources| self.mean(sources)).collect(),
-            Cell::Times(runs) => self.arrivals(runs)?,
-        }))
+        match cell {
+            Cell::Known(value) => Ok(Values::new(vec![Some(*value)])),
+            Cell::Means(seeds) => Ok(Values::new(seeds.iter().map(|sources| self.mean(sources)).collect())),
+            Cell::Times(runs) => self.arrivals(runs),
+        }
     }
 
     /// The mean over some numbers, once they are all there.
@@ -58,14 +60,13 @@ impl Progress {
     }
 
     /// Of each seed, when it was as good as all seeds are at their best, on average. A seed that never was has no time.
-    fn arrivals(&self, runs: &[(usize, PathBuf)]) -> Result<Vec<Option<f64>>> {
-        let done =
-            |(run, dir): &(usize, PathBuf)| self.done[*run].as_ref().map(|_| Records::read(dir)).transpose();
-        let records = runs.iter().map(done).collect::<Result<Vec<_>>>()?;
-        let best: Vec<f64> =
-            records.iter().flatten().filter_map(|r| r.best().map(|best| best.score)).collect();
+    fn arrivals(&self, runs: &[(usize, PathBuf)]) -> Result<Values> {
+        let done = runs.iter().filter(|(run, _)| self.done[*run].is_some());
+        let records = done.map(|(_, dir)| Records::read(dir)).collect::<Result<Vec<_>>>()?;
+        let best: Vec<f64> = records.iter().filter_map(|r| r.best().map(|best| best.score)).collect();
         let mean = best.iter().sum::<f64>() / best.len() as f64;
-        Ok(records.iter().map(|records| arrival(records.as_ref()?, mean - NEAR)).collect())
+        let values = Values::new(records.iter().map(|records| arrival(records, mean - NEAR)).collect());
+        Ok(Values { below: values.missing, missing: runs.len() - records.len(), ..values })
     }
 
     /// The number that a source names.
