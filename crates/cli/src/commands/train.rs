@@ -92,7 +92,7 @@ pub(crate) struct TrainArgs {
     /// What is trained: a prompt, or what it is compared with (see below) [default: prompt]
     #[arg(long, help_heading = "Prompt", value_parser = choice::<Method>(names::METHODS))]
     method: Option<Method>,
-    /// Where the prompt's rows stand: before the input, after it (and before its </s>), or before the decoder's start
+    /// Where the prompt's rows stand: before the input, after it (before the token that ends it), or before the decoder's start
     /// token; PEFT knows only the first [default: before]
     #[arg(long, value_name = "PLACE", help_heading = "Prompt", value_parser = choice::<PromptPlacement>(names::PLACEMENTS))]
     prompt_placement: Option<PromptPlacement>,
