@@ -42,7 +42,7 @@ Each suite becomes OUT/SUITE.txt, .json, .csv and .svg, with the paper's numbers
 deviation (that of a sample); OUT/paper.html has all that were asked for.
 
 Scales:
-  tiny     small models, made on the spot of --corpus; short runs: all of it takes about an hour on two cores
+  tiny     small models, made on the spot of --corpus; short runs, for two cores and no GPU
   paper    T5 1.1 and its LM-adapted form in five sizes, SuperGLUE and the paper's settings
   FILE     a scale of your own: `incipit paper --scale tiny --print-scale` prints one to begin with
 
@@ -88,7 +88,7 @@ pub(crate) struct PaperArgs {
     #[arg(long, value_name = "DIR", help_heading = "Data")]
     tokenizer: Option<PathBuf>,
     /// LM-adapted model for the suites that are about one model alone: a directory, or a name on the Hugging Face Hub
-    /// [default: the scale's largest]
+    /// [default: as the suite says]
     #[arg(long, value_name = "DIR|HUB_ID", help_heading = "Data")]
     model: Option<String>,
     /// Where the runs compute: cpu or cuda [default: cpu]
