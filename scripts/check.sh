@@ -8,7 +8,8 @@ need_gloo
 DENY_VERSION=0.20.2
 if ! cargo deny --version 2>/dev/null | grep -q "$DENY_VERSION"; then
   [ "${INCIPIT_NO_INSTALL:-0}" = 1 ] && { echo "check: cargo-deny $DENY_VERSION is missing" >&2; exit 1; }
-  cargo install --quiet --locked cargo-deny --version "$DENY_VERSION"
+  # It runs for a second; as its authors release it, linked as one piece, it takes many minutes to build.
+  cargo install --quiet --locked --debug cargo-deny --version "$DENY_VERSION"
 fi
 
 cargo fmt --all --check
