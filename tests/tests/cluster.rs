@@ -2,10 +2,11 @@
 
 mod common;
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
-use common::cluster::{Cluster, engines_of, id, spec, trained};
+use anyhow::{Context, Result, ensure};
+use common::cluster::{Cluster, demo, engines_of, id, spec, trained};
 use incipit_proto::v1::{self, BackboneState, JobReason, JobState, event::Resource};
 use rustix::process::Signal;
 
@@ -29,6 +30,56 @@ fn jobs_on_one_backbone_end_in_the_bytes_of_training_runs() -> Result<()> {
         let points = cluster.points(&format!("j{seed}"))?;
         let steps: Vec<u64> = points.iter().map(|point| point.step).collect();
         ensure!(steps == (1..=45).collect::<Vec<_>>(), "{steps:?}");
+    }
+    Ok(())
+}
+
+/// Scores of the evaluations in a run's `metrics.jsonl`.
+fn scores(run: &Path) -> Result<Vec<f64>> {
+    let lines = std::fs::read_to_string(run.join("metrics.jsonl"))?;
+    let records = lines.lines().map(serde_json::from_str).collect::<Result<Vec<serde_json::Value>, _>>()?;
+    let evaluations = records.iter().filter(|record| record["event"] == "eval");
+    evaluations.map(|record| record["score"].as_f64().context("no score")).collect()
+}
+
+#[test]
+fn jobs_of_benchmarks_and_prompts_in_every_place_end_in_the_bytes_of_training_runs() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut cluster = Cluster::start(dir.path())?;
+    cluster.start_worker("w1")?;
+    cluster.create_backbone("b", (1, 2), "local")?;
+    cluster.wait_ready("b")?;
+    let (model, endpoint) = (demo("model"), cluster.endpoint());
+    let data = common::arg(common::root().join("crates/data/tests/goldens/tasks/data"));
+    let jobs = [
+        ("after", "--task boolq --prompt-placement after --predict rank"),
+        ("decoder", "--task multirc --prompt-placement decoder"),
+        ("layers", "--task record --prompt-layers all --parameter-scaling true"),
+        ("sentinel", "--task wsc --target-sentinel --max-target-length 24"),
+    ];
+    for (name, flags) in jobs {
+        let out = common::arg(dir.path().join(name));
+        let mut train = vec!["train", "-q", "--model", &model, "--out", &out, "--dtype", "f32", "--dp", "2"];
+        train.extend(["--data-dir", &data, "--prompt-length", "4", "--batch-size", "2", "--steps", "6"]);
+        train.extend(["--max-input-length", "64", "--eval-every", "3", "--checkpoint-every", "3"]);
+        train.extend(flags.split(' '));
+        common::incipit(&train)?.ok()?;
+        let config = format!("{out}/run.toml");
+        let submit = ["job", "submit", "--coordinator", &endpoint, "--backbone", "b", "--name", name];
+        common::incipit(&[&submit[..], &["--config", &config]].concat())?.ok()?;
+    }
+    for (name, _) in jobs {
+        let job = cluster.wait_end(name)?;
+        ensure!(job.state() == JobState::Succeeded, "{name}: {}", job.message);
+        let run = dir.path().join(name);
+        let alone = std::fs::read(run.join("last/prompt.safetensors"))?;
+        ensure!(cluster.last_prompt(name)? == alone, "{name}: another prompt");
+        let score = |point: v1::MetricPoint| match point.point {
+            Some(v1::metric_point::Point::Evaluation(evaluation)) => Some(evaluation.score),
+            _ => None,
+        };
+        let measured: Vec<f64> = cluster.points(name)?.into_iter().filter_map(score).collect();
+        ensure!(measured.len() == 2 && measured == scores(&run)?, "{name}: {measured:?}");
     }
     Ok(())
 }

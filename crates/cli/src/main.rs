@@ -3,6 +3,7 @@
 mod args;
 mod cluster;
 mod commands;
+mod examples;
 mod exit;
 mod interrupt;
 mod machine;

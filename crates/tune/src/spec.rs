@@ -267,9 +267,9 @@ impl TrainSpec {
             given = given.over(PartialSpec::read(&run)?);
         }
         let spec = given.whole(resume)?;
-        if let Some(task) = spec.task {
+        if let (Some(task), Some(dir)) = (spec.task, &spec.data_dir) {
             // Before the backbone, which may take minutes.
-            task.file(&spec.train, Split::Train)?;
+            task.file(dir, Split::Train)?;
             spec.eval.as_deref().map(|dir| task.file(dir, Split::Dev)).transpose()?;
         }
         Ok(spec)
@@ -287,10 +287,10 @@ impl TrainSpec {
     #[must_use]
     pub fn to_toml(&self) -> String {
         let written = "strings, numbers and lists of strings are TOML";
-        let fields = match self.task {
+        let fields = match self.data_dir {
             None => toml::to_string(self).expect(written),
             Some(_) => {
-                // A file may not name both a task and files.
+                // A file may not name both a directory and files.
                 let mut table = toml::Table::try_from(self).expect(written);
                 table.retain(|key, _| !["train", "eval"].contains(&key));
                 table.to_string()

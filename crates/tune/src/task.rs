@@ -62,12 +62,12 @@ impl Task {
         }
         let mut loader = Loader { spec, tokenizer, vocab_size, warnings: Vec::new() };
         let train = match spec.task {
-            Some(task) => loader.split(task, &spec.train, Split::Train, Use::Training)?,
+            Some(task) => loader.split(task, &spec.train, Split::Train)?,
             None => loader.file("training", &spec.train)?,
         };
         let eval = match (spec.task, &spec.eval) {
             (_, None) => None,
-            (Some(task), Some(dir)) => Some(loader.split(task, dir, Split::Dev, Use::Evaluation)?),
+            (Some(task), Some(eval)) => Some(loader.split(task, eval, Split::Dev)?),
             (None, Some(eval)) => Some(loader.file("evaluation", eval)?),
         };
         let labels = match (spec.task, spec.task_format()?.labels) {
@@ -172,18 +172,18 @@ impl Loader<'_> {
         Ok(Examples { set, hash: hash(path)?, references: None })
     }
 
-    fn split(
-        &mut self,
-        task: &'static tasks::Task,
-        dir: &Path,
-        split: Split,
-        purpose: Use,
-    ) -> Result<Examples> {
+    /// `place` is the directory of the task's files, or the split's file.
+    fn split(&mut self, task: &'static tasks::Task, place: &Path, split: Split) -> Result<Examples> {
+        let purpose = Use::of(split);
         let kind = match purpose {
             Use::Training => "training",
             Use::Evaluation => "evaluation",
         };
-        let found = task.read(dir, split, purpose, self.options())?;
+        let file = match self.spec.data_dir {
+            Some(_) => task.file(place, split)?,
+            None => place.to_owned(),
+        };
+        let found = task.open(&file, split, purpose)?.read(self.options())?;
         self.tell_skipped(kind, found.skipped, found.first_skipped.first());
         self.warnings.extend(found.left_out());
         let set = self.tokenized(kind, &found.texts())?;

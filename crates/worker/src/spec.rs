@@ -12,6 +12,7 @@ use incipit_proto::{
     v1::{self, DataSource, TrainingSpec, data_source::Source},
 };
 use incipit_tune::{
+    placement::{PromptLayers, PromptPlacement},
     rank::Predict,
     recipe::{LossReduction, OptimizerName, Recipe},
     schedule::Schedule,
@@ -59,30 +60,10 @@ fn refuse_elsewhere(spec: &PartialSpec) -> Result<(), Problem> {
             spec.shared_length.map(|_| "is of several tasks, and a job has one".to_owned()),
         ),
         (
-            "spec.prompt_placement",
-            spec.prompt_placement
-                .filter(|place| !place.is_default())
-                .map(|place| format!("is {place}, and the prompt of a job stands before the input")),
-        ),
-        (
-            "spec.prompt_layers",
-            spec.prompt_layers
-                .filter(|layers| !layers.is_default())
-                .map(|layers| format!("is {layers}, and the prompt of a job has rows for the first layer")),
-        ),
-        (
-            "spec.target_sentinel",
-            spec.target_sentinel.filter(|set| *set).map(|_| "is not for jobs yet".to_owned()),
-        ),
-        (
-            "spec.parameter_scaling",
-            spec.parameter_scaling.filter(|set| *set).map(|_| "is not for jobs yet".to_owned()),
-        ),
-        (
-            "spec.predict",
-            spec.predict
-                .filter(|way| *way == Predict::Rank)
-                .map(|_| "is rank, and a job predicts by decoding".to_owned()),
+            "spec.data_dir",
+            spec.data_dir
+                .as_ref()
+                .map(|_| "is a directory, and a job takes the files of its splits".to_owned()),
         ),
     ];
     match others.into_iter().find_map(|(field, what)| Some((field, what?))) {
@@ -98,6 +79,11 @@ enumerations! {
     optimizer_to_wire, optimizer_from_wire: OptimizerName = v1::Optimizer { Adafactor = Adafactor, AdamW = Adamw, Sgd = Sgd }
     schedule_to_wire, schedule_from_wire: Schedule = v1::Schedule { Constant = Constant, Linear = Linear, Cosine = Cosine }
     loss_to_wire, loss_from_wire: LossReduction = v1::Loss { Mean = Mean, Sum = Sum }
+    placement_to_wire, placement_from_wire: PromptPlacement = v1::PromptPlacement {
+        Before = Before, After = After, Decoder = Decoder,
+    }
+    layers_to_wire, layers_from_wire: PromptLayers = v1::PromptLayers { First = First, All = All }
+    predict_to_wire, predict_from_wire: Predict = v1::Predict { Decode = Decode, Rank = Rank }
     metric_to_wire, metric_from_wire: Metric = v1::Metric {
         Accuracy = Accuracy, ExactMatch = ExactMatch, TokenF1 = TokenF1, MacroF1 = MacroF1, PositiveF1 = PositiveF1,
         GroupExactMatch = GroupExactMatch, Containment = Containment,
@@ -146,6 +132,12 @@ pub fn to_wire(spec: &PartialSpec) -> Result<TrainingSpec, Problem> {
         patience: spec.patience,
         metrics: metrics.map(|metric| metric_to_wire(Some(*metric))).collect(),
         skip_bad_records: spec.skip_bad_records,
+        task: spec.task.clone(),
+        prompt_placement: placement_to_wire(spec.prompt_placement),
+        prompt_layers: layers_to_wire(spec.prompt_layers),
+        parameter_scaling: spec.parameter_scaling,
+        target_sentinel: spec.target_sentinel,
+        predict: predict_to_wire(spec.predict),
     })
 }
 
@@ -199,6 +191,12 @@ pub fn from_wire(
         patience: wire.patience,
         metrics: (!metrics.is_empty()).then_some(metrics),
         skip_bad_records: wire.skip_bad_records,
+        task: wire.task.clone(),
+        prompt_placement: placement_from_wire("spec.prompt_placement", wire.prompt_placement)?,
+        prompt_layers: layers_from_wire("spec.prompt_layers", wire.prompt_layers)?,
+        parameter_scaling: wire.parameter_scaling,
+        target_sentinel: wire.target_sentinel,
+        predict: predict_from_wire("spec.predict", wire.predict)?,
         ..PartialSpec::default()
     })
 }
@@ -260,7 +258,6 @@ fn prompt_init(wire: &TrainingSpec) -> Result<Option<String>, Problem> {
 
 #[cfg(test)]
 mod tests {
-    use incipit_tune::placement::{PromptLayers, PromptPlacement};
     use proptest::{option, prelude::*};
 
     use super::*;
@@ -288,13 +285,14 @@ mod tests {
             texts in [option::of(".{0,12}"), option::of(".{0,12}"), option::of(".{0,12}")],
             counts in [count(), count(), count(), count(), count()],
             prompt_init in option::of("class-label|vocab|uniform|uniform:-1,1|text:.{1,9}"),
-            skip_bad_records in any::<Option<bool>>(),
+            (skip_bad_records, target_sentinel) in any::<(Option<bool>, Option<bool>)>(),
+            task in one_of(&["trec".to_owned(), "cb".to_owned()]),
         ) -> PartialSpec {
             let [inputs, targets, labels] = texts;
             let [prompt_length, batch_size, max_input_length, max_target_length, keep] = counts;
             PartialSpec {
                 train, eval, inputs, targets, labels, prompt_length, batch_size, max_input_length, max_target_length, keep,
-                prompt_init, skip_bad_records, ..PartialSpec::default()
+                prompt_init, skip_bad_records, target_sentinel, task, ..PartialSpec::default()
             }
         }
     }
@@ -308,15 +306,22 @@ mod tests {
             loss in one_of(&[LossReduction::Mean, LossReduction::Sum]),
             numbers in [number(), number(), number(), number()],
             longs in any::<[Option<u64>; 5]>(),
-            shuffle in any::<Option<bool>>(),
+            (shuffle, parameter_scaling) in any::<(Option<bool>, Option<bool>)>(),
             patience in any::<Option<u32>>(),
+            place in (
+                one_of(&[PromptPlacement::Before, PromptPlacement::After, PromptPlacement::Decoder]),
+                one_of(&[PromptLayers::First, PromptLayers::All]),
+            ),
+            predict in one_of(&[Predict::Decode, Predict::Rank]),
             metrics in option::of(proptest::sample::subsequence(Metric::ALL.to_vec(), 1..=4).prop_shuffle()),
         ) -> PartialSpec {
             let [lr, weight_decay, dropout, z_loss] = numbers;
             let [warmup_steps, steps, seed, eval_every, checkpoint_every] = longs;
+            let (prompt_placement, prompt_layers) = place;
             PartialSpec {
                 recipe, optimizer, schedule, loss, lr, weight_decay, dropout, z_loss, warmup_steps, steps, seed, eval_every,
-                checkpoint_every, shuffle, patience, metrics, ..data
+                checkpoint_every, shuffle, patience, metrics, parameter_scaling, prompt_placement, prompt_layers, predict,
+                ..data
             }
         }
     }
@@ -329,9 +334,16 @@ mod tests {
         }
 
         #[test]
-        fn whatever_comes_in_is_read_or_refused(numbers in [-1..6i32, -1..6, -1..6, -1..6, -1..6]) {
+        fn whatever_comes_in_is_read_or_refused(
+            numbers in [-1..6i32, -1..6, -1..6, -1..6, -1..6],
+            others in [-1..6i32, -1..6, -1..6],
+        ) {
             let [recipe, optimizer, schedule, loss, metric] = numbers;
-            let wire = TrainingSpec { recipe, optimizer, schedule, loss, metrics: vec![metric], ..TrainingSpec::default() };
+            let [prompt_placement, prompt_layers, predict] = others;
+            let wire = TrainingSpec {
+                recipe, optimizer, schedule, loss, metrics: vec![metric], prompt_placement, prompt_layers, predict,
+                ..TrainingSpec::default()
+            };
             if let Ok(spec) = from_wire(&wire, path_of) {
                 prop_assert_eq!(to_wire(&spec).unwrap(), wire);
             }
@@ -360,14 +372,7 @@ mod tests {
             (PartialSpec { train: Some("/".into()), ..none() }, "spec.train"),
             (PartialSpec { method: Some(Method::Adapter), ..none() }, "spec.method"),
             (PartialSpec { shared_length: Some(3), ..none() }, "spec.shared_length"),
-            (PartialSpec { target_sentinel: Some(true), ..none() }, "spec.target_sentinel"),
-            (PartialSpec { parameter_scaling: Some(true), ..none() }, "spec.parameter_scaling"),
-            (PartialSpec { predict: Some(Predict::Rank), ..none() }, "spec.predict"),
-            (
-                PartialSpec { prompt_placement: Some(PromptPlacement::Decoder), ..none() },
-                "spec.prompt_placement",
-            ),
-            (PartialSpec { prompt_layers: Some(PromptLayers::All), ..none() }, "spec.prompt_layers"),
+            (PartialSpec { data_dir: Some("d".into()), ..none() }, "spec.data_dir"),
         ] {
             assert_eq!(to_wire(&spec).unwrap_err().fields[0].0, field);
         }

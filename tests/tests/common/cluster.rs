@@ -17,7 +17,7 @@ use tokio::runtime::Runtime;
 use super::command;
 
 /// A file of the demo. Paths that cross the wire are whole ones.
-fn demo(path: &str) -> String {
+pub(crate) fn demo(path: &str) -> String {
     let path = super::demo(path);
     std::fs::canonicalize(&path).map_or(path, |path| path.display().to_string())
 }

@@ -285,6 +285,7 @@ fn facts(backbone: &Backbone) -> String {
         ("tokens/s", rate(backbone)),
         ("parameters", number(backbone.num_parameters)),
         ("width", number(u64::from(backbone.d_model))),
+        ("encoder layers", number(u64::from(backbone.num_layers))),
         (
             "microbatch",
             if backbone.microbatch_tokens == 0 {

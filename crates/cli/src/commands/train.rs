@@ -5,12 +5,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use clap::{ArgAction, Args};
+use clap::Args;
 use incipit_collective::{Options, Ranks};
 use incipit_tune::control::Control;
 use incipit_tune::engine::Recompute;
-use incipit_tune::placement::{PromptLayers, PromptPlacement};
-use incipit_tune::rank::Predict;
 use incipit_tune::spec::{Backend, Method, PartialSpec, Precision, PrefixPart, TrainSpec};
 use incipit_tune::train::{End, Outcome, train, train_as_rank};
 use serde::Serialize;
@@ -92,17 +90,6 @@ pub(crate) struct TrainArgs {
     /// What is trained: a prompt, or what it is compared with (see below) [default: prompt]
     #[arg(long, help_heading = "Prompt", value_parser = choice::<Method>(names::METHODS))]
     method: Option<Method>,
-    /// Where the prompt's rows stand: before the input, after it (before the token that ends it), or before the decoder's start
-    /// token; PEFT knows only the first [default: before]
-    #[arg(long, value_name = "PLACE", help_heading = "Prompt", value_parser = choice::<PromptPlacement>(names::PLACEMENTS))]
-    prompt_placement: Option<PromptPlacement>,
-    /// Encoder layers at which the prompt has rows: the first, or all, each --prompt-length of its own, which PEFT does
-    /// not know [default: first]
-    #[arg(long, value_name = "LAYERS", help_heading = "Prompt", value_parser = choice::<PromptLayers>(names::PROMPT_LAYERS))]
-    prompt_layers: Option<PromptLayers>,
-    /// Whether Adafactor's learning rate is relative to the size of what is trained [default: by method, prompt: false]
-    #[arg(long, value_name = "true|false", help_heading = "Optimization", action = ArgAction::Set)]
-    parameter_scaling: Option<bool>,
     /// Which attentions have a prefix of --method prefix: all, or the decoder's to itself, as PEFT's prefix tuning has it
     /// [default: all]
     #[arg(long, value_name = "PART", help_heading = "Prompt", value_parser = choice::<PrefixPart>(names::PREFIX_PARTS))]
@@ -132,13 +119,6 @@ pub(crate) struct TrainArgs {
     /// Tokens that --method search tries at each step [default: 32]
     #[arg(long, value_name = "N", help_heading = "Prompt")]
     candidates: Option<usize>,
-    /// How evaluations predict: decode, what the model writes, or rank, the likeliest of the labels [default: decode]
-    #[arg(long, help_heading = "Evaluation and checkpoints", value_parser = choice::<Predict>(names::PREDICTS))]
-    predict: Option<Predict>,
-    /// Put <extra_id_0> before each target, as a model that knows only span corruption expects it (Lester et al. 2021,
-    /// section 3.2); it is no part of a prediction
-    #[arg(long, help_heading = "Data")]
-    target_sentinel: bool,
     /// Resume on a backbone with another fingerprint
     #[arg(long, help_heading = "Evaluation and checkpoints")]
     allow_other_backbone: bool,
@@ -178,8 +158,6 @@ impl TrainArgs {
             data_dir: self.named.data_dir,
             out: self.out,
             method: self.method,
-            prompt_placement: self.prompt_placement,
-            prompt_layers: self.prompt_layers,
             prefix_part: self.prefix_part,
             prefix_projection: self.prefix_projection,
             adapter_width: self.adapter_width,
@@ -189,9 +167,6 @@ impl TrainArgs {
             instruction: self.instruction,
             max_prompt_tokens: self.max_prompt_tokens,
             candidates: self.candidates,
-            parameter_scaling: self.parameter_scaling,
-            predict: self.predict,
-            target_sentinel: self.target_sentinel.then_some(true),
             // Absent flags leave the word to the file.
             allow_other_backbone: self.allow_other_backbone.then_some(true),
             threads: global.threads.map(usize::from),

@@ -2,6 +2,8 @@
 
 use clap::{ArgAction, Args};
 use incipit_data::metrics::Metric;
+use incipit_tune::placement::{PromptLayers, PromptPlacement};
+use incipit_tune::rank::Predict;
 use incipit_tune::recipe::{LossReduction, OptimizerName, Recipe};
 use incipit_tune::schedule::Schedule;
 use incipit_tune::spec::PartialSpec;
@@ -17,6 +19,8 @@ pub(crate) struct TrainingArgs {
     prompt: PromptArgs,
     #[command(flatten)]
     optimization: OptimizationArgs,
+    #[command(flatten)]
+    variants: VariantArgs,
     #[command(flatten)]
     measures: MeasureArgs,
     #[command(flatten)]
@@ -35,6 +39,26 @@ struct PromptArgs {
     /// Where the prompt starts (see below) [default: class-label]
     #[arg(long, value_name = "KIND")]
     prompt_init: Option<String>,
+    /// Where the prompt's rows stand: before the input, after it (before the token that ends it), or before the decoder's start
+    /// token; PEFT knows only the first [default: before]
+    #[arg(long, value_name = "PLACE", value_parser = choice::<PromptPlacement>(names::PLACEMENTS))]
+    prompt_placement: Option<PromptPlacement>,
+    /// Encoder layers at which the prompt has rows: the first, or all, each --prompt-length of its own, which PEFT does
+    /// not know [default: first]
+    #[arg(long, value_name = "LAYERS", value_parser = choice::<PromptLayers>(names::PROMPT_LAYERS))]
+    prompt_layers: Option<PromptLayers>,
+}
+
+/// What of the objective and the optimizer only some models and methods need.
+#[derive(Args)]
+struct VariantArgs {
+    /// Whether Adafactor's learning rate is relative to the size of what is trained [default: by method, prompt: false]
+    #[arg(long, value_name = "true|false", help_heading = "Optimization", action = ArgAction::Set)]
+    parameter_scaling: Option<bool>,
+    /// Put <extra_id_0> before each target, as a model that knows only span corruption expects it (Lester et al. 2021,
+    /// section 3.2); it is no part of a prediction
+    #[arg(long, help_heading = "Data")]
+    target_sentinel: bool,
 }
 
 #[derive(Args)]
@@ -43,6 +67,9 @@ struct MeasureArgs {
     /// What is measured; the mean of several chooses the best [default: accuracy]
     #[arg(long, value_name = "NAME,...", value_delimiter = ',', value_parser = choice::<Metric>(names::METRICS))]
     metrics: Option<Vec<Metric>>,
+    /// How evaluations predict: decode, what the model writes, or rank, the likeliest of the labels [default: decode]
+    #[arg(long, value_parser = choice::<Predict>(names::PREDICTS))]
+    predict: Option<Predict>,
 }
 
 #[derive(Args)]
@@ -106,17 +133,22 @@ pub(crate) struct CheckArgs {
 impl TrainingArgs {
     /// What the flags say. Absent ones leave the word to a file.
     pub(crate) fn into_spec(self) -> PartialSpec {
-        let Self { format, prompt, optimization, measures, checks } = self;
+        let Self { format, prompt, optimization, variants, measures, checks } = self;
         PartialSpec {
             inputs: format.inputs,
             targets: format.targets,
             labels: format.labels,
             prompt_length: prompt.prompt_length,
             prompt_init: prompt.prompt_init,
+            prompt_placement: prompt.prompt_placement,
+            prompt_layers: prompt.prompt_layers,
             recipe: prompt.recipe,
             max_input_length: format.max_input_length,
             max_target_length: format.max_target_length,
             metrics: measures.metrics,
+            predict: measures.predict,
+            parameter_scaling: variants.parameter_scaling,
+            target_sentinel: variants.target_sentinel.then_some(true),
             skip_bad_records: format.skip_bad_records.then_some(true),
             ..optimization.spec().over(checks.spec())
         }

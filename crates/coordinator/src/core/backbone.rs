@@ -37,6 +37,9 @@ pub struct Backbone {
     pub num_parameters: u64,
     /// Columns of a prompt.
     pub d_model: u32,
+    /// Layers of its encoder; 0 where a version loaded it that did not say.
+    #[serde(default)]
+    pub num_layers: u32,
     /// Engines lost in a row, with no step between.
     pub num_losses: u32,
     /// How it was last lost, in one line.

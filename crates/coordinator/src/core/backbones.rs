@@ -55,6 +55,7 @@ impl Core {
             fingerprint: String::new(),
             num_parameters: 0,
             d_model: 0,
+            num_layers: 0,
             num_losses: 0,
             last_loss: String::new(),
             create_time: self.now,
@@ -251,7 +252,7 @@ impl Core {
         }
         let ranks: Vec<u32> = backbone.ranks.iter().filter(|rank| mine(rank)).map(|rank| rank.rank).collect();
         match event {
-            EngineEvent::Ready { pid, fingerprint, num_parameters, d_model } => {
+            EngineEvent::Ready { pid, fingerprint, num_parameters, d_model, num_layers } => {
                 let mut backbone = backbone.clone();
                 if backbone.place_at.is_some() {
                     return;
@@ -265,7 +266,8 @@ impl Core {
                     return;
                 }
                 backbone.fingerprint = fingerprint;
-                (backbone.num_parameters, backbone.d_model) = (num_parameters, d_model);
+                (backbone.num_parameters, backbone.d_model, backbone.num_layers) =
+                    (num_parameters, d_model, num_layers);
                 self.ranks_ready(backbone, &ranks, pid);
             }
             EngineEvent::Lost { cause, message, alive } => {

@@ -296,6 +296,8 @@ pub enum EngineEvent {
         num_parameters: u64,
         /// Columns of a prompt.
         d_model: u32,
+        /// Layers of its encoder.
+        num_layers: u32,
     },
     /// It is gone, or of no use.
     Lost {

@@ -107,6 +107,7 @@ fn engine(message: v1::EngineReport) -> Result<Report, Problem> {
             fingerprint: ready.fingerprint,
             num_parameters: ready.num_parameters,
             d_model: ready.d_model,
+            num_layers: ready.num_layers,
         },
         Some(engine_report::Report::Lost(lost)) => {
             EngineEvent::Lost { cause: lost.cause(), message: lost.message, alive: lost.alive }

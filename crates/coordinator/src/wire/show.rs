@@ -119,6 +119,7 @@ fn backbone_row(backbone: &Backbone) -> v1::Backbone {
         fingerprint: backbone.fingerprint.clone(),
         num_parameters: backbone.num_parameters,
         d_model: backbone.d_model,
+        num_layers: backbone.num_layers,
         running_jobs: 0,
         queued_jobs: 0,
         tokens_per_second: 0.0,

@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 
 use incipit_proto::v1::{
-    DataSource, Loss, Metric, Optimizer, Recipe, Schedule, TrainingSpec, data_source::Source,
+    DataSource, Loss, Metric, Optimizer, Predict, PromptLayers, PromptPlacement, Recipe, Schedule,
+    TrainingSpec, data_source::Source,
 };
 
 use super::{
@@ -20,14 +21,28 @@ pub(super) fn check_spec(checks: &mut Checks, spec: &TrainingSpec, roots: &Roots
     if let Some(eval) = &spec.eval {
         check_data(checks, "job.spec.eval", eval, roots);
     }
-    checks.text("job.spec.inputs", spec.inputs.as_deref());
-    checks.text("job.spec.targets", spec.targets.as_deref());
-    checks.text("job.spec.labels", spec.labels.as_deref());
+    check_texts(checks, spec);
     check_numbers(checks, spec);
     check_choices(checks, spec);
     check_init(checks, spec.prompt_init.as_deref());
     check_initial(checks, spec, roots);
     check_evaluation(checks, spec);
+}
+
+/// Which benchmarks there are is for the worker to say.
+fn check_texts(checks: &mut Checks, spec: &TrainingSpec) {
+    let texts = [
+        ("job.spec.inputs", spec.inputs.as_deref()),
+        ("job.spec.targets", spec.targets.as_deref()),
+        ("job.spec.labels", spec.labels.as_deref()),
+    ];
+    checks.text("job.spec.task", spec.task.as_deref());
+    for (field, text) in texts {
+        checks.text(field, text);
+        if text.is_some() && spec.task.is_some() {
+            checks.wrong(field, "is given, and job.spec.task brings its own; leave one of them out");
+        }
+    }
 }
 
 fn check_data(checks: &mut Checks, field: &str, data: &DataSource, roots: &Roots) {
@@ -80,6 +95,13 @@ fn check_choices(checks: &mut Checks, spec: &TrainingSpec) {
         ("job.spec.optimizer", spec.optimizer, Optimizer::try_from(spec.optimizer).is_ok()),
         ("job.spec.schedule", spec.schedule, Schedule::try_from(spec.schedule).is_ok()),
         ("job.spec.loss", spec.loss, Loss::try_from(spec.loss).is_ok()),
+        (
+            "job.spec.prompt_placement",
+            spec.prompt_placement,
+            PromptPlacement::try_from(spec.prompt_placement).is_ok(),
+        ),
+        ("job.spec.prompt_layers", spec.prompt_layers, PromptLayers::try_from(spec.prompt_layers).is_ok()),
+        ("job.spec.predict", spec.predict, Predict::try_from(spec.predict).is_ok()),
     ];
     for (field, number, _) in choices.into_iter().filter(|(_, _, known)| !known) {
         checks.wrong(field, format!("is {number}, which nobody here knows"));

@@ -177,6 +177,7 @@ impl Agent {
             fingerprint: "f".repeat(64),
             num_parameters: 60_000_000,
             d_model: 512,
+            num_layers: 8,
             microbatch_tokens: 4096,
         };
         let report = v1::EngineReport {

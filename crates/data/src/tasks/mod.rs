@@ -106,6 +106,13 @@ pub enum Use {
     Evaluation,
 }
 
+impl Use {
+    /// What a split is read for, where nothing else is said.
+    pub fn of(split: Split) -> Self {
+        if split == Split::Train { Self::Training } else { Self::Evaluation }
+    }
+}
+
 /// Which score chooses the best checkpoint.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Selection {
@@ -164,6 +171,13 @@ pub struct TaskExample {
     pub reference: Option<Reference>,
     /// Of WSC, the noun which the label is about, also without a label.
     pub referent: Option<String>,
+}
+
+impl TaskExample {
+    /// Whether its target is right: WSC asks about wrong referents too.
+    pub fn holds(&self) -> bool {
+        self.reference.as_ref().is_none_or(|reference| reference.holds)
+    }
 }
 
 /// What a benchmark calls an example. In JSON it is a number, a text, or an object of the numbers' names.
@@ -249,7 +263,15 @@ impl Task {
     /// A split that the task does not have or whose file is missing, a file that cannot be opened. Errors in
     /// records come with the examples.
     pub fn examples(&'static self, dir: &Path, split: Split, purpose: Use) -> Result<Examples> {
-        Examples::open(self, &self.file(dir, split)?, split, purpose)
+        self.open(&self.file(dir, split)?, split, purpose)
+    }
+
+    /// Opens the file of a split, as [`Self::examples`] does.
+    ///
+    /// # Errors
+    /// A file that cannot be opened. Errors in records come with the examples.
+    pub fn open(&'static self, file: &Path, split: Split, purpose: Use) -> Result<Examples> {
+        Examples::open(self, file, split, purpose)
     }
 
     /// Reads a whole split.

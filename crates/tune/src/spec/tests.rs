@@ -271,6 +271,17 @@ fn a_named_task_brings_its_metrics_and_is_written_without_files() {
 }
 
 #[test]
+fn a_named_task_is_read_from_a_directory_or_from_its_splits_own_files() {
+    let (train, eval) = (Some("/d/t.jsonl".into()), Some("/d/v.jsonl".into()));
+    let files = PartialSpec { data_dir: None, train, eval, ..of_task("cb", Path::new("/d")) };
+    let spec = TrainSpec::resolve(files, None, false).unwrap();
+    assert_eq!((spec.task.map(|task| task.name), &spec.data_dir), (Some("cb"), &None));
+    assert_eq!((spec.train.to_str(), spec.metrics.len()), (Some("/d/t.jsonl"), 2));
+    let written = file(&spec.to_toml());
+    assert_eq!(TrainSpec::read(written.path()).unwrap(), spec);
+}
+
+#[test]
 fn a_named_task_and_files_at_once_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let refusal = |partial| TrainSpec::resolve(partial, None, false).unwrap_err().to_string();
@@ -287,6 +298,8 @@ fn a_named_task_and_files_at_once_are_refused() {
         assert!(message.starts_with("--task cb has") && message.contains(other), "{message}");
     }
     assert!(refusal(PartialSpec { data_dir: None, ..task() }).starts_with("--data-dir is missing"));
+    let eval_alone = PartialSpec { data_dir: None, eval: Some("e.jsonl".into()), ..task() };
+    assert!(refusal(eval_alone).contains("--eval"));
     assert!(refusal(PartialSpec { data_dir: Some("d".into()), ..least() }).starts_with("--data-dir is"));
     assert!(refusal(task()).contains("train.jsonl"), "{}", refusal(task()));
 }

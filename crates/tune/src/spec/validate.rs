@@ -119,7 +119,7 @@ struct Data {
 }
 
 impl Data {
-    /// Files, or a named task; never both.
+    /// Files of examples, or a named task: the directory of its files, or the files of its splits.
     fn of(layers: &PartialSpec) -> Result<Self> {
         let Some(name) = &layers.task else {
             if layers.data_dir.is_some() {
@@ -127,14 +127,13 @@ impl Data {
             }
             let mend =
                 "pass a file of examples (.jsonl, .csv, .tsv or .parquet), or a named task with --task";
-            let train = given(layers.train.as_deref(), "train", mend)?;
-            let eval = layers.eval.as_deref().map(|eval| absolute("eval", eval)).transpose()?;
-            return Ok(Self { task: None, data_dir: None, train: absolute("train", train)?, eval });
+            return Self::files(layers, None, mend);
         };
         let task = Task::named(name)?;
+        let in_files = layers.data_dir.is_none() && layers.train.is_some();
         let others = [
-            ("train", layers.train.is_some()),
-            ("eval", layers.eval.is_some()),
+            ("train", layers.train.is_some() && !in_files),
+            ("eval", layers.eval.is_some() && !in_files),
             ("inputs", layers.inputs.is_some()),
             ("targets", layers.targets.is_some()),
             ("labels", layers.labels.is_some()),
@@ -143,10 +142,19 @@ impl Data {
             let problem = format!("{name} has data, texts and labels of its own, and --{other} is given too");
             return refused("task", problem, "leave one of them out, on the command line or in the file");
         }
+        if in_files {
+            return Self::files(layers, Some(task), "pass the file of its training examples");
+        }
         let mend = "pass the directory of the task's files";
         let dir = absolute("data-dir", given(layers.data_dir.as_deref(), "data-dir", mend)?)?;
         let eval = task.splits().any(|split| split == Split::Dev).then(|| dir.clone());
         Ok(Self { task: Some(task), train: dir.clone(), data_dir: Some(dir), eval })
+    }
+
+    fn files(layers: &PartialSpec, task: Option<&'static Task>, mend: &str) -> Result<Self> {
+        let train = absolute("train", given(layers.train.as_deref(), "train", mend)?)?;
+        let eval = layers.eval.as_deref().map(|eval| absolute("eval", eval)).transpose()?;
+        Ok(Self { task, data_dir: None, train, eval })
     }
 }
 

@@ -162,6 +162,7 @@ impl Group<'_> {
                 fingerprint: backbone.fingerprint.to_string(),
                 num_parameters: backbone.num_parameters,
                 d_model: backbone.config().d_model as u32,
+                num_layers: backbone.config().num_layers as u32,
                 microbatch_tokens: backbone.engine.microbatch_tokens() as u32,
             };
             self.voice.say(Notice::Ready(Ready { epoch, engine: Some(engine) }));

@@ -82,7 +82,7 @@ impl Shelf {
         };
         let initial = match &*local.initial {
             "" => None,
-            path => Some(Prompt::read(Path::new(path))?.for_layers(1)?),
+            path => Some(Prompt::read(Path::new(path))?),
         };
         let task = Task { initial, ..self.task(&spec)? };
         Ok(Begin { spec, task, checkpoint })
@@ -119,6 +119,8 @@ fn decides_data(spec: &TrainSpec) -> PartialSpec {
         inputs: spec.inputs.clone(),
         targets: spec.targets.clone(),
         labels: spec.labels.clone(),
+        task: spec.task.map(|task| task.name.to_owned()),
+        target_sentinel: Some(spec.target_sentinel),
         max_input_length: Some(spec.max_input_length),
         max_target_length: Some(spec.max_target_length),
         skip_bad_records: Some(spec.skip_bad_records),

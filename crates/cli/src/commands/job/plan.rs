@@ -84,9 +84,11 @@ impl Plan {
     ) -> Self {
         let batches =
             examples.map(|known| known.train / spec.batch_size as u64).filter(|batches| *batches > 0);
-        let prompt = (backbone.d_model > 0)
-            .then(|| spec.prompt_length as u64 * u64::from(backbone.d_model) * BYTES_A_NUMBER);
-        let optimizer = prompt.map(|_| optimizer_bytes(spec, backbone.d_model as usize));
+        let [d_model, num_layers] = [backbone.d_model, backbone.num_layers].map(|number| number as usize);
+        let rows = spec.prompt_length * spec.prompt_layers.of(num_layers);
+        let known = rows > 0 && d_model > 0;
+        let prompt = known.then(|| (rows * d_model) as u64 * BYTES_A_NUMBER);
+        let optimizer = known.then(|| optimizer_bytes(spec, rows, d_model));
         let checkpoints = spec.steps.div_ceil(spec.checkpoint_every);
         // The newest, and the best besides.
         let kept = checkpoints.min(spec.keep as u64) + u64::from(spec.eval.is_some());
@@ -186,14 +188,15 @@ impl From<&LocalFile> for Upload {
     }
 }
 
-fn optimizer_bytes(spec: &TrainSpec, d_model: usize) -> u64 {
-    let state = Optimizer::new(&spec.optimizer_kind(), spec.prompt_length, d_model).state();
+fn optimizer_bytes(spec: &TrainSpec, rows: usize, d_model: usize) -> u64 {
+    let state = Optimizer::new(&spec.optimizer_kind(), rows, d_model).state();
     state.iter().map(|tensor| tensor.data.len() as u64 * BYTES_A_NUMBER).sum()
 }
 
 #[cfg(test)]
 mod tests {
     use incipit_proto::v1::BackboneState;
+    use incipit_tune::placement::PromptLayers;
     use incipit_tune::spec::PartialSpec;
 
     use std::path::Path;
@@ -243,6 +246,12 @@ mod tests {
         assert_eq!((plan.prompt_bytes, plan.optimizer_bytes), (Some(204_800), Some(204_800)));
         assert_eq!((plan.checkpoint_bytes, plan.queue_position), (Some(4 * 409_600), Some(2)));
         assert_eq!(plan.estimated_seconds, Some(1200.0));
+        let deep = TrainSpec { prompt_layers: PromptLayers::All, ..spec };
+        let of_layers = |num_layers| {
+            let backbone = Backbone { num_layers, ..backbone() };
+            Plan::new(&deep, Some(known), &backbone, None, &[]).prompt_bytes
+        };
+        assert_eq!((of_layers(8), of_layers(0)), (Some(8 * 204_800), None));
         let text = plan.text();
         for part in [
             "base (ready)",
@@ -276,13 +285,10 @@ mod tests {
     #[test]
     fn the_optimizers_state_is_that_of_its_kind() {
         use incipit_tune::recipe::OptimizerName;
-        let of = |optimizer, prompt_length| {
+        let of = |optimizer, rows| {
             optimizer_bytes(
-                &spec(PartialSpec {
-                    optimizer: Some(optimizer),
-                    prompt_length: Some(prompt_length),
-                    ..PartialSpec::default()
-                }),
+                &spec(PartialSpec { optimizer: Some(optimizer), ..PartialSpec::default() }),
+                rows,
                 512,
             )
         };

@@ -5,6 +5,7 @@ use incipit_proto::client::Client;
 use incipit_proto::v1::{DataSource, GetPromptVersionRequest};
 use incipit_tune::checkpoint;
 use incipit_tune::init::PromptInit;
+use incipit_tune::placement::PromptLayers;
 use incipit_tune::prompt::Prompt;
 use incipit_tune::spec::{PartialSpec, TrainSpec};
 use incipit_worker::spec::initial_of;
@@ -48,13 +49,13 @@ impl Start {
     /// What else the specification starts from: a prompt of this machine is read.
     ///
     /// # Errors
-    /// If it holds no prompt, or one of another length or with rows for every layer.
+    /// If it holds no prompt, one of another length, or one with rows for every layer where the job's has them for the first.
     pub(super) fn read(spec: &TrainSpec) -> Result<Self> {
         let PromptInit::File(path) = &spec.prompt_init else { return Ok(Self::Made) };
         let prompt = Prompt::read(path)?;
-        if prompt.num_layers() != 1 {
+        if prompt.num_layers() != 1 && spec.prompt_layers == PromptLayers::First {
             return bad_input(format!(
-                "--prompt-init {}: it has rows for {} layers, and a job starts as a prompt of one; give another",
+                "--prompt-init {}: it has rows for {} layers; give --prompt-layers all, or a prompt of one layer",
                 spec.prompt_init,
                 prompt.num_layers()
             ));

@@ -4,8 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Args;
-use incipit_data::tasks::Task;
-use incipit_data::{LoadOptions, TextExample, load_text};
+use incipit_data::tasks::{Split, Task};
 use incipit_proto::Problem;
 use incipit_proto::client::Client;
 use incipit_proto::v1::data_source::Source;
@@ -18,16 +17,14 @@ use incipit_tune::spec::{PartialSpec, TrainSpec};
 use super::plan::{self, Examples, Plan};
 use super::start::Start;
 use super::{list, watch};
-use crate::args::Global;
+use crate::args::{Global, NamedTaskArgs};
 use crate::cluster::blobs::{self, LocalFile};
 use crate::cluster::names::{self, short};
 use crate::cluster::{ConnectArgs, Refusal, call, list as pages, refusal, request_id, show};
 use crate::commands::training::TrainingArgs;
+use crate::examples::{texts, trained_elsewhere};
 use crate::exit::{Exit, bad_input};
-use crate::progress::{self, note, warn};
-
-/// What stands for the fields of a run that a job has no use for.
-const ELSEWHERE: &str = "elsewhere";
+use crate::progress::{self, note};
 
 const AFTER_HELP: &str = "\
 The settings are checked as `incipit train` checks them, and the files are read, before anything is sent. Files that the coordinator \
@@ -36,11 +33,13 @@ backbone.
 
 Examples:
   incipit job submit --backbone base --train train.jsonl --eval dev.jsonl --watch
+  incipit job submit --backbone base --task multirc --data-dir SuperGLUE
+      a benchmark from its owners' files, which are uploaded: texts, labels and metrics are the benchmark's
   incipit job submit --config runs/q/run.toml --lr 0.1 --name q-slow
   incipit job submit --config runs/q/run.toml --dry-run
       what it would be: steps, bytes, its place in the queue, roughly the time; nothing is sent
 
-Files: JSON lines (also .gz), CSV, TSV or Parquet.
+Files: JSON lines (also .gz), CSV, TSV or Parquet; with --task, those of the benchmark's splits, by --data-dir or by --train and --eval.
 Prompt initialisations: class-label, vocab, uniform, uniform:LOW,HIGH, text:SOME WORDS; or another task's prompt (Vu et al. \
 2022): file:PATH (an .npy, a PEFT directory or a run, which is read here and handed in), prompt:NAME or prompt:NAME/VERSION \
 (one that was promoted).";
@@ -89,12 +88,8 @@ pub(super) struct SubmitArgs {
     /// The same request sent again under the same id makes no second job [default: a new one]
     #[arg(long, value_name = "UUID", help_heading = "Job")]
     request_id: Option<String>,
-    /// Refused, with what to do instead
-    #[arg(long, hide = true)]
-    task: Option<String>,
-    /// Likewise
-    #[arg(long, hide = true)]
-    data_dir: Option<PathBuf>,
+    #[command(flatten)]
+    named: NamedTaskArgs,
     #[command(flatten)]
     training: TrainingArgs,
 }
@@ -191,11 +186,13 @@ struct Draft {
 
 impl Draft {
     fn resolve(args: SubmitArgs) -> Result<Self> {
-        let config = args.config;
+        let (config, on_workers) = (args.config, args.data_on_workers);
         let flags = PartialSpec {
             model: args.model,
             train: args.train,
             eval: args.eval,
+            task: args.named.task,
+            data_dir: args.named.data_dir,
             ..args.training.into_spec()
         };
         let file = config.as_deref().map(PartialSpec::read).transpose()?.unwrap_or_default();
@@ -203,31 +200,38 @@ impl Draft {
             tell_ignored(path, &file);
         }
         let given = flags.over(file);
-        refuse_task(args.task.as_deref().or(given.task.as_deref()), args.data_dir.is_some())?;
         let model = given.model.clone();
         let mut job = job_fields(given);
+        if on_workers && job.data_dir.is_some() {
+            return bad_input(
+                "--data-dir is a directory of this machine: of files on the workers' give those of the splits, with --train and --eval",
+            );
+        }
+        job = of_splits(job)?;
         let promoted = Start::promoted(&mut job)?;
-        let elsewhere = PartialSpec {
-            model: Some(ELSEWHERE.to_owned()),
-            out: Some(ELSEWHERE.into()),
-            ..PartialSpec::default()
-        };
-        let whole = TrainSpec::resolve(elsewhere.over(job.clone()), None, false)?;
+        let whole = trained_elsewhere(job.clone())?;
         let start = promoted.map_or_else(|| Start::read(&whole), Ok)?;
         Ok(Self { job, whole, start, model })
     }
 }
 
-/// A job carries files of inputs and targets, and no more of a benchmark than that.
-fn refuse_task(task: Option<&str>, has_dir: bool) -> Result<()> {
-    let Some(task) = task else {
-        return if has_dir { bad_input("--data-dir is of no use to a job: leave it out") } else { Ok(()) };
+/// A job takes files: in the place of a benchmark's directory come those of its splits.
+fn of_splits(job: PartialSpec) -> Result<PartialSpec> {
+    let (Some(name), Some(dir), None, None) = (&job.task, &job.data_dir, &job.train, &job.eval) else {
+        return Ok(job);
     };
-    let task = Task::named(task)?;
-    bad_input(format!(
-        "--task {task} is not for jobs of a cluster yet: write the benchmark's splits to files, as in `incipit task export {task} \
-         --data-dir DIR --split train --output train.jsonl`, and hand these in with --train and --eval"
-    ))
+    let task = Task::named(name)?;
+    let train = task.file(dir, Split::Train)?;
+    let has_eval = task.splits().any(|split| split == Split::Dev);
+    let eval = has_eval.then(|| task.file(dir, Split::Dev)).transpose()?;
+    if eval.as_ref() == Some(&train) {
+        return bad_input(format!(
+            "{} has two splits of {task} in one, which a list beside it tells apart, and a job takes a file for each: write them with \
+             `incipit task export {task} --data-dir DIR --split train --output train.jsonl`, and hand these in with --train and --eval",
+            train.display()
+        ));
+    }
+    Ok(PartialSpec { data_dir: None, train: Some(train), eval, ..job })
 }
 
 /// Without what the backbone and the worker decide.
@@ -288,8 +292,9 @@ impl Data {
     /// Reads the files as a run would, so that a bad record is told before anything is sent, and puts their digests into `wire`.
     fn read(spec: &TrainSpec, wire: &mut TrainingSpec, global: &Global) -> Result<Self> {
         let _spinner = progress::spinner("reading the examples", global);
-        let train = texts(spec, &spec.train)?;
-        let eval = spec.eval.as_deref().map(|path| texts(spec, path)).transpose()?;
+        let all = |path: &Path, split| texts(spec, path, split, |_| true);
+        let train = all(&spec.train, Split::Train)?;
+        let eval = spec.eval.as_deref().map(|path| all(path, Split::Dev)).transpose()?;
         let mut files = Vec::new();
         for (source, path) in [(&mut wire.train, Some(&spec.train)), (&mut wire.eval, spec.eval.as_ref())] {
             if let (Some(source), Some(path)) = (source, path) {
@@ -300,15 +305,6 @@ impl Data {
         }
         Ok(Self { files, examples: Some(plan::examples(spec, &train, eval.as_deref())) })
     }
-}
-
-fn texts(spec: &TrainSpec, path: &Path) -> Result<Vec<TextExample>> {
-    let loaded =
-        load_text(path, &spec.task_format()?, LoadOptions { skip_bad_records: spec.skip_bad_records })?;
-    if let Some(first) = loaded.first_skipped.first() {
-        warn(&format!("{} records of {} are left out; the first: {first}", loaded.skipped, path.display()));
-    }
-    Ok(loaded.examples)
 }
 
 /// The backbone that was named, or the one that has the model.

@@ -162,7 +162,13 @@ fn a_model_that_cannot_be_loaded_or_is_another_one_fails_for_good() {
     assert_eq!(world.state("j"), (JobState::Queued, JobReason::BackboneNotReady));
     let mut world = World::ready();
     world.engine_lost("w", "b", 0, EngineLossCause::Exited);
-    let event = EngineEvent::Ready { pid: 1, fingerprint: "other".to_owned(), num_parameters: 1, d_model: 1 };
+    let event = EngineEvent::Ready {
+        pid: 1,
+        fingerprint: "other".to_owned(),
+        num_parameters: 1,
+        d_model: 1,
+        num_layers: 1,
+    };
     world.report("w", Report::Engine { backbone: backbone_name("b"), epoch: 2, rank: 0, event });
     assert_eq!(stands(&world), (BackboneState::Failed, BackboneReason::BadModel));
 }

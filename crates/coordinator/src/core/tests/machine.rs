@@ -211,7 +211,8 @@ impl Machine {
         let engine = &engines[b as usize % engines.len()];
         for rank in &engine.ranks {
             let fingerprint = if c == 200 { "other" } else { "f" }.to_owned();
-            let event = EngineEvent::Ready { pid: 1, fingerprint, num_parameters: 1, d_model: 1 };
+            let event =
+                EngineEvent::Ready { pid: 1, fingerprint, num_parameters: 1, d_model: 1, num_layers: 1 };
             let agent = self.world.agents.get_mut(&worker_name(id)).unwrap();
             agent.ready.retain(|(backbone, _, old)| (backbone, old) != (&engine.backbone, rank));
             agent.ready.insert((engine.backbone.clone(), engine.epoch, *rank));

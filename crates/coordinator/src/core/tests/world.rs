@@ -225,8 +225,13 @@ impl World {
         let agent = self.agents.get_mut(&worker_name(id)).unwrap();
         agent.ready.retain(|(backbone, _, old)| (backbone, *old) != (&engine.backbone, rank));
         agent.ready.insert((engine.backbone.clone(), engine.epoch, rank));
-        let event =
-            EngineEvent::Ready { pid: 7, fingerprint: "f".to_owned(), num_parameters: 60, d_model: 4 };
+        let event = EngineEvent::Ready {
+            pid: 7,
+            fingerprint: "f".to_owned(),
+            num_parameters: 60,
+            d_model: 4,
+            num_layers: 2,
+        };
         self.report(
             id,
             Report::Engine { backbone: engine.backbone.clone(), epoch: engine.epoch, rank, event },
