@@ -106,7 +106,7 @@ pub(crate) enum Command {
     Multitask(Box<multitask::MultitaskArgs>),
     /// Run the tables and figures of the paper again, at a scale of your choice
     Paper(Box<paper::PaperArgs>),
-    /// See the benchmarks that are known by name, and their examples
+    /// See the benchmarks that are known by name and their examples, mix tasks, and average SuperGLUE's
     #[command(subcommand)]
     Task(task::TaskCommand),
     /// Look into a model or a prompt

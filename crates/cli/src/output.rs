@@ -45,6 +45,19 @@ pub(crate) fn line(text: &str) -> Result<()> {
     })
 }
 
+/// Values as they are written to a file: a line of JSON for each.
+///
+/// # Errors
+/// If one cannot be written as JSON.
+pub(crate) fn json_lines<T: serde::Serialize>(values: &[T]) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    for value in values {
+        serde_json::to_writer(&mut bytes, value)?;
+        bytes.push(b'\n');
+    }
+    Ok(bytes)
+}
+
 /// A table with a header. Columns after the first are numbers and stand to the right where `numbers` says so.
 pub(crate) fn table(header: &[&str], rows: &[Vec<String>], numbers: bool) -> String {
     let mut table = bare(rows);

@@ -15,7 +15,7 @@ use incipit_tune::train::{Event, Loaded, Observer};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::args::Global;
-use crate::commands::eval::json_lines;
+use crate::output::json_lines;
 use crate::report::words;
 use crate::supervisor::{LAST_WORDS, prefix};
 use crate::telemetry::NOTES;

@@ -21,6 +21,8 @@ const COMMANDS: &[&[&str]] = &[
     &["task", "list"],
     &["task", "show"],
     &["task", "export"],
+    &["task", "mix"],
+    &["task", "average"],
     &["inspect"],
     &["inspect", "model"],
     &["inspect", "prompt"],

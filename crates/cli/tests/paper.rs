@@ -57,10 +57,24 @@ eval = "few.jsonl"
 input-tokens = 12
 eval-examples = 12
 
+[tasks.twin]
+train = "few.jsonl"
+eval = "few.jsonl"
+input-tokens = 12
+eval-examples = 12
+
 [tasks.gone]
 train = "gone.jsonl"
 input-tokens = 12
 eval-examples = 12
+
+[[suite]]
+name = "figure-1"
+kind = "models"
+title = "All tasks at once"
+models = ["demo"]
+tasks = ["few", "twin"]
+variants = [{{ name = "at once", mixture = true }}]
 
 [[suite]]
 name = "figure-3d"
@@ -169,7 +183,7 @@ fn every_kind_of_suite_is_run_once_and_told_in_every_form() {
     let printed = incipit(&all).ok().json();
     assert_eq!(to_run(&incipit(&dry).ok().json()), 0, "of {planned} runs");
 
-    for suite in ["figure-3d", "methods", "table-1", "table-3", "table-4", "table-5", "table-6"] {
+    for suite in ["figure-1", "figure-3d", "methods", "table-1", "table-3", "table-4", "table-5", "table-6"] {
         for extension in ["txt", "json", "csv", "svg"] {
             let file = Path::new(&out).join(format!("{suite}.{extension}"));
             assert!(file.metadata().is_ok_and(|file| file.len() > 80), "{}", file.display());
@@ -181,11 +195,21 @@ fn every_kind_of_suite_is_run_once_and_told_in_every_form() {
     assert_eq!(values("figure-3d", 0, 0).as_array().map(Vec::len), Some(2));
     assert!(cell(&printed, "figure-3d", 1, 0)["deviation"].is_number());
     assert_eq!(values("figure-3d", 0, 0), values("methods", 0, 0));
+    // What learnt both tasks is told which it is asked, and these two are of one file.
+    assert_eq!(values("figure-1", 0, 0).as_array().map(Vec::len), Some(2));
+    let mixed = common::text(Path::new(&out).join("runs/mixture/few+twin/examples/train.jsonl"));
+    let starts =
+        |task: &str| mixed.lines().filter(|line| line.contains(&format!("\"inputs\":\"{task} "))).count();
+    assert_eq!((starts("few"), starts("twin")), (12, 12));
+    let plan = plan.json();
+    let commands: Vec<&str> =
+        plan["runs"].as_array().expect("runs").iter().filter_map(|run| run["command"].as_str()).collect();
+    assert!(commands.iter().any(|command| command.contains("--input-prefix twin")), "{commands:?}");
     // The other task is the same file, so that its evaluation gives what training measured.
     assert_eq!(values("table-1", 0, 0), values("table-1", 1, 0));
     assert_eq!(cell(&printed, "table-4", 1, 4)["values"][0], 11_135_332_352.0);
     assert_eq!(cell(&printed, "table-4", 0, 4)["paper"], "409,600");
-    let trained = |row: usize| printed["suites"][1]["rows"][row]["num_trained"].clone();
+    let trained = |row: usize| printed["suites"][2]["rows"][row]["num_trained"].clone();
     assert_eq!(trained(0), 2.0 * 128.0, "P rows of the model's width");
     assert!(trained(1).as_f64().is_some_and(|tokens| tokens > 2.0), "{printed}");
 
@@ -268,6 +292,8 @@ fn what_a_scale_says_wrongly_is_refused_by_name() {
     refused(&with("batch-size = 4", "batchsize = 4"), &["bad.toml", "batchsize"]);
     refused(&with("method = \"text\"", "method = \"texts\""), &["bad.toml", "texts"]);
     refused(&with("kind = \"time\"", "kind = \"hour\""), &["bad.toml", "hour"]);
+    let mixed = with("method = \"text\"", "method = \"text\", mixture = true");
+    refused(&mixed, &["text of methods is a mixture", "several tasks"]);
     refused(&with("seeds = 2", "seeds = 0"), &["bad.toml", "at least one seed"]);
     refused(&with("name = \"table-5\"", "name = \"table-6\""), &["two suites are called table-6"]);
 

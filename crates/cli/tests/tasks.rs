@@ -1,10 +1,14 @@
 //! The benchmarks that are known by name, from their owners' files to scores, on the bundled demo model.
 
 mod common;
+#[path = "common/fake.rs"]
+mod fake;
 
 use std::path::{Path, PathBuf};
 
-use common::{Ran, demo, incipit, path, refused, text};
+use common::{Ran, command, demo, few_examples, incipit, path, refused, text};
+use fake::{Fake, State};
+use incipit_proto::v1::{Backbone, data_source::Source};
 use serde_json::Value;
 
 /// Small files in the manner of each benchmark's own.
@@ -188,5 +192,139 @@ fn what_is_wrong_with_a_benchmark_is_told_and_nothing_is_written() {
     refused(&incipit(&[&eval[..], &["--data", "x.jsonl"]].concat()), &["--task and --data are both given"]);
     refused(&incipit(&["eval", "--model", &model]), &["--data is missing"]);
     refused(&incipit(&["generate", "--model", &model, "--task", "boolq"]), &["--data-dir is missing"]);
-    refused(&incipit(&["job", "submit", "--task", "boolq"]), &["--task boolq", "incipit task export boolq"]);
+    refused(&incipit(&["job", "submit", "--task", "boolq"]), &["--data-dir is missing"]);
+}
+
+#[test]
+fn a_job_of_a_benchmark_hands_in_the_files_of_its_splits() {
+    let base = Backbone { name: "backbones/base".to_owned(), d_model: 64, ..Backbone::default() };
+    let fake = Fake::start(State { backbones: vec![base], ..State::default() });
+    let submit = |more: &[&str]| -> Ran {
+        let args =
+            [&["job", "submit", "--json", "--backbone", "base", "--task", "multirc"][..], more].concat();
+        command(&args).env("INCIPIT_COORDINATOR", &fake.url).output().expect("the program starts").into()
+    };
+    submit(&["--data-dir", &data(), "--prompt-layers", "all", "--predict", "rank"]).ok();
+    let files = ["train.jsonl", "val.jsonl"].map(|file| data_dir().join("MultiRC").join(file));
+    let [train, val] = files.map(|file| (std::fs::read(&file).expect("a file"), file.display().to_string()));
+    let plan = submit(&["--train", &train.1, "--eval", &val.1, "--dry-run"]).ok().json();
+    assert_eq!(plan["examples"]["eval"], 8, "examples, of which a record has several: {plan}");
+
+    let state = fake.state();
+    let spec = state.created[0].0.job.clone().and_then(|job| job.spec).expect("a specification");
+    assert_eq!((spec.task.as_deref(), spec.metrics.len()), (Some("multirc"), 0), "it brings its own");
+    for (source, (bytes, path)) in [(spec.train, &train), (spec.eval, &val)] {
+        let (source, digest) = (source.expect("a source"), blake3::hash(bytes).to_hex().to_string());
+        assert!(path.ends_with(&source.file_name), "the name tells the format");
+        assert_eq!(state.blobs[&digest], bytes);
+        assert_eq!(source.source, Some(Source::Digest(digest)));
+    }
+    drop(state);
+
+    refused(&submit(&["--data-dir", &data(), "--data-on-workers"]), &["--train and --eval"]);
+    refused(&submit(&["--data-dir", &data(), "--labels", "0=no"]), &["--task multirc", "--labels"]);
+    let mrpc = ["job", "submit", "--task", "mrpc", "--data-dir", &data()];
+    refused(&incipit(&mrpc), &["two splits of mrpc", "incipit task export mrpc"]);
+}
+
+#[test]
+fn several_tasks_are_mixed_into_one_set_whose_inputs_name_them() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let few = few_examples(dir.path());
+    let (list, data) = (path(dir.path(), "tasks.toml"), data());
+    let table = |name: &str, settings: &str| format!("[{name}]\n{settings}\n");
+    let named = |name: &str| table(name, &format!("task = \"{name}\"\ndata-dir = '{data}'"));
+    let file = table("few", &format!("train = '{few}'\neval = '{few}'"));
+    std::fs::write(&list, named("wsc") + &file + &named("multirc")).expect("a file");
+    let mix = |output: &str, more: &[&str]| {
+        let at = path(dir.path(), output);
+        let ran =
+            incipit(&[&["task", "mix", "--tasks", &list, "--output", &at, "--json"][..], more].concat());
+        (ran.ok().json(), lines(Path::new(&at).join("train.jsonl")), lines(Path::new(&at).join("dev.jsonl")))
+    };
+    let (said, train, dev) = mix("all", &[]);
+    assert_eq!(said["tasks"][0], serde_json::json!({"task": "few", "train": 12, "dev": 12}));
+    let (inputs, task) = (&train[0]["inputs"], &train[0]["task"]);
+    assert!(task == "few" && inputs.as_str().is_some_and(|text| text.starts_with("few ")), "{train:?}");
+    let of = |lines: &[Value], task: &str| lines.iter().filter(|line| line["task"] == task).count();
+    let exported = |task: &str, split: &str| {
+        let output = path(dir.path(), "exported.jsonl");
+        let args = ["task", "export", task, "--data-dir", &data, "--split", split, "--output", &output];
+        incipit(&args).ok();
+        lines(&output).len()
+    };
+    for task in ["wsc", "multirc"] {
+        let counts = (of(&train, task), of(&dev, task));
+        assert_eq!(counts, (exported(task, "train"), exported(task, "dev")), "{task}");
+    }
+
+    // A draw is that of its seed, and in the file's order.
+    let (_, some, all_dev) = mix("some", &["--limit", "5"]);
+    assert_eq!((of(&some, "few"), all_dev), (5, dev));
+    let places = some.iter().map(|line| train.iter().position(|other| other == line).expect("an example"));
+    assert!(places.collect::<Vec<_>>().is_sorted());
+    assert_eq!(mix("again", &["--limit", "5"]).1, some);
+    assert_ne!(mix("other", &["--limit", "5", "--seed", "1"]).1, some);
+
+    std::fs::write(&list, &file).expect("a file");
+    let none = path(dir.path(), "none");
+    let refusal = incipit(&["task", "mix", "--tasks", &list, "--output", &none]);
+    refused(&refusal, &["tasks.toml has fewer than two tasks"]);
+    std::fs::write(&list, file + &table("gone", "train = 'gone.jsonl'")).expect("a file");
+    refused(&incipit(&["task", "mix", "--tasks", &list, "--output", &none]), &["gone.jsonl"]);
+    assert!(!Path::new(&none).exists(), "a refused mixture leaves nothing");
+}
+
+#[test]
+fn a_prefix_stands_before_every_input_that_is_evaluated() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (model, few) = (demo("model"), few_examples(dir.path()));
+    let loss = |more: &[&str]| {
+        let args = [&["eval", "--model", &model, "--json", "--data", &few][..], more].concat();
+        incipit(&args).ok().json()["loss"].clone()
+    };
+    let prefixed = loss(&["--input-prefix", "parcels"]);
+    assert_eq!(prefixed, loss(&["--inputs", "parcels {inputs}"]));
+    assert_ne!(prefixed, loss(&[]));
+}
+
+#[test]
+fn the_average_of_super_glue_is_that_of_its_eight_tasks_by_their_own_metrics() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let scores = [
+        ("boolq", serde_json::json!({"accuracy": 0.91})),
+        ("cb", serde_json::json!({"macro-f1": 0.5, "accuracy": 0.7})),
+        ("copa", serde_json::json!({"accuracy": 0.8})),
+        ("multirc", serde_json::json!({"positive-f1": 0.2, "group-exact-match": 0.4})),
+        ("record", serde_json::json!({"token-f1": 0.3, "exact-match": 0.1})),
+        ("rte", serde_json::json!({"accuracy": 0.6})),
+        ("wic", serde_json::json!({"accuracy": 0.5})),
+        ("wsc", serde_json::json!({"containment": 0.4})),
+    ];
+    let files = scores.map(|(task, metrics)| {
+        let file = path(dir.path(), task);
+        std::fs::write(&file, serde_json::json!({"task": task, "metrics": metrics}).to_string())
+            .expect("a file");
+        file
+    });
+    let average = |files: &[String], more: &[&str]| {
+        let files: Vec<&str> = files.iter().map(String::as_str).collect();
+        incipit(&[&["task", "average"][..], &files, more].concat())
+    };
+    let printed = average(&files, &["--json"]).ok().json();
+    let expected = (0.91 + 0.6 + 0.8 + 0.3 + 0.2 + 0.6 + 0.5 + 0.4) / 8.0;
+    assert!(
+        printed["average"].as_f64().is_some_and(|average| (average - expected).abs() < 1e-12),
+        "{printed}"
+    );
+    assert!(average(&files, &[]).ok().stdout.contains("53.9 %"));
+
+    refused(&average(&files[1..], &[]), &["boolq is missing", "incipit eval --task boolq"]);
+    refused(&average(&[&files[..], &files[..1]].concat(), &[]), &["2 files are of boolq"]);
+    std::fs::write(&files[1], r#"{"task": "cb", "metrics": {"accuracy": 0.7}}"#).expect("a file");
+    refused(&average(&files, &[]), &["cb is measured by accuracy and macro-f1", "without --metrics"]);
+    std::fs::write(&files[1], r#"{"task": "mrpc", "metrics": {}}"#).expect("a file");
+    refused(&average(&files, &[]), &["mrpc is none of SuperGLUE's"]);
+    std::fs::write(&files[1], "[]").expect("a file");
+    refused(&average(&files, &[]), &["cb: it is not what"]);
 }

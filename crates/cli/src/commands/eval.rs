@@ -22,6 +22,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::backbone::{self, Ready};
+use super::task::prefixed;
 use crate::args::{BackboneArgs, FormatArgs, Global, NamedTaskArgs, choice, names, split};
 use crate::exit::{Exit, bad_input};
 use crate::output::{self, Printed};
@@ -78,6 +79,9 @@ pub(crate) struct MeasureArgs {
     /// Part of the benchmark's data [default: dev]
     #[arg(long, help_heading = "Data", requires = "task", value_parser = split())]
     split: Option<Split>,
+    /// Text before every input, and a space between: the name of the task for a model that learnt several (`task mix`)
+    #[arg(long, value_name = "TEXT", help_heading = "Data")]
+    input_prefix: Option<String>,
     #[command(flatten)]
     pub(crate) format: FormatArgs,
     /// What is measured [default: the benchmark's, else that of the run that made the prompt, else accuracy]
@@ -176,6 +180,9 @@ pub(crate) fn prepared(
     let transfer = named.and_then(|named| Transfer::of(ready.trained?, named.task));
     if let Some(transfer) = &transfer {
         texts.iter_mut().for_each(|text| text.targets = transfer.in_words_of_prompt(&text.targets));
+    }
+    if let Some(prefix) = &args.input_prefix {
+        texts.iter_mut().for_each(|text| text.inputs = prefixed(prefix, &text.inputs));
     }
     let set = tokenized(&texts, ready)?;
     let options = options(args, ready, &set, (named, transfer))?;
@@ -400,7 +407,7 @@ struct NamedPrediction<'a> {
 
 /// Predictions as they are written to a file: of a benchmark with its id, and without a label without what is said of it.
 fn lines<P: Serialize>(predictions: &[P], found: Option<&TaskSplit>) -> Result<Vec<u8>> {
-    let Some(found) = found else { return json_lines(predictions) };
+    let Some(found) = found else { return output::json_lines(predictions) };
     let mut named = Vec::with_capacity(predictions.len());
     for (prediction, example) in predictions.iter().zip(&found.examples) {
         let Value::Object(mut prediction) = serde_json::to_value(prediction)? else { continue };
@@ -409,20 +416,7 @@ fn lines<P: Serialize>(predictions: &[P], found: Option<&TaskSplit>) -> Result<V
         }
         named.push(NamedPrediction { id: &example.id, prediction });
     }
-    json_lines(&named)
-}
-
-/// The predictions as they are written to a file.
-///
-/// # Errors
-/// If a number cannot be written as JSON.
-pub(crate) fn json_lines<P: Serialize>(predictions: &[P]) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    for prediction in predictions {
-        serde_json::to_writer(&mut bytes, prediction)?;
-        bytes.push(b'\n');
-    }
-    Ok(bytes)
+    output::json_lines(&named)
 }
 
 fn summary(args: &MeasureArgs, evaluation: &Evaluation, seconds: f64, named: Option<Named>) -> Summary {

@@ -127,6 +127,7 @@ pub(crate) fn run(args: &PaperArgs, global: &Global) -> Result<Exit> {
         return Ok(Exit::Ok);
     }
     write_shapes(&scale, &place)?;
+    plan.files.iter().try_for_each(|(path, text)| write_below(path, text.as_bytes()))?;
     execute::carry_out(&plan, &mut progress, &signals()?)?;
     let filled = suites.iter().map(|(suite, sheet)| Filled::new(suite, sheet, &progress));
     let filled = filled.collect::<Result<Vec<_>>>()?;
@@ -200,8 +201,6 @@ fn write_shapes(scale: &Scale, place: &Place) -> Result<()> {
     for model in scale.models.iter().filter(|model| !matches!(model.shape, Shape::Own(_))) {
         let Some(config) = model.config(place.vocab_size)? else { continue };
         let path = shape_file(&place.out, &model.name);
-        let parent = path.parent().unwrap_or(&place.out);
-        std::fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
         let text = serde_json::to_vec_pretty(&serde_json::json!({
             "architectures": ["T5ForConditionalGeneration"],
             "model_type": "t5",
@@ -222,9 +221,16 @@ fn write_shapes(scale: &Scale, place: &Place) -> Result<()> {
             "pad_token_id": config.decoder_start_token_id,
             "decoder_start_token_id": config.decoder_start_token_id,
         }))?;
-        atomic::write_file(&path, &text)?;
+        write_below(&path, &text)?;
     }
     Ok(())
+}
+
+/// Writes a file that runs read, and makes its directory.
+fn write_below(path: &Path, bytes: &[u8]) -> Result<()> {
+    let parent = path.parent().unwrap_or(Path::new(""));
+    std::fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
+    Ok(atomic::write_file(path, bytes)?)
 }
 
 /// Writes every form of every suite.

@@ -1,4 +1,7 @@
-//! `incipit task`: the benchmarks that are known by name.
+//! `incipit task`: the benchmarks that are known by name, and mixtures of tasks.
+
+mod average;
+mod mix;
 
 use std::path::PathBuf;
 
@@ -14,6 +17,8 @@ use crate::exit::Exit;
 use crate::output::{self, Printed};
 use crate::progress::note;
 
+pub(crate) use mix::prefixed;
+
 /// What can be asked of benchmarks.
 #[derive(Subcommand)]
 pub(crate) enum TaskCommand {
@@ -21,8 +26,12 @@ pub(crate) enum TaskCommand {
     List,
     /// Show what a benchmark is, the files that are read, and its first examples as the model sees them
     Show(ShowArgs),
-    /// Write a split as JSON lines with inputs and targets, for other programs and for jobs of a cluster
+    /// Write a split as JSON lines with inputs and targets, for other programs
     Export(ExportArgs),
+    /// Write examples of several tasks to one file, each input with its task's name before it, so that one model learns all
+    Mix(mix::MixArgs),
+    /// Print SuperGLUE's score, from what evaluations of its eight tasks printed
+    Average(average::AverageArgs),
 }
 
 /// Flags of `task show`.
@@ -80,6 +89,8 @@ pub(crate) fn run(command: &TaskCommand, global: &Global) -> Result<Exit> {
         TaskCommand::List => output::print(&List(Task::all().map(About::of).collect()), global.json)?,
         TaskCommand::Show(args) => output::print(&show(args)?, global.json)?,
         TaskCommand::Export(args) => output::print(&export(args)?, global.json)?,
+        TaskCommand::Mix(args) => output::print(&mix::mix(args)?, global.json)?,
+        TaskCommand::Average(args) => output::print(&average::average(args)?, global.json)?,
     }
     Ok(Exit::Ok)
 }
@@ -190,16 +201,12 @@ fn show(args: &ShowArgs) -> Result<Shown> {
         examples: Vec::new(),
     };
     if let Some(dir) = &args.data_dir {
-        let examples = task.examples(dir, args.split, purpose(args.split))?;
+        let examples = task.examples(dir, args.split, Use::of(args.split))?;
         (shown.file, shown.split) = (Some(examples.path().to_owned()), Some(args.split.name()));
         let first: Result<Vec<_>, _> = examples.take(args.number).collect();
         shown.examples = first?.into_iter().map(Example::from).collect();
     }
     Ok(shown)
-}
-
-fn purpose(split: Split) -> Use {
-    if split == Split::Train { Use::Training } else { Use::Evaluation }
 }
 
 impl Printed for Shown {
@@ -249,21 +256,15 @@ struct Exported {
 
 fn export(args: &ExportArgs) -> Result<Exported> {
     let task = Task::named(&args.task)?;
-    let found = task.read(&args.data_dir, args.split, purpose(args.split), LoadOptions::default())?;
+    let found = task.read(&args.data_dir, args.split, Use::of(args.split), LoadOptions::default())?;
     let left_out = found.left_out();
-    let mut bytes = Vec::new();
-    let mut count = 0;
-    let holds = |example: &TaskExample| example.reference.as_ref().is_none_or(|reference| reference.holds);
-    for example in found.examples.into_iter().filter(holds) {
-        serde_json::to_writer(&mut bytes, &Example::from(example))?;
-        bytes.push(b'\n');
-        count += 1;
-    }
-    atomic::write_file(&args.output, &bytes)?;
+    let examples: Vec<Example> =
+        found.examples.into_iter().filter(TaskExample::holds).map(Example::from).collect();
+    atomic::write_file(&args.output, &output::json_lines(&examples)?)?;
     if let Some(said) = left_out {
         note(&said);
     }
-    Ok(Exported { task, split: args.split.name(), examples: count, output: args.output.clone() })
+    Ok(Exported { task, split: args.split.name(), examples: examples.len(), output: args.output.clone() })
 }
 
 impl Printed for Exported {

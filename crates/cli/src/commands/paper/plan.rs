@@ -1,6 +1,6 @@
 //! What is to be run for some suites: commands of this program, each once, in an order in which each finds what it needs.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
@@ -9,7 +9,7 @@ use incipit_tune::spec::{Backend, Method};
 use serde::Serialize;
 use toml::Value;
 
-use super::scale::{Model, Scale, Settings, TaskFiles, Variant};
+use super::scale::{Load, Model, Scale, Settings, TaskFiles, Variant};
 use crate::exit::bad_input;
 
 /// Tokens of a usual answer, for estimates of time.
@@ -54,7 +54,21 @@ pub(super) struct Plan<'a> {
     pub(super) scale: &'a Scale,
     pub(super) place: &'a Place,
     pub(super) runs: Vec<Run>,
+    /// Files that runs read and that are to be written before them.
+    pub(super) files: BTreeMap<PathBuf, String>,
     index: HashMap<String, usize>,
+}
+
+/// What runs are trained on.
+pub(super) struct Examples {
+    name: String,
+    /// The flags that name it, and say how it is read.
+    flags: Vec<String>,
+    /// The runs that make it.
+    after: Vec<usize>,
+    load: Load,
+    /// Whether inputs begin with the name of their task.
+    prefixed: bool,
 }
 
 /// A trained variant: of each seed, the run and the directory that it leaves.
@@ -64,6 +78,8 @@ pub(super) struct Trained {
     config: Option<Config>,
     /// Rows before an input.
     rows: f64,
+    /// Whether inputs begin with the name of their task.
+    prefixed: bool,
 }
 
 pub(super) struct Member {
@@ -75,7 +91,7 @@ pub(super) struct Member {
 
 impl<'a> Plan<'a> {
     pub(super) fn new(scale: &'a Scale, place: &'a Place) -> Self {
-        Self { scale, place, runs: Vec::new(), index: HashMap::new() }
+        Self { scale, place, runs: Vec::new(), files: BTreeMap::new(), index: HashMap::new() }
     }
 
     /// Where a run's directory is.
@@ -86,6 +102,10 @@ impl<'a> Plan<'a> {
     /// The words behind `incipit` that carry a run out on this machine.
     pub(super) fn command(&self, run: &Run) -> Vec<String> {
         let Place { machine, ranks, launched, .. } = self.place;
+        // Examples need no model.
+        if run.command[0] == "task" {
+            return run.command.clone();
+        }
         let command = run.command.iter().chain(machine).cloned();
         // A model is made on one rank.
         if run.command[0] == "pretrain" {
@@ -176,15 +196,51 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// The runs of a variant on a task, one a seed; prompts of all seeds go through the backbone together.
+    /// A task's examples, to train on.
     ///
     /// # Errors
-    /// As [`Self::model`] and [`Self::task`].
-    pub(super) fn train(&mut self, model: &str, task: &str, variant: &Variant) -> Result<Trained> {
+    /// As [`Self::task`].
+    pub(super) fn of_task(&self, name: &str) -> Result<Examples> {
+        let task = self.task(name, true)?;
+        let (flags, load) = (task.to_train(&self.place.data), task.load());
+        Ok(Examples { name: name.to_owned(), flags, after: Vec::new(), load, prefixed: false })
+    }
+
+    /// Those of several tasks in one.
+    ///
+    /// # Errors
+    /// As [`Self::task`].
+    pub(super) fn mixture(&mut self, tasks: &[String]) -> Result<Examples> {
+        let files = tasks.iter().map(|task| self.task(task, true)).collect::<Result<Vec<_>>>()?;
+        let tables = tasks.iter().zip(&files);
+        let tables = tables.map(|(task, files)| (task.clone(), files.settings(&self.place.data).into()));
+        let all = tasks.join("+");
+        let list = self.place.out.join("mixtures").join(format!("{all}.toml"));
+        self.files.insert(list.clone(), Settings::from_iter(tables).to_string());
+        let name = format!("mixture/{all}");
+        let dir = self.dir(&format!("{name}/examples"));
+        let command = words(["task", "mix", "--tasks", &shown(&list), "--output", &shown(&dir)]);
+        let run =
+            self.add(Run { name: format!("{name}/examples"), command, after: Vec::new(), work: Some(0.0) });
+        let [train, eval] = ["train.jsonl", "dev.jsonl"].map(|file| shown(&dir.join(file)));
+        let loads = files.iter().map(|files| files.load());
+        let load = Load {
+            input_tokens: loads.clone().map(|load| load.input_tokens).sum::<f64>() / tasks.len() as f64,
+            eval_examples: loads.map(|load| load.eval_examples).sum(),
+        };
+        let flags = words(["--train", &train, "--eval", &eval]);
+        Ok(Examples { name, flags, after: vec![run], load, prefixed: true })
+    }
+
+    /// The runs of a variant on some examples, one a seed; prompts of all seeds go through the backbone together.
+    ///
+    /// # Errors
+    /// As [`Self::model`].
+    pub(super) fn train(&mut self, model: &str, on: &Examples, variant: &Variant) -> Result<Trained> {
         if variant.method == Method::Prompt && self.scale.seeds > 1 {
-            return self.train_together(model, task, variant, self.scale.seeds);
+            return self.train_together(model, on, variant, self.scale.seeds);
         }
-        self.train_alone(model, task, variant)
+        self.train_alone(model, on, variant)
     }
 
     /// Prompts that are trained in one batch.
@@ -194,65 +250,71 @@ impl<'a> Plan<'a> {
     pub(super) fn train_together(
         &mut self,
         model: &str,
-        task: &str,
+        on: &Examples,
         variant: &Variant,
         members: u64,
     ) -> Result<Trained> {
         let count = members.to_string();
         let start = words(["ensemble", "train", "--members", &count]);
-        let run = self.training(model, task, variant, (start, &format!("{members}-prompts"), members))?;
+        let run = self.training(model, on, variant, (start, &format!("{members}-prompts"), members))?;
         let dir = self.dir(&self.runs[run].name);
         let member =
             |i| Member { run, summary: format!("/members/{i}"), dir: dir.join(format!("member-{i}")) };
-        self.trained(model, task, variant, (0..members).map(member).collect())
+        self.trained(model, on, variant, (0..members).map(member).collect())
     }
 
     /// Runs of their own, one a seed.
     ///
     /// # Errors
     /// As [`Self::train`].
-    pub(super) fn train_alone(&mut self, model: &str, task: &str, variant: &Variant) -> Result<Trained> {
+    pub(super) fn train_alone(&mut self, model: &str, on: &Examples, variant: &Variant) -> Result<Trained> {
         let of_seeds = (0..self.scale.seeds).map(|seed| {
             let start = words(["train", "--seed", &seed.to_string()]);
-            let run = self.training(model, task, variant, (start, &format!("seed-{seed}"), 1))?;
+            let run = self.training(model, on, variant, (start, &format!("seed-{seed}"), 1))?;
             let dir = self.dir(&self.runs[run].name);
             Ok(Member { run, summary: String::new(), dir })
         });
         let of_seeds = of_seeds.collect::<Result<_>>()?;
-        self.trained(model, task, variant, of_seeds)
+        self.trained(model, on, variant, of_seeds)
     }
 
-    fn trained(&self, model: &str, task: &str, variant: &Variant, of_seeds: Vec<Member>) -> Result<Trained> {
+    fn trained(
+        &self,
+        model: &str,
+        on: &Examples,
+        variant: &Variant,
+        of_seeds: Vec<Member>,
+    ) -> Result<Trained> {
         let config = self.scale.model(model)?.config(self.place.vocab_size)?;
-        let rows = rows(variant.method, &self.scale.settings(variant), self.task(task, true)?);
-        Ok(Trained { of_seeds, config, rows })
+        let rows = rows(variant.method, &self.scale.settings(variant), on.load);
+        Ok(Trained { of_seeds, config, rows, prefixed: on.prefixed })
     }
 
     /// A training run: `start` is the command's first words, what tells it from its like, and how many it trains.
     fn training(
         &mut self,
         model: &str,
-        task: &str,
+        on: &Examples,
         variant: &Variant,
         (start, which, count): (Vec<String>, &str, u64),
     ) -> Result<usize> {
-        let files = self.task(task, true)?;
         let (scale, place) = (self.scale, self.place);
         let model = scale.model(model)?;
-        let (path, after) = self.model(model, &variant.stage)?;
+        let (path, mut after) = self.model(model, &variant.stage)?;
+        after.extend(&on.after);
         let what = [variant.method.to_string()].into_iter().chain(own(&variant.settings)).collect::<Vec<_>>();
-        let name = format!("{task}/{}-{}/{}/{which}", model.name, variant.stage, what.join(","));
+        let name = format!("{}/{}-{}/{}/{which}", on.name, model.name, variant.stage, what.join(","));
         let settings = scale.settings(variant);
         let mut command = start;
         command.extend(words(["--out", &shown(&self.dir(&name)), "--model", &path]));
         if variant.method != Method::Prompt {
             command.extend(words(["--method", &variant.method.to_string()]));
         }
-        command.extend(files.to_train(&place.data));
+        command.extend(on.flags.clone());
         command.extend(flags(&settings));
         let config = model.config(place.vocab_size)?;
         let work =
-            config.map(|config| training_work(&config, variant.method, &settings, files) * count as f64);
+            config.map(|config| training_work(&config, variant.method, &settings, on.load) * count as f64);
         Ok(self.add(Run { name, command, after, work }))
     }
 
@@ -262,8 +324,11 @@ impl<'a> Plan<'a> {
     /// As [`Self::task`].
     pub(super) fn evaluate(&mut self, of: &Trained, seed: usize, task: &str) -> Result<usize> {
         let Member { run, dir, .. } = &of.of_seeds[seed];
-        let command = words(["eval", "--prompt", &shown(dir)]);
-        self.evaluation((*run, dir), task, command, of.forward(self.task(task, false)?))
+        let mut command = words(["eval", "--prompt", &shown(dir)]);
+        if of.prefixed {
+            command.extend(words(["--input-prefix", task]));
+        }
+        self.evaluation((*run, dir), task, command, of.forward(self.task(task, false)?.load()))
     }
 
     /// The votes of prompts that were trained together, on their own task.
@@ -274,7 +339,7 @@ impl<'a> Plan<'a> {
         let run = of.of_seeds[0].run;
         let dir = self.dir(&self.runs[run].name);
         let command = words(["ensemble", "eval", "--ensemble", &shown(&dir)]);
-        let work = of.forward(self.task(task, false)?).map(|work| work * of.of_seeds.len() as f64);
+        let work = of.forward(self.task(task, false)?.load()).map(|work| work * of.of_seeds.len() as f64);
         self.evaluation((run, &dir), task, command, work)
     }
 
@@ -294,7 +359,7 @@ impl<'a> Plan<'a> {
 
 impl Trained {
     /// The work of evaluating one of the seeds on a task.
-    fn forward(&self, task: &TaskFiles) -> Option<f64> {
+    fn forward(&self, task: Load) -> Option<f64> {
         let config = self.config.as_ref()?;
         Some(forward(config, self.rows + task.input_tokens, ANSWER_TOKENS) * task.eval_examples)
     }
@@ -358,7 +423,7 @@ fn pretraining_work(config: &Config, settings: &Settings) -> f64 {
 }
 
 /// Rows of a prompt or of keys, or tokens that are shown, before an input.
-fn rows(method: Method, settings: &Settings, task: &TaskFiles) -> f64 {
+fn rows(method: Method, settings: &Settings, task: Load) -> f64 {
     match method {
         Method::Prompt | Method::Prefix | Method::Search => number(settings, "prompt-length", 100.0),
         Method::Text => number(settings, "shots", 4.0) * (task.input_tokens + ANSWER_TOKENS),
@@ -367,7 +432,7 @@ fn rows(method: Method, settings: &Settings, task: &TaskFiles) -> f64 {
 }
 
 /// A step goes forward, backward to the activations and, where weights are trained, to them; a search tries its candidates besides.
-fn training_work(config: &Config, method: Method, settings: &Settings, task: &TaskFiles) -> f64 {
+fn training_work(config: &Config, method: Method, settings: &Settings, task: Load) -> f64 {
     let number = |name, default| number(settings, name, default);
     let rows = rows(method, settings, task);
     let one = forward(config, rows + task.input_tokens, ANSWER_TOKENS);

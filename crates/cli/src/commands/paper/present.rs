@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::execute::Progress;
 use super::published::Published;
 use super::scale::Suite;
-use super::suites::{MEAN, Sheet, Unit};
+use super::suites::{Along, MEAN, Sheet, Unit};
 use super::values::Values;
 use crate::output;
 use crate::report::chart::{Chart, Mark, Series};
@@ -28,7 +28,9 @@ pub(super) struct Filled {
     note: Option<String>,
     unit: Unit,
     #[serde(skip)]
-    axes: (&'static str, &'static str),
+    of_rows: &'static str,
+    #[serde(skip)]
+    along: Along,
     columns: Vec<String>,
     rows: Vec<Row>,
     /// Seeds of all cells that are not there.
@@ -77,7 +79,8 @@ impl Filled {
             title: suite.title.clone(),
             note: suite.note.clone(),
             unit: sheet.unit,
-            axes: sheet.axes,
+            of_rows: sheet.of_rows,
+            along: sheet.along,
             columns: sheet.columns.clone(),
             rows,
             missing,
@@ -96,7 +99,7 @@ impl Filled {
     }
 
     fn header(&self) -> Vec<String> {
-        let mut header = vec![self.axes.0.to_owned()];
+        let mut header = vec![self.of_rows.to_owned()];
         header.extend(self.counts_trained().then(|| "trained".to_owned()));
         for column in &self.columns {
             header.push(column.clone());
@@ -191,7 +194,7 @@ impl Filled {
             let series = self.rows.iter().enumerate().filter_map(|(i, row)| over_trained(i, row));
             return Chart { x_label, series: series.collect(), ..chart };
         }
-        if self.axes.1 == "model" {
+        if self.along == Along::Columns {
             let series = self.rows.iter().enumerate().map(|(i, row)| {
                 let cells = row.cells.iter().map(|cell| &cell.ours);
                 series(i, &row.name, Mark::Dots, cells)
@@ -210,7 +213,7 @@ impl Filled {
         let long = self.rows.iter().any(|row| row.name.len() > 24);
         let name = |(i, row): (usize, &Row)| if long { (i + 1).to_string() } else { row.name.clone() };
         Chart {
-            x_label: self.axes.0.to_owned(),
+            x_label: self.of_rows.to_owned(),
             x_names: self.rows.iter().enumerate().map(name).collect(),
             series: series.collect(),
             ..chart

@@ -123,8 +123,17 @@ pub(super) struct TaskFiles {
     labels: Option<String>,
     metrics: Option<String>,
     /// Tokens of a usual input, for estimates of time.
-    pub(super) input_tokens: f64,
+    input_tokens: f64,
     /// Examples to evaluate on, for estimates of time.
+    eval_examples: f64,
+}
+
+/// How much a task asks of a model, for estimates of time.
+#[derive(Clone, Copy)]
+pub(super) struct Load {
+    /// Of a usual input.
+    pub(super) input_tokens: f64,
+    /// To evaluate on.
     pub(super) eval_examples: f64,
 }
 
@@ -174,6 +183,9 @@ pub(super) struct Variant {
     pub(super) stage: String,
     #[serde(default = "prompt")]
     pub(super) method: Method,
+    /// Whether it learns all tasks of its suite at once, from inputs that begin with their task's name.
+    #[serde(default)]
+    pub(super) mixture: bool,
     /// The variant's own settings.
     #[serde(flatten)]
     pub(super) settings: Settings,
@@ -243,6 +255,7 @@ impl Scale {
         let all = all.chain(self.suites.iter().flat_map(|suite| suite.kind.settings()));
         all.flat_map(Settings::iter).try_for_each(is_known)?;
         self.suites.iter().flat_map(|suite| suite.kind.space()).try_for_each(is_known)?;
+        self.suites.iter().try_for_each(Suite::check_mixtures)?;
         let mut names: Vec<&str> = self.suites.iter().map(|suite| suite.name.as_str()).collect();
         names.sort_unstable();
         match names.windows(2).find(|pair| pair[0] == pair[1]) {
@@ -338,17 +351,38 @@ impl Model {
     }
 }
 
+impl Suite {
+    /// A mixture is of several tasks, which suites over models have.
+    fn check_mixtures(&self) -> Result<(), String> {
+        let may = matches!(&self.kind, Kind::Models { tasks, .. } if tasks.len() > 1);
+        match self.kind.variants().iter().find(|variant| variant.mixture && !may) {
+            Some(Variant { name, .. }) => Err(format!(
+                "{name} of {} is a mixture, and only suites over models of several tasks have them",
+                self.name
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
 impl Kind {
-    fn settings(&self) -> Vec<&Settings> {
+    fn variants(&self) -> &[Variant] {
         match self {
             Self::Models { variants, .. }
             | Self::Tasks { variants, .. }
             | Self::Transfer { variants, .. }
             | Self::Parameters { variants }
-            | Self::Time { variants, .. } => variants.iter().map(|variant| &variant.settings).collect(),
-            Self::Ensemble { settings, .. } => vec![settings],
-            Self::Search { .. } => Vec::new(),
+            | Self::Time { variants, .. } => variants,
+            Self::Ensemble { .. } | Self::Search { .. } => &[],
         }
+    }
+
+    fn settings(&self) -> Vec<&Settings> {
+        let own = match self {
+            Self::Ensemble { settings, .. } => Some(settings),
+            _ => None,
+        };
+        self.variants().iter().map(|variant| &variant.settings).chain(own).collect()
     }
 
     /// What a search draws from.
@@ -373,6 +407,28 @@ impl TaskFiles {
         let files = [("--train", &self.train), ("--eval", &self.eval)];
         let files = files.into_iter().filter_map(|(flag, file)| Some(pair(flag, &data.join(file.as_ref()?))));
         self.benchmark(data).into_iter().chain(files.flatten()).chain(self.format()).collect()
+    }
+
+    /// What names it in a file of several tasks, by the names of the flags.
+    pub(super) fn settings(&self, data: &Path) -> Settings {
+        let at = |path: &Path| Some(data.join(path).display().to_string());
+        let folder = self.task.as_ref().map(|_| self.folder.as_deref().unwrap_or(Path::new("")));
+        let settings = [
+            ("task", self.task.clone()),
+            ("data-dir", folder.and_then(at)),
+            ("train", self.train.as_deref().and_then(at)),
+            ("eval", self.eval.as_deref().and_then(at)),
+            ("inputs", self.inputs.clone()),
+            ("targets", self.targets.clone()),
+            ("labels", self.labels.clone()),
+        ];
+        let given = settings.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?.into())));
+        given.collect()
+    }
+
+    /// How much it asks of a model.
+    pub(super) fn load(&self) -> Load {
+        Load { input_tokens: self.input_tokens, eval_examples: self.eval_examples }
     }
 
     /// The flags that name what is evaluated on, and how it is read.

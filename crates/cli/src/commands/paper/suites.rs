@@ -31,11 +31,21 @@ pub(super) enum Unit {
     Seconds,
 }
 
+/// What a figure has along its axis; the others are its series.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Along {
+    Rows,
+    /// Models, from the smallest to the largest.
+    Columns,
+}
+
 /// A table to be filled.
 pub(super) struct Sheet {
     pub(super) unit: Unit,
-    /// What the rows are, and what the columns are.
-    pub(super) axes: (&'static str, &'static str),
+    /// What the rows are.
+    pub(super) of_rows: &'static str,
+    /// What a figure has along its axis.
+    pub(super) along: Along,
     pub(super) rows: Vec<String>,
     pub(super) columns: Vec<String>,
     /// Row by row.
@@ -95,15 +105,32 @@ fn names(variants: &[Variant]) -> Vec<String> {
 
 /// The metrics of a variant on some tasks.
 fn scores(plan: &mut Plan<'_>, model: &str, tasks: &[String], variant: &Variant) -> Result<Cell> {
+    if variant.mixture {
+        return scores_of_mixture(plan, model, tasks, variant);
+    }
     let mut of_seeds = Vec::new();
     for task in tasks {
-        let trained = plan.train(model, task, variant)?;
+        let examples = plan.of_task(task)?;
+        let trained = plan.train(model, &examples, variant)?;
         of_seeds.resize_with(trained.of_seeds.len(), Vec::new);
         for (sources, member) in of_seeds.iter_mut().zip(&trained.of_seeds) {
             sources.push(Source::of(member, "/metrics"));
         }
     }
     Ok(Cell::Means(of_seeds))
+}
+
+/// The metrics on each task of what learnt all of them at once.
+fn scores_of_mixture(plan: &mut Plan<'_>, model: &str, tasks: &[String], variant: &Variant) -> Result<Cell> {
+    let examples = plan.mixture(tasks)?;
+    let trained = plan.train(model, &examples, variant)?;
+    let mut of_seed = |seed| {
+        let score = |task: &String| {
+            Ok(Source { run: plan.evaluate(&trained, seed, task)?, at: "/metrics".to_owned() })
+        };
+        tasks.iter().map(score).collect::<Result<Vec<_>>>()
+    };
+    Ok(Cell::Means((0..trained.of_seeds.len()).map(&mut of_seed).collect::<Result<_>>()?))
 }
 
 fn over_models(
@@ -120,7 +147,7 @@ fn over_models(
         }
     }
     let (rows, columns) = (names(variants), models.to_vec());
-    Ok(Sheet { unit: Unit::Score, axes: ("", "model"), rows, columns, cells, trained: None })
+    Ok(Sheet { unit: Unit::Score, of_rows: "", along: Along::Columns, rows, columns, cells, trained: None })
 }
 
 fn over_tasks(plan: &mut Plan<'_>, model: &str, tasks: &[String], variants: &[Variant]) -> Result<Sheet> {
@@ -137,7 +164,15 @@ fn over_tasks(plan: &mut Plan<'_>, model: &str, tasks: &[String], variants: &[Va
         cells.push(row);
     }
     let (rows, columns) = (names(variants), tasks.to_vec());
-    Ok(Sheet { unit: Unit::Score, axes: ("method", "task"), rows, columns, cells, trained: Some(trained) })
+    Ok(Sheet {
+        unit: Unit::Score,
+        of_rows: "method",
+        along: Along::Rows,
+        rows,
+        columns,
+        cells,
+        trained: Some(trained),
+    })
 }
 
 fn transfer(
@@ -148,7 +183,8 @@ fn transfer(
 ) -> Result<Sheet> {
     let (mut rows, mut cells) = (Vec::new(), Vec::new());
     for Pair { from, to } in pairs {
-        let trained = variants.iter().map(|variant| plan.train(model, from, variant));
+        let examples = plan.of_task(from)?;
+        let trained = variants.iter().map(|variant| plan.train(model, &examples, variant));
         let trained = trained.collect::<Result<Vec<_>>>()?;
         for task in to {
             let mut row = Vec::new();
@@ -176,7 +212,7 @@ fn transfer(
         metrics.iter().map(|metric| format!("{} {metric}", variant.name)).collect::<Vec<_>>()
     };
     let columns = variants.iter().flat_map(column).collect();
-    Ok(Sheet { unit: Unit::Score, axes: ("", "method and metric"), rows, columns, cells, trained: None })
+    Ok(Sheet { unit: Unit::Score, of_rows: "", along: Along::Rows, rows, columns, cells, trained: None })
 }
 
 fn ensemble(
@@ -189,10 +225,12 @@ fn ensemble(
         name: "prompt".to_owned(),
         stage: adapted(),
         method: Method::Prompt,
+        mixture: false,
         settings: settings.clone(),
     };
     let votes = tasks.iter().map(|task| {
-        let trained = plan.train_together(model, task, &variant, members)?;
+        let examples = plan.of_task(task)?;
+        let trained = plan.train_together(model, &examples, &variant, members)?;
         plan.vote(&trained, task)
     });
     let votes = votes.collect::<Result<Vec<usize>>>()?;
@@ -207,7 +245,7 @@ fn ensemble(
     cells.push(columns.map(mean).into());
     let rows = tasks.iter().cloned().chain([MEAN.to_owned()]).collect();
     let columns = columns.map(str::to_owned).to_vec();
-    Ok(Sheet { unit: Unit::Score, axes: ("task", "of the members"), rows, columns, cells, trained: None })
+    Ok(Sheet { unit: Unit::Score, of_rows: "task", along: Along::Rows, rows, columns, cells, trained: None })
 }
 
 fn parameters(variants: &[Variant]) -> Sheet {
@@ -216,7 +254,8 @@ fn parameters(variants: &[Variant]) -> Sheet {
         |variant: &Variant| SIZES.map(|name| Cell::Known(num_trained(&size(name), variant) as f64)).into();
     Sheet {
         unit: Unit::Count,
-        axes: ("", "model"),
+        of_rows: "",
+        along: Along::Columns,
         rows: names(variants),
         columns: SIZES.map(str::to_owned).to_vec(),
         cells: variants.iter().map(row).collect(),
@@ -245,16 +284,17 @@ pub(super) fn num_trained(config: &Config, variant: &Variant) -> u64 {
 
 fn time(plan: &mut Plan<'_>, models: &[String], task: &str, variants: &[Variant]) -> Result<Sheet> {
     let mut cells: Vec<Vec<Cell>> = variants.iter().map(|_| Vec::new()).collect();
+    let examples = plan.of_task(task)?;
     for model in models {
         for (row, variant) in cells.iter_mut().zip(variants) {
             // Alone, so that the time is that of one prompt.
-            let trained = plan.train_alone(model, task, variant)?;
+            let trained = plan.train_alone(model, &examples, variant)?;
             let times = trained.of_seeds.into_iter().map(|member| (member.run, member.dir));
             row.push(Cell::Times(times.collect()));
         }
     }
     let (rows, columns) = (names(variants), models.to_vec());
-    Ok(Sheet { unit: Unit::Seconds, axes: ("", "model"), rows, columns, cells, trained: None })
+    Ok(Sheet { unit: Unit::Seconds, of_rows: "", along: Along::Columns, rows, columns, cells, trained: None })
 }
 
 fn search(
@@ -276,12 +316,21 @@ fn search(
         if rows.contains(&name) {
             continue;
         }
-        let variant = Variant { name: name.clone(), stage: adapted(), method: Method::Prompt, settings };
+        let (stage, method) = (adapted(), Method::Prompt);
+        let variant = Variant { name: name.clone(), stage, method, mixture: false, settings };
         rows.push(name);
         cells.push(vec![scores(plan, model, &[task.to_owned()], &variant)?]);
     }
     let columns = vec![task.to_owned()];
-    Ok(Sheet { unit: Unit::Score, axes: ("settings", "task"), rows, columns, cells, trained: None })
+    Ok(Sheet {
+        unit: Unit::Score,
+        of_rows: "settings",
+        along: Along::Rows,
+        rows,
+        columns,
+        cells,
+        trained: None,
+    })
 }
 
 #[cfg(test)]
@@ -306,7 +355,7 @@ mod tests {
             (Method::Search, 3),
         ] {
             let settings = toml::toml! { prompt-length = 3 };
-            let variant = Variant { name: String::new(), stage: adapted(), method, settings };
+            let variant = Variant { name: String::new(), stage: adapted(), method, mixture: false, settings };
             assert_eq!(num_trained(&config, &variant), count, "{method}");
         }
     }
