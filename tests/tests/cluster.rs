@@ -42,46 +42,90 @@ fn scores(run: &Path) -> Result<Vec<f64>> {
     evaluations.map(|record| record["score"].as_f64().context("no score")).collect()
 }
 
-#[test]
-fn jobs_of_benchmarks_and_prompts_in_every_place_end_in_the_bytes_of_training_runs() -> Result<()> {
-    let dir = tempfile::tempdir()?;
-    let mut cluster = Cluster::start(dir.path())?;
+/// A training run with these flags in `dir`, and the same as a job called `name`.
+fn run_and_hand_in(cluster: &Cluster, dir: &Path, name: &str, flags: &str) -> Result<()> {
+    let (model, out) = (demo("model"), common::arg(dir.join(name)));
+    let mut train = vec!["train", "-q", "--model", &model, "--out", &out, "--dtype", "f32", "--dp", "2"];
+    train.extend(["--prompt-length", "4", "--batch-size", "2", "--max-input-length", "64"]);
+    train.extend(flags.split(' '));
+    common::incipit(&train)?.ok()?;
+    let (endpoint, config) = (cluster.endpoint(), format!("{out}/run.toml"));
+    let submit = ["job", "submit", "--coordinator", &endpoint, "--backbone", "b", "--name", name];
+    common::incipit(&[&submit[..], &["--config", &config]].concat())?.ok()?;
+    Ok(())
+}
+
+/// Whether a job has left and measured what its run has.
+fn same_as_run(cluster: &Cluster, dir: &Path, name: &str, file: &str) -> Result<()> {
+    let job = cluster.wait_end(name)?;
+    ensure!(job.state() == JobState::Succeeded, "{name}: {}", job.message);
+    let run = dir.join(name);
+    let alone = std::fs::read(run.join("last").join(file))?;
+    ensure!(cluster.last_file(name, file)? == alone, "{name}: another {file}");
+    let score = |point: v1::MetricPoint| match point.point {
+        Some(v1::metric_point::Point::Evaluation(evaluation)) => Some(evaluation.score),
+        _ => None,
+    };
+    let measured: Vec<f64> = cluster.points(name)?.into_iter().filter_map(score).collect();
+    ensure!(!measured.is_empty() && measured == scores(&run)?, "{name}: {measured:?}");
+    Ok(())
+}
+
+fn with_backbone(dir: &Path) -> Result<Cluster> {
+    let mut cluster = Cluster::start(dir)?;
     cluster.start_worker("w1")?;
     cluster.create_backbone("b", (1, 2), "local")?;
     cluster.wait_ready("b")?;
-    let (model, endpoint) = (demo("model"), cluster.endpoint());
+    Ok(cluster)
+}
+
+#[test]
+fn jobs_of_benchmarks_by_every_method_end_in_the_bytes_of_training_runs() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let cluster = with_backbone(dir.path())?;
     let data = common::arg(common::root().join("crates/data/tests/goldens/tasks/data"));
+    let (prompt, weights) = ("prompt.safetensors", "weights.safetensors");
+    let few = "--steps 6 --eval-every 3 --checkpoint-every 3";
     let jobs = [
-        ("after", "--task boolq --prompt-placement after --predict rank"),
-        ("decoder", "--task multirc --prompt-placement decoder"),
-        ("layers", "--task record --prompt-layers all --parameter-scaling true"),
-        ("sentinel", "--task wsc --target-sentinel --max-target-length 24"),
+        ("after", prompt, format!("{few} --task boolq --prompt-placement after --predict rank")),
+        ("decoder", prompt, format!("{few} --task multirc --prompt-placement decoder")),
+        ("layers", prompt, format!("{few} --task record --prompt-layers all --parameter-scaling true")),
+        ("sentinel", prompt, format!("{few} --task wsc --target-sentinel --max-target-length 24")),
+        ("adapter", weights, format!("{few} --task multirc --method adapter --adapter-width 8")),
+        ("prefix", weights, format!("{few} --task multirc --method prefix --prefix-projection 8")),
+        (
+            "text",
+            prompt,
+            "--task multirc --method text --shots 2 --max-prompt-tokens 512 --eval-every 1".to_owned(),
+        ),
+        ("search", prompt, format!("{few} --task multirc --method search --candidates 4")),
     ];
-    for (name, flags) in jobs {
-        let out = common::arg(dir.path().join(name));
-        let mut train = vec!["train", "-q", "--model", &model, "--out", &out, "--dtype", "f32", "--dp", "2"];
-        train.extend(["--data-dir", &data, "--prompt-length", "4", "--batch-size", "2", "--steps", "6"]);
-        train.extend(["--max-input-length", "64", "--eval-every", "3", "--checkpoint-every", "3"]);
-        train.extend(flags.split(' '));
-        common::incipit(&train)?.ok()?;
-        let config = format!("{out}/run.toml");
-        let submit = ["job", "submit", "--coordinator", &endpoint, "--backbone", "b", "--name", name];
-        common::incipit(&[&submit[..], &["--config", &config]].concat())?.ok()?;
+    for (name, _, flags) in &jobs {
+        run_and_hand_in(&cluster, dir.path(), name, &format!("--data-dir {data} {flags}"))?;
     }
-    for (name, _) in jobs {
-        let job = cluster.wait_end(name)?;
-        ensure!(job.state() == JobState::Succeeded, "{name}: {}", job.message);
-        let run = dir.path().join(name);
-        let alone = std::fs::read(run.join("last/prompt.safetensors"))?;
-        ensure!(cluster.last_prompt(name)? == alone, "{name}: another prompt");
-        let score = |point: v1::MetricPoint| match point.point {
-            Some(v1::metric_point::Point::Evaluation(evaluation)) => Some(evaluation.score),
-            _ => None,
-        };
-        let measured: Vec<f64> = cluster.points(name)?.into_iter().filter_map(score).collect();
-        ensure!(measured.len() == 2 && measured == scores(&run)?, "{name}: {measured:?}");
+    for (name, file, _) in &jobs {
+        same_as_run(&cluster, dir.path(), name, file)?;
     }
     Ok(())
+}
+
+#[test]
+fn a_job_that_trains_weights_is_paused_and_goes_on_to_the_same_bytes() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let cluster = with_backbone(dir.path())?;
+    let files = format!("--train {} --eval {}", demo("data/train.jsonl"), demo("data/eval.jsonl"));
+    let flags = format!("{files} --method adapter --steps 150 --eval-every 75 --checkpoint-every 75");
+    run_and_hand_in(&cluster, dir.path(), "slow", &flags)?;
+    cluster.wait_for("the first steps", |cluster| Ok((cluster.points("slow")?.len() > 2).then_some(())))?;
+    let job =
+        |what: &str| common::incipit(&["job", what, "slow", "--coordinator", &cluster.endpoint()])?.ok();
+    job("pause")?;
+    let paused = cluster.wait_for("the pause", |cluster| {
+        Ok(Some(cluster.job("slow")?).filter(|job| job.state() != JobState::Running))
+    })?;
+    ensure!(paused.state() == JobState::Paused, "{:?}: {}", paused.state(), paused.message);
+    job("resume")?;
+    same_as_run(&cluster, dir.path(), "slow", "weights.safetensors")
 }
 
 #[test]

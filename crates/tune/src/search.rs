@@ -144,6 +144,11 @@ impl Search {
         Ok(Self { prompt, num_steps, options, pieces })
     }
 
+    /// Tokens that a step tries.
+    pub(crate) fn num_candidates(&self) -> usize {
+        self.options.candidates
+    }
+
     /// The prompt as it is now.
     #[must_use]
     pub fn prompt(&self) -> &TokenPrompt {

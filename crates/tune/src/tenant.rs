@@ -230,6 +230,17 @@ impl Tenant {
         }
     }
 
+    /// About how many tokens the next step takes through the backbone: rows of prompts, inputs and targets.
+    #[must_use]
+    pub fn step_tokens(&self) -> u64 {
+        let of_step = match &self.trainee {
+            Trainee::Prompt(job) => job.batch().num_tokens(),
+            Trainee::Tokens(job) => job.step_tokens(),
+            Trainee::Weights(job) => job.batch().num_tokens(),
+        };
+        of_step as u64
+    }
+
     /// What evaluates the job as it is now: the backbone's engine, or that of a model with trained weights in it.
     #[must_use]
     pub fn engine<'a>(&'a self, backbone: &'a Backbone) -> &'a Engine {

@@ -29,6 +29,8 @@ pub struct TokenJob {
     work: Work,
     /// The tokens' rows.
     prompt: Prompt,
+    /// Of an example: its input and target.
+    mean_tokens: usize,
 }
 
 enum Work {
@@ -96,7 +98,9 @@ impl TokenJob {
                 Work::Search(Search::new(prompt, num_steps, options, pieces)?)
             }
         };
-        Ok(Self { spec: job, data, order, work, prompt: rows })
+        let tokens = data.examples.iter().map(|example| example.input.len() + example.target.len());
+        let mean_tokens = tokens.sum::<usize>().div_ceil(data.examples.len().max(1));
+        Ok(Self { spec: job, data, order, work, prompt: rows, mean_tokens })
     }
 
     /// The prompt's rows as they are now.
@@ -121,6 +125,15 @@ impl TokenJob {
             Work::Search(search) => search.num_steps(),
             Work::Show { num_steps, .. } => *num_steps,
         }
+    }
+
+    /// About how many tokens a step takes through the backbone: a search tries its candidates on the second batch.
+    pub(crate) fn step_tokens(&self) -> usize {
+        let passes = match &self.work {
+            Work::Search(search) => 2 + search.num_candidates(),
+            Work::Show { .. } => 1,
+        };
+        passes * self.spec.batch_size * (self.prompt.length() + self.mean_tokens)
     }
 
     /// Where the next step's data lie: the epoch, and the batch in it, both from 0.

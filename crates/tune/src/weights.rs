@@ -216,6 +216,13 @@ impl WeightJob {
         self.course.cursor()
     }
 
+    /// The next step's batch, without a prompt.
+    pub(crate) fn batch(&self) -> JobBatch<'_> {
+        let (examples, keys) = self.course.batch(self.weights.num_steps());
+        let objective = self.course.spec.objective;
+        JobBatch { prompt: self.weights.no_prompt(), examples, keys, objective }
+    }
+
     /// Makes a step.
     ///
     /// # Errors
@@ -223,10 +230,8 @@ impl WeightJob {
     /// where there is one, the example. The job is over.
     pub fn step(&mut self, backbone: &Backbone) -> Result<Update> {
         let step = self.weights.num_steps();
-        let (examples, keys) = self.course.batch(step);
-        let objective = self.course.spec.objective;
-        let batch = JobBatch { prompt: self.weights.no_prompt(), examples, keys, objective };
-        let gradient = self.weights.gradients(&batch)?.map_err(|fault| self.course.fault(step, &fault))?;
+        let gradient =
+            self.weights.gradients(&self.batch())?.map_err(|fault| self.course.fault(step, &fault))?;
         if !self.weights.update(backbone, &gradient, self.course.lr(step))? {
             return Err(self.course.overflow(step));
         }

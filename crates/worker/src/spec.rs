@@ -16,7 +16,7 @@ use incipit_tune::{
     rank::Predict,
     recipe::{LossReduction, OptimizerName, Recipe},
     schedule::Schedule,
-    spec::{Method, PartialSpec},
+    spec::{Method, PartialSpec, PrefixPart},
 };
 
 /// What `prompt_init` begins with where the prompt starts as another.
@@ -48,9 +48,13 @@ macro_rules! enumerations {
 
 /// Refuses what `incipit train` and `pretrain` can do and a job cannot: dropping it would train something else.
 fn refuse_elsewhere(spec: &PartialSpec) -> Result<(), Problem> {
-    let method = spec.method.filter(|method| *method != Method::Prompt);
     let others = [
-        ("spec.method", method.map(|method| format!("is {method}, and a job trains a prompt"))),
+        (
+            "spec.method",
+            spec.method.filter(|method| *method == Method::Model).map(|_| {
+                "is model, and the other jobs of a backbone need its weights as they are".to_owned()
+            }),
+        ),
         (
             "spec.objective",
             spec.objective.map(|_| "is for plain text, and a job learns from examples".to_owned()),
@@ -84,6 +88,10 @@ enumerations! {
     }
     layers_to_wire, layers_from_wire: PromptLayers = v1::PromptLayers { First = First, All = All }
     predict_to_wire, predict_from_wire: Predict = v1::Predict { Decode = Decode, Rank = Rank }
+    method_to_wire, method_from_wire: Method = v1::Method {
+        Prompt = Prompt, Model = Model, Prefix = Prefix, Adapter = Adapter, Text = Text, Search = Search,
+    }
+    part_to_wire, part_from_wire: PrefixPart = v1::PrefixPart { All = All, Decoder = Decoder }
     metric_to_wire, metric_from_wire: Metric = v1::Metric {
         Accuracy = Accuracy, ExactMatch = ExactMatch, TokenF1 = TokenF1, MacroF1 = MacroF1, PositiveF1 = PositiveF1,
         GroupExactMatch = GroupExactMatch, Containment = Containment,
@@ -138,6 +146,16 @@ pub fn to_wire(spec: &PartialSpec) -> Result<TrainingSpec, Problem> {
         parameter_scaling: spec.parameter_scaling,
         target_sentinel: spec.target_sentinel,
         predict: predict_to_wire(spec.predict),
+        method: method_to_wire(spec.method),
+        prefix_part: part_to_wire(spec.prefix_part),
+        prefix_projection: count("spec.prefix_projection", spec.prefix_projection)?,
+        adapter_width: count("spec.adapter_width", spec.adapter_width)?,
+        shots: count("spec.shots", spec.shots)?,
+        shot_template: spec.shot_template.clone(),
+        shot_separator: spec.shot_separator.clone(),
+        instruction: spec.instruction.clone(),
+        max_prompt_tokens: count("spec.max_prompt_tokens", spec.max_prompt_tokens)?,
+        candidates: count("spec.candidates", spec.candidates)?,
     })
 }
 
@@ -156,19 +174,20 @@ pub fn from_wire(
     wire: &TrainingSpec,
     find: impl Fn(&DataSource) -> Result<PathBuf, Problem>,
 ) -> Result<PartialSpec, Problem> {
+    let number = |count: Option<u32>| count.map(|n| n as usize);
     let prompt_init = prompt_init(wire)?;
     let metric = |number: &i32| {
         let unspecified = || Problem::field("spec.metrics", "has an entry without a name; leave it out");
         metric_from_wire("spec.metrics", *number)?.ok_or_else(unspecified)
     };
     let metrics = wire.metrics.iter().map(metric).collect::<Result<Vec<_>, _>>()?;
-    Ok(PartialSpec {
+    let spec = PartialSpec {
         train: wire.train.as_ref().map(&find).transpose()?,
         eval: wire.eval.as_ref().map(&find).transpose()?,
         inputs: wire.inputs.clone(),
         targets: wire.targets.clone(),
         labels: wire.labels.clone(),
-        prompt_length: wire.prompt_length.map(|n| n as usize),
+        prompt_length: number(wire.prompt_length),
         prompt_init,
         recipe: recipe_from_wire("spec.recipe", wire.recipe)?,
         optimizer: optimizer_from_wire("spec.optimizer", wire.optimizer)?,
@@ -176,10 +195,10 @@ pub fn from_wire(
         schedule: schedule_from_wire("spec.schedule", wire.schedule)?,
         warmup_steps: wire.warmup_steps,
         weight_decay: wire.weight_decay,
-        batch_size: wire.batch_size.map(|n| n as usize),
+        batch_size: number(wire.batch_size),
         steps: wire.steps,
-        max_input_length: wire.max_input_length.map(|n| n as usize),
-        max_target_length: wire.max_target_length.map(|n| n as usize),
+        max_input_length: number(wire.max_input_length),
+        max_target_length: number(wire.max_target_length),
         dropout: wire.dropout,
         z_loss: wire.z_loss,
         loss: loss_from_wire("spec.loss", wire.loss)?,
@@ -187,7 +206,7 @@ pub fn from_wire(
         seed: wire.seed,
         eval_every: wire.eval_every,
         checkpoint_every: wire.checkpoint_every,
-        keep: wire.keep.map(|n| n as usize),
+        keep: number(wire.keep),
         patience: wire.patience,
         metrics: (!metrics.is_empty()).then_some(metrics),
         skip_bad_records: wire.skip_bad_records,
@@ -197,8 +216,19 @@ pub fn from_wire(
         parameter_scaling: wire.parameter_scaling,
         target_sentinel: wire.target_sentinel,
         predict: predict_from_wire("spec.predict", wire.predict)?,
+        method: method_from_wire("spec.method", wire.method)?,
+        prefix_part: part_from_wire("spec.prefix_part", wire.prefix_part)?,
+        prefix_projection: number(wire.prefix_projection),
+        adapter_width: number(wire.adapter_width),
+        shots: number(wire.shots),
+        shot_template: wire.shot_template.clone(),
+        shot_separator: wire.shot_separator.clone(),
+        instruction: wire.instruction.clone(),
+        max_prompt_tokens: number(wire.max_prompt_tokens),
+        candidates: number(wire.candidates),
         ..PartialSpec::default()
-    })
+    };
+    refuse_elsewhere(&spec).map(|()| spec)
 }
 
 /// The path of a source that is a path on the workers' machines.
@@ -311,17 +341,24 @@ mod tests {
             place in (
                 one_of(&[PromptPlacement::Before, PromptPlacement::After, PromptPlacement::Decoder]),
                 one_of(&[PromptLayers::First, PromptLayers::All]),
+                one_of(&[PrefixPart::All, PrefixPart::Decoder]),
             ),
+            method in one_of(&[Method::Prompt, Method::Prefix, Method::Adapter, Method::Text, Method::Search]),
+            sizes in [count(), count(), count(), count(), count()],
+            texts in [option::of(".{0,12}"), option::of(".{0,12}"), option::of(".{0,12}")],
             predict in one_of(&[Predict::Decode, Predict::Rank]),
             metrics in option::of(proptest::sample::subsequence(Metric::ALL.to_vec(), 1..=4).prop_shuffle()),
         ) -> PartialSpec {
             let [lr, weight_decay, dropout, z_loss] = numbers;
             let [warmup_steps, steps, seed, eval_every, checkpoint_every] = longs;
-            let (prompt_placement, prompt_layers) = place;
+            let (prompt_placement, prompt_layers, prefix_part) = place;
+            let [prefix_projection, adapter_width, shots, max_prompt_tokens, candidates] = sizes;
+            let [shot_template, shot_separator, instruction] = texts;
             PartialSpec {
                 recipe, optimizer, schedule, loss, lr, weight_decay, dropout, z_loss, warmup_steps, steps, seed, eval_every,
                 checkpoint_every, shuffle, patience, metrics, parameter_scaling, prompt_placement, prompt_layers, predict,
-                ..data
+                prefix_part, method, prefix_projection, adapter_width, shots, max_prompt_tokens, candidates, shot_template,
+                shot_separator, instruction, ..data
             }
         }
     }
@@ -336,12 +373,13 @@ mod tests {
         #[test]
         fn whatever_comes_in_is_read_or_refused(
             numbers in [-1..6i32, -1..6, -1..6, -1..6, -1..6],
-            others in [-1..6i32, -1..6, -1..6],
+            others in [-1..8i32, -1..8, -1..8, -1..8, -1..8],
         ) {
             let [recipe, optimizer, schedule, loss, metric] = numbers;
-            let [prompt_placement, prompt_layers, predict] = others;
+            let [prompt_placement, prompt_layers, predict, method, prefix_part] = others;
             let wire = TrainingSpec {
                 recipe, optimizer, schedule, loss, metrics: vec![metric], prompt_placement, prompt_layers, predict,
+                method, prefix_part,
                 ..TrainingSpec::default()
             };
             if let Ok(spec) = from_wire(&wire, path_of) {
@@ -370,7 +408,7 @@ mod tests {
             (PartialSpec { keep: Some(1 << 40), ..none() }, "spec.keep"),
             (PartialSpec { metrics: Some(Vec::new()), ..none() }, "spec.metrics"),
             (PartialSpec { train: Some("/".into()), ..none() }, "spec.train"),
-            (PartialSpec { method: Some(Method::Adapter), ..none() }, "spec.method"),
+            (PartialSpec { method: Some(Method::Model), ..none() }, "spec.method"),
             (PartialSpec { shared_length: Some(3), ..none() }, "spec.shared_length"),
             (PartialSpec { data_dir: Some("d".into()), ..none() }, "spec.data_dir"),
         ] {

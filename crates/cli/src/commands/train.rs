@@ -87,38 +87,6 @@ pub(crate) struct TrainArgs {
     named: NamedTaskArgs,
     #[command(flatten)]
     training: TrainingArgs,
-    /// What is trained: a prompt, or what it is compared with (see below) [default: prompt]
-    #[arg(long, help_heading = "Prompt", value_parser = choice::<Method>(names::METHODS))]
-    method: Option<Method>,
-    /// Which attentions have a prefix of --method prefix: all, or the decoder's to itself, as PEFT's prefix tuning has it
-    /// [default: all]
-    #[arg(long, value_name = "PART", help_heading = "Prompt", value_parser = choice::<PrefixPart>(names::PREFIX_PARTS))]
-    prefix_part: Option<PrefixPart>,
-    /// Train the prefix of --method prefix through an MLP with so many inner columns (Li and Liang 2021, section 4.3);
-    /// only what it makes is kept [default: none]
-    #[arg(long, value_name = "N", help_heading = "Prompt")]
-    prefix_projection: Option<usize>,
-    /// Inner columns of --method adapter [default: 64]
-    #[arg(long, value_name = "N", help_heading = "Prompt")]
-    adapter_width: Option<usize>,
-    /// Examples that --method text shows before the input, the labels taking turns [default: 4]
-    #[arg(long, value_name = "N", help_heading = "Prompt")]
-    shots: Option<usize>,
-    /// Template of an example that --method text shows [default: "{inputs} {targets}"]
-    #[arg(long, value_name = "TEMPLATE", help_heading = "Prompt")]
-    shot_template: Option<String>,
-    /// What --method text writes behind each example [default: ";"]
-    #[arg(long, value_name = "TEXT", help_heading = "Prompt")]
-    shot_separator: Option<String>,
-    /// What --method text writes before the examples
-    #[arg(long, value_name = "TEXT", help_heading = "Prompt")]
-    instruction: Option<String>,
-    /// Most tokens that --method text shows; examples that do not fit are left out [default: as --max-input-length]
-    #[arg(long, value_name = "N", help_heading = "Prompt")]
-    max_prompt_tokens: Option<usize>,
-    /// Tokens that --method search tries at each step [default: 32]
-    #[arg(long, value_name = "N", help_heading = "Prompt")]
-    candidates: Option<usize>,
     /// Resume on a backbone with another fingerprint
     #[arg(long, help_heading = "Evaluation and checkpoints")]
     allow_other_backbone: bool,
@@ -157,16 +125,6 @@ impl TrainArgs {
             task: self.named.task,
             data_dir: self.named.data_dir,
             out: self.out,
-            method: self.method,
-            prefix_part: self.prefix_part,
-            prefix_projection: self.prefix_projection,
-            adapter_width: self.adapter_width,
-            shots: self.shots,
-            shot_template: self.shot_template,
-            shot_separator: self.shot_separator,
-            instruction: self.instruction,
-            max_prompt_tokens: self.max_prompt_tokens,
-            candidates: self.candidates,
             // Absent flags leave the word to the file.
             allow_other_backbone: self.allow_other_backbone.then_some(true),
             threads: global.threads.map(usize::from),

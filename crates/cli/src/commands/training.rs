@@ -6,7 +6,7 @@ use incipit_tune::placement::{PromptLayers, PromptPlacement};
 use incipit_tune::rank::Predict;
 use incipit_tune::recipe::{LossReduction, OptimizerName, Recipe};
 use incipit_tune::schedule::Schedule;
-use incipit_tune::spec::PartialSpec;
+use incipit_tune::spec::{Method, PartialSpec, PrefixPart};
 
 use crate::args::{FormatArgs, choice, names};
 
@@ -17,6 +17,8 @@ pub(crate) struct TrainingArgs {
     format: FormatArgs,
     #[command(flatten)]
     prompt: PromptArgs,
+    #[command(flatten)]
+    method: MethodArgs,
     #[command(flatten)]
     optimization: OptimizationArgs,
     #[command(flatten)]
@@ -70,6 +72,44 @@ struct MeasureArgs {
     /// How evaluations predict: decode, what the model writes, or rank, the likeliest of the labels [default: decode]
     #[arg(long, value_parser = choice::<Predict>(names::PREDICTS))]
     predict: Option<Predict>,
+}
+
+/// What is trained in the place of a prompt, and how.
+#[derive(Args)]
+#[command(next_help_heading = "Prompt")]
+struct MethodArgs {
+    /// What is trained: a prompt, or what it is compared with (see below) [default: prompt]
+    #[arg(long, value_parser = choice::<Method>(names::METHODS))]
+    method: Option<Method>,
+    /// Which attentions have a prefix of --method prefix: all, or the decoder's to itself, as PEFT's prefix tuning has it
+    /// [default: all]
+    #[arg(long, value_name = "PART", value_parser = choice::<PrefixPart>(names::PREFIX_PARTS))]
+    prefix_part: Option<PrefixPart>,
+    /// Train the prefix of --method prefix through an MLP with so many inner columns (Li and Liang 2021, section 4.3);
+    /// only what it makes is kept [default: none]
+    #[arg(long, value_name = "N")]
+    prefix_projection: Option<usize>,
+    /// Inner columns of --method adapter [default: 64]
+    #[arg(long, value_name = "N")]
+    adapter_width: Option<usize>,
+    /// Examples that --method text shows before the input, the labels taking turns [default: 4]
+    #[arg(long, value_name = "N")]
+    shots: Option<usize>,
+    /// Template of an example that --method text shows [default: "{inputs} {targets}"]
+    #[arg(long, value_name = "TEMPLATE")]
+    shot_template: Option<String>,
+    /// What --method text writes behind each example [default: ";"]
+    #[arg(long, value_name = "TEXT")]
+    shot_separator: Option<String>,
+    /// What --method text writes before the examples
+    #[arg(long, value_name = "TEXT")]
+    instruction: Option<String>,
+    /// Most tokens that --method text shows; examples that do not fit are left out [default: as --max-input-length]
+    #[arg(long, value_name = "N")]
+    max_prompt_tokens: Option<usize>,
+    /// Tokens that --method search tries at each step [default: 32]
+    #[arg(long, value_name = "N")]
+    candidates: Option<usize>,
 }
 
 #[derive(Args)]
@@ -133,7 +173,7 @@ pub(crate) struct CheckArgs {
 impl TrainingArgs {
     /// What the flags say. Absent ones leave the word to a file.
     pub(crate) fn into_spec(self) -> PartialSpec {
-        let Self { format, prompt, optimization, variants, measures, checks } = self;
+        let Self { format, prompt, method, optimization, variants, measures, checks } = self;
         PartialSpec {
             inputs: format.inputs,
             targets: format.targets,
@@ -150,7 +190,25 @@ impl TrainingArgs {
             parameter_scaling: variants.parameter_scaling,
             target_sentinel: variants.target_sentinel.then_some(true),
             skip_bad_records: format.skip_bad_records.then_some(true),
-            ..optimization.spec().over(checks.spec())
+            ..method.spec().over(optimization.spec()).over(checks.spec())
+        }
+    }
+}
+
+impl MethodArgs {
+    fn spec(self) -> PartialSpec {
+        PartialSpec {
+            method: self.method,
+            prefix_part: self.prefix_part,
+            prefix_projection: self.prefix_projection,
+            adapter_width: self.adapter_width,
+            shots: self.shots,
+            shot_template: self.shot_template,
+            shot_separator: self.shot_separator,
+            instruction: self.instruction,
+            max_prompt_tokens: self.max_prompt_tokens,
+            candidates: self.candidates,
+            ..PartialSpec::default()
         }
     }
 }

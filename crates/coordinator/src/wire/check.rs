@@ -59,7 +59,14 @@ impl Checks {
         if value.is_empty() {
             self.wrong(field, "is empty; leave it out, or say something");
         }
-        if value.len() > MAX_TEXT {
+        self.length(field, Some(value));
+    }
+
+    /// A text must not be too long; it may be nothing.
+    pub(super) fn length(&mut self, field: &str, value: Option<&str>) {
+        if let Some(value) = value
+            && value.len() > MAX_TEXT
+        {
             self.wrong(field, format!("has {} bytes; {MAX_TEXT} are allowed", value.len()));
         }
     }

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use incipit_proto::v1::{
-    DataSource, Loss, Metric, Optimizer, Predict, PromptLayers, PromptPlacement, Recipe, Schedule,
-    TrainingSpec, data_source::Source,
+    DataSource, Loss, Method, Metric, Optimizer, Predict, PrefixPart, PromptLayers, PromptPlacement, Recipe,
+    Schedule, TrainingSpec, data_source::Source,
 };
 
 use super::{
@@ -37,6 +37,9 @@ fn check_texts(checks: &mut Checks, spec: &TrainingSpec) {
         ("job.spec.labels", spec.labels.as_deref()),
     ];
     checks.text("job.spec.task", spec.task.as_deref());
+    checks.text("job.spec.shot_template", spec.shot_template.as_deref());
+    checks.length("job.spec.shot_separator", spec.shot_separator.as_deref());
+    checks.length("job.spec.instruction", spec.instruction.as_deref());
     for (field, text) in texts {
         checks.text(field, text);
         if text.is_some() && spec.task.is_some() {
@@ -66,6 +69,11 @@ fn check_data(checks: &mut Checks, field: &str, data: &DataSource, roots: &Roots
 fn check_numbers(checks: &mut Checks, spec: &TrainingSpec) {
     const MAX_STEPS: u64 = 1_000_000_000;
     checks.range("job.spec.prompt_length", spec.prompt_length, 1..=10_000);
+    checks.range("job.spec.prefix_projection", spec.prefix_projection, 1..=65_536);
+    checks.range("job.spec.adapter_width", spec.adapter_width, 1..=65_536);
+    checks.range("job.spec.shots", spec.shots, 1..=65_536);
+    checks.range("job.spec.max_prompt_tokens", spec.max_prompt_tokens, 1..=65_536);
+    checks.range("job.spec.candidates", spec.candidates, 1..=65_536);
     checks.range("job.spec.warmup_steps", spec.warmup_steps, 0..=MAX_STEPS);
     checks.range("job.spec.batch_size", spec.batch_size, 1..=65_536);
     checks.range("job.spec.steps", spec.steps, 1..=MAX_STEPS);
@@ -102,9 +110,17 @@ fn check_choices(checks: &mut Checks, spec: &TrainingSpec) {
         ),
         ("job.spec.prompt_layers", spec.prompt_layers, PromptLayers::try_from(spec.prompt_layers).is_ok()),
         ("job.spec.predict", spec.predict, Predict::try_from(spec.predict).is_ok()),
+        ("job.spec.method", spec.method, Method::try_from(spec.method).is_ok()),
+        ("job.spec.prefix_part", spec.prefix_part, PrefixPart::try_from(spec.prefix_part).is_ok()),
     ];
     for (field, number, _) in choices.into_iter().filter(|(_, _, known)| !known) {
         checks.wrong(field, format!("is {number}, which nobody here knows"));
+    }
+    if spec.method() == Method::Model {
+        checks.wrong(
+            "job.spec.method",
+            "is model, and the other jobs of a backbone need its weights as they are",
+        );
     }
     let known = |number: &i32| Metric::try_from(*number).is_ok_and(|metric| metric != Metric::Unspecified);
     if let Some(number) = spec.metrics.iter().find(|number| !known(number)) {

@@ -49,7 +49,6 @@ pub(crate) struct Group<'a> {
 struct Settings {
     mesh: Mesh,
     machine: Machine,
-    device: DeviceChoice,
     backend: Backend,
     engine: EngineOptions,
     options: Options,
@@ -136,7 +135,7 @@ impl Group<'_> {
         ranks: &Arc<Ranks>,
         held: &mut Option<Backbone>,
     ) -> std::result::Result<(), Loss> {
-        let Machine { model, dtype } = &settings.machine;
+        let Machine { model, dtype, device } = &settings.machine;
         let (backbone, epoch) = (&*settings.options.job, settings.options.epoch);
         let resident = held.is_some();
         let _span = tracing::info_span!("load", backbone, epoch, rank = ranks.rank(), resident).entered();
@@ -147,8 +146,7 @@ impl Group<'_> {
         if let Some(backbone) = held {
             return backbone.regroup(ranks).map_err(told);
         }
-        *held =
-            Some(Backbone::load_on(model, *dtype, settings.device, settings.engine, ranks).map_err(told)?);
+        *held = Some(Backbone::load_on(model, *dtype, *device, settings.engine, ranks).map_err(told)?);
         Ok(())
     }
 
@@ -203,7 +201,7 @@ fn connect_nccl(
     store: Arc<dyn incipit_collective::store::Store>,
 ) -> Result<Ranks> {
     let number = settings.options.local_rank.unwrap_or(rank);
-    let device = settings.device.open_for(number)?;
+    let device = settings.machine.device.open_for(number)?;
     Ok(incipit_collective::nccl::connect(settings.mesh, rank, store, &device, &settings.options)?)
 }
 
@@ -265,8 +263,8 @@ fn settings(assignment: &EngineAssignment, local_rank: usize) -> std::result::Re
         machine: Machine {
             model: assignment.model.clone(),
             dtype: Precision::from_str(&assignment.dtype).map_err(|error| error.to_string())?,
+            device: DeviceChoice::from_str(&assignment.device).map_err(|error| error.to_string())?,
         },
-        device: DeviceChoice::from_str(&assignment.device).map_err(|error| error.to_string())?,
         backend,
         engine: EngineOptions {
             microbatch_tokens: (assignment.microbatch_tokens > 0)

@@ -255,8 +255,7 @@ impl Leader<'_> {
     }
 
     fn due(&mut self, job: &Attempt) -> Option<Due> {
-        let key = self.state.jobs.get(job)?.key;
-        Some(self.state.residents.get_mut(key)?.tenant.due())
+        self.state.residents.due(self.state.jobs.get(job)?.key)
     }
 
     /// Saves a checkpoint of a job that is on the backbone, unless the last one holds all there is.
@@ -323,7 +322,10 @@ impl Leader<'_> {
         let wants = residents.wants(budget);
         let turn = share.turn(budget, |key| wants.get(&key).copied());
         match turn[..] {
-            [key] if wants.get(&key).is_some_and(|want| !want.shared) => plan.evaluation = Some(key),
+            [key] if wants.get(&key).is_some_and(|want| !want.shared) => match residents.due(key) {
+                Some(Due::Evaluate) => plan.evaluation = Some(key),
+                _ => plan.alone = Some(key),
+            },
             _ => plan.steps = turn,
         }
         for (job, failure) in failed {

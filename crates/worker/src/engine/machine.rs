@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use incipit_proto::{Problem, v1};
+use incipit_tune::device::DeviceChoice;
 use incipit_tune::spec::{PartialSpec, Precision, TrainSpec};
 
 use crate::engine::failure::Result;
@@ -15,6 +16,8 @@ pub(crate) struct Machine {
     pub(crate) model: String,
     /// Type of its weights.
     pub(crate) dtype: Precision,
+    /// Where it computes.
+    pub(crate) device: DeviceChoice,
 }
 
 impl Machine {
@@ -29,6 +32,7 @@ impl Machine {
         let given = PartialSpec {
             model: Some(self.model.clone()),
             dtype: Some(self.dtype),
+            device: Some(self.device.to_string()),
             train: Some(train.into()),
             eval: (!eval.is_empty()).then(|| eval.into()),
             out: Some(PathBuf::from("the coordinator")),

@@ -21,6 +21,9 @@ pub(crate) struct Plan {
     /// A job that goes through a round of its evaluation.
     #[prost(uint64, optional, tag = "4")]
     pub(crate) evaluation: Option<Key>,
+    /// A job that makes a step by itself: its model is not quite the others'.
+    #[prost(uint64, optional, tag = "5")]
+    pub(crate) alone: Option<Key>,
 }
 
 /// A job that comes.

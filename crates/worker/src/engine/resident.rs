@@ -52,6 +52,11 @@ impl Residents {
         self.jobs.get_mut(&key)
     }
 
+    /// What a job does next.
+    pub(crate) fn due(&self, key: Key) -> Option<Due> {
+        Some(self.jobs.get(&key)?.tenant.due())
+    }
+
     /// What each job wants next; those are left out whose next thing is not the backbone's. `microbatch` is what goes through it at once,
     /// in tokens.
     pub(crate) fn wants(&self, microbatch: u64) -> BTreeMap<Key, Want> {
@@ -82,6 +87,9 @@ impl Residents {
             outcome.evaluated = self.evaluate(key, backbone)?.map(|evaluated| (key, evaluated));
         }
         outcome.steps = self.step(&plan.steps, backbone)?;
+        if let Some(key) = plan.alone {
+            outcome.steps.extend(self.step_alone(key, backbone)?);
+        }
         let failed = outcome.steps.iter().filter(|(_, result)| result.is_err()).map(|(key, _)| *key);
         let unevaluated = outcome.evaluated.iter().filter(|(_, result)| result.is_err()).map(|(key, _)| *key);
         for key in failed.chain(unevaluated) {
@@ -106,6 +114,13 @@ impl Residents {
         Ok(steps)
     }
 
+    /// A step of a job whose batch can go with no other's.
+    fn step_alone(&mut self, key: Key, backbone: &Backbone) -> Result<Option<(Key, Result<Update>)>> {
+        let Some(job) = self.jobs.get_mut(&key) else { return Ok(None) };
+        let step = unless_of_group(job.tenant.step(backbone).map_err(Failure::from))?;
+        Ok(Some((key, step)))
+    }
+
     /// A round of a job's evaluation, the outcome if it was the last.
     fn evaluate(&mut self, key: Key, backbone: &Backbone) -> Result<Option<Result<(Evaluation, bool)>>> {
         let Some(job) = self.jobs.get_mut(&key) else { return Ok(None) };
@@ -123,7 +138,9 @@ impl Residents {
 impl Resident {
     fn want(&self, microbatch: u64) -> Option<Want> {
         match self.tenant.due() {
-            Due::Step => Some(Want { tokens: tokens(&self.tenant.batch()?), shared: true }),
+            Due::Step => {
+                Some(Want { tokens: self.tenant.step_tokens(), shared: self.tenant.batch().is_some() })
+            }
             Due::Evaluate => {
                 // Before its first round the cost is not known: a round is about as much as a microbatch.
                 let known = self.evaluation.as_ref().map(|evaluation| evaluation.next_cost() as u64);
@@ -138,11 +155,12 @@ impl Resident {
             Some(evaluation) => evaluation,
             None => self.tenant.evaluation(backbone)?,
         };
-        if !evaluation.advance(&backbone.engine)? {
+        let engine = self.tenant.engine(backbone);
+        if !evaluation.advance(engine)? {
             self.evaluation = Some(evaluation);
             return Ok(None);
         }
-        Ok(Some(evaluation.finish(&backbone.engine, &backbone.tokenizer)?))
+        Ok(Some(evaluation.finish(engine, &backbone.tokenizer)?))
     }
 }
 
@@ -168,10 +186,4 @@ pub(crate) fn sent(admission: &Admission, machine: &Machine) -> Result<Begin> {
         task: Task::from_bytes(&admission.task)?,
         checkpoint: checkpoint.transpose()?,
     })
-}
-
-/// All tokens of a batch: inputs, prompt rows and targets.
-fn tokens(batch: &JobBatch<'_>) -> u64 {
-    let rows = batch.prompt.length();
-    batch.examples.iter().map(|example| (rows + example.input.len() + example.target.len()) as u64).sum()
 }

@@ -113,12 +113,16 @@ impl Cluster {
 
     /// The prompt of a job's last checkpoint, as its file has it.
     pub(crate) fn last_prompt(&self, id: &str) -> Result<Vec<u8>> {
+        self.last_file(id, "prompt.safetensors")
+    }
+
+    /// A file of a job's last checkpoint.
+    pub(crate) fn last_file(&self, id: &str, name: &str) -> Result<Vec<u8>> {
         let request = v1::GetCheckpointRequest { name: format!("jobs/{id}/checkpoints/last") };
         let checkpoint = self
             .call(async |client| client.checkpoints().get_checkpoint(request.clone()).await)?
             .into_inner();
-        let file =
-            checkpoint.files.iter().find(|file| file.name == "prompt.safetensors").context("no prompt")?;
+        let file = checkpoint.files.iter().find(|file| file.name == name).context("no such file")?;
         let request = v1::ReadBlobRequest { digest: file.digest.clone(), offset: 0 };
         self.call(async |client| {
             let mut parts = client.blobs().read_blob(request.clone()).await?.into_inner();

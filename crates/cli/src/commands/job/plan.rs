@@ -5,7 +5,7 @@ use std::time::Duration;
 use incipit_data::TextExample;
 use incipit_proto::v1::{Backbone, Job, JobState};
 use incipit_tune::optimizer::Optimizer;
-use incipit_tune::spec::TrainSpec;
+use incipit_tune::spec::{Method, TrainSpec};
 use serde::Serialize;
 
 use crate::cluster::blobs::LocalFile;
@@ -36,6 +36,7 @@ pub(super) struct Plan {
     steps: u64,
     epochs: Option<f64>,
     examples: Option<Examples>,
+    method: Method,
     evaluations: u64,
     checkpoints: u64,
     checkpoints_kept: u64,
@@ -86,7 +87,7 @@ impl Plan {
             examples.map(|known| known.train / spec.batch_size as u64).filter(|batches| *batches > 0);
         let [d_model, num_layers] = [backbone.d_model, backbone.num_layers].map(|number| number as usize);
         let rows = spec.prompt_length * spec.prompt_layers.of(num_layers);
-        let known = rows > 0 && d_model > 0;
+        let known = rows > 0 && d_model > 0 && spec.method == Method::Prompt;
         let prompt = known.then(|| (rows * d_model) as u64 * BYTES_A_NUMBER);
         let optimizer = known.then(|| optimizer_bytes(spec, rows, d_model));
         let checkpoints = spec.steps.div_ceil(spec.checkpoint_every);
@@ -100,6 +101,7 @@ impl Plan {
             steps: spec.steps,
             epochs: batches.map(|batches| spec.steps as f64 / batches as f64),
             examples,
+            method: spec.method,
             evaluations: if spec.eval.is_some() { spec.steps.div_ceil(spec.eval_every) } else { 0 },
             checkpoints,
             checkpoints_kept: kept,
@@ -150,9 +152,11 @@ impl Plan {
             "checkpoints",
             format!("{} at least, {} kept at most", count(self.checkpoints), count(self.checkpoints_kept)),
         );
-        row("prompt", bytes(self.prompt_bytes));
-        row("optimizer", bytes(self.optimizer_bytes));
-        row("kept", bytes(self.checkpoint_bytes));
+        if self.method == Method::Prompt {
+            row("prompt", bytes(self.prompt_bytes));
+            row("optimizer", bytes(self.optimizer_bytes));
+            row("kept", bytes(self.checkpoint_bytes));
+        }
         row("time", self.time());
         row(
             "upload",

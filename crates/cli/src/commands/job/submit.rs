@@ -39,6 +39,8 @@ Examples:
   incipit job submit --config runs/q/run.toml --dry-run
       what it would be: steps, bytes, its place in the queue, roughly the time; nothing is sent
 
+Methods: all of `incipit train` but model, whose weights the other jobs need as they are. Only prompts share a step with others'; what trains weights needs \
+a backbone on a CPU. `incipit checkpoint download` fetches what was trained.
 Files: JSON lines (also .gz), CSV, TSV or Parquet; with --task, those of the benchmark's splits, by --data-dir or by --train and --eval.
 Prompt initialisations: class-label, vocab, uniform, uniform:LOW,HIGH, text:SOME WORDS; or another task's prompt (Vu et al. \
 2022): file:PATH (an .npy, a PEFT directory or a run, which is read here and handed in), prompt:NAME or prompt:NAME/VERSION \
