@@ -230,6 +230,12 @@ impl Tenant {
         }
     }
 
+    /// Whether its steps can go with other jobs': whether there is a [`Self::batch`].
+    #[must_use]
+    pub fn shares_steps(&self) -> bool {
+        matches!(self.trainee, Trainee::Prompt(_))
+    }
+
     /// About how many tokens the next step takes through the backbone: rows of prompts, inputs and targets.
     #[must_use]
     pub fn step_tokens(&self) -> u64 {

@@ -138,9 +138,7 @@ impl Residents {
 impl Resident {
     fn want(&self, microbatch: u64) -> Option<Want> {
         match self.tenant.due() {
-            Due::Step => {
-                Some(Want { tokens: self.tenant.step_tokens(), shared: self.tenant.batch().is_some() })
-            }
+            Due::Step => Some(Want { tokens: self.tenant.step_tokens(), shared: self.tenant.shares_steps() }),
             Due::Evaluate => {
                 // Before its first round the cost is not known: a round is about as much as a microbatch.
                 let known = self.evaluation.as_ref().map(|evaluation| evaluation.next_cost() as u64);
