@@ -74,9 +74,9 @@ pub struct TrainSpec {
     /// Directory of the named task's files.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data_dir: Option<PathBuf>,
-    /// File of training examples; of a named task, `data_dir`.
+    /// File of training examples; of a named task `data_dir`, or where that is not given its split's file.
     pub train: PathBuf,
-    /// File of evaluation examples; of a named task, `data_dir`.
+    /// File of evaluation examples; of a named task likewise.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval: Option<PathBuf>,
     /// Directory of the run.
