@@ -128,6 +128,81 @@ fn a_job_that_trains_weights_is_paused_and_goes_on_to_the_same_bytes() -> Result
     same_as_run(&cluster, dir.path(), "slow", "weights.safetensors")
 }
 
+/// The evaluations of a job's tasks: name and score.
+fn task_scores(points: Vec<v1::MetricPoint>) -> Vec<(String, f64)> {
+    let tasks = points.into_iter().filter_map(|point| match point.point {
+        Some(v1::metric_point::Point::Evaluation(evaluation)) => Some(evaluation.tasks),
+        _ => None,
+    });
+    let score = |task: v1::TaskEvaluation| (task.name, task.evaluation.unwrap_or_default().score);
+    tasks.flatten().map(score).collect()
+}
+
+#[test]
+fn tasks_that_share_rows_are_one_job_and_end_in_the_bytes_of_a_run() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let cluster = with_backbone(dir.path())?;
+    let at = |name: &str| common::arg(dir.path().join(name));
+    let data = common::arg(common::root().join("crates/data/tests/goldens/tasks/data"));
+    let tasks = format!(
+        "[boolq]\ntask = 'boolq'\ndata-dir = '{data}'\nbatch-size = 2\nprompt-length = 6\n\
+         [mail]\ntrain = '{}'\nbatch-size = 4\nprompt-length = 6\n\
+         [wsc]\ntask = 'wsc'\ndata-dir = '{data}'\nmax-target-length = 24\nbatch-size = 2\nprompt-length = 5\n",
+        demo("data/train.jsonl")
+    );
+    std::fs::write(at("tasks.toml"), tasks)?;
+    let (tasks, out, model, endpoint) = (at("tasks.toml"), at("both"), demo("model"), cluster.endpoint());
+    let flags = "--shared-length 3 --max-input-length 64 --steps 90 --eval-every 30 \
+                 --checkpoint-every 15";
+    let flags = || ["--tasks", &tasks].into_iter().chain(flags.split_whitespace());
+    let run = ["multitask", "-q", "--model", &model, "--out", &out, "--dtype", "f32", "--dp", "2"];
+    common::incipit(&run.into_iter().chain(flags()).collect::<Vec<_>>())?.ok()?;
+    let connected = |args: &[&str]| common::incipit(&[args, &["--coordinator", &endpoint]].concat())?.ok();
+    let submit = ["job", "submit", "--backbone", "b", "--name", "both"];
+    connected(&submit.into_iter().chain(flags()).collect::<Vec<_>>())?;
+
+    // On its way it is put aside once.
+    cluster.wait_for("the first steps", |cluster| Ok((cluster.points("both")?.len() > 2).then_some(())))?;
+    connected(&["job", "pause", "both"])?;
+    let has_left =
+        |cluster: &Cluster| Ok(Some(cluster.job("both")?).filter(|job| job.state() != JobState::Running));
+    let paused = cluster.wait_for("the pause", has_left)?;
+    ensure!(paused.state() == JobState::Paused, "{:?}: {}", paused.state(), paused.message);
+    connected(&["job", "resume", "both"])?;
+    let job = cluster.wait_end("both")?;
+    ensure!(job.state() == JobState::Succeeded, "{}", job.message);
+
+    let scores = task_scores(cluster.points("both")?);
+    for task in ["boolq", "mail", "wsc"] {
+        let run = Path::new(&out).join(task);
+        for file in ["prompt.safetensors", "optimizer.safetensors", "state.json"] {
+            let alone = std::fs::read(run.join("last").join(file))?;
+            ensure!(cluster.last_file("both", &format!("{task}/{file}"))? == alone, "another {task}/{file}");
+        }
+        let measured: Vec<f64> =
+            scores.iter().filter(|(name, _)| name == task).map(|(_, score)| *score).collect();
+        ensure!(measured == self::scores(&run)?, "{task}: {measured:?}");
+        if measured.is_empty() {
+            continue;
+        }
+        // Each that is evaluated has a best of its own, and a name.
+        let (best, named) = (at(&format!("best-{task}")), at(&format!("named-{task}")));
+        connected(&["checkpoint", "download", "both/best", "--task", task, "--out", &best])?;
+        connected(&["prompt", "promote", "both/best", "--task", task, "--name", task])?;
+        connected(&["prompt", "get", task, "--out", &named])?;
+        let alone = std::fs::read(run.join("best/prompt.safetensors"))?;
+        for dir in [best, named] {
+            ensure!(std::fs::read(Path::new(&dir).join("prompt.safetensors"))? == alone, "{dir}");
+        }
+    }
+    connected(&["checkpoint", "download", "both/last", "--out", &at("all")])?;
+    let few = ["--data", &demo("data/eval.jsonl"), "--prompt", &at("all/mail")].map(str::to_owned);
+    let few: Vec<&str> = few.iter().map(String::as_str).collect();
+    common::incipit(&[&["eval", "--model", &model][..], &few].concat())?.ok()?;
+    let of_all = common::incipit(&["checkpoint", "get", "both", "--coordinator", &endpoint])?;
+    of_all.refused(2, &["boolq, mail, wsc; name one"])
+}
+
 #[test]
 fn a_killed_engine_is_named_at_once_and_its_jobs_go_on_to_the_same_bytes() -> Result<()> {
     let dir = tempfile::tempdir()?;

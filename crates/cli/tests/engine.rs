@@ -9,8 +9,8 @@ use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{command, demo, incipit};
-use incipit_proto::v1::{self, JobState, JobWish, job_report::Report};
-use incipit_worker::frames::{self, FromEngine, Jobs, Join, LocalJob, Notice, Order, ToEngine};
+use incipit_proto::v1::{self, JobReason, JobState, JobWish, job_report::Report};
+use incipit_worker::frames::{self, FromEngine, Jobs, Join, LocalJob, LocalTask, Notice, Order, ToEngine};
 
 /// An engine's process, killed with the test.
 struct Engine {
@@ -111,12 +111,12 @@ fn job(name: &str, attempt: u32, spec: v1::TrainingSpec) -> LocalJob {
     let job = format!("jobs/{name}");
     let assignment =
         v1::JobAssignment { job, attempt, spec: Some(spec), priority: 10, ..v1::JobAssignment::default() };
-    LocalJob {
-        assignment: Some(assignment),
-        train: demo("data/train.jsonl"),
-        eval: demo("data/eval.jsonl"),
-        ..LocalJob::default()
-    }
+    LocalJob { assignment: Some(assignment), tasks: vec![files("")], ..LocalJob::default() }
+}
+
+/// The demo's files, and a prompt to start as, if there is one.
+fn files(initial: &str) -> LocalTask {
+    LocalTask { train: demo("data/train.jsonl"), eval: demo("data/eval.jsonl"), initial: initial.to_owned() }
 }
 
 fn wish(mut job: LocalJob, wish: JobWish) -> LocalJob {
@@ -217,7 +217,7 @@ fn a_job_that_starts_as_another_prompt_ends_in_the_bytes_that_train_leaves() {
         ..spec(4, 15)
     };
     let other = job("other", 1, self::spec(4, 15));
-    let jobs = vec![other, LocalJob { initial, ..job("spot", 1, spec.clone()) }];
+    let jobs = vec![other, LocalJob { tasks: vec![files(&initial)], ..job("spot", 1, spec.clone()) }];
     engine.tell(Order::Jobs(Jobs { epoch: 1, jobs }));
     let left = until_all_left(&mut engine, 2);
     assert_eq!(left["jobs/spot"].0.state(), JobState::Succeeded, "{:?}", left["jobs/spot"].0);
@@ -225,12 +225,38 @@ fn a_job_that_starts_as_another_prompt_ends_in_the_bytes_that_train_leaves() {
     assert!(left["jobs/other"].1 != alone, "it does not start as its neighbour");
 
     let short = v1::TrainingSpec { prompt_length: Some(7), ..spec };
-    let initial = dir.path().join("first.safetensors").display().to_string();
-    engine.tell(Order::Jobs(Jobs { epoch: 1, jobs: vec![LocalJob { initial, ..job("short", 1, short) }] }));
+    let short = LocalJob { tasks: vec![files(&initial)], ..job("short", 1, short) };
+    engine.tell(Order::Jobs(Jobs { epoch: 1, jobs: vec![short] }));
     let left = until_all_left(&mut engine, 1);
     let end = &left["jobs/short"].0;
     assert_eq!(end.state(), JobState::Failed);
     assert!(end.message.contains("8 rows, not 7; give --prompt-length 8"), "{end:?}");
+}
+
+#[test]
+fn tasks_that_cannot_share_rows_end_their_job_with_the_mend() {
+    let mut engine = Engine::start();
+    engine.join(1, (1, 1));
+    let two = |shared_length: u32, own: [v1::TrainingSpec; 2]| {
+        let named = ["a", "b"].into_iter().zip(own);
+        let tasks = named.map(|(name, own)| v1::TrainingTask { name: name.to_owned(), spec: Some(own) });
+        v1::TrainingSpec { shared_length: Some(shared_length), tasks: tasks.collect(), ..spec(3, 5) }
+    };
+    let short = v1::TrainingSpec { prompt_length: Some(4), ..v1::TrainingSpec::default() };
+    let slow = v1::TrainingSpec { lr: Some(0.1), ..v1::TrainingSpec::default() };
+    let jobs = [
+        ("short", two(4, [short, v1::TrainingSpec::default()]), "--shared-length"),
+        ("slow", two(4, [v1::TrainingSpec::default(), slow]), "--lr differs between tasks"),
+        ("one", v1::TrainingSpec { shared_length: Some(4), ..spec(3, 5) }, "fewer than two tasks"),
+    ];
+    for (name, spec, words) in &jobs {
+        let tasks = vec![files(""); spec.tasks.len().max(1)];
+        let local = LocalJob { tasks, ..job(name, 1, spec.clone()) };
+        engine.tell(Order::Jobs(Jobs { epoch: 1, jobs: vec![local] }));
+        let (end, _) = &until_all_left(&mut engine, 1)[&format!("jobs/{name}")];
+        assert_eq!((end.state(), end.reason()), (JobState::Failed, JobReason::BadSpec), "{end:?}");
+        assert!(end.message.contains(words), "{end:?}");
+    }
 }
 
 #[test]

@@ -41,17 +41,19 @@ pub struct Roots {
 
 /// Digests of the blobs that a specification names. The service sees to it that they are there.
 pub fn digests_of(spec: &TrainingSpec) -> impl Iterator<Item = &str> {
-    [&spec.train, &spec.eval, &spec.initial].into_iter().flatten().filter_map(|data| match &data.source {
+    let tasks = spec.tasks.iter().filter_map(|task| task.spec.as_ref());
+    let named = [spec].into_iter().chain(tasks).flat_map(|spec| [&spec.train, &spec.eval, &spec.initial]);
+    named.flatten().filter_map(|data| match &data.source {
         Some(Source::Digest(digest)) => Some(digest.as_str()),
         _ => None,
     })
 }
 
-/// The checkpoint in a name, `jobs/{job}/checkpoints/{step}`, the step also `best` or `last`.
+/// The checkpoint in a name, `jobs/{job}/checkpoints/{step}`, the step also `best` or `last`; and the task that is meant, if it is named.
 ///
 /// # Errors
 /// If it is none; the problem names `field`.
-pub fn checkpoint_ref(field: &str, text: &str) -> Result<CheckpointRef, Problem> {
+pub fn checkpoint_ref(field: &str, text: &str, task: &str) -> Result<CheckpointRef, Problem> {
     let (job, step) = text.split_once("/checkpoints/").ok_or_else(|| {
         Problem::field(
             field,
@@ -67,7 +69,8 @@ pub fn checkpoint_ref(field: &str, text: &str) -> Result<CheckpointRef, Problem>
                 Problem::field(field, format!("is {text:?}; STEP is a number, best or last"))
             })?),
         };
-    Ok(CheckpointRef { job, step })
+    let task = Some(task.to_owned()).filter(|task| !task.is_empty());
+    Ok(CheckpointRef { job, step, task })
 }
 
 /// The version in a name, `prompts/{prompt}/versions/{version}`; nothing for `latest`.

@@ -319,8 +319,8 @@ fn step(backbone: &Backbone, control: &Control, members: &mut [Result<Run<'_>>],
     let batches: Vec<_> = running.filter_map(|run| run.tenant.batch()).collect();
     let mut gradients = backbone.engine.gradients(&batches)?;
     drop(batches);
-    if tied {
-        tie(members, &mut gradients);
+    if let Some(shared) = members.iter().flatten().find_map(|run| run.tenant.num_shared()) {
+        tie(shared, &mut gradients);
     }
     let mut updates = Vec::with_capacity(places.len());
     for (place, gradient) in places.into_iter().zip(gradients) {
@@ -339,10 +339,9 @@ fn step(backbone: &Backbone, control: &Control, members: &mut [Result<Run<'_>>],
     Ok(true)
 }
 
-/// Gives every member the mean of all members' gradients to the rows that they share, summed in their order. Where one has none, no member
-/// makes the step.
-fn tie(members: &[Result<Run<'_>>], gradients: &mut [Result<JobGradient, JobFault>]) {
-    let Some(shared) = members.iter().flatten().find_map(|run| run.tenant.num_shared()) else { return };
+/// Gives every member the mean of all members' gradients to the `shared` numbers that they share, summed in their order. Where one has no
+/// gradient, no member is to make the step.
+pub fn tie(shared: usize, gradients: &mut [Result<JobGradient, JobFault>]) {
     let mut sum = vec![0.0f64; shared];
     for gradient in gradients.iter().flatten() {
         sum.iter_mut().zip(&gradient.gradient).for_each(|(sum, value)| *sum += f64::from(*value));

@@ -4,7 +4,7 @@
 //! A task's directory `out/NAME` is one of a training run, whose prompt serves alone: the shared rows stand before its own. Beside the tasks
 //! lies `multitask.json`, which lists them.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::{
     Error, Result,
@@ -47,7 +47,8 @@ pub fn resolve(flags: &PartialSpec, tasks: Option<&Path>, resume: bool) -> Resul
         }
     }
     let spec = |(name, of_task): (String, PartialSpec)| {
-        let flags = PartialSpec { out: Some(directory(&out, &name)?), ..flags.clone() };
+        check_name(&name)?;
+        let flags = PartialSpec { out: Some(out.join(name)), ..flags.clone() };
         TrainSpec::resolve(flags.over(of_task), None, resume)
     };
     let specs = named.into_iter().map(spec).collect::<Result<Vec<_>>>()?;
@@ -55,17 +56,68 @@ pub fn resolve(flags: &PartialSpec, tasks: Option<&Path>, resume: bool) -> Resul
     Ok(specs)
 }
 
-fn directory(out: &Path, name: &str) -> Result<PathBuf> {
+/// Checks that a directory can have a task's name.
+///
+/// # Errors
+/// If it cannot.
+pub fn check_name(name: &str) -> Result<()> {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     if name.starts_with('.') || !name.chars().all(is_plain) || name.is_empty() {
         let what = format!("names a task {name:?}, which is to be a directory; use letters, digits, - and _");
         return Err(Error::spec("tasks", &what));
     }
-    Ok(out.join(name))
+    Ok(())
 }
 
-/// What a step of all tasks, and the rows that they share, have in common.
-fn check(specs: &[TrainSpec]) -> Result<()> {
+/// What of a task's settings all tasks have in common, as [`check`] says, and what is its own.
+#[must_use]
+pub fn divide(spec: PartialSpec) -> (PartialSpec, PartialSpec) {
+    let common = PartialSpec {
+        shared_length: spec.shared_length,
+        prompt_placement: spec.prompt_placement,
+        method: spec.method,
+        recipe: spec.recipe,
+        optimizer: spec.optimizer,
+        lr: spec.lr,
+        schedule: spec.schedule,
+        warmup_steps: spec.warmup_steps,
+        weight_decay: spec.weight_decay,
+        parameter_scaling: spec.parameter_scaling,
+        steps: spec.steps,
+        seed: spec.seed,
+        eval_every: spec.eval_every,
+        checkpoint_every: spec.checkpoint_every,
+        keep: spec.keep,
+        patience: spec.patience,
+        ..PartialSpec::default()
+    };
+    let own = PartialSpec {
+        shared_length: None,
+        prompt_placement: None,
+        method: None,
+        recipe: None,
+        optimizer: None,
+        lr: None,
+        schedule: None,
+        warmup_steps: None,
+        weight_decay: None,
+        parameter_scaling: None,
+        steps: None,
+        seed: None,
+        eval_every: None,
+        checkpoint_every: None,
+        keep: None,
+        patience: None,
+        ..spec
+    };
+    (common, own)
+}
+
+/// Checks that the tasks have in common what a step of all, and the rows that they share, need.
+///
+/// # Errors
+/// If they have not, or are fewer than two.
+pub fn check(specs: &[TrainSpec]) -> Result<()> {
     let Some((first, others)) = specs.split_first().filter(|(_, others)| !others.is_empty()) else {
         return Err(Error::spec(
             "tasks",
@@ -83,6 +135,7 @@ fn check(specs: &[TrainSpec]) -> Result<()> {
             ("tp", spec.tp.to_string()),
             ("dp", spec.dp.to_string()),
             ("prompt-placement", spec.prompt_placement.to_string()),
+            ("recipe", spec.recipe.to_string()),
             ("lr", spec.lr.to_string()),
             ("schedule", spec.schedule.to_string()),
             ("warmup-steps", spec.warmup_steps.to_string()),
@@ -91,6 +144,7 @@ fn check(specs: &[TrainSpec]) -> Result<()> {
             ("steps", spec.steps.to_string()),
             ("eval-every", spec.eval_every.to_string()),
             ("checkpoint-every", spec.checkpoint_every.to_string()),
+            ("keep", spec.keep.to_string()),
             ("optimizer", format!("{:?}", spec.optimizer_kind())),
         ]
     };

@@ -73,17 +73,25 @@ pub struct LocalJob {
     /// The job.
     #[prost(message, optional, tag = "1")]
     pub assignment: Option<v1::JobAssignment>,
-    /// File of training examples.
+    /// Directory of the checkpoint to go on from, with a directory for each of several tasks; empty where there is none.
     #[prost(string, tag = "2")]
+    pub checkpoint: String,
+    /// The files of its tasks, in the order of [`crate::spec::tasks`].
+    #[prost(message, repeated, tag = "3")]
+    pub tasks: Vec<LocalTask>,
+}
+
+/// The files of a task on this machine.
+#[derive(Clone, PartialEq, Message)]
+pub struct LocalTask {
+    /// File of training examples.
+    #[prost(string, tag = "1")]
     pub train: String,
     /// File of evaluation examples; empty where there is none.
-    #[prost(string, tag = "3")]
+    #[prost(string, tag = "2")]
     pub eval: String,
-    /// Directory of the checkpoint to go on from; empty where there is none.
-    #[prost(string, tag = "4")]
-    pub checkpoint: String,
     /// File of the prompt to start as; empty where there is none.
-    #[prost(string, tag = "5")]
+    #[prost(string, tag = "3")]
     pub initial: String,
 }
 

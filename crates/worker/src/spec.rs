@@ -60,10 +60,6 @@ fn refuse_elsewhere(spec: &PartialSpec) -> Result<(), Problem> {
             spec.objective.map(|_| "is for plain text, and a job learns from examples".to_owned()),
         ),
         (
-            "spec.shared_length",
-            spec.shared_length.map(|_| "is of several tasks, and a job has one".to_owned()),
-        ),
-        (
             "spec.data_dir",
             spec.data_dir
                 .as_ref()
@@ -156,6 +152,8 @@ pub fn to_wire(spec: &PartialSpec) -> Result<TrainingSpec, Problem> {
         instruction: spec.instruction.clone(),
         max_prompt_tokens: count("spec.max_prompt_tokens", spec.max_prompt_tokens)?,
         candidates: count("spec.candidates", spec.candidates)?,
+        shared_length: count("spec.shared_length", spec.shared_length)?,
+        tasks: Vec::new(),
     })
 }
 
@@ -226,9 +224,22 @@ pub fn from_wire(
         instruction: wire.instruction.clone(),
         max_prompt_tokens: number(wire.max_prompt_tokens),
         candidates: number(wire.candidates),
+        shared_length: number(wire.shared_length),
         ..PartialSpec::default()
     };
     refuse_elsewhere(&spec).map(|()| spec)
+}
+
+/// The tasks of a job, by their names; that of a job of one task has none. What a task's own specification leaves open, the one behind it
+/// says for all.
+#[must_use]
+pub fn tasks(wire: &TrainingSpec) -> Vec<(&str, [TrainingSpec; 2])> {
+    let common = TrainingSpec { tasks: Vec::new(), ..wire.clone() };
+    if wire.tasks.is_empty() {
+        return vec![("", [common, TrainingSpec::default()])];
+    }
+    let both = |task: &v1::TrainingTask| [task.spec.clone().unwrap_or_default(), common.clone()];
+    wire.tasks.iter().map(|task| (&*task.name, both(task))).collect()
 }
 
 /// The path of a source that is a path on the workers' machines.
@@ -344,7 +355,7 @@ mod tests {
                 one_of(&[PrefixPart::All, PrefixPart::Decoder]),
             ),
             method in one_of(&[Method::Prompt, Method::Prefix, Method::Adapter, Method::Text, Method::Search]),
-            sizes in [count(), count(), count(), count(), count()],
+            sizes in [count(), count(), count(), count(), count(), count()],
             texts in [option::of(".{0,12}"), option::of(".{0,12}"), option::of(".{0,12}")],
             predict in one_of(&[Predict::Decode, Predict::Rank]),
             metrics in option::of(proptest::sample::subsequence(Metric::ALL.to_vec(), 1..=4).prop_shuffle()),
@@ -352,13 +363,13 @@ mod tests {
             let [lr, weight_decay, dropout, z_loss] = numbers;
             let [warmup_steps, steps, seed, eval_every, checkpoint_every] = longs;
             let (prompt_placement, prompt_layers, prefix_part) = place;
-            let [prefix_projection, adapter_width, shots, max_prompt_tokens, candidates] = sizes;
+            let [prefix_projection, adapter_width, shots, max_prompt_tokens, candidates, shared_length] = sizes;
             let [shot_template, shot_separator, instruction] = texts;
             PartialSpec {
                 recipe, optimizer, schedule, loss, lr, weight_decay, dropout, z_loss, warmup_steps, steps, seed, eval_every,
                 checkpoint_every, shuffle, patience, metrics, parameter_scaling, prompt_placement, prompt_layers, predict,
                 prefix_part, method, prefix_projection, adapter_width, shots, max_prompt_tokens, candidates, shot_template,
-                shot_separator, instruction, ..data
+                shot_separator, instruction, shared_length, ..data
             }
         }
     }
@@ -409,7 +420,6 @@ mod tests {
             (PartialSpec { metrics: Some(Vec::new()), ..none() }, "spec.metrics"),
             (PartialSpec { train: Some("/".into()), ..none() }, "spec.train"),
             (PartialSpec { method: Some(Method::Model), ..none() }, "spec.method"),
-            (PartialSpec { shared_length: Some(3), ..none() }, "spec.shared_length"),
             (PartialSpec { data_dir: Some("d".into()), ..none() }, "spec.data_dir"),
         ] {
             assert_eq!(to_wire(&spec).unwrap_err().fields[0].0, field);

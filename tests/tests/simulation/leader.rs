@@ -196,7 +196,7 @@ impl World {
         let digest = digest(prompt);
         self.made.insert(digest.clone(), (seed, step, prompt));
         let files = vec![CheckpointFile { name: "prompt.safetensors".to_owned(), digest, size: 8 }];
-        let saved = v1::CheckpointSaved { step, files, score: None, best: false };
+        let saved = v1::CheckpointSaved { step, files, ..v1::CheckpointSaved::default() };
         let report = Some(v1::JobReport { report: Some(Report::Saved(saved)), ..report });
         let dir = format!("outbox/{}-{}-{step}", job.0, job.1);
         self.notice(pid, Notice::Saved(Saved { report, dir }));

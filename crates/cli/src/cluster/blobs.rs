@@ -160,10 +160,14 @@ pub(crate) async fn fetch(client: &Client, file: &CheckpointFile) -> Result<Vec<
     Ok(bytes)
 }
 
-/// A file's name that leads out of the directory is not used.
+/// A file's name that leads out of the directory, or deeper than to a task's, is not used.
 fn check_name(name: &str) -> Result<()> {
-    let plain = Path::new(name).file_name().is_some_and(|plain| plain == name);
-    if plain && !name.contains(['/', '\\', '\0', '\n']) {
+    let plain = |part: &str| {
+        Path::new(part).file_name().is_some_and(|plain| plain == part)
+            && !part.contains(['/', '\\', '\0', '\n'])
+    };
+    let (task, file) = name.split_once('/').map_or((None, name), |(task, file)| (Some(task), file));
+    if task.is_none_or(plain) && plain(file) {
         return Ok(());
     }
     bail!("the checkpoint has a file named {name:?}, which is no plain name; nothing was written")
@@ -186,10 +190,11 @@ mod tests {
 
     #[test]
     fn a_name_that_leads_elsewhere_is_refused() {
-        for name in ["", "..", "../x", "/etc/x", "a/b", "a\\b", ".", "a\nb"] {
+        for name in ["", "..", "../x", "a/..", "/etc/x", "a/b/c", "a\\b", ".", "a\nb", "a/", "/b"] {
             assert!(check_name(name).is_err(), "{name:?}");
         }
         check_name("prompt.safetensors").unwrap();
+        check_name("boolq/prompt.safetensors").unwrap();
     }
 
     #[test]

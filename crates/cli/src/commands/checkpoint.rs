@@ -8,8 +8,9 @@ use anyhow::Result;
 use clap::{Args, Subcommand};
 use incipit_proto::client::Client;
 use incipit_proto::v1::{
-    Checkpoint, CheckpointFile, CollectGarbageRequest, DeleteCheckpointRequest, GetCheckpointRequest,
-    ListCheckpointsRequest, PinCheckpointRequest, VerifyCheckpointRequest, VerifyCheckpointResponse,
+    Checkpoint, CheckpointFile, CheckpointTask, CollectGarbageRequest, DeleteCheckpointRequest,
+    GetCheckpointRequest, ListCheckpointsRequest, PinCheckpointRequest, VerifyCheckpointRequest,
+    VerifyCheckpointResponse,
 };
 
 use crate::args::Global;
@@ -21,7 +22,8 @@ use crate::progress::note;
 use crate::units;
 
 const AFTER_HELP: &str = "\
-A checkpoint is named JOB/STEP, JOB/best or JOB/last; JOB alone is its best.";
+A checkpoint is named JOB/STEP, JOB/best or JOB/last; JOB alone is its best. Each of several tasks that share rows has a best of its own, \
+which --task names.";
 
 /// Flags of `checkpoint`.
 #[derive(Args)]
@@ -39,7 +41,7 @@ enum CheckpointCommand {
     /// List a job's checkpoints, the newest first
     List(JobArgs),
     /// Show a checkpoint and its files
-    Get(OneArgs),
+    Get(OfTaskArgs),
     /// Write a checkpoint to a directory, as `incipit train` has it, for `eval`, `generate` and the rest
     Download(DownloadArgs),
     /// Keep a checkpoint, whatever its job's --keep says
@@ -69,9 +71,18 @@ struct OneArgs {
 }
 
 #[derive(Args)]
-struct DownloadArgs {
+struct OfTaskArgs {
     #[command(flatten)]
     one: OneArgs,
+    /// The task that is meant, of a job of several
+    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
+    task: String,
+}
+
+#[derive(Args)]
+struct DownloadArgs {
+    #[command(flatten)]
+    of: OfTaskArgs,
     /// Directory to write: new, or empty
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -107,13 +118,14 @@ pub(crate) fn run(args: CheckpointArgs, global: &Global) -> Result<Exit> {
                 show::print(&all, || table(&all), global)?;
             }
             CheckpointCommand::Get(args) => {
-                let checkpoint = get(&client, &args.checkpoint).await?;
+                let checkpoint = get(&client, &args.one.checkpoint, &args.task).await?;
                 show::print(&checkpoint, || facts(&checkpoint), global)?;
             }
             CheckpointCommand::Download(args) => {
                 download::check_out(&args.out)?;
-                let checkpoint = get(&client, &args.one.checkpoint).await?;
-                download::download(&client, &checkpoint, &args.out, global).await?;
+                let OfTaskArgs { one, task } = &args.of;
+                let checkpoint = get(&client, &one.checkpoint, task).await?;
+                download::download(&client, (&checkpoint, task), &args.out, global).await?;
             }
             CheckpointCommand::Pin(args) => pin(&client, &args.checkpoint, true, global).await?,
             CheckpointCommand::Unpin(args) => pin(&client, &args.checkpoint, false, global).await?,
@@ -125,12 +137,13 @@ pub(crate) fn run(args: CheckpointArgs, global: &Global) -> Result<Exit> {
     })
 }
 
-/// A checkpoint by its name, which may end in `best` or `last`.
+/// A checkpoint by its name, which may end in `best` or `last`; of a task of several, if it is named.
 ///
 /// # Errors
 /// What the coordinator says.
-pub(crate) async fn get(client: &Client, name: &str) -> Result<Checkpoint> {
-    call!(client, checkpoints.get_checkpoint(GetCheckpointRequest { name: name.to_owned() }))
+pub(crate) async fn get(client: &Client, name: &str, task: &str) -> Result<Checkpoint> {
+    let request = GetCheckpointRequest { name: name.to_owned(), task: task.to_owned() };
+    call!(client, checkpoints.get_checkpoint(request))
 }
 
 async fn of_job(client: &Client, job: &str) -> Result<Vec<Checkpoint>> {
@@ -190,35 +203,46 @@ async fn gc(client: &Client, dry_run: bool, global: &Global) -> Result<()> {
 /// Checkpoints, one a line.
 fn table(checkpoints: &[Checkpoint]) -> String {
     let row = |checkpoint: &Checkpoint| {
-        let marks = [(checkpoint.best, "best"), (checkpoint.pinned, "pinned")];
-        let marks: Vec<&str> = marks.iter().filter(|(is, _)| *is).map(|(_, mark)| *mark).collect();
         let size = checkpoint.files.iter().map(|file| file.size).sum();
         vec![
             short(&checkpoint.name),
             show::score(checkpoint.score),
-            show::or_none(marks.join(" ")),
+            show::or_none(marks(checkpoint)),
             units::bytes(size),
             checkpoint.attempt.to_string(),
             show::age(checkpoint.create_time.as_ref()),
         ]
     };
     let header = ["NAME", "SCORE", "MARKS", "SIZE", "ATTEMPT", "AGE"];
-    show::table(&header, checkpoints.iter().map(row).collect(), &[], "no checkpoints yet")
+    show::table(&header, checkpoints.iter().map(row).collect(), &[2], "no checkpoints yet")
+}
+
+/// `best pinned`; of a job of several tasks `best of boolq, rte`.
+fn marks(checkpoint: &Checkpoint) -> String {
+    let best = checkpoint.tasks.iter().filter(|task| task.best).map(|task| &*task.name);
+    let best = best.collect::<Vec<_>>().join(", ");
+    let of_tasks = (!best.is_empty()).then(|| format!("best of {best}"));
+    let best = checkpoint.best.then(|| "best".to_owned());
+    let pinned = checkpoint.pinned.then(|| "pinned".to_owned());
+    [best, of_tasks, pinned].into_iter().flatten().collect::<Vec<_>>().join(" ")
 }
 
 /// All there is to know of a checkpoint.
 fn facts(checkpoint: &Checkpoint) -> String {
-    let yes = |is: bool| if is { "yes" } else { "no" }.to_owned();
     let text = output::facts([
         ("checkpoint", short(&checkpoint.name)),
         ("step", units::count(checkpoint.step)),
         ("score", show::score(checkpoint.score)),
-        ("best", yes(checkpoint.best)),
-        ("pinned", yes(checkpoint.pinned)),
+        ("marks", show::or_none(marks(checkpoint))),
         ("made by", format!("attempt {}, epoch {} of the backbone", checkpoint.attempt, checkpoint.epoch)),
         ("backbone", show::or_none(checkpoint.backbone_fingerprint.clone())),
         ("created", show::time(checkpoint.create_time.as_ref())),
     ]);
+    let of_task = |task: &CheckpointTask| {
+        let best = if task.best { "  best" } else { "" };
+        format!("\n{:<12}{}  score {}{best}", "task", task.name, show::score(task.score))
+    };
+    let tasks: String = checkpoint.tasks.iter().map(of_task).collect();
     let row = |file: &CheckpointFile| vec![file.name.clone(), units::bytes(file.size), file.digest.clone()];
     let files = show::table(
         &["FILE", "SIZE", "BLAKE3"],
@@ -226,7 +250,7 @@ fn facts(checkpoint: &Checkpoint) -> String {
         &[2],
         "no files",
     );
-    format!("{text}\n\n{files}")
+    format!("{text}{tasks}\n\n{files}")
 }
 
 fn verified(found: &[VerifyCheckpointResponse]) -> String {

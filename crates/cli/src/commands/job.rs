@@ -1,6 +1,7 @@
 //! `incipit job`: prompts being trained on a resident backbone.
 
 mod control;
+mod draft;
 mod list;
 mod logs;
 mod plan;

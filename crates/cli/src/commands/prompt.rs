@@ -49,6 +49,9 @@ struct PromoteArgs {
     /// The prompt: new, or one that gets another version
     #[arg(long, value_name = "PROMPT", value_parser = names::prompt)]
     name: String,
+    /// The task whose prompt it is, of a job of several; JOB/best is then its best
+    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
+    task: String,
     /// What there is to say
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     description: String,
@@ -113,6 +116,7 @@ async fn promote(client: &Client, args: PromoteArgs, global: &Global) -> Result<
     let request = PromotePromptRequest {
         prompt: args.name,
         checkpoint: args.checkpoint,
+        task: args.task,
         description: args.description,
         request_id: request_id(args.request_id.as_deref())?,
     };
@@ -134,8 +138,9 @@ async fn get(client: &Client, args: &GetArgs, global: &Global) -> Result<()> {
 /// Writes the checkpoint that the version was made from, if it has the version's prompt.
 async fn write(client: &Client, version: &PromptVersion, out: &Path, global: &Global) -> Result<()> {
     download::check_out(out)?;
-    let checkpoint = checkpoint::get(client, &version.checkpoint).await?;
-    let prompt = checkpoint.files.iter().find(|file| file.name == PROMPT);
+    let checkpoint = checkpoint::get(client, &version.checkpoint, &version.task).await?;
+    let name = if version.task.is_empty() { PROMPT.to_owned() } else { format!("{}/{PROMPT}", version.task) };
+    let prompt = checkpoint.files.iter().find(|file| file.name == name);
     if prompt.is_none_or(|prompt| prompt.digest != version.digest) {
         bail!(
             "{} has the prompt {}, and its checkpoint {} has another; nothing was written",
@@ -144,7 +149,7 @@ async fn write(client: &Client, version: &PromptVersion, out: &Path, global: &Gl
             short(&checkpoint.name)
         );
     }
-    download::download(client, &checkpoint, out, global).await
+    download::download(client, (&checkpoint, &version.task), out, global).await
 }
 
 fn table(versions: &[PromptVersion]) -> String {
@@ -166,6 +171,7 @@ fn facts(version: &PromptVersion) -> String {
     output::facts([
         ("prompt", short(&version.name)),
         ("checkpoint", short(&version.checkpoint)),
+        ("task", show::or_none(version.task.clone())),
         (
             "before it",
             if version.previous.is_empty() { show::NONE.to_owned() } else { short(&version.previous) },

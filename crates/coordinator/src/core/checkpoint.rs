@@ -35,12 +35,26 @@ pub struct Checkpoint {
     pub created_revision: u64,
     /// The revision that changed it last.
     pub revision: u64,
+    /// The tasks of a job of several.
+    #[serde(default)]
+    pub tasks: Vec<TaskScore>,
+}
+
+/// One of several tasks that a checkpoint is of.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TaskScore {
+    /// The task's name: that of the directory of its files.
+    pub name: String,
+    /// Score of its evaluation at this step, if there was one.
+    pub score: Option<f64>,
+    /// Whether it is the task's best.
+    pub best: bool,
 }
 
 /// A file of a checkpoint: a blob.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckpointFile {
-    /// Its name in the directory.
+    /// Its name in the directory; of a job of several tasks `{task}/{file}`.
     pub name: String,
     /// BLAKE3 of its bytes, 64 hexadecimal digits.
     pub digest: String,
@@ -53,6 +67,12 @@ impl Checkpoint {
     #[must_use]
     pub fn name(&self) -> String {
         checkpoint_name(&self.job, self.step)
+    }
+
+    /// Whether it is the best of a task of several.
+    #[must_use]
+    pub fn is_best_of(&self, task: &str) -> bool {
+        self.tasks.iter().any(|of| of.best && of.name == task)
     }
 }
 
@@ -73,6 +93,9 @@ pub struct PromptVersion {
     pub job: JobName,
     /// The checkpoint's step.
     pub step: u64,
+    /// The task whose prompt it is, of a job of several.
+    #[serde(default)]
+    pub task: Option<String>,
     /// The version before it, if there was one.
     pub previous: Option<u64>,
     /// The blob of its `prompt.safetensors`.

@@ -59,10 +59,15 @@ impl Core {
         description: String,
     ) -> Result<Target, Problem> {
         let checkpoint = self.find_checkpoint(target)?.clone();
-        let Some(file) = checkpoint.files.iter().find(|file| file.name == PROMPT_FILE) else {
-            let what = format!("{} has no file {PROMPT_FILE}; choose another one", checkpoint.name());
+        let tasks = checkpoint.tasks.iter().map(|task| &*task.name);
+        check_task(&checkpoint.name(), tasks, target.task.as_deref())?;
+        let name =
+            target.task.as_ref().map_or(PROMPT_FILE.to_owned(), |task| format!("{task}/{PROMPT_FILE}"));
+        let Some(file) = checkpoint.files.iter().find(|file| file.name == name) else {
+            let what = format!("{} has no file {name}; choose another one", checkpoint.name());
             return Err(Problem::state("NO_PROMPT", what));
         };
+        let of_task = checkpoint.tasks.iter().find(|task| Some(&task.name) == target.task.as_ref());
         let last = self.rows.counters.get(prompt.as_str()).map_or(0, |counter| counter.value);
         let versions = self.rows.prompts.range((prompt.clone(), 0)..=(prompt.clone(), u64::MAX));
         let version = PromptVersion {
@@ -70,10 +75,11 @@ impl Core {
             version: last + 1,
             job: checkpoint.job.clone(),
             step: checkpoint.step,
+            task: target.task.clone(),
             previous: versions.last().map(|((_, version), _)| *version),
             digest: file.digest.clone(),
             backbone_fingerprint: checkpoint.backbone_fingerprint.clone(),
-            score: checkpoint.score,
+            score: of_task.map_or(checkpoint.score, |task| task.score),
             description,
             create_time: self.now,
             created_revision: 0,
@@ -100,9 +106,16 @@ impl Core {
     /// If there is none.
     pub fn find_checkpoint(&self, target: &CheckpointRef) -> Result<&super::checkpoint::Checkpoint, Problem> {
         let job = self.job(&target.job)?;
+        if target.task.is_some() || target.step == StepRef::Best {
+            let tasks = job.spec.tasks.iter().map(|task| &*task.name);
+            check_task(job.name.as_str(), tasks, target.task.as_deref())?;
+        }
         let step = match target.step {
             StepRef::At(step) => Some(step),
-            StepRef::Best => job.best.map(|best| best.step),
+            StepRef::Best => match &target.task {
+                Some(task) => self.checkpoints_of(&job.name).find(|of| of.is_best_of(task)).map(|of| of.step),
+                None => job.best.map(|best| best.step),
+            },
             StepRef::Last => self.checkpoints_of(&job.name).map(|checkpoint| checkpoint.step).next(),
         };
         match step {
@@ -112,5 +125,25 @@ impl Core {
                 Err(Problem::not_found(&format!("{}/checkpoints/{which}", target.job)))
             }
         }
+    }
+}
+
+/// Checks that a task is named where there are several, one of them, and none where there is one.
+fn check_task<'a>(
+    what: &str,
+    tasks: impl Iterator<Item = &'a str>,
+    task: Option<&str>,
+) -> Result<(), Problem> {
+    let tasks: Vec<&str> = tasks.collect();
+    let all = tasks.join(", ");
+    match task {
+        None if tasks.is_empty() => Ok(()),
+        None => Err(Problem::field("task", format!("is missing: {what} has {all}; name one"))),
+        Some(task) if tasks.contains(&task) => Ok(()),
+        Some(task) if tasks.is_empty() => {
+            let why = format!("is {task:.80?}, and {what} is of one task, which has no name; leave it out");
+            Err(Problem::field("task", why))
+        }
+        Some(task) => Err(Problem::field("task", format!("is {task:.80?}; {what} has {all}"))),
     }
 }

@@ -8,7 +8,11 @@ use incipit_proto::{
     v1::{EngineLossCause, JobReason, JobState, LogLine, Machine, MetricPoint, TrainingSpec},
 };
 
-use super::{backbone::BackboneSpec, checkpoint::CheckpointFile, job::RetryPolicy};
+use super::{
+    backbone::BackboneSpec,
+    checkpoint::{CheckpointFile, TaskScore},
+    job::RetryPolicy,
+};
 
 /// Something that happened.
 #[derive(Clone, Debug, PartialEq)]
@@ -165,6 +169,23 @@ pub struct CheckpointRef {
     pub job: JobName,
     /// Which of the job's.
     pub step: StepRef,
+    /// The task that is meant, of a job of several.
+    pub task: Option<String>,
+}
+
+/// A checkpoint that a job saved.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Saved {
+    /// Steps made.
+    pub step: u64,
+    /// Its files.
+    pub files: Vec<CheckpointFile>,
+    /// Score of the evaluation at this step, if there was one.
+    pub score: Option<f64>,
+    /// Whether it is the best so far.
+    pub best: bool,
+    /// The tasks of a job of several.
+    pub tasks: Vec<TaskScore>,
 }
 
 /// Which checkpoint of a job.
@@ -323,16 +344,7 @@ pub enum JobEvent {
     /// It measured something.
     Measured(Vec<MetricPoint>),
     /// It saved a checkpoint, whose files are stored.
-    Saved {
-        /// Steps made.
-        step: u64,
-        /// Its files.
-        files: Vec<CheckpointFile>,
-        /// Score of the evaluation at this step, if there was one.
-        score: Option<f64>,
-        /// Whether it is the best so far.
-        best: bool,
-    },
+    Saved(Saved),
     /// It left the backbone.
     Left {
         /// What becomes of it.

@@ -11,7 +11,7 @@ use super::{
     Core,
     checkpoint::{Checkpoint, CheckpointFile},
     effects::{Change, Resource, ToAgent},
-    input::{JobEvent, Report},
+    input::{JobEvent, Report, Saved},
     job::{Best, Job},
     jobs::cut,
     transitions::JobCause,
@@ -96,7 +96,7 @@ impl Core {
                 }
             }
             JobEvent::Measured(points) => self.measured(name, points),
-            JobEvent::Saved { step, files, score, best } => self.saved(name, (step, files), score, best),
+            JobEvent::Saved(saved) => self.saved(name, saved),
             JobEvent::Left { state, reason, message, step } => {
                 self.left(name, (state, reason), &message, step);
             }
@@ -141,18 +141,13 @@ impl Core {
         }
     }
 
-    fn saved(
-        &mut self,
-        name: &JobName,
-        (step, files): (u64, Vec<CheckpointFile>),
-        score: Option<f64>,
-        best: bool,
-    ) {
+    fn saved(&mut self, name: &JobName, Saved { step, files, score, best, tasks }: Saved) {
         let Some(mut job) = self.rows.jobs.get(name).cloned() else { return };
-        if step <= job.committed_step {
+        let known = self.rows.checkpoints.get(&(name.clone(), step));
+        let pinned = known.is_some_and(|known| known.pinned);
+        if step <= job.committed_step && !self.completes(&job, step, &files) {
             // A checkpoint that is there already, told again by an engine that began anew, is no news; another one of the same step is a
-            // fault that must not replace what prompts may have been made from.
-            let known = self.rows.checkpoints.get(&(name.clone(), step));
+            // fault.
             if known.is_none_or(|known| known.files != files) {
                 let text = format!(
                     "refused a checkpoint of step {step}: that of step {} is committed already, and is kept",
@@ -172,15 +167,16 @@ impl Core {
             backbone_fingerprint: backbone.map(|backbone| backbone.fingerprint.clone()).unwrap_or_default(),
             score,
             best,
-            pinned: false,
+            pinned,
             attempt,
             epoch,
             create_time: self.now,
             created_revision: 0,
             revision: 0,
+            tasks,
         };
+        self.dethrone(&job, &checkpoint);
         if best {
-            self.dethrone(&job);
             job.best = Some(Best { step, score });
         }
         job.committed_step = step;
@@ -194,11 +190,32 @@ impl Core {
         self.retain(name);
     }
 
-    /// The best checkpoint so far is that no more.
-    fn dethrone(&mut self, job: &Job) {
-        let best = job.best.and_then(|best| self.rows.checkpoints.get(&(job.name.clone(), best.step)));
-        if let Some(best) = best {
-            let old = Checkpoint { best: false, ..best.clone() };
+    /// Whether a checkpoint takes the place of the last one, of the same step: a job that was put aside before that step's evaluation
+    /// has gone on from there, and is saved again with what the evaluation came to. Not where a prompt was made from other files.
+    fn completes(&self, job: &Job, step: u64, files: &[CheckpointFile]) -> bool {
+        let Some(last) = self.rows.checkpoints.get(&(job.name.clone(), step)) else { return false };
+        let is_there = |digest: &String| files.iter().any(|file| file.digest == *digest);
+        let mut made = self.rows.prompts.values().filter(|made| made.job == job.name && made.step == step);
+        step == job.committed_step
+            && last.files != files
+            && last.attempt < job.last_attempt()
+            && made.all(|version| is_there(&version.digest))
+    }
+
+    /// The best checkpoints so far are that no more where the new one is better.
+    fn dethrone(&mut self, job: &Job, new: &Checkpoint) {
+        let mut changed = Vec::new();
+        for old in self.checkpoints_of(&job.name) {
+            let mut dethroned = old.clone();
+            dethroned.best &= !new.best;
+            for task in &mut dethroned.tasks {
+                task.best &= !new.is_best_of(&task.name);
+            }
+            if dethroned != *old {
+                changed.push(dethroned);
+            }
+        }
+        for old in changed {
             self.put(Resource::Checkpoint(Box::new(old)));
         }
     }

@@ -15,8 +15,10 @@ impl Core {
         let kept_by_job = self.kept_steps(name);
         let steps: Vec<u64> = self.checkpoints_of(name).map(|checkpoint| checkpoint.step).collect();
         for step in steps.into_iter().skip(keep) {
-            let pinned = self.checkpoint(name, step).is_ok_and(|checkpoint| checkpoint.pinned);
-            if !pinned && !kept_by_job.contains(&step) && !self.is_promoted(name, step) {
+            let kept_for_itself = self
+                .checkpoint(name, step)
+                .is_ok_and(|checkpoint| checkpoint.pinned || checkpoint.tasks.iter().any(|task| task.best));
+            if !kept_for_itself && !kept_by_job.contains(&step) && !self.is_promoted(name, step) {
                 self.remove_checkpoint(name, step);
             }
         }

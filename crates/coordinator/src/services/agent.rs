@@ -22,7 +22,7 @@ use crate::{
     blobs::Digest,
     core::{
         Core,
-        input::{AgentMessage, Input, JobEvent, Report},
+        input::{AgentMessage, Input, JobEvent, Report, Saved},
     },
     doors::Subject,
     shell::Outbox,
@@ -154,7 +154,9 @@ impl Inbound {
         message: &AgentMessage,
     ) -> Result<Option<tokio::sync::OwnedRwLockReadGuard<()>>, Problem> {
         let AgentMessage::Report { sequence, report } = message else { return Ok(None) };
-        let Report::Job { job, event: JobEvent::Saved { files, .. }, .. } = report else { return Ok(None) };
+        let Report::Job { job, event: JobEvent::Saved(Saved { files, .. }), .. } = report else {
+            return Ok(None);
+        };
         let digests = files.iter().map(|file| Digest::parse("files.digest", &file.digest));
         let digests = digests.collect::<Result<Vec<_>, _>>()?;
         let (worker, sequence, asked) = (self.worker.clone(), *sequence, report.clone());

@@ -32,8 +32,8 @@ const SWEEP: Duration = Duration::from_secs(1800);
 pub(crate) struct Checkpoints(pub(crate) Context);
 
 impl Checkpoints {
-    async fn get(&self, name: &str) -> Result<core::Checkpoint, Problem> {
-        let wanted = wire::checkpoint_ref("name", name)?;
+    async fn get(&self, name: &str, task: &str) -> Result<core::Checkpoint, Problem> {
+        let wanted = wire::checkpoint_ref("name", name, task)?;
         self.0.handle.read(move |core, _| core.find_checkpoint(&wanted).cloned()).await?
     }
 }
@@ -44,7 +44,8 @@ impl CheckpointService for Checkpoints {
         &self,
         request: Request<GetCheckpointRequest>,
     ) -> Result<Response<Checkpoint>, Status> {
-        let checkpoint = self.get(&request.get_ref().name).await?;
+        let GetCheckpointRequest { name, task } = request.get_ref();
+        let checkpoint = self.get(name, task).await?;
         Ok(Response::new(wire::checkpoint(&checkpoint)))
     }
 
@@ -84,7 +85,7 @@ impl CheckpointService for Checkpoints {
         &self,
         request: Request<VerifyCheckpointRequest>,
     ) -> Result<Response<VerifyCheckpointResponse>, Status> {
-        let checkpoint = self.get(&request.get_ref().name).await?;
+        let checkpoint = self.get(&request.get_ref().name, "").await?;
         let (mut problems, mut bytes) = (Vec::new(), 0);
         for file in &checkpoint.files {
             let digest = Digest::parse("digest", &file.digest)?;

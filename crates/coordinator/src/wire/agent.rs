@@ -10,20 +10,20 @@ use incipit_proto::{
 };
 
 use super::{
-    check::{is_digest, is_file_name},
+    check::{MAX_TASKS, is_digest, is_file_name, is_task_name},
     show,
 };
 use crate::core::{
     Hello, ToAgent,
-    checkpoint::CheckpointFile,
+    checkpoint::{CheckpointFile, TaskScore},
     effects::{EngineAssignment, JobAssignment},
-    input::{AgentMessage, EngineEvent, EngineStatus, JobEvent, RendezvousKey, Report},
+    input::{AgentMessage, EngineEvent, EngineStatus, JobEvent, RendezvousKey, Report, Saved},
 };
 
 /// Ranks that a worker can hold, at most.
 const MAX_SLOTS: u32 = 1024;
 /// Files of a checkpoint, at most.
-const MAX_FILES: usize = 64;
+const MAX_FILES: usize = 512;
 
 /// Who an agent is.
 ///
@@ -124,12 +124,13 @@ fn job(message: v1::JobReport) -> Result<Report, Problem> {
             JobEvent::Started { step: started.step, warnings: started.warnings }
         }
         Some(job_report::Report::Measured(measured)) => JobEvent::Measured(measured.points),
-        Some(job_report::Report::Saved(saved)) => JobEvent::Saved {
+        Some(job_report::Report::Saved(saved)) => JobEvent::Saved(Saved {
             step: saved.step,
-            score: saved.score.filter(|score| score.is_finite()),
+            score: finite(saved.score),
             best: saved.best,
             files: files(saved.files)?,
-        },
+            tasks: tasks(saved.tasks)?,
+        }),
         Some(job_report::Report::Left(left)) => JobEvent::Left {
             state: left.state(),
             reason: left.reason(),
@@ -155,7 +156,11 @@ fn files(files: Vec<v1::CheckpointFile>) -> Result<Vec<CheckpointFile>, Problem>
         ));
     }
     let file = |file: v1::CheckpointFile| {
-        if !is_file_name(&file.name) || !is_digest(&file.digest) {
+        let plain = match file.name.split_once('/') {
+            Some((task, name)) => is_task_name(task) && is_file_name(name),
+            None => is_file_name(&file.name),
+        };
+        if !plain || !is_digest(&file.digest) {
             return Err(Problem::field(
                 field,
                 format!("has {:.80?} with the digest {:.80?}", file.name, file.digest),
@@ -164,6 +169,22 @@ fn files(files: Vec<v1::CheckpointFile>) -> Result<Vec<CheckpointFile>, Problem>
         Ok(CheckpointFile { name: file.name, digest: file.digest, size: file.size })
     };
     files.into_iter().map(file).collect()
+}
+
+fn tasks(tasks: Vec<v1::CheckpointTask>) -> Result<Vec<TaskScore>, Problem> {
+    if tasks.len() > MAX_TASKS || !tasks.iter().all(|task| is_task_name(&task.name)) {
+        let what = format!("has more than {MAX_TASKS} tasks, or one without a plain name");
+        return Err(Problem::field("job.saved.tasks", what));
+    }
+    let task = |task: v1::CheckpointTask| {
+        let score = finite(task.score);
+        TaskScore { name: task.name, score, best: task.best }
+    };
+    Ok(tasks.into_iter().map(task).collect())
+}
+
+fn finite(score: Option<f64>) -> Option<f64> {
+    score.filter(|score| score.is_finite())
 }
 
 fn logs(message: v1::LogReport) -> Result<Report, Problem> {

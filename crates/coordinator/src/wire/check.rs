@@ -39,6 +39,17 @@ impl Checks {
         }
     }
 
+    /// Notes what `check` finds wrong, under `to` in the place of `from` at a field's beginning.
+    pub(super) fn under(&mut self, from: &str, to: &str, check: impl FnOnce(&mut Self)) {
+        let mut inner = Self::default();
+        check(&mut inner);
+        let moved = |(field, what): (String, String)| match field.strip_prefix(from) {
+            Some(rest) => (format!("{to}{rest}"), what.replace(from, to)),
+            None => (field, what),
+        };
+        self.found.extend(inner.found.into_iter().map(moved));
+    }
+
     /// A number must be in a range, if it is given.
     pub(super) fn range<T: PartialOrd + Display + Copy>(
         &mut self,
@@ -112,6 +123,15 @@ impl Checks {
         problem.fields = self.found;
         Err(problem)
     }
+}
+
+/// Tasks of a job, at most.
+pub(super) const MAX_TASKS: usize = 64;
+
+/// Whether a text names a task of several: its files lie in a directory of that name.
+pub(super) fn is_task_name(text: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    !text.is_empty() && text.len() <= 64 && !text.starts_with('.') && text.bytes().all(plain)
 }
 
 /// Whether a text is a BLAKE3, as we write it.

@@ -234,7 +234,7 @@ pub fn drain_worker(message: &v1::DrainWorkerRequest) -> Result<Asked, Problem> 
 /// # Errors
 /// If a field is wrong; `best` and `last` are too vague for this.
 pub fn delete_checkpoint(message: &v1::DeleteCheckpointRequest) -> Result<Asked, Problem> {
-    let checkpoint = checkpoint_ref("name", &message.name)?;
+    let checkpoint = checkpoint_ref("name", &message.name, "")?;
     if !matches!(checkpoint.step, StepRef::At(_)) {
         return Err(Problem::field("name", format!("is {:?}; say which step", message.name)));
     }
@@ -246,7 +246,7 @@ pub fn delete_checkpoint(message: &v1::DeleteCheckpointRequest) -> Result<Asked,
 /// # Errors
 /// If a field is wrong.
 pub fn pin_checkpoint(message: &v1::PinCheckpointRequest) -> Result<Asked, Problem> {
-    let checkpoint = checkpoint_ref("name", &message.name)?;
+    let checkpoint = checkpoint_ref("name", &message.name, "")?;
     let request = Request::PinCheckpoint { checkpoint, pinned: message.pinned };
     asked("PinCheckpoint", &message.request_id, message, request)
 }
@@ -257,7 +257,7 @@ pub fn pin_checkpoint(message: &v1::PinCheckpointRequest) -> Result<Asked, Probl
 /// All that is wrong with it, in one problem.
 pub fn promote_prompt(message: &v1::PromotePromptRequest) -> Result<Asked, Problem> {
     let prompt = PromptName::parse("prompt", &message.prompt)?;
-    let checkpoint = checkpoint_ref("checkpoint", &message.checkpoint)?;
+    let checkpoint = checkpoint_ref("checkpoint", &message.checkpoint, &message.task)?;
     if message.description.len() > MAX_TEXT {
         let what = format!("has {} bytes; {MAX_TEXT} are allowed", message.description.len());
         return Err(Problem::field("description", what));

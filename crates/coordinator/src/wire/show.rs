@@ -4,6 +4,7 @@ use incipit_proto::v1::{self, event};
 
 use crate::core::{
     Backbone, Checkpoint, Job, PromptVersion, Resource, Stamp, Time, Worker,
+    checkpoint::TaskScore,
     job::DEFAULT_STEPS,
     read::{BackboneView, JobView, WorkerView},
 };
@@ -172,7 +173,12 @@ pub fn checkpoint(checkpoint: &Checkpoint) -> v1::Checkpoint {
         attempt: checkpoint.attempt,
         epoch: checkpoint.epoch,
         create_time: Some(timestamp(checkpoint.create_time)),
+        tasks: checkpoint.tasks.iter().map(task).collect(),
     }
+}
+
+fn task(task: &TaskScore) -> v1::CheckpointTask {
+    v1::CheckpointTask { name: task.name.clone(), score: task.score, best: task.best }
 }
 
 /// A version of a prompt.
@@ -188,6 +194,7 @@ pub fn prompt_version(version: &PromptVersion) -> v1::PromptVersion {
         score: version.score,
         description: version.description.clone(),
         create_time: Some(timestamp(version.create_time)),
+        task: version.task.clone().unwrap_or_default(),
     }
 }
 

@@ -4,29 +4,100 @@ use std::collections::BTreeSet;
 
 use incipit_proto::v1::{
     DataSource, Loss, Method, Metric, Optimizer, Predict, PrefixPart, PromptLayers, PromptPlacement, Recipe,
-    Schedule, TrainingSpec, data_source::Source,
+    Schedule, TrainingSpec, TrainingTask, data_source::Source,
 };
 
 use super::{
     Roots,
-    check::{Checks, MAX_TEXT, is_digest, is_file_name},
+    check::{Checks, MAX_TASKS, MAX_TEXT, is_digest, is_file_name, is_task_name},
 };
 
 /// Notes what is wrong with a specification. Whether its data can be used is for the worker to say, which reads them.
 pub(super) fn check_spec(checks: &mut Checks, spec: &TrainingSpec, roots: &Roots) {
-    match &spec.train {
-        Some(train) => check_data(checks, "job.spec.train", train, roots),
-        None => checks.wrong("job.spec.train", "is missing; say what to train on"),
+    check_settings(checks, spec, roots);
+    if spec.tasks.is_empty() && spec.shared_length.is_none() {
+        if spec.train.is_none() {
+            checks.wrong("job.spec.train", "is missing; say what to train on");
+        }
+        check_evaluation(checks, spec, spec.eval.is_some());
+        return;
     }
-    if let Some(eval) = &spec.eval {
-        check_data(checks, "job.spec.eval", eval, roots);
+    check_tasks(checks, spec, roots);
+    let evaluated = |task: &TrainingTask| task.spec.as_ref().is_some_and(|own| own.eval.is_some());
+    check_evaluation(checks, spec, spec.eval.is_some() || spec.tasks.iter().any(evaluated));
+}
+
+/// Whatever is given.
+fn check_settings(checks: &mut Checks, spec: &TrainingSpec, roots: &Roots) {
+    for (field, data) in [("job.spec.train", &spec.train), ("job.spec.eval", &spec.eval)] {
+        if let Some(data) = data {
+            check_data(checks, field, data, roots);
+        }
     }
     check_texts(checks, spec);
     check_numbers(checks, spec);
     check_choices(checks, spec);
     check_init(checks, spec.prompt_init.as_deref());
     check_initial(checks, spec, roots);
-    check_evaluation(checks, spec);
+}
+
+/// Tasks that share rows. Which rows fit is for the worker to say.
+fn check_tasks(checks: &mut Checks, spec: &TrainingSpec, roots: &Roots) {
+    if !(2..=MAX_TASKS).contains(&spec.tasks.len()) {
+        let what = format!("has {}; give 2 to {MAX_TASKS}, or none without shared_length", spec.tasks.len());
+        checks.wrong("job.spec.tasks", what);
+    }
+    if spec.shared_length.is_none() {
+        checks.wrong("job.spec.shared_length", "is missing; say how many rows the tasks share");
+    }
+    if spec.patience.is_some() {
+        checks.wrong("job.spec.patience", "ends one task before the others; leave it out");
+    }
+    let mut names = BTreeSet::new();
+    for (place, task) in spec.tasks.iter().enumerate() {
+        let field = format!("job.spec.tasks[{place}].");
+        if !is_task_name(&task.name) {
+            let what = format!("is {:.80?}; use letters, digits, `-`, `_` and `.`, not in front", task.name);
+            checks.wrong(format!("{field}name"), what);
+        }
+        if !names.insert(&task.name) {
+            checks.wrong(format!("{field}name"), format!("is {:.80?}, as another task's", task.name));
+        }
+        let own = task.spec.clone().unwrap_or_default();
+        if own.train.is_none() && spec.train.is_none() {
+            checks.wrong(format!("{field}spec.train"), "is missing; say what to train on");
+        }
+        checks.under("job.spec.", &format!("{field}spec."), |checks| {
+            check_settings(checks, &own, roots);
+            check_own(checks, &own);
+        });
+    }
+}
+
+/// What one step of all tasks has in common is not one task's.
+fn check_own(checks: &mut Checks, own: &TrainingSpec) {
+    let common = [
+        ("job.spec.tasks", !own.tasks.is_empty()),
+        ("job.spec.shared_length", own.shared_length.is_some()),
+        ("job.spec.prompt_placement", own.prompt_placement != 0),
+        ("job.spec.method", own.method != 0),
+        ("job.spec.recipe", own.recipe != 0),
+        ("job.spec.optimizer", own.optimizer != 0),
+        ("job.spec.lr", own.lr.is_some()),
+        ("job.spec.schedule", own.schedule != 0),
+        ("job.spec.warmup_steps", own.warmup_steps.is_some()),
+        ("job.spec.weight_decay", own.weight_decay.is_some()),
+        ("job.spec.parameter_scaling", own.parameter_scaling.is_some()),
+        ("job.spec.steps", own.steps.is_some()),
+        ("job.spec.seed", own.seed.is_some()),
+        ("job.spec.eval_every", own.eval_every.is_some()),
+        ("job.spec.checkpoint_every", own.checkpoint_every.is_some()),
+        ("job.spec.keep", own.keep.is_some()),
+        ("job.spec.patience", own.patience.is_some()),
+    ];
+    for (field, _) in common.into_iter().filter(|(_, given)| *given) {
+        checks.wrong(field, "is the same for all tasks; say it for the job");
+    }
 }
 
 /// Which benchmarks there are is for the worker to say.
@@ -69,6 +140,7 @@ fn check_data(checks: &mut Checks, field: &str, data: &DataSource, roots: &Roots
 fn check_numbers(checks: &mut Checks, spec: &TrainingSpec) {
     const MAX_STEPS: u64 = 1_000_000_000;
     checks.range("job.spec.prompt_length", spec.prompt_length, 1..=10_000);
+    checks.range("job.spec.shared_length", spec.shared_length, 1..=10_000);
     checks.range("job.spec.prefix_projection", spec.prefix_projection, 1..=65_536);
     checks.range("job.spec.adapter_width", spec.adapter_width, 1..=65_536);
     checks.range("job.spec.shots", spec.shots, 1..=65_536);
@@ -172,8 +244,8 @@ fn check_initial(checks: &mut Checks, spec: &TrainingSpec, roots: &Roots) {
     }
 }
 
-fn check_evaluation(checks: &mut Checks, spec: &TrainingSpec) {
-    if spec.eval.is_some() {
+fn check_evaluation(checks: &mut Checks, spec: &TrainingSpec, evaluated: bool) {
+    if evaluated {
         return;
     }
     let given = [

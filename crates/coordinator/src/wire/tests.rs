@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 
-use incipit_proto::v1::{self, DataSource, TrainingSpec, data_source::Source};
+use incipit_proto::v1::{self, DataSource, TrainingSpec, TrainingTask, data_source::Source};
 use tonic::Code;
 
 use super::*;
@@ -134,6 +134,49 @@ fn a_prompt_to_start_as_is_a_blob_that_the_specification_asks_for() {
     assert_eq!(digests_of(&spec).count(), 0);
 }
 
+/// A good request, as one of two tasks.
+fn two_tasks(spec: &mut TrainingSpec) {
+    let own = TrainingSpec { train: spec.train.take(), eval: spec.eval.take(), ..TrainingSpec::default() };
+    spec.tasks =
+        ["a", "b"].map(|name| TrainingTask { name: name.to_owned(), spec: Some(own.clone()) }).into();
+    spec.shared_length = Some(3);
+}
+
+#[test]
+fn tasks_that_share_rows_have_names_and_examples_and_nothing_that_is_for_all() {
+    let change = |change: fn(&mut TrainingSpec)| {
+        wrong(move |_, spec| {
+            two_tasks(spec);
+            change(spec);
+        })
+    };
+    fn own(spec: &mut TrainingSpec) -> &mut TrainingSpec {
+        spec.tasks[1].spec.as_mut().unwrap()
+    }
+    assert_eq!(change(|_| ()), [""; 0]);
+    assert_eq!(change(|spec| spec.eval_every = Some(10)), [""; 0], "some task is evaluated");
+    for (field, made) in [
+        ("tasks", change(|spec| drop(spec.tasks.pop()))),
+        ("tasks", change(|spec| (spec.tasks, spec.train) = (Vec::new(), own(spec).train.clone()))),
+        ("shared_length", change(|spec| spec.shared_length = None)),
+        ("shared_length", change(|spec| spec.shared_length = Some(0))),
+        ("patience", change(|spec| spec.patience = Some(3))),
+        ("tasks[1].name", change(|spec| spec.tasks[1].name = "a".to_owned())),
+        ("tasks[0].name", change(|spec| spec.tasks[0].name = "../a".to_owned())),
+        ("tasks[1].spec.train", change(|spec| own(spec).train = None)),
+        ("tasks[1].spec.train.digest", change(|spec| own(spec).train = data(Source::Digest("x".to_owned())))),
+        ("tasks[1].spec.batch_size", change(|spec| own(spec).batch_size = Some(0))),
+        ("tasks[1].spec.steps", change(|spec| own(spec).steps = Some(3))),
+        ("tasks[1].spec.lr", change(|spec| own(spec).lr = Some(0.1))),
+        ("tasks[1].spec.tasks", change(|spec| own(spec).tasks = vec![TrainingTask::default()])),
+    ] {
+        assert_eq!(made, [format!("job.spec.{field}")]);
+    }
+    let mut spec = good().job.unwrap().spec.unwrap();
+    two_tasks(&mut spec);
+    assert_eq!(digests_of(&spec).count(), 4, "all stay as long as the job");
+}
+
 #[test]
 fn what_needs_data_to_evaluate_on_is_refused_without_them() {
     let fields = wrong(|_, spec| {
@@ -209,8 +252,8 @@ fn a_backbone_has_defaults_and_knows_its_words() {
 
 #[test]
 fn names_of_checkpoints_and_versions_are_parsed_and_nothing_else_is() {
-    assert_eq!(checkpoint_ref("name", "jobs/j/checkpoints/00000500").unwrap().step, StepRef::At(500));
-    assert_eq!(checkpoint_ref("name", "jobs/j/checkpoints/best").unwrap().step, StepRef::Best);
+    assert_eq!(checkpoint_ref("name", "jobs/j/checkpoints/00000500", "").unwrap().step, StepRef::At(500));
+    assert_eq!(checkpoint_ref("name", "jobs/j/checkpoints/best", "").unwrap().step, StepRef::Best);
     for name in [
         "jobs/j",
         "jobs/j/checkpoints/",
@@ -218,7 +261,7 @@ fn names_of_checkpoints_and_versions_are_parsed_and_nothing_else_is() {
         "jobs/J/checkpoints/5",
         "jobs/j/checkpoints/5/6",
     ] {
-        assert_eq!(checkpoint_ref("name", name).unwrap_err().fields[0].0, "name", "{name}");
+        assert_eq!(checkpoint_ref("name", name, "").unwrap_err().fields[0].0, "name", "{name}");
     }
     assert_eq!(version_ref("name", "prompts/p/versions/3").unwrap().1, Some(3));
     assert_eq!(version_ref("name", "prompts/p/versions/latest").unwrap().1, None);
@@ -258,6 +301,9 @@ fn a_report_without_a_number_or_with_a_path_for_a_name_ends_the_stream() {
     };
     assert!(matches!(agent_message(message(1, "a")), Ok(AgentMessage::Report { sequence: 1, .. })));
     assert!(agent_message(message(0, "a")).is_err());
-    assert!(agent_message(message(1, "a/../b")).is_err());
+    assert!(matches!(agent_message(message(1, "task/a")), Ok(AgentMessage::Report { sequence: 1, .. })));
+    for path in ["a/../b", "../a", "a/", "/a", "a/b/c", ".a/b"] {
+        assert!(agent_message(message(1, path)).is_err(), "{path}");
+    }
     assert!(agent_message(v1::AttachRequest::default()).is_err());
 }

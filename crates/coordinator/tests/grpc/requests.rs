@@ -134,8 +134,13 @@ async fn a_job_goes_from_the_queue_over_an_agent_to_its_end() {
     agent.of_job(&assigned, job_report::Report::Measured(points(51..=150))).await; // Made twice.
     let digest = upload(&client, b"weights").await.unwrap();
     let file = incipit_proto::v1::CheckpointFile { name: "prompt.safetensors".to_owned(), digest, size: 7 };
-    let saved =
-        incipit_proto::v1::CheckpointSaved { step: 150, files: vec![file], score: Some(0.5), best: true };
+    let saved = incipit_proto::v1::CheckpointSaved {
+        step: 150,
+        files: vec![file],
+        score: Some(0.5),
+        best: true,
+        tasks: Vec::new(),
+    };
     agent.of_job(&assigned, job_report::Report::Saved(saved)).await;
     let mut left = incipit_proto::v1::JobLeft { step: 150, ..incipit_proto::v1::JobLeft::default() };
     left.set_state(JobState::Succeeded);
@@ -173,7 +178,13 @@ async fn a_checkpoint_whose_files_were_not_uploaded_ends_the_stream_and_is_taken
     let assigned = agent.job().await;
     let digest = blake3::hash(b"weights").to_hex().to_string();
     let file = incipit_proto::v1::CheckpointFile { name: "prompt.safetensors".to_owned(), digest, size: 7 };
-    let saved = incipit_proto::v1::CheckpointSaved { step: 10, files: vec![file], score: None, best: false };
+    let saved = incipit_proto::v1::CheckpointSaved {
+        step: 10,
+        files: vec![file],
+        score: None,
+        best: false,
+        tasks: Vec::new(),
+    };
     let report = job_report::Report::Saved(saved);
     let sequence = agent.of_job(&assigned, report.clone()).await;
     let status = agent.acknowledged(sequence).await.unwrap_err();

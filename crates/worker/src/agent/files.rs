@@ -16,7 +16,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 
 use crate::agent::core::Refused;
-use crate::frames::LocalJob;
+use crate::frames::{LocalJob, LocalTask};
+use crate::spec;
 
 /// Bytes of a message that carries a part of a blob.
 const PART: usize = 256 << 10;
@@ -88,15 +89,20 @@ impl Files {
     pub(crate) async fn fetch(&self, client: &Client, job: &v1::JobAssignment) -> Result<LocalJob, Stopped> {
         let _turn = self.travelling.acquire().await;
         let spec = job.spec.clone().unwrap_or_default();
-        let train = self.data(client, spec.train.as_ref()).await?;
-        let eval = self.data(client, spec.eval.as_ref()).await?;
-        let initial = self.data(client, spec.initial.as_ref()).await?;
+        let mut tasks = Vec::new();
+        for (_, [own, common]) in spec::tasks(&spec) {
+            let train = self.data(client, own.train.or(common.train).as_ref()).await?;
+            let eval = self.data(client, own.eval.or(common.eval).as_ref()).await?;
+            let initial = self.data(client, own.initial.or(common.initial).as_ref()).await?;
+            tasks.push(LocalTask { train, eval, initial });
+        }
         let checkpoint = match &job.checkpoint {
             None => String::new(),
             Some(checkpoint) => self.checkpoint(client, &job.job, checkpoint).await?,
         };
-        self.evict(&[&train, &eval, &initial]).await;
-        Ok(LocalJob { assignment: Some(job.clone()), train, eval, checkpoint, initial })
+        let in_use = tasks.iter().flat_map(|task| [&task.train, &task.eval, &task.initial]);
+        self.evict(in_use.map(PathBuf::from).collect()).await;
+        Ok(LocalJob { assignment: Some(job.clone()), checkpoint, tasks })
     }
 
     async fn data(&self, client: &Client, source: Option<&v1::DataSource>) -> Result<String, Stopped> {
@@ -129,9 +135,11 @@ impl Files {
         let dir = of_job.join(format!("step-{:08}", checkpoint.step));
         // What is here of the job is older, or of an attempt that left.
         let _ = tokio::fs::remove_dir_all(&of_job).await;
-        tokio::fs::create_dir_all(&dir).await.map_err(|error| local("create", &dir, &error))?;
         for file in &checkpoint.files {
-            download(client, &file.digest, &dir.join(&file.name)).await?;
+            let path = dir.join(&file.name);
+            let of_task = path.parent().unwrap_or(&dir);
+            tokio::fs::create_dir_all(of_task).await.map_err(|error| local("create", of_task, &error))?;
+            download(client, &file.digest, &path).await?;
         }
         Ok(dir.to_string_lossy().into_owned())
     }
@@ -167,9 +175,8 @@ impl Files {
     }
 
     /// Removes the data that were not used for the longest time, beyond what may be kept.
-    async fn evict(&self, in_use: &[&str]) {
+    async fn evict(&self, in_use: Vec<PathBuf>) {
         let data = self.dir.join("data");
-        let in_use: Vec<PathBuf> = in_use.iter().map(PathBuf::from).collect();
         let evicted = tokio::task::spawn_blocking(move || evict(&data, &in_use)).await;
         if let Ok(Err(error)) = evicted {
             tracing::warn!("cannot remove old data: {error}");

@@ -5,16 +5,17 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
 use incipit_collective::Ranks;
-use incipit_proto::v1::{self, JobReason, JobState, JobWish, job_report::Report};
+use incipit_proto::v1::{self, JobReason, JobState, JobWish, job_report::Report, metric_point::Point};
 use incipit_tune::backbone::Backbone;
 use incipit_tune::tenant::{Due, End};
 use tracing::{Span, field};
 
 use crate::engine::failure::{Failure, Result};
 use crate::engine::load::{Loaded, Loader};
-use crate::engine::plan::{Admission, Plan};
+use crate::engine::plan::{Admission, Plan, SentTask};
 use crate::engine::points;
-use crate::engine::resident::{Begin, Outcome, Residents};
+use crate::engine::resident::{Begin, Evaluated};
+use crate::engine::residents::{Outcome, Residents};
 use crate::engine::saver::Saver;
 use crate::engine::share::{FairShare, Key};
 use crate::engine::voice::Voice;
@@ -66,8 +67,8 @@ struct Entry {
     reported: Option<Instant>,
     /// Of the checkpoint that it goes on from.
     start_step: u64,
-    /// The step of the last evaluation, and its score.
-    evaluated: Option<(u64, f64)>,
+    /// The step of the last evaluation, and what it measured.
+    evaluated: Option<(u64, v1::EvalMetrics)>,
     /// Of its stay, which ends when it is forgotten.
     span: Span,
 }
@@ -75,7 +76,7 @@ struct Entry {
 enum Stage {
     Loading,
     /// Its data are there.
-    Waiting(Box<Begin>),
+    Waiting(Vec<Begin>),
     /// A plan has named it.
     Resident,
 }
@@ -203,7 +204,7 @@ impl Leader<'_> {
         let attempt = (job, attempt);
         let Some(entry) = self.state.jobs.get_mut(&attempt) else { return };
         match begin {
-            Ok(begin) => entry.stage = Stage::Waiting(Box::new(begin)),
+            Ok(begin) => entry.stage = Stage::Waiting(begin),
             Err(failure) => self.fail(&attempt, &failure),
         }
     }
@@ -264,11 +265,11 @@ impl Leader<'_> {
         let report = self.about(job);
         let Some(entry) = self.state.jobs.get(job) else { return };
         let Some(resident) = self.state.residents.get_mut(entry.key) else { return };
-        let step = resident.tenant.num_steps();
-        if !resident.tenant.is_saved() && step > 0 {
-            let score = entry.evaluated.filter(|(at, _)| *at == step).map(|(_, score)| score);
-            let best = resident.tenant.is_best();
-            self.saver.save(resident.tenant.checkpoint(), score, best, report);
+        let step = resident.num_steps();
+        if !resident.is_saved() && step > 0 {
+            let metrics = entry.evaluated.as_ref().filter(|(at, _)| *at == step).map(|(_, metrics)| metrics);
+            let saved = points::of_checkpoint(step, &resident.best(), metrics);
+            self.saver.save(resident.checkpoint(), saved, report);
         }
     }
 
@@ -277,7 +278,7 @@ impl Leader<'_> {
         self.report(job, true);
         let Some(entry) = self.state.jobs.get(job) else { return };
         let resident = self.state.residents.get_mut(entry.key);
-        let step = resident.map_or(entry.start_step, |resident| resident.tenant.num_steps());
+        let step = resident.map_or(entry.start_step, |resident| resident.num_steps());
         entry.span.record("state", state.as_str_name()).record("step", step);
         let (state, reason, message) = (state.into(), reason.into(), message.to_owned());
         self.saver.leave(self.about(job), v1::JobLeft { state, reason, message, step });
@@ -299,7 +300,7 @@ impl Leader<'_> {
     }
 
     /// The next turn, and what the jobs that come with it begin with.
-    fn plan(&mut self) -> (Plan, BTreeMap<Key, Begin>) {
+    fn plan(&mut self) -> (Plan, BTreeMap<Key, Vec<Begin>>) {
         let State { residents, share, jobs, dismissals, .. } = &mut self.state;
         let mut plan = Plan { dismissals: std::mem::take(dismissals), ..Plan::default() };
         let (mut begins, mut failed) = (BTreeMap::new(), Vec::new());
@@ -314,7 +315,7 @@ impl Leader<'_> {
                         continue;
                     }
                 }
-                begins.insert(entry.key, *begin);
+                begins.insert(entry.key, begin);
                 share.add(entry.key, entry.priority);
             }
         }
@@ -334,7 +335,7 @@ impl Leader<'_> {
         (plan, begins)
     }
 
-    fn turn(&mut self, plan: &Plan, mut begins: BTreeMap<Key, Begin>) -> Result<()> {
+    fn turn(&mut self, plan: &Plan, mut begins: BTreeMap<Key, Vec<Begin>>) -> Result<()> {
         let start = Instant::now();
         plan.tell(self.ranks)?;
         let begin = |admission: &Admission| {
@@ -357,7 +358,7 @@ impl Leader<'_> {
         for (key, step) in outcome.steps {
             let Some(job) = self.by_key(key) else { continue };
             match step {
-                Ok(update) => self.measured(&job, points::of_step(&update, took)),
+                Ok(updates) => self.measured(&job, points::of_step(&updates, took)),
                 Err(failure) => self.fail(&job, &failure),
             }
         }
@@ -365,19 +366,25 @@ impl Leader<'_> {
             && let Some(job) = self.by_key(key)
         {
             match evaluated {
-                Ok((evaluation, best)) => {
-                    let step = self.state.residents.get_mut(key).map_or(0, |job| job.tenant.num_steps());
-                    let best_yet = if best { ", the best so far" } else { "" };
-                    let text = format!("step {step}: score {:.4}{best_yet}", evaluation.score());
-                    self.voice.log(&job.0, "INFO", text);
-                    if let Some(entry) = self.state.jobs.get_mut(&job) {
-                        entry.evaluated = Some((step, evaluation.score()));
-                    }
-                    self.measured(&job, points::of_evaluation(step, &evaluation, best));
-                }
+                Ok(evaluated) => self.evaluated(&job, key, &evaluated),
                 Err(failure) => self.fail(&job, &failure),
             }
         }
+    }
+
+    fn evaluated(&mut self, job: &Attempt, key: Key, evaluated: &Evaluated) {
+        let step = self.state.residents.get_mut(key).map_or(0, |job| job.num_steps());
+        for (task, (evaluation, best)) in evaluated {
+            let of_task = if task.is_empty() { String::new() } else { format!(" of {task}") };
+            let best_yet = if *best { ", the best so far" } else { "" };
+            let text = format!("step {step}: score{of_task} {:.4}{best_yet}", evaluation.score());
+            self.voice.log(&job.0, "INFO", text);
+        }
+        let metrics = points::of_evaluation(evaluated);
+        if let Some(entry) = self.state.jobs.get_mut(job) {
+            entry.evaluated = Some((step, metrics.clone()));
+        }
+        self.measured(job, points::point(step, Point::Evaluation(metrics)));
     }
 
     fn by_key(&self, key: Key) -> Option<Attempt> {
@@ -386,8 +393,8 @@ impl Leader<'_> {
 
     fn started(&mut self, job: &Attempt, key: Key) {
         let Some(resident) = self.state.residents.get_mut(key) else { return };
-        let (step, warnings) = (resident.tenant.num_steps(), resident.tenant.warnings().to_vec());
-        let examples = resident.tenant.task().train.examples.len();
+        let (step, warnings) = (resident.num_steps(), resident.warnings());
+        let examples = resident.num_examples();
         self.voice.log(&job.0, "INFO", format!("started at step {step}, with {examples} training examples"));
         let report = Some(Report::Started(v1::JobStarted { step, warnings }));
         self.saver.say(Notice::Job(v1::JobReport { report, ..self.about(job) }));
@@ -434,21 +441,18 @@ fn attempt(assignment: &v1::JobAssignment) -> Option<Attempt> {
 ///
 /// # Errors
 /// If its checkpoint cannot be sent.
-fn admission(entry: &Entry, begin: &Begin, to_others: bool) -> Result<Admission> {
-    let (spec, eval) = (&begin.spec, begin.spec.eval.as_deref());
+fn admission(entry: &Entry, begin: &[Begin], to_others: bool) -> Result<Admission> {
     let path = |path: &std::path::Path| path.to_string_lossy().into_owned();
-    let mut admission = Admission {
-        key: entry.key,
-        spec: Some(entry.spec.clone()),
-        train: path(&spec.train),
-        eval: eval.map(path).unwrap_or_default(),
-        ..Admission::default()
-    };
-    if to_others {
-        admission.task = begin.task.to_bytes();
-        if let Some(checkpoint) = &begin.checkpoint {
-            admission.checkpoint = checkpoint.to_bytes()?;
+    let task = |Begin { spec, task, checkpoint, .. }: &Begin| {
+        let eval = spec.eval.as_deref().map(path).unwrap_or_default();
+        let mut sent = SentTask { train: path(&spec.train), eval, ..SentTask::default() };
+        if to_others {
+            sent.task = task.to_bytes();
+            sent.checkpoint =
+                checkpoint.as_ref().map_or(Ok(Vec::new()), |checkpoint| checkpoint.to_bytes())?;
         }
-    }
-    Ok(admission)
+        Ok(sent)
+    };
+    let tasks = begin.iter().map(task).collect::<Result<_>>()?;
+    Ok(Admission { key: entry.key, spec: Some(entry.spec.clone()), tasks })
 }

@@ -16,8 +16,8 @@ use tokenizers::Tokenizer;
 use crate::engine::Mail;
 use crate::engine::failure::Result;
 use crate::engine::machine::Machine;
-use crate::engine::resident::Begin;
-use crate::frames::LocalJob;
+use crate::engine::resident::{Begin, dir_of};
+use crate::frames::{LocalJob, LocalTask};
 
 /// How many data sets are kept for other jobs with the same data: seeds and learning rates of one task.
 const KEPT: usize = 8;
@@ -26,7 +26,7 @@ const KEPT: usize = 8;
 pub(crate) struct Loaded {
     pub(crate) job: String,
     pub(crate) attempt: u32,
-    pub(crate) begin: Result<Begin>,
+    pub(crate) begin: Result<Vec<Begin>>,
 }
 
 /// The way to the thread that loads.
@@ -73,19 +73,21 @@ impl Shelf {
         }
     }
 
-    fn begin(&mut self, assignment: &JobAssignment, local: &LocalJob) -> Result<Begin> {
-        let wire = assignment.spec.clone().unwrap_or_default();
-        let spec = self.machine.spec(&wire, &local.train, &local.eval)?;
-        let checkpoint = match &*local.checkpoint {
-            "" => None,
-            path => Some(checkpoint::load(Path::new(path))?),
+    fn begin(&mut self, assignment: &JobAssignment, local: &LocalJob) -> Result<Vec<Begin>> {
+        let specs = self.machine.specs(&assignment.spec.clone().unwrap_or_default(), &local.tasks)?;
+        let begin = |((name, spec), files): ((String, TrainSpec), &LocalTask)| {
+            let checkpoint = match &*local.checkpoint {
+                "" => None,
+                path => Some(checkpoint::load(&dir_of(Path::new(path), &name))?),
+            };
+            let initial = match &*files.initial {
+                "" => None,
+                path => Some(Prompt::read(Path::new(path))?),
+            };
+            let task = Task { initial, ..self.task(&spec)? };
+            Ok(Begin { name, spec, task, checkpoint })
         };
-        let initial = match &*local.initial {
-            "" => None,
-            path => Some(Prompt::read(Path::new(path))?),
-        };
-        let task = Task { initial, ..self.task(&spec)? };
-        Ok(Begin { spec, task, checkpoint })
+        specs.into_iter().zip(&local.tasks).map(begin).collect()
     }
 
     fn task(&mut self, spec: &TrainSpec) -> Result<Task> {

@@ -4,9 +4,11 @@ use std::path::PathBuf;
 
 use incipit_proto::{Problem, v1};
 use incipit_tune::device::DeviceChoice;
+use incipit_tune::multitask;
 use incipit_tune::spec::{PartialSpec, Precision, TrainSpec};
 
 use crate::engine::failure::Result;
+use crate::frames::LocalTask;
 use crate::spec;
 
 /// The part of a specification that is the backbone's, and not the job's.
@@ -21,23 +23,50 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// The whole specification of a job, whose examples lie in these files. Nothing is written to a directory of its own.
+    /// The whole specifications of a job's tasks, whose examples lie in these files, by the tasks' names. Nothing is written to a directory
+    /// of their own.
     ///
     /// # Errors
-    /// If a value means nothing, or is impossible.
-    pub(crate) fn spec(&self, wire: &v1::TrainingSpec, train: &str, eval: &str) -> Result<TrainSpec> {
-        let wire = v1::TrainingSpec { train: None, eval: None, ..wire.clone() };
-        let given =
-            spec::from_wire(&wire, |_| Err(Problem::field("spec", "has a file where there is none")))?;
+    /// If a value means nothing, or is impossible, or the tasks cannot share rows.
+    pub(crate) fn specs(
+        &self,
+        wire: &v1::TrainingSpec,
+        files: &[LocalTask],
+    ) -> Result<Vec<(String, TrainSpec)>> {
+        let tasks = spec::tasks(wire);
+        if tasks.len() != files.len() {
+            let what = format!("has {} tasks, and there are files of {}", tasks.len(), files.len());
+            return Err(Problem::field("spec.tasks", what).into());
+        }
+        let whole = |((name, [own, common]), files): ((&str, [_; 2]), &LocalTask)| {
+            let given = examples_aside(own)?.over(examples_aside(common)?);
+            Ok((name.to_owned(), self.spec(given, files)?))
+        };
+        let specs = tasks.into_iter().zip(files).map(whole).collect::<Result<Vec<_>>>()?;
+        if !wire.tasks.is_empty() || wire.shared_length.is_some() {
+            let alone: Vec<TrainSpec> = specs.iter().map(|(_, spec)| spec.clone()).collect();
+            multitask::check(&alone)?;
+            specs.iter().try_for_each(|(name, _)| multitask::check_name(name))?;
+        }
+        Ok(specs)
+    }
+
+    fn spec(&self, given: PartialSpec, files: &LocalTask) -> Result<TrainSpec> {
         let given = PartialSpec {
             model: Some(self.model.clone()),
             dtype: Some(self.dtype),
             device: Some(self.device.to_string()),
-            train: Some(train.into()),
-            eval: (!eval.is_empty()).then(|| eval.into()),
+            train: Some((&files.train).into()),
+            eval: (!files.eval.is_empty()).then(|| (&files.eval).into()),
             out: Some(PathBuf::from("the coordinator")),
             ..given
         };
         Ok(TrainSpec::resolve(given, None, false)?)
     }
+}
+
+/// The settings, without the files of examples.
+fn examples_aside(wire: v1::TrainingSpec) -> Result<PartialSpec> {
+    let wire = v1::TrainingSpec { train: None, eval: None, ..wire };
+    Ok(spec::from_wire(&wire, |_| Err(Problem::field("spec", "has a file where there is none")))?)
 }

@@ -12,6 +12,7 @@ mod plan;
 mod points;
 mod rendezvous;
 mod resident;
+mod residents;
 mod saver;
 mod share;
 mod voice;

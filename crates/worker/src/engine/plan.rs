@@ -35,18 +35,26 @@ pub(crate) struct Admission {
     /// What is trained, and how.
     #[prost(message, optional, tag = "2")]
     pub(crate) spec: Option<v1::TrainingSpec>,
+    /// Its tasks, in the order of [`crate::spec::tasks`].
+    #[prost(message, repeated, tag = "3")]
+    pub(crate) tasks: Vec<SentTask>,
+}
+
+/// A task of a job that comes.
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct SentTask {
     /// Its examples, as `tune::task::Task::to_bytes` has them; none where the leader is alone.
-    #[prost(bytes = "vec", tag = "3")]
+    #[prost(bytes = "vec", tag = "1")]
     pub(crate) task: Vec<u8>,
     /// The checkpoint that it goes on from, as `tune::checkpoint::Checkpoint::to_bytes` has it; empty where there is none, or the
     /// leader is alone.
-    #[prost(bytes = "vec", tag = "4")]
+    #[prost(bytes = "vec", tag = "2")]
     pub(crate) checkpoint: Vec<u8>,
     /// File of training examples, for messages.
-    #[prost(string, tag = "5")]
+    #[prost(string, tag = "3")]
     pub(crate) train: String,
     /// File of evaluation examples, for messages; empty where there is none.
-    #[prost(string, tag = "6")]
+    #[prost(string, tag = "4")]
     pub(crate) eval: String,
 }
 

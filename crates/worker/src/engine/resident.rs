@@ -1,23 +1,38 @@
-//! The jobs that are on a backbone, as one rank has them. Every rank carries out the same plans and finds the same.
+//! A job on a backbone: a tenant, or one for each of several tasks whose prompts share rows. Those make every step together, and are
+//! evaluated, saved and ended together.
 
-use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use incipit_tune::backbone::Backbone;
 use incipit_tune::checkpoint::Checkpoint;
-use incipit_tune::engine::JobBatch;
+use incipit_tune::engine::{JobBatch, JobFault, JobGradient};
 use incipit_tune::evaluate::{Evaluation, PartialEvaluation};
+use incipit_tune::group;
 use incipit_tune::job::Update;
 use incipit_tune::spec::TrainSpec;
 use incipit_tune::task::Task;
 use incipit_tune::tenant::{Due, Tenant};
 
-use crate::engine::failure::{Failure, Result, unless_of_group};
+use crate::engine::failure::{Failure, Result};
 use crate::engine::machine::Machine;
-use crate::engine::plan::{Admission, Plan};
-use crate::engine::share::{Key, Want};
+use crate::engine::plan::{Admission, SentTask};
+use crate::engine::share::Want;
+use crate::frames::LocalTask;
 
-/// What a job begins with.
+/// Something of each task by its name, in the order of the tasks. The task of a job that has one has no name.
+pub(crate) type OfTasks<T> = Vec<(String, T)>;
+
+/// Where in the directory of a job's checkpoint that of a task lies: the only task's is the whole.
+pub(crate) fn dir_of(checkpoint: &Path, task: &str) -> PathBuf {
+    if task.is_empty() { checkpoint.to_owned() } else { checkpoint.join(task) }
+}
+
+/// What came of the evaluations of tasks, and whether each is its task's best.
+pub(crate) type Evaluated = OfTasks<(Evaluation, bool)>;
+
+/// What a task begins with.
 pub(crate) struct Begin {
+    pub(crate) name: String,
     pub(crate) spec: TrainSpec,
     pub(crate) task: Task,
     pub(crate) checkpoint: Option<Checkpoint>,
@@ -25,120 +40,71 @@ pub(crate) struct Begin {
 
 /// A job on the backbone.
 pub(crate) struct Resident {
-    pub(crate) tenant: Tenant,
+    tenants: OfTasks<Tenant>,
+    /// Of the first task that is due for one and not among `evaluated`.
     evaluation: Option<PartialEvaluation>,
-}
-
-/// The jobs on the backbone.
-#[derive(Default)]
-pub(crate) struct Residents {
-    jobs: BTreeMap<Key, Resident>,
-}
-
-/// What a plan came to. A job that is named with an error is on the backbone no more.
-#[derive(Default)]
-pub(crate) struct Outcome {
-    /// Jobs that have come.
-    pub(crate) admitted: Vec<(Key, Result<()>)>,
-    /// Steps that were made.
-    pub(crate) steps: Vec<(Key, Result<Update>)>,
-    /// An evaluation that was completed, and whether it is the job's best.
-    pub(crate) evaluated: Option<(Key, Result<(Evaluation, bool)>)>,
-}
-
-impl Residents {
-    /// A job on the backbone.
-    pub(crate) fn get_mut(&mut self, key: Key) -> Option<&mut Resident> {
-        self.jobs.get_mut(&key)
-    }
-
-    /// What a job does next.
-    pub(crate) fn due(&self, key: Key) -> Option<Due> {
-        Some(self.jobs.get(&key)?.tenant.due())
-    }
-
-    /// What each job wants next; those are left out whose next thing is not the backbone's. `microbatch` is what goes through it at once,
-    /// in tokens.
-    pub(crate) fn wants(&self, microbatch: u64) -> BTreeMap<Key, Want> {
-        let want = |(key, resident): (&Key, &Resident)| Some((*key, resident.want(microbatch)?));
-        self.jobs.iter().filter_map(want).collect()
-    }
-
-    /// Carries out a plan; all ranks do so together. `begin` gives what the jobs that come begin with.
-    ///
-    /// # Errors
-    /// If the ranks cannot go on together. What a job does wrong ends that job.
-    pub(crate) fn carry_out(
-        &mut self,
-        plan: &Plan,
-        backbone: &Backbone,
-        mut begin: impl FnMut(&Admission) -> Result<Begin>,
-    ) -> Result<Outcome> {
-        let mut outcome = Outcome::default();
-        for key in &plan.dismissals {
-            self.jobs.remove(key);
-        }
-        for admission in &plan.admissions {
-            let admitted = unless_of_group(begin(admission).and_then(|begin| admit(backbone, begin)))?;
-            let admitted = admitted.map(|resident| drop(self.jobs.insert(admission.key, resident)));
-            outcome.admitted.push((admission.key, admitted));
-        }
-        if let Some(key) = plan.evaluation {
-            outcome.evaluated = self.evaluate(key, backbone)?.map(|evaluated| (key, evaluated));
-        }
-        outcome.steps = self.step(&plan.steps, backbone)?;
-        if let Some(key) = plan.alone {
-            outcome.steps.extend(self.step_alone(key, backbone)?);
-        }
-        let failed = outcome.steps.iter().filter(|(_, result)| result.is_err()).map(|(key, _)| *key);
-        let unevaluated = outcome.evaluated.iter().filter(|(_, result)| result.is_err()).map(|(key, _)| *key);
-        for key in failed.chain(unevaluated) {
-            self.jobs.remove(&key);
-        }
-        Ok(outcome)
-    }
-
-    /// One step of each of these jobs, in one pass through the backbone.
-    fn step(&mut self, keys: &[Key], backbone: &Backbone) -> Result<Vec<(Key, Result<Update>)>> {
-        if keys.is_empty() {
-            return Ok(Vec::new());
-        }
-        let batch = |key: &Key| Some((*key, self.jobs.get(key)?.tenant.batch()?));
-        let (keys, batches): (Vec<Key>, Vec<JobBatch<'_>>) = keys.iter().filter_map(batch).unzip();
-        let gradients = backbone.engine.gradients(&batches)?;
-        let mut steps = Vec::with_capacity(keys.len());
-        for (key, gradient) in keys.into_iter().zip(gradients) {
-            let Some(job) = self.jobs.get_mut(&key) else { continue };
-            steps.push((key, unless_of_group(job.tenant.stepped(gradient).map_err(Failure::from))?));
-        }
-        Ok(steps)
-    }
-
-    /// A step of a job whose batch can go with no other's.
-    fn step_alone(&mut self, key: Key, backbone: &Backbone) -> Result<Option<(Key, Result<Update>)>> {
-        let Some(job) = self.jobs.get_mut(&key) else { return Ok(None) };
-        let step = unless_of_group(job.tenant.step(backbone).map_err(Failure::from))?;
-        Ok(Some((key, step)))
-    }
-
-    /// A round of a job's evaluation, the outcome if it was the last.
-    fn evaluate(&mut self, key: Key, backbone: &Backbone) -> Result<Option<Result<(Evaluation, bool)>>> {
-        let Some(job) = self.jobs.get_mut(&key) else { return Ok(None) };
-        match unless_of_group(job.round(backbone))? {
-            Ok(None) => Ok(None),
-            Ok(Some(evaluation)) => {
-                let best = job.tenant.evaluated(&evaluation);
-                Ok(Some(Ok((evaluation, best))))
-            }
-            Err(error) => Ok(Some(Err(error))),
-        }
-    }
+    /// What came of tasks, by their places, while others are still to be evaluated. Their tenants do not know yet: a job that is left
+    /// meanwhile evaluates all again.
+    evaluated: Vec<(usize, Evaluation)>,
 }
 
 impl Resident {
-    fn want(&self, microbatch: u64) -> Option<Want> {
-        match self.tenant.due() {
-            Due::Step => Some(Want { tokens: self.tenant.step_tokens(), shared: self.tenant.shares_steps() }),
+    /// A job that comes to the backbone.
+    ///
+    /// # Errors
+    /// If one of its tenants cannot begin or go on.
+    pub(crate) fn admit(backbone: &Backbone, begin: Vec<Begin>) -> Result<Self> {
+        let tenant = |Begin { name, spec, task, checkpoint }: Begin| {
+            let tenant = match checkpoint {
+                Some(checkpoint) => Tenant::resume(backbone, &spec, task, &checkpoint)?,
+                None => Tenant::start(backbone, &spec, task)?,
+            };
+            Ok((name, tenant))
+        };
+        let tenants = begin.into_iter().map(tenant).collect::<Result<_>>()?;
+        Ok(Self { tenants, evaluation: None, evaluated: Vec::new() })
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Tenant> {
+        self.tenants.iter().map(|(_, tenant)| tenant)
+    }
+
+    /// Steps made.
+    pub(crate) fn num_steps(&self) -> u64 {
+        self.all().next().map_or(0, Tenant::num_steps)
+    }
+
+    /// Training examples of all tasks.
+    pub(crate) fn num_examples(&self) -> usize {
+        self.all().map(|tenant| tenant.task().train.examples.len()).sum()
+    }
+
+    /// What a person should know of its data and of its first prompts.
+    pub(crate) fn warnings(&self) -> Vec<String> {
+        let of_task = |(name, tenant): &(String, Tenant)| {
+            let told = |warning: &String| match &**name {
+                "" => warning.clone(),
+                name => format!("{name}: {warning}"),
+            };
+            tenant.warnings().iter().map(told).collect::<Vec<_>>()
+        };
+        self.tenants.iter().flat_map(of_task).collect()
+    }
+
+    /// What comes next: what one of the tasks needs before the next step, else the step of all or the end of all.
+    pub(crate) fn due(&self) -> Due {
+        let dues: Vec<Due> = self.all().map(Tenant::due).collect();
+        let first = [Due::Evaluate, Due::Checkpoint, Due::Step].into_iter().find(|due| dues.contains(due));
+        first.unwrap_or_else(|| dues[0])
+    }
+
+    /// What it wants of the backbone next, if anything. `microbatch` is what goes through it at once, in tokens.
+    pub(crate) fn want(&self, microbatch: u64) -> Option<Want> {
+        match self.due() {
+            Due::Step => Some(Want {
+                tokens: self.all().map(Tenant::step_tokens).sum(),
+                shared: self.all().all(Tenant::shares_steps),
+            }),
             Due::Evaluate => {
                 // Before its first round the cost is not known: a round is about as much as a microbatch.
                 let known = self.evaluation.as_ref().map(|evaluation| evaluation.next_cost() as u64);
@@ -148,40 +114,117 @@ impl Resident {
         }
     }
 
-    fn round(&mut self, backbone: &Backbone) -> Result<Option<Evaluation>> {
+    /// The next step's batches, one a task, which other jobs' can go with; none if the job makes its steps alone.
+    pub(crate) fn batches(&self) -> Vec<JobBatch<'_>> {
+        self.all().filter_map(Tenant::batch).collect()
+    }
+
+    /// Makes a step of what the engine gave for [`Self::batches`].
+    ///
+    /// # Errors
+    /// If that is an error, or the step of one of the tasks is; then the job is over.
+    pub(crate) fn stepped(
+        &mut self,
+        mut gradients: Vec<std::result::Result<JobGradient, JobFault>>,
+    ) -> Result<OfTasks<Update>> {
+        if let Some(shared) = self.all().find_map(Tenant::num_shared) {
+            group::tie(shared, &mut gradients);
+        }
+        let step = |((name, tenant), gradient): (&mut (String, Tenant), _)| {
+            Ok((name.clone(), tenant.stepped(gradient).map_err(|error| of_task(name, error))?))
+        };
+        self.tenants.iter_mut().zip(gradients).map(step).collect()
+    }
+
+    /// Makes a step that can go with no other's.
+    ///
+    /// # Errors
+    /// As [`Tenant::step`].
+    pub(crate) fn step(&mut self, backbone: &Backbone) -> Result<OfTasks<Update>> {
+        let step = |(name, tenant): &mut (String, Tenant)| Ok((name.clone(), tenant.step(backbone)?));
+        self.tenants.iter_mut().map(step).collect()
+    }
+
+    /// A round of the evaluation that is due. After the last round of the last task, what came of each, and whether it is the task's best.
+    ///
+    /// # Errors
+    /// If a number is not finite, or an exchange with other ranks fails.
+    pub(crate) fn round(&mut self, backbone: &Backbone) -> Result<Option<Evaluated>> {
+        let Some(place) = self.to_evaluate() else { return Ok(None) };
+        let (name, tenant) = &self.tenants[place];
+        let of_task = |error| of_task(name, error);
         let mut evaluation = match self.evaluation.take() {
             Some(evaluation) => evaluation,
-            None => self.tenant.evaluation(backbone)?,
+            None => tenant.evaluation(backbone).map_err(of_task)?,
         };
-        let engine = self.tenant.engine(backbone);
-        if !evaluation.advance(engine)? {
+        let engine = tenant.engine(backbone);
+        if !evaluation.advance(engine).map_err(of_task)? {
             self.evaluation = Some(evaluation);
             return Ok(None);
         }
-        Ok(Some(evaluation.finish(engine, &backbone.tokenizer)?))
+        let evaluation = evaluation.finish(engine, &backbone.tokenizer).map_err(of_task)?;
+        self.evaluated.push((place, evaluation));
+        Ok(self.to_evaluate().is_none().then(|| self.told()))
+    }
+
+    /// The first task that is due for an evaluation and has had none.
+    fn to_evaluate(&self) -> Option<usize> {
+        let is_over = |place: usize| self.evaluated.iter().any(|(over, _)| *over == place);
+        let is_due = |place: &usize| self.tenants[*place].1.due() == Due::Evaluate && !is_over(*place);
+        (0..self.tenants.len()).find(is_due)
+    }
+
+    /// Has the tenants know what came of their evaluations.
+    fn told(&mut self) -> Evaluated {
+        let mut told = Vec::new();
+        for (place, evaluation) in std::mem::take(&mut self.evaluated) {
+            let (name, tenant) = &mut self.tenants[place];
+            let best = tenant.evaluated(&evaluation);
+            told.push((name.clone(), (evaluation, best)));
+        }
+        told
+    }
+
+    /// Whether the last checkpoint holds all that there is.
+    pub(crate) fn is_saved(&self) -> bool {
+        self.all().all(Tenant::is_saved)
+    }
+
+    /// Whether the best evaluation of each task is that of this step.
+    pub(crate) fn best(&self) -> OfTasks<bool> {
+        self.tenants.iter().map(|(name, tenant)| (name.clone(), tenant.is_best())).collect()
+    }
+
+    /// Where it stands. From now on it [`is_saved`](Self::is_saved).
+    pub(crate) fn checkpoint(&mut self) -> OfTasks<Checkpoint> {
+        self.tenants.iter_mut().map(|(name, tenant)| (name.clone(), tenant.checkpoint())).collect()
     }
 }
 
-fn admit(backbone: &Backbone, begin: Begin) -> Result<Resident> {
-    let Begin { spec, task, checkpoint } = begin;
-    let tenant = match checkpoint {
-        Some(checkpoint) => Tenant::resume(backbone, &spec, task, &checkpoint)?,
-        None => Tenant::start(backbone, &spec, task)?,
-    };
-    Ok(Resident { tenant, evaluation: None })
+/// An error of a task, which is named if there are several.
+fn of_task(name: &str, error: incipit_tune::Error) -> Failure {
+    let failure = Failure::from(error);
+    match name {
+        "" => failure,
+        name => Failure { message: format!("{name}: {}", failure.message), ..failure },
+    }
 }
 
 /// What a job begins with, as the leader sent it.
 ///
 /// # Errors
 /// If the bytes are not what the leader says.
-pub(crate) fn sent(admission: &Admission, machine: &Machine) -> Result<Begin> {
+pub(crate) fn sent(admission: &Admission, machine: &Machine) -> Result<Vec<Begin>> {
     let wire = admission.spec.clone().unwrap_or_default();
-    let checkpoint =
-        (!admission.checkpoint.is_empty()).then(|| Checkpoint::from_bytes(&admission.checkpoint));
-    Ok(Begin {
-        spec: machine.spec(&wire, &admission.train, &admission.eval)?,
-        task: Task::from_bytes(&admission.task)?,
-        checkpoint: checkpoint.transpose()?,
-    })
+    let files = |task: &SentTask| LocalTask {
+        train: task.train.clone(),
+        eval: task.eval.clone(),
+        initial: String::new(),
+    };
+    let files: Vec<LocalTask> = admission.tasks.iter().map(files).collect();
+    let begin = |((name, spec), sent): ((String, TrainSpec), &SentTask)| {
+        let checkpoint = (!sent.checkpoint.is_empty()).then(|| Checkpoint::from_bytes(&sent.checkpoint));
+        Ok(Begin { name, spec, task: Task::from_bytes(&sent.task)?, checkpoint: checkpoint.transpose()? })
+    };
+    machine.specs(&wire, &files)?.into_iter().zip(&admission.tasks).map(begin).collect()
 }

@@ -9,8 +9,10 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use incipit_proto::v1::{
     CheckpointFile, CheckpointSaved, JobLeft, JobReason, JobReport, JobState, job_report::Report,
 };
+use incipit_tune::atomic;
 use incipit_tune::checkpoint::{self, Checkpoint};
 
+use crate::engine::resident::{OfTasks, dir_of};
 use crate::engine::voice::Voice;
 use crate::frames::{Notice, Saved};
 
@@ -28,9 +30,10 @@ enum Task {
 }
 
 struct Save {
-    checkpoint: Checkpoint,
+    checkpoint: OfTasks<Checkpoint>,
     /// Without what is told of the checkpoint.
     report: JobReport,
+    /// Without the files.
     saved: CheckpointSaved,
 }
 
@@ -56,13 +59,12 @@ impl Saver {
         let _ = self.tasks.send(Task::Say(notice));
     }
 
-    /// Saves a checkpoint and reports it, with the score of the evaluation at its step if there was one, and whether that is the job's
-    /// best. If it cannot be written, the log says so, and the job goes on.
-    pub(crate) fn save(&self, checkpoint: Checkpoint, score: Option<f64>, best: bool, report: JobReport) {
+    /// Saves a checkpoint and reports it, with what `saved` says of it besides its files. If it cannot be written, the log says so, and
+    /// the job goes on.
+    pub(crate) fn save(&self, checkpoint: OfTasks<Checkpoint>, saved: CheckpointSaved, report: JobReport) {
         if self.waiting.fetch_add(1, Ordering::Relaxed) >= WAITING {
             self.flush();
         }
-        let saved = CheckpointSaved { step: checkpoint.state.step, files: Vec::new(), score, best };
         let _ = self.tasks.send(Task::Save(Box::new(Save { checkpoint, report, saved })));
     }
 
@@ -108,8 +110,7 @@ impl Desk {
         let Save { checkpoint, mut report, mut saved } = save;
         let (job, step) = (report.job.clone(), saved.step);
         let dir = self.outbox.join(format!("{}-{}-{step:08}", job.replace('/', "-"), report.attempt));
-        let written = checkpoint::save(&dir, &checkpoint).map_err(|error| error.to_string());
-        match written.and_then(|()| files(&dir)) {
+        match write(&dir, &checkpoint) {
             Ok(files) => {
                 self.unsaved.remove(&job);
                 let bytes: u64 = files.iter().map(|file| file.size).sum();
@@ -120,6 +121,8 @@ impl Desk {
                 self.voice.log(&job, "INFO", format!("saved a checkpoint of step {step}, {bytes} bytes"));
             }
             Err(error) => {
+                // Of several tasks some may have been written.
+                let _ = atomic::remove_dir(&dir);
                 let text =
                     format!("the checkpoint of step {step} was not saved, and training goes on: {error}");
                 self.voice.log(&job, "ERROR", text);
@@ -143,15 +146,28 @@ impl Desk {
     }
 }
 
-/// The files of a checkpoint.
-fn files(dir: &Path) -> Result<Vec<CheckpointFile>, String> {
+/// Writes a checkpoint to a directory; that of each of several tasks to one of its name within. What was written.
+fn write(dir: &Path, checkpoint: &OfTasks<Checkpoint>) -> Result<Vec<CheckpointFile>, String> {
+    let told = |error: incipit_tune::Error| error.to_string();
+    let mut written = Vec::new();
+    for (name, checkpoint) in checkpoint {
+        let dir = dir_of(dir, name);
+        checkpoint::save(&dir, checkpoint).map_err(told)?;
+        let prefix = if name.is_empty() { String::new() } else { format!("{name}/") };
+        written.extend(files(&dir, &prefix)?);
+    }
+    Ok(written)
+}
+
+/// The files in a directory; their names begin with `prefix`.
+fn files(dir: &Path, prefix: &str) -> Result<Vec<CheckpointFile>, String> {
     let mut files = Vec::new();
     let told = |error: std::io::Error| format!("cannot read {}: {error}", dir.display());
     for entry in std::fs::read_dir(dir).map_err(told)? {
         let entry = entry.map_err(told)?;
         let bytes = std::fs::read(entry.path()).map_err(told)?;
         files.push(CheckpointFile {
-            name: entry.file_name().to_string_lossy().into_owned(),
+            name: format!("{prefix}{}", entry.file_name().to_string_lossy()),
             digest: blake3::hash(&bytes).to_hex().to_string(),
             size: bytes.len() as u64,
         });

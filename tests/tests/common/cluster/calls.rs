@@ -118,7 +118,10 @@ impl Cluster {
 
     /// A file of a job's last checkpoint.
     pub(crate) fn last_file(&self, id: &str, name: &str) -> Result<Vec<u8>> {
-        let request = v1::GetCheckpointRequest { name: format!("jobs/{id}/checkpoints/last") };
+        let request = v1::GetCheckpointRequest {
+            name: format!("jobs/{id}/checkpoints/last"),
+            ..v1::GetCheckpointRequest::default()
+        };
         let checkpoint = self
             .call(async |client| client.checkpoints().get_checkpoint(request.clone()).await)?
             .into_inner();

@@ -4,8 +4,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use incipit_proto::client::Client;
-use incipit_proto::v1::{Checkpoint, GetBackboneRequest, GetJobRequest, TrainingSpec};
+use incipit_proto::v1::{Checkpoint, CheckpointFile, GetBackboneRequest, GetJobRequest, TrainingSpec};
 use incipit_tune::{atomic, checkpoint::MANIFEST};
+use incipit_worker::spec::tasks;
 use serde::Serialize;
 
 use crate::args::Global;
@@ -43,36 +44,44 @@ pub(crate) fn check_out(out: &Path) -> Result<()> {
     }
 }
 
-/// Writes a checkpoint to a directory, and says how to use it.
+/// Writes a checkpoint to a directory, and says how to use it. Of a job of several tasks that of `task`, or where that is empty of each in a
+/// directory of its name.
 ///
 /// # Errors
 /// If a file is not what the checkpoint says, or cannot be written; then nothing is there.
 pub(crate) async fn download(
     client: &Client,
-    checkpoint: &Checkpoint,
+    (checkpoint, task): (&Checkpoint, &str),
     out: &Path,
     global: &Global,
 ) -> Result<()> {
-    let bytes = checkpoint.files.iter().map(|file| file.size).sum();
+    let wanted = of_task(checkpoint, task)?;
+    let bytes = wanted.iter().map(|(_, file)| file.size).sum();
     let bar = progress::bytes_bar(bytes, global);
     let mut files = Vec::new();
-    for file in &checkpoint.files {
+    for (name, file) in &wanted {
         let fetched = blobs::fetch(client, file)
             .await
             .with_context(|| format!("{} is not usable", short(&checkpoint.name)))?;
         bar.inc(file.size);
-        files.push((&*file.name, fetched));
+        files.push((*name, fetched));
     }
     drop(bar);
-    let manifest = manifest(checkpoint);
+    let manifest = manifest(&wanted);
     if !files.iter().any(|(name, _)| *name == MANIFEST) {
         files.push((MANIFEST, manifest.into_bytes()));
     }
     check_out(out)?;
     atomic::write_dir(out, |staged| {
-        files.iter().try_for_each(|(name, bytes)| atomic::write_synced(&staged.join(name), bytes))
+        files.iter().try_for_each(|(name, bytes)| {
+            let path = staged.join(name);
+            path.parent().map_or(Ok(()), atomic::create_dir)?;
+            atomic::write_synced(&path, bytes)
+        })
     })?;
-    let (step, score, count) = (checkpoint.step, checkpoint.score, files.len());
+    let of_task = checkpoint.tasks.iter().find(|of| of.name == task);
+    let score = of_task.map_or(checkpoint.score, |task| task.score);
+    let (step, count) = (checkpoint.step, files.len());
     let downloaded = Downloaded { name: &checkpoint.name, step, score, out, files: count, bytes };
     let text = || {
         output::facts([
@@ -84,40 +93,62 @@ pub(crate) async fn download(
         ])
     };
     show::print(&downloaded, text, global)?;
-    let settings = settings(client, checkpoint).await.unwrap_or_else(|| " --model MODEL".to_owned());
-    note(&format!("measure it: incipit eval --prompt {}{settings} --data FILE", out.display()));
+    let all = checkpoint.tasks.first().filter(|_| task.is_empty());
+    let (of, place) = match all {
+        Some(first) => (&*first.name, out.join(&first.name)),
+        None => (task, out.to_owned()),
+    };
+    let settings = settings(client, checkpoint, of).await.unwrap_or_else(|| " --model MODEL".to_owned());
+    note(&format!("measure it: incipit eval --prompt {}{settings} --data FILE", place.display()));
     Ok(())
 }
 
-/// The hashes of the files, in the form that `b3sum --check` reads.
-fn manifest(checkpoint: &Checkpoint) -> String {
-    checkpoint.files.iter().map(|file| format!("{}  {}\n", file.digest, file.name)).collect()
+/// The files that are wanted, by the names that they get: of a task those in its directory, else all.
+fn of_task<'a>(checkpoint: &'a Checkpoint, task: &str) -> Result<Vec<(&'a str, &'a CheckpointFile)>> {
+    let named = |file: &'a CheckpointFile| match task {
+        "" => Some((&*file.name, file)),
+        task => Some((file.name.strip_prefix(task)?.strip_prefix('/')?, file)),
+    };
+    let files: Vec<_> = checkpoint.files.iter().filter_map(named).collect();
+    if files.is_empty() {
+        return bad_input(format!("{} has no files of a task {task:?}", short(&checkpoint.name)));
+    }
+    Ok(files)
 }
 
-/// The flags that the checkpoint's job was trained with, as far as `eval` needs them; nothing where the job is gone.
-async fn settings(client: &Client, checkpoint: &Checkpoint) -> Option<String> {
+/// The hashes of the files, in the form that `b3sum --check` reads.
+fn manifest(files: &[(&str, &CheckpointFile)]) -> String {
+    files.iter().map(|(name, file)| format!("{}  {name}\n", file.digest)).collect()
+}
+
+/// The flags that a task of the checkpoint's job was trained with, as far as `eval` needs them; nothing where the job is gone.
+async fn settings(client: &Client, checkpoint: &Checkpoint, task: &str) -> Option<String> {
     let (job, _) = checkpoint.name.split_once("/checkpoints/")?;
     let job = call!(client, jobs.get_job(GetJobRequest { name: job.to_owned() })).ok()?;
     let backbone = call!(client, backbones.get_backbone(GetBackboneRequest { name: job.backbone })).ok();
     let model = backbone.map_or_else(|| "MODEL".to_owned(), |backbone| backbone.model);
-    Some(flags(&model, &job.spec.unwrap_or_default()))
+    let spec = job.spec.unwrap_or_default();
+    let (_, [own, common]) = tasks(&spec).into_iter().find(|(name, _)| *name == task)?;
+    Some(flags(&model, &[own, common]))
 }
 
-fn flags(model: &str, spec: &TrainingSpec) -> String {
-    let mut text = format!(" --model {}", quoted(model));
-    for (flag, value) in [("inputs", &spec.inputs), ("targets", &spec.targets), ("labels", &spec.labels)] {
-        if let Some(value) = value {
-            text.push_str(&format!(" --{flag} {}", quoted(value)));
-        }
-    }
-    for (flag, value) in
-        [("max-input-length", spec.max_input_length), ("max-target-length", spec.max_target_length)]
-    {
-        if let Some(value) = value {
-            text.push_str(&format!(" --{flag} {value}"));
-        }
-    }
-    text
+/// As the first of `specs` has them that says something.
+fn flags(model: &str, specs: &[TrainingSpec]) -> String {
+    let text =
+        |value: fn(&TrainingSpec) -> Option<&String>| specs.iter().find_map(value).map(|text| quoted(text));
+    let number = |value: fn(&TrainingSpec) -> Option<u32>| {
+        specs.iter().find_map(value).map(|number| number.to_string())
+    };
+    let given = [
+        ("model", Some(quoted(model))),
+        ("task", text(|spec| spec.task.as_ref())),
+        ("inputs", text(|spec| spec.inputs.as_ref())),
+        ("targets", text(|spec| spec.targets.as_ref())),
+        ("labels", text(|spec| spec.labels.as_ref())),
+        ("max-input-length", number(|spec| spec.max_input_length)),
+        ("max-target-length", number(|spec| spec.max_target_length)),
+    ];
+    given.into_iter().filter_map(|(flag, value)| Some(format!(" --{flag} {}", value?))).collect()
 }
 
 /// A word for a shell.
@@ -146,6 +177,21 @@ mod tests {
     }
 
     #[test]
+    fn a_task_of_several_is_fetched_alone_or_all_are() {
+        let file = |name: &str| CheckpointFile { name: name.to_owned(), ..CheckpointFile::default() };
+        let files = ["a/MANIFEST", "a/prompt.safetensors", "ab/MANIFEST"].map(file).to_vec();
+        let checkpoint = Checkpoint { files, ..Checkpoint::default() };
+        let names = |task| {
+            let files = of_task(&checkpoint, task).unwrap();
+            files.into_iter().map(|(name, _)| name).collect::<Vec<_>>()
+        };
+        assert_eq!(names("a"), ["MANIFEST", "prompt.safetensors"]);
+        assert_eq!(names("ab"), ["MANIFEST"]);
+        assert_eq!(names(""), ["a/MANIFEST", "a/prompt.safetensors", "ab/MANIFEST"]);
+        assert!(of_task(&checkpoint, "b").unwrap_err().to_string().contains("no files of a task \"b\""));
+    }
+
+    #[test]
     fn the_next_command_has_the_settings_of_the_job() {
         let spec = TrainingSpec {
             inputs: Some("question: {question}".into()),
@@ -153,7 +199,8 @@ mod tests {
             max_input_length: Some(64),
             ..TrainingSpec::default()
         };
-        let flags = flags("google/t5", &spec);
+        let common = TrainingSpec { max_input_length: Some(512), ..TrainingSpec::default() };
+        let flags = flags("google/t5", &[spec, common]);
         assert_eq!(
             flags,
             " --model google/t5 --inputs 'question: {question}' --labels 0=False,1=True --max-input-length 64"

@@ -6,7 +6,9 @@ use anyhow::Result;
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use incipit_proto::client::Client;
-use incipit_proto::v1::{GetJobRequest, Job, JobState, ListJobsRequest, TrainingSpec, data_source::Source};
+use incipit_proto::v1::{
+    GetJobRequest, Job, JobState, ListJobsRequest, TrainingSpec, TrainingTask, data_source::Source,
+};
 
 use super::words;
 use crate::args::Global;
@@ -119,7 +121,13 @@ pub(super) fn facts(job: &Job) -> String {
     }
     pairs.extend([("priority", job.priority.to_string()), ("labels", show::labels(&job.labels))]);
     if let Some(spec) = &job.spec {
-        pairs.extend([("train", source(spec, true)), ("eval", source(spec, false))]);
+        if spec.tasks.is_empty() {
+            pairs.extend([("train", source(spec, true)), ("eval", source(spec, false))]);
+        } else {
+            let shared = spec.shared_length.unwrap_or_default();
+            pairs.push(("tasks", format!("{}, whose prompts share {shared} rows", spec.tasks.len())));
+        }
+        pairs.extend(spec.tasks.iter().map(|task| ("", of_task(task))));
     }
     pairs.push(("created", show::time(job.create_time.as_ref())));
     for (name, time) in [("started", &job.start_time), ("ended", &job.end_time)] {
@@ -135,6 +143,12 @@ pub(super) fn facts(job: &Job) -> String {
         text.push_str(&format!("\n\n{}", attempts(job)));
     }
     text
+}
+
+/// `boolq: train.jsonl (blob abababababab), dev.jsonl (blob cdcdcdcdcdcd)`.
+fn of_task(task: &TrainingTask) -> String {
+    let own = task.spec.clone().unwrap_or_default();
+    format!("{}: {}, {}", task.name, source(&own, true), source(&own, false))
 }
 
 fn source(spec: &TrainingSpec, train: bool) -> String {

@@ -37,6 +37,8 @@ pub(super) struct Plan {
     epochs: Option<f64>,
     examples: Option<Examples>,
     method: Method,
+    tasks: usize,
+    shared_length: Option<usize>,
     evaluations: u64,
     checkpoints: u64,
     checkpoints_kept: u64,
@@ -60,40 +62,59 @@ struct Upload {
     digest: String,
 }
 
-/// Counts the examples, and their tokens roughly.
-pub(super) fn examples(spec: &TrainSpec, train: &[TextExample], eval: Option<&[TextExample]>) -> Examples {
-    let tokens = |text: &str, most: usize| (text.len().div_ceil(BYTES_A_TOKEN) + 1).min(most);
-    let each = |example: &TextExample| {
-        tokens(&example.inputs, spec.max_input_length) + tokens(&example.targets, spec.max_target_length)
-    };
-    let mean = train.iter().map(each).sum::<usize>() as f64 / train.len().max(1) as f64;
-    Examples {
-        train: train.len() as u64,
-        eval: eval.map(|eval| eval.len() as u64),
-        tokens_each: mean + spec.prompt_length as f64,
+impl Examples {
+    /// Counts the examples, and their tokens roughly.
+    pub(super) fn count(spec: &TrainSpec, train: &[TextExample], eval: Option<&[TextExample]>) -> Self {
+        let tokens = |text: &str, most: usize| (text.len().div_ceil(BYTES_A_TOKEN) + 1).min(most);
+        let each = |example: &TextExample| {
+            tokens(&example.inputs, spec.max_input_length) + tokens(&example.targets, spec.max_target_length)
+        };
+        let mean = train.iter().map(each).sum::<usize>() as f64 / train.len().max(1) as f64;
+        Self {
+            train: train.len() as u64,
+            eval: eval.map(|eval| eval.len() as u64),
+            tokens_each: mean + spec.prompt_length as f64,
+        }
+    }
+
+    /// Those of all tasks, if they are known; the mean of their tokens is that of a step.
+    fn of_all(tasks: &[Self], specs: &[&TrainSpec]) -> Option<Self> {
+        let (tokens, batch) = tasks.iter().zip(specs).fold((0.0, 0.0), |(tokens, batch), (known, spec)| {
+            let size = spec.batch_size as f64;
+            (tokens + known.tokens_each * size, batch + size)
+        });
+        let eval = tasks.iter().filter_map(|known| known.eval).reduce(|sum, eval| sum + eval);
+        let train = tasks.iter().map(|known| known.train).sum();
+        (!tasks.is_empty()).then(|| Self { train, eval, tokens_each: tokens / batch })
     }
 }
 
 impl Plan {
-    /// The plan, with what the coordinator answered, if it did.
+    /// The plan of a job's tasks, one or several, with what the coordinator answered, if it did. `examples` are each task's, or none.
     pub(super) fn new(
-        spec: &TrainSpec,
-        examples: Option<Examples>,
+        specs: &[&TrainSpec],
+        examples: &[Examples],
         backbone: &Backbone,
         answer: Option<&Job>,
         missing: &[LocalFile],
     ) -> Self {
-        let batches =
-            examples.map(|known| known.train / spec.batch_size as u64).filter(|batches| *batches > 0);
-        let [d_model, num_layers] = [backbone.d_model, backbone.num_layers].map(|number| number as usize);
-        let rows = spec.prompt_length * spec.prompt_layers.of(num_layers);
-        let known = rows > 0 && d_model > 0 && spec.method == Method::Prompt;
-        let prompt = known.then(|| (rows * d_model) as u64 * BYTES_A_NUMBER);
-        let optimizer = known.then(|| optimizer_bytes(spec, rows, d_model));
+        // What all tasks have in common is any one's.
+        let spec = specs[0];
+        let examples = Examples::of_all(examples, specs);
+        let batch: u64 = specs.iter().map(|spec| spec.batch_size as u64).sum();
+        let batches = examples.map(|known| known.train / batch).filter(|n| *n > 0 && specs.len() == 1);
+        let size = |of: &dyn Fn(&TrainSpec) -> Option<u64>| specs.iter().map(|spec| of(spec)).sum();
+        let prompt: Option<u64> = size(&|spec| {
+            let (rows, d_model) = shape(spec, backbone)?;
+            Some((rows * d_model) as u64 * BYTES_A_NUMBER)
+        });
+        let optimizer: Option<u64> =
+            size(&|spec| shape(spec, backbone).map(|shape| optimizer_bytes(spec, shape)));
         let checkpoints = spec.steps.div_ceil(spec.checkpoint_every);
-        // The newest, and the best besides.
-        let kept = checkpoints.min(spec.keep as u64) + u64::from(spec.eval.is_some());
-        let tokens = examples.map(|known| known.tokens_each * (spec.steps * spec.batch_size as u64) as f64);
+        let evaluated = specs.iter().filter(|spec| spec.eval.is_some()).count() as u64;
+        // The newest, and the best of each task besides.
+        let kept = checkpoints.min(spec.keep as u64) + evaluated;
+        let tokens = examples.map(|known| known.tokens_each * (spec.steps * batch) as f64);
         let queued = answer.filter(|job| matches!(job.state(), JobState::Queued | JobState::Unspecified));
         Self {
             backbone: short(&backbone.name),
@@ -102,7 +123,9 @@ impl Plan {
             epochs: batches.map(|batches| spec.steps as f64 / batches as f64),
             examples,
             method: spec.method,
-            evaluations: if spec.eval.is_some() { spec.steps.div_ceil(spec.eval_every) } else { 0 },
+            tasks: specs.len(),
+            shared_length: spec.shared_length,
+            evaluations: if evaluated > 0 { spec.steps.div_ceil(spec.eval_every) } else { 0 },
             checkpoints,
             checkpoints_kept: kept,
             prompt_bytes: prompt,
@@ -137,6 +160,9 @@ impl Plan {
             .queue_position
             .map_or("told once the data is there".to_owned(), |jobs| format!("{jobs} jobs"));
         row("before it", format!("{before} ({} wait in all)", self.queued_jobs));
+        if let Some(shared) = self.shared_length {
+            row("tasks", format!("{}, whose prompts share {shared} rows", self.tasks));
+        }
         let epochs = self.epochs.map(|epochs| format!(", {epochs:.1} epochs")).unwrap_or_default();
         row("steps", format!("{}{epochs}", count(self.steps)));
         row(
@@ -192,9 +218,19 @@ impl From<&LocalFile> for Upload {
     }
 }
 
-fn optimizer_bytes(spec: &TrainSpec, rows: usize, d_model: usize) -> u64 {
-    let state = Optimizer::new(&spec.optimizer_kind(), rows, d_model).state();
-    state.iter().map(|tensor| tensor.data.len() as u64 * BYTES_A_NUMBER).sum()
+/// Rows and columns of a prompt, if one is trained and the backbone is known.
+fn shape(spec: &TrainSpec, backbone: &Backbone) -> Option<(usize, usize)> {
+    let [d_model, num_layers] = [backbone.d_model, backbone.num_layers].map(|number| number as usize);
+    let rows = spec.prompt_length * spec.prompt_layers.of(num_layers);
+    (rows > 0 && d_model > 0 && spec.method == Method::Prompt).then_some((rows, d_model))
+}
+
+/// Rows that tasks share have an optimizer of their own, in each task's checkpoint.
+fn optimizer_bytes(spec: &TrainSpec, (rows, d_model): (usize, usize)) -> u64 {
+    let shared = spec.shared_length.unwrap_or_default();
+    let parts = [rows - shared, shared].into_iter().filter(|rows| *rows > 0);
+    let states = parts.flat_map(|rows| Optimizer::new(&spec.optimizer_kind(), rows, d_model).state());
+    states.map(|tensor| tensor.data.len() as u64 * BYTES_A_NUMBER).sum()
 }
 
 #[cfg(test)]
@@ -240,11 +276,11 @@ mod tests {
     #[test]
     fn a_plan_counts_steps_epochs_bytes_and_time() {
         let spec = spec(PartialSpec::default());
-        let known = examples(&spec, &texts(105), Some(&texts(7)));
+        let known = Examples::count(&spec, &texts(105), Some(&texts(7)));
         assert_eq!((known.train, known.eval, known.tokens_each), (105, Some(7), 123.0));
         let answer = Job { queue_position: 2, ..Job::default() };
         let missing = [LocalFile::made(Path::new("/d/train.jsonl"), vec![0; 2048])];
-        let plan = Plan::new(&spec, Some(known), &backbone(), Some(&answer), &missing);
+        let plan = Plan::new(&[&spec], &[known], &backbone(), Some(&answer), &missing);
         assert_eq!((plan.steps, plan.epochs), (1200, Some(120.0)));
         assert_eq!((plan.evaluations, plan.checkpoints, plan.checkpoints_kept), (3, 3, 4));
         assert_eq!((plan.prompt_bytes, plan.optimizer_bytes), (Some(204_800), Some(204_800)));
@@ -253,7 +289,7 @@ mod tests {
         let deep = TrainSpec { prompt_layers: PromptLayers::All, ..spec };
         let of_layers = |num_layers| {
             let backbone = Backbone { num_layers, ..backbone() };
-            Plan::new(&deep, Some(known), &backbone, None, &[]).prompt_bytes
+            Plan::new(&[&deep], &[known], &backbone, None, &[]).prompt_bytes
         };
         assert_eq!((of_layers(8), of_layers(0)), (Some(8 * 204_800), None));
         let text = plan.text();
@@ -271,10 +307,33 @@ mod tests {
     }
 
     #[test]
+    fn tasks_that_share_rows_are_one_plan() {
+        let shared = |batch_size| {
+            let (shared_length, prompt_length) = (Some(40), Some(100));
+            let batch_size = Some(batch_size);
+            spec(PartialSpec { shared_length, prompt_length, batch_size, ..PartialSpec::default() })
+        };
+        let (one, other) = (shared(10), shared(30));
+        let known = [&one, &other].map(|spec| Examples::count(spec, &texts(60), Some(&texts(7))));
+        let plan = Plan::new(&[&one, &other], &known, &backbone(), None, &[]);
+        assert_eq!((plan.tasks, plan.epochs, plan.checkpoints_kept), (2, None, 3 + 2));
+        assert_eq!((plan.prompt_bytes, plan.optimizer_bytes), (Some(2 * 204_800), Some(2 * 204_800)));
+        let examples = plan.examples.unwrap();
+        assert_eq!((examples.train, examples.eval, examples.tokens_each), (120, Some(14), 123.0));
+        assert_eq!(plan.estimated_seconds, Some(123.0 * 40.0 * 1200.0 / 1230.0));
+        assert!(plan.text().contains("2, whose prompts share 40 rows"), "{}", plan.text());
+    }
+
+    #[test]
     fn what_is_not_known_is_said() {
         let spec = spec(PartialSpec::default());
-        let plan =
-            Plan::new(&spec, None, &Backbone { d_model: 0, tokens_per_second: 0.0, ..backbone() }, None, &[]);
+        let plan = Plan::new(
+            &[&spec],
+            &[],
+            &Backbone { d_model: 0, tokens_per_second: 0.0, ..backbone() },
+            None,
+            &[],
+        );
         assert_eq!(
             (plan.epochs, plan.prompt_bytes, plan.estimated_seconds, plan.queue_position),
             (None, None, None, None)
@@ -292,8 +351,7 @@ mod tests {
         let of = |optimizer, rows| {
             optimizer_bytes(
                 &spec(PartialSpec { optimizer: Some(optimizer), ..PartialSpec::default() }),
-                rows,
-                512,
+                (rows, 512),
             )
         };
         assert_eq!(of(OptimizerName::Sgd, 100), 0);

@@ -60,11 +60,14 @@ impl Start {
                 prompt.num_layers()
             ));
         }
-        let (length, given) = (prompt.length(), spec.prompt_length);
+        // Rows that tasks share begin otherwise.
+        let shared = spec.shared_length.unwrap_or_default();
+        let (length, given) = (prompt.length(), spec.prompt_length - shared);
         if length != given {
             return bad_input(format!(
-                "--prompt-init {}: it has {length} rows, not {given}; give --prompt-length {length}",
-                spec.prompt_init
+                "--prompt-init {}: it has {length} rows, not {given}; give --prompt-length {}",
+                spec.prompt_init,
+                length + shared
             ));
         }
         Ok(Self::Here(LocalFile::made(path, checkpoint::prompt_bytes(&prompt)?)))

@@ -4,27 +4,24 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Args;
-use incipit_data::tasks::{Split, Task};
 use incipit_proto::Problem;
 use incipit_proto::client::Client;
-use incipit_proto::v1::data_source::Source;
 use incipit_proto::v1::{
     Backbone, BackboneState, CreateJobRequest, GetBackboneRequest, Job, JobReason, ListBackbonesRequest,
-    RetryPolicy, TrainingSpec,
+    RetryPolicy,
 };
-use incipit_tune::spec::{PartialSpec, TrainSpec};
+use incipit_tune::spec::PartialSpec;
 
-use super::plan::{self, Examples, Plan};
-use super::start::Start;
+use super::draft::{self, Draft};
+use super::plan::Plan;
 use super::{list, watch};
 use crate::args::{Global, NamedTaskArgs};
 use crate::cluster::blobs::{self, LocalFile};
 use crate::cluster::names::{self, short};
-use crate::cluster::{ConnectArgs, Refusal, call, list as pages, refusal, request_id, show};
+use crate::cluster::{ConnectArgs, Refusal, call, list as pages, request_id, show};
 use crate::commands::training::TrainingArgs;
-use crate::examples::{texts, trained_elsewhere};
 use crate::exit::{Exit, bad_input};
-use crate::progress::{self, note};
+use crate::progress::note;
 
 const AFTER_HELP: &str = "\
 The settings are checked as `incipit train` checks them, and the files are read, before anything is sent. Files that the coordinator \
@@ -38,6 +35,8 @@ Examples:
   incipit job submit --config runs/q/run.toml --lr 0.1 --name q-slow
   incipit job submit --config runs/q/run.toml --dry-run
       what it would be: steps, bytes, its place in the queue, roughly the time; nothing is sent
+  incipit job submit --backbone base --tasks tasks.toml --shared-length 50 --prompt-length 60
+      several tasks whose prompts share rows, as `incipit multitask` tunes them: one job, and a prompt for each
 
 Methods: all of `incipit train` but model, whose weights the other jobs need as they are. Only prompts share a step with others'; what trains weights needs \
 a backbone on a CPU. `incipit checkpoint download` fetches what was trained.
@@ -62,6 +61,13 @@ pub(super) struct SubmitArgs {
     /// Evaluation examples: they choose the best prompt
     #[arg(long, value_name = "FILE", help_heading = "Job")]
     eval: Option<PathBuf>,
+    /// File with a table for each of several tasks whose prompts share rows, as for `incipit multitask`; with
+    /// --shared-length
+    #[arg(long, value_name = "FILE.toml", help_heading = "Job", requires = "shared_length")]
+    tasks: Option<PathBuf>,
+    /// Rows that the prompts of all --tasks have in common, of --prompt-length
+    #[arg(long, value_name = "S", help_heading = "Job")]
+    shared_length: Option<usize>,
     /// Settings from a file, as for `incipit train`; flags override it
     #[arg(long, value_name = "FILE.toml", help_heading = "Job")]
     config: Option<PathBuf>,
@@ -104,19 +110,17 @@ pub(super) async fn run(args: SubmitArgs, connect: &ConnectArgs, global: &Global
     let request_id = request_id(args.request_id.as_deref())?;
     let (id, backbone, dry_run, watched) =
         (args.name.clone(), args.backbone.clone(), args.dry_run, args.watch);
-    let on_workers = args.data_on_workers;
     let mut job = Job {
         priority: args.priority.unwrap_or(0),
         labels: args.label.iter().cloned().collect(),
         retry_policy: args.retries.map(retry_policy),
         ..Job::default()
     };
-    let draft = Draft::resolve(args)?;
-    let mut wire = incipit_worker::spec::to_wire(&draft.job).map_err(refusal)?;
-    let mut data = if on_workers { Data::default() } else { Data::read(&draft.whole, &mut wire, global)? };
+    let draft = draft(args)?;
+    let mut wire = draft.wire()?;
+    let data = draft.read(&mut wire, global)?;
     let client = connect.connect().await?;
-    wire.initial = draft.start.source(&client).await?;
-    data.files.extend(draft.start.file().cloned());
+    draft.start(&mut wire, &client).await?;
     let backbone = choose(&client, backbone.as_deref(), draft.model.as_deref()).await?;
     let missing = blobs::missing(&client, &data.files).await?;
     (job.backbone, job.spec) = (backbone.name.clone(), Some(wire));
@@ -128,7 +132,7 @@ pub(super) async fn run(args: SubmitArgs, connect: &ConnectArgs, global: &Global
     };
     if dry_run {
         let answer = ask(&client, request, &missing).await?;
-        let plan = Plan::new(&draft.whole, data.examples, &backbone, answer.as_ref(), &missing);
+        let plan = Plan::new(&draft.specs(), &data.examples, &backbone, answer.as_ref(), &missing);
         show::print(&plan, || plan.text(), global)?;
         return Ok(Exit::Ok);
     }
@@ -141,6 +145,24 @@ pub(super) async fn run(args: SubmitArgs, connect: &ConnectArgs, global: &Global
     show::print(&job, || list::table(std::slice::from_ref(&job)), global)?;
     note(&format!("watch it: incipit job watch {}", short(&job.name)));
     Ok(Exit::Ok)
+}
+
+/// The settings that the flags and the files give.
+fn draft(args: SubmitArgs) -> Result<Draft> {
+    let flags = PartialSpec {
+        model: args.model,
+        train: args.train,
+        eval: args.eval,
+        task: args.named.task,
+        data_dir: args.named.data_dir,
+        shared_length: args.shared_length,
+        ..args.training.into_spec()
+    };
+    let file = args.config.as_deref().map(PartialSpec::read).transpose()?.unwrap_or_default();
+    if let Some(path) = &args.config {
+        draft::tell_ignored(path, &file);
+    }
+    Draft::resolve(flags.over(file), args.tasks.as_deref(), args.data_on_workers)
 }
 
 /// Failures that may not come again with the same numbers.
@@ -173,139 +195,6 @@ async fn ask(client: &Client, request: CreateJobRequest, missing: &[LocalFile]) 
     match answer {
         Err(error) if of_data(&error) => Ok(None),
         answer => answer.map(Some),
-    }
-}
-
-/// The settings of a job.
-struct Draft {
-    /// What was given, as it is handed in: the rest comes from the recipe and the defaults where it is trained.
-    job: PartialSpec,
-    /// The whole, checked.
-    whole: TrainSpec,
-    start: Start,
-    model: Option<String>,
-}
-
-impl Draft {
-    fn resolve(args: SubmitArgs) -> Result<Self> {
-        let (config, on_workers) = (args.config, args.data_on_workers);
-        let flags = PartialSpec {
-            model: args.model,
-            train: args.train,
-            eval: args.eval,
-            task: args.named.task,
-            data_dir: args.named.data_dir,
-            ..args.training.into_spec()
-        };
-        let file = config.as_deref().map(PartialSpec::read).transpose()?.unwrap_or_default();
-        if let Some(path) = &config {
-            tell_ignored(path, &file);
-        }
-        let given = flags.over(file);
-        let model = given.model.clone();
-        let mut job = job_fields(given);
-        if on_workers && job.data_dir.is_some() {
-            return bad_input(
-                "--data-dir is a directory of this machine: of files on the workers' give those of the splits, with --train and --eval",
-            );
-        }
-        job = of_splits(job)?;
-        let promoted = Start::promoted(&mut job)?;
-        let whole = trained_elsewhere(job.clone())?;
-        let start = promoted.map_or_else(|| Start::read(&whole), Ok)?;
-        Ok(Self { job, whole, start, model })
-    }
-}
-
-/// A job takes files: in the place of a benchmark's directory come those of its splits.
-fn of_splits(job: PartialSpec) -> Result<PartialSpec> {
-    let (Some(name), Some(dir), None, None) = (&job.task, &job.data_dir, &job.train, &job.eval) else {
-        return Ok(job);
-    };
-    let task = Task::named(name)?;
-    let train = task.file(dir, Split::Train)?;
-    let has_eval = task.splits().any(|split| split == Split::Dev);
-    let eval = has_eval.then(|| task.file(dir, Split::Dev)).transpose()?;
-    if eval.as_ref() == Some(&train) {
-        return bad_input(format!(
-            "{} has two splits of {task} in one, which a list beside it tells apart, and a job takes a file for each: write them with \
-             `incipit task export {task} --data-dir DIR --split train --output train.jsonl`, and hand these in with --train and --eval",
-            train.display()
-        ));
-    }
-    Ok(PartialSpec { data_dir: None, train: Some(train), eval, ..job })
-}
-
-/// Without what the backbone and the worker decide.
-fn job_fields(given: PartialSpec) -> PartialSpec {
-    PartialSpec {
-        model: None,
-        out: None,
-        device: None,
-        dtype: None,
-        tp: None,
-        dp: None,
-        collective: None,
-        microbatch_tokens: None,
-        recompute: None,
-        allow_other_backbone: None,
-        threads: None,
-        ..given
-    }
-}
-
-/// Says once which settings of a file have no meaning for a job.
-fn tell_ignored(path: &Path, file: &PartialSpec) {
-    let ignored = ignored(file);
-    if !ignored.is_empty() {
-        note(&format!(
-            "{}: {} {} left to the backbone and the worker",
-            path.display(),
-            ignored.join(", "),
-            if ignored.len() == 1 { "is" } else { "are" }
-        ));
-    }
-}
-
-fn ignored(file: &PartialSpec) -> Vec<&'static str> {
-    let given = [
-        ("out", file.out.is_some()),
-        ("device", file.device.is_some()),
-        ("dtype", file.dtype.is_some()),
-        ("tp", file.tp.is_some()),
-        ("dp", file.dp.is_some()),
-        ("collective", file.collective.is_some()),
-        ("microbatch-tokens", file.microbatch_tokens.is_some()),
-        ("recompute", file.recompute.is_some()),
-        ("allow-other-backbone", file.allow_other_backbone.is_some()),
-        ("threads", file.threads.is_some()),
-    ];
-    given.into_iter().filter(|(_, given)| *given).map(|(name, _)| name).collect()
-}
-
-/// The files of this machine.
-#[derive(Default)]
-struct Data {
-    files: Vec<LocalFile>,
-    examples: Option<Examples>,
-}
-
-impl Data {
-    /// Reads the files as a run would, so that a bad record is told before anything is sent, and puts their digests into `wire`.
-    fn read(spec: &TrainSpec, wire: &mut TrainingSpec, global: &Global) -> Result<Self> {
-        let _spinner = progress::spinner("reading the examples", global);
-        let all = |path: &Path, split| texts(spec, path, split, |_| true);
-        let train = all(&spec.train, Split::Train)?;
-        let eval = spec.eval.as_deref().map(|path| all(path, Split::Dev)).transpose()?;
-        let mut files = Vec::new();
-        for (source, path) in [(&mut wire.train, Some(&spec.train)), (&mut wire.eval, spec.eval.as_ref())] {
-            if let (Some(source), Some(path)) = (source, path) {
-                let file = LocalFile::read(path)?;
-                source.source = Some(Source::Digest(file.digest.clone()));
-                files.push(file);
-            }
-        }
-        Ok(Self { files, examples: Some(plan::examples(spec, &train, eval.as_deref())) })
     }
 }
 
@@ -402,19 +291,5 @@ mod tests {
             assert!(message.contains(part), "no {part:?} in {message:?}");
         }
         assert!(is_same_model("/tmp/../tmp", "/tmp") && !is_same_model("/tmp/no/a", "/tmp/no/b"));
-    }
-
-    #[test]
-    fn what_the_machine_decides_is_no_part_of_a_job() {
-        let file = PartialSpec {
-            model: Some("m".into()),
-            out: Some("o".into()),
-            threads: Some(2),
-            lr: Some(0.5),
-            ..PartialSpec::default()
-        };
-        assert_eq!(ignored(&file), ["out", "threads"]);
-        assert_eq!(job_fields(file), PartialSpec { lr: Some(0.5), ..PartialSpec::default() });
-        assert_eq!(ignored(&PartialSpec::defaults()).len(), 7);
     }
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use incipit_proto::v1::metric_point::Point;
-use incipit_proto::v1::{EvalMetrics, Job, MetricPoint, StepMetrics};
+use incipit_proto::v1::{EvalMetrics, Job, MetricPoint, StepMetrics, TaskEvaluation};
 use serde::Serialize;
 
 use super::{plot, words};
@@ -32,10 +32,17 @@ pub(super) struct View {
     /// Whether it was told of.
     seen: bool,
     losses: Vec<(f64, f64)>,
-    evaluations: Vec<(u64, EvalMetrics)>,
+    evaluations: Vec<Evaluated>,
     /// When each of the last steps was measured, in seconds.
     times: Vec<(u64, f64)>,
     how: How,
+}
+
+/// An evaluation of a task; the task of a job that has one has no name.
+struct Evaluated {
+    step: u64,
+    task: String,
+    metrics: EvalMetrics,
 }
 
 enum How {
@@ -121,10 +128,21 @@ impl View {
     }
 
     fn evaluation(&mut self, step: u64, evaluation: &EvalMetrics) -> Result<()> {
-        self.evaluations.push((step, evaluation.clone()));
-        if matches!(self.how, How::Lines { .. }) {
-            output::line(&format!("step {}  {}", units::count(step), scores(evaluation)))?;
+        let of_task = |task: &TaskEvaluation| {
+            let metrics = task.evaluation.clone().unwrap_or_default();
+            Evaluated { step, task: task.name.clone(), metrics }
+        };
+        let mut evaluated: Vec<Evaluated> = evaluation.tasks.iter().map(of_task).collect();
+        if evaluated.is_empty() {
+            evaluated.push(Evaluated { step, task: String::new(), metrics: evaluation.clone() });
         }
+        if matches!(self.how, How::Lines { .. }) {
+            for one in &evaluated {
+                let best = if one.metrics.best { "  best so far" } else { "" };
+                output::line(&format!("step {}  {}{best}", units::count(step), one.scores()))?;
+            }
+        }
+        self.evaluations.extend(evaluated);
         Ok(())
     }
 
@@ -179,30 +197,27 @@ impl View {
             lines.extend(["loss".to_owned(), curve]);
         }
         let skipped = self.evaluations.len().saturating_sub(SHOWN);
-        let best =
-            self.evaluations.iter().rev().find(|(_, evaluation)| evaluation.best).map(|(step, _)| *step);
-        for (step, evaluation) in self.evaluations.iter().skip(skipped) {
-            let mark = if Some(*step) == best { "  best" } else { "" };
-            lines.push(show::cut(
-                &format!("step {:>8}  {}{mark}", units::count(*step), scores_alone(evaluation)),
-                COLUMNS,
-            ));
+        for one in self.evaluations.iter().skip(skipped) {
+            let of_task = |other: &&Evaluated| other.metrics.best && other.task == one.task;
+            let best = self.evaluations.iter().rev().find(of_task).map(|best| best.step);
+            let mark = if Some(one.step) == best { "  best" } else { "" };
+            let line = format!("step {:>8}  {}{mark}", units::count(one.step), one.scores());
+            lines.push(show::cut(&line, COLUMNS));
         }
         lines.join("\n")
     }
 }
 
-fn scores(evaluation: &EvalMetrics) -> String {
-    let best = if evaluation.best { "  best so far" } else { "" };
-    format!("{}{best}", scores_alone(evaluation))
-}
-
-fn scores_alone(evaluation: &EvalMetrics) -> String {
-    let metric = |(name, value): (&String, &f64)| {
-        format!("{} {}  ", name.replace(['-', '_'], " "), units::percent(*value))
-    };
-    let metrics: String = evaluation.metrics.iter().map(metric).collect();
-    format!("{metrics}evaluation loss {:.4}", evaluation.loss)
+impl Evaluated {
+    /// `boolq  accuracy 75.0 %  evaluation loss 0.5000`.
+    fn scores(&self) -> String {
+        let metric = |(name, value): (&String, &f64)| {
+            format!("{} {}  ", name.replace(['-', '_'], " "), units::percent(*value))
+        };
+        let metrics: String = self.metrics.metrics.iter().map(metric).collect();
+        let of_task = if self.task.is_empty() { String::new() } else { format!("{}  ", self.task) };
+        format!("{of_task}{metrics}evaluation loss {:.4}", self.metrics.loss)
+    }
 }
 
 #[cfg(test)]
@@ -231,8 +246,8 @@ mod tests {
         let points: Vec<MetricPoint> = (1..=600).map(training).collect();
         view.points(&points).unwrap();
         let metrics = [("accuracy".to_owned(), 0.75)].into();
-        view.evaluations
-            .push((500, EvalMetrics { metrics, loss: 0.5, best: true, ..EvalMetrics::default() }));
+        let metrics = EvalMetrics { metrics, loss: 0.5, best: true, ..EvalMetrics::default() };
+        view.evaluation(500, &metrics).unwrap();
         let text = view.panel();
         for part in [
             "j-1 running (started)",
@@ -245,6 +260,23 @@ mod tests {
             assert!(text.contains(part), "no {part} in\n{text}");
         }
         assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+    }
+
+    #[test]
+    fn each_of_several_tasks_has_a_line_and_a_best_of_its_own() {
+        let mut view = view();
+        for (step, best) in [(500, [true, true]), (600, [false, true])] {
+            let tasks = ["boolq", "rte"].into_iter().zip(best).map(|(name, best)| TaskEvaluation {
+                name: name.to_owned(),
+                evaluation: Some(EvalMetrics { loss: 0.5, best, ..EvalMetrics::default() }),
+            });
+            let metrics = EvalMetrics { tasks: tasks.collect(), ..EvalMetrics::default() };
+            view.evaluation(step, &metrics).unwrap();
+        }
+        let text = view.panel();
+        let best: Vec<&str> = text.lines().filter(|line| line.ends_with("best")).collect();
+        assert!(best.len() == 2 && best[0].contains("500  boolq") && best[1].contains("600  rte"), "{text}");
+        assert_eq!(text.lines().filter(|line| line.contains("evaluation loss")).count(), 4, "{text}");
     }
 
     #[test]

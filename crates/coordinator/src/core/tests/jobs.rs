@@ -1,13 +1,14 @@
 //! Stories of jobs.
 
-use incipit_proto::v1::{EngineLossCause, JobReason, JobState, JobWish};
+use incipit_proto::v1::{EngineLossCause, JobReason, JobState, JobWish, TrainingTask};
 use tonic::Code;
 
-use super::world::{World, job_name, left, new_job, saved, target, training};
+use super::world::{World, files, job_name, left, new_job, saved, target, training};
 use crate::core::{
     Reply, Request,
     backbone::Collective,
-    input::{CheckpointRef, JobEvent, StepRef},
+    checkpoint::{CheckpointFile, TaskScore},
+    input::{CheckpointRef, JobEvent, Saved, StepRef},
     job::KEPT_ATTEMPTS,
     read::JobFilter,
 };
@@ -203,7 +204,7 @@ fn a_promoted_checkpoint_keeps_its_job() {
     world.job_event("w", "j", saved(1));
     world.job_event("w", "j", left(JobState::Succeeded, JobReason::StepsDone));
     let prompt = incipit_proto::names::PromptName::of_id("id", "p").unwrap();
-    let checkpoint = CheckpointRef { job: job_name("j"), step: StepRef::Last };
+    let checkpoint = CheckpointRef { job: job_name("j"), step: StepRef::Last, task: None };
     let promote =
         Request::PromotePrompt { prompt: prompt.clone(), checkpoint, description: "good".to_owned() };
     let Reply::Prompt(first) = world.ask(promote.clone()).unwrap() else { panic!() };
@@ -223,13 +224,12 @@ fn a_promoted_checkpoint_keeps_its_job() {
 #[test]
 fn the_newest_the_best_the_pinned_and_the_one_gone_on_from_are_kept() {
     let mut world = World::running();
-    let best =
-        |step| JobEvent::Saved { step, files: super::world::files(step), score: Some(0.9), best: true };
-    world.job_event("w", "j", best(1));
+    let best = |step| Saved { step, files: files(step), score: Some(0.9), best: true, ..Saved::default() };
+    world.job_event("w", "j", JobEvent::Saved(best(1)));
     for step in 2..=4 {
         world.job_event("w", "j", saved(step));
     }
-    let pinned = CheckpointRef { job: job_name("j"), step: StepRef::At(2) };
+    let pinned = CheckpointRef { job: job_name("j"), step: StepRef::At(2), task: None };
     world.ask(Request::PinCheckpoint { checkpoint: pinned, pinned: true }).unwrap();
     world.ask(Request::PauseJob(target("j"))).unwrap();
     world.job_event("w", "j", left(JobState::Paused, JobReason::Requested));
@@ -243,8 +243,9 @@ fn the_newest_the_best_the_pinned_and_the_one_gone_on_from_are_kept() {
     assert_eq!(steps(&world), [9, 8, 7, 4, 2, 1]);
     world.job_event("w", "j", left(JobState::Succeeded, JobReason::StepsDone));
     assert_eq!(steps(&world), [9, 8, 7, 2, 1]);
-    let delete =
-        |step| Request::DeleteCheckpoint(CheckpointRef { job: job_name("j"), step: StepRef::At(step) });
+    let delete = |step| {
+        Request::DeleteCheckpoint(CheckpointRef { job: job_name("j"), step: StepRef::At(step), task: None })
+    };
     assert_eq!(world.ask(delete(2)).unwrap_err().reason, "CHECKPOINT_PINNED");
     world.ask(delete(1)).unwrap();
     assert_eq!(world.job("j").best, None);
@@ -253,10 +254,66 @@ fn the_newest_the_best_the_pinned_and_the_one_gone_on_from_are_kept() {
 }
 
 #[test]
+fn each_of_several_tasks_keeps_its_best_checkpoint_and_is_promoted_by_its_name() {
+    let mut world = World::ready();
+    let mut several = new_job("j", "b");
+    several.spec.tasks = ["x", "y"].map(|name| TrainingTask { name: name.to_owned(), spec: None }).into();
+    world.ask(Request::CreateJob { job: Box::new(several), validate_only: false }).unwrap();
+    let of = |task: &str, step: u64| {
+        let digest = blake3::hash(format!("{task} {step}").as_bytes()).to_hex().to_string();
+        CheckpointFile { name: format!("{task}/prompt.safetensors"), digest, size: 1 }
+    };
+    let mut save = |step: u64, best: [bool; 2]| {
+        let score = |name: &str, best| TaskScore { name: name.to_owned(), score: Some(step as f64), best };
+        let tasks = vec![score("x", best[0]), score("y", best[1])];
+        let files = vec![of("x", step), of("y", step)];
+        world.job_event("w", "j", JobEvent::Saved(Saved { step, files, tasks, ..Saved::default() }));
+    };
+    save(1, [true, true]);
+    save(2, [false, true]);
+    (3..=9).for_each(|step| save(step, [false, false]));
+    let job = job_name("j");
+    let steps: Vec<u64> = world.core.checkpoints_of(&job).map(|checkpoint| checkpoint.step).collect();
+    assert_eq!(steps, [9, 8, 7, 2, 1]);
+
+    let best = |task: Option<&str>| CheckpointRef {
+        job: job_name("j"),
+        step: StepRef::Best,
+        task: task.map(str::to_owned),
+    };
+    let prompt = incipit_proto::names::PromptName::of_id("id", "p").unwrap();
+    let promote = |task: Option<&str>| {
+        let (prompt, checkpoint) = (prompt.clone(), best(task));
+        Request::PromotePrompt { prompt, checkpoint, description: String::new() }
+    };
+    for (task, step) in [("x", 1), ("y", 2)] {
+        assert_eq!(world.core.find_checkpoint(&best(Some(task))).unwrap().step, step, "{task}");
+        let Reply::Prompt(version) = world.ask(promote(Some(task))).unwrap() else { panic!() };
+        assert_eq!((&version.digest, version.score), (&of(task, step).digest, Some(step as f64)));
+        assert_eq!(version.task.as_deref(), Some(task));
+    }
+    for (task, words) in [(None, "x, y; name one"), (Some("z"), "has x, y")] {
+        let problem = world.ask(promote(task)).unwrap_err();
+        assert!(problem.fields[0].0 == "task" && problem.message.contains(words), "{problem}");
+    }
+    let last = CheckpointRef { step: StepRef::Last, ..best(None) };
+    assert_eq!(world.core.find_checkpoint(&last).unwrap().step, 9, "all tasks have it");
+}
+
+#[test]
+fn a_job_of_one_task_has_none_to_be_named() {
+    let mut world = World::running();
+    world.job_event("w", "j", saved(1));
+    let named = CheckpointRef { job: job_name("j"), step: StepRef::Last, task: Some("x".to_owned()) };
+    let problem = world.core.find_checkpoint(&named).unwrap_err();
+    assert!(problem.fields[0].0 == "task" && problem.message.contains("leave it out"), "{problem}");
+}
+
+#[test]
 fn the_last_checkpoint_of_a_job_that_goes_on_is_not_deleted() {
     let mut world = World::running();
     world.job_event("w", "j", saved(1));
-    let last = CheckpointRef { job: job_name("j"), step: StepRef::At(1) };
+    let last = CheckpointRef { job: job_name("j"), step: StepRef::At(1), task: None };
     assert_eq!(world.ask(Request::DeleteCheckpoint(last)).unwrap_err().reason, "CHECKPOINT_NEEDED");
 }
 

@@ -23,7 +23,8 @@ use super::world::{
 use crate::core::{
     AgentMessage, Change, Effects, Input, Request, RequestKey, Resource, Rows, Time,
     backbone::Collective,
-    input::{CheckpointRef, EngineEvent, JobEvent, NewBackbone, Report, StepRef},
+    checkpoint::TaskScore,
+    input::{CheckpointRef, EngineEvent, JobEvent, NewBackbone, Report, Saved, StepRef},
     job::KEPT_ATTEMPTS,
     transitions::{BACKBONE_TRANSITIONS, JOB_TRANSITIONS},
 };
@@ -135,7 +136,7 @@ impl Machine {
             1 => StepRef::Last,
             _ => StepRef::At(u64::from(c) / 8),
         };
-        let checkpoint = CheckpointRef { job: job_name(job), step };
+        let checkpoint = CheckpointRef { job: job_name(job), step, task: None };
         let prompt = PromptName::of_id("id", "p").unwrap();
         self.ask(
             match b % 4 {
@@ -259,7 +260,7 @@ impl Machine {
         let event = match c % 8 {
             0 => JobEvent::Started { step, warnings: vec![format!("w{c}")] },
             1..4 => JobEvent::Measured(vec![training(step), training(step + 1), evaluation]),
-            4..7 => JobEvent::Saved { step, files: files(step), score: Some(0.5), best: c % 5 == 0 },
+            4..7 => JobEvent::Saved(saved(step, c)),
             _ => {
                 let (state, reason) = match c / 8 % 9 {
                     0 => (JobState::Paused, JobReason::Requested),
@@ -378,4 +379,15 @@ fn whatever_happens_in_whatever_order_the_invariants_hold() {
 #[ignore = "long: 20,000 stories"]
 fn the_invariants_hold_in_very_many_stories() {
     tell_stories(20_000, 11);
+}
+
+/// A checkpoint, for better or worse, of one task or of two.
+fn saved(step: u64, c: u8) -> Saved {
+    let task = |name: &str, best| TaskScore { name: name.to_owned(), score: Some(0.5), best };
+    let mut tasks = Vec::new();
+    if c.is_multiple_of(2) {
+        tasks = vec![task("a", c.is_multiple_of(3)), task("b", c % 7 < 3)];
+    }
+    let best = tasks.is_empty() && c.is_multiple_of(5);
+    Saved { step, files: files(step), score: Some(0.5), best, tasks }
 }

@@ -2,11 +2,11 @@
 
 use incipit_proto::v1::{EngineLossCause, JobReason, JobState, LogLine};
 
-use super::world::{World, backbone_name, job_name, left, saved, training, worker_name};
+use super::world::{World, backbone_name, job_name, left, saved, target, training, worker_name};
 use crate::core::{
-    AgentMessage, Change, ToAgent,
+    AgentMessage, Change, Request, ToAgent,
     checkpoint::CheckpointFile,
-    input::{JobEvent, Report},
+    input::{CheckpointRef, JobEvent, Report, Saved, StepRef},
 };
 
 #[test]
@@ -102,7 +102,7 @@ fn another_checkpoint_of_a_committed_step_is_refused_in_the_jobs_log() {
     let effects = world.job_event("w", "j", saved(7));
     assert!(matches!(&*effects.changes, [Change::PutReports(_)]));
     let files = vec![CheckpointFile { name: "x".to_owned(), digest: "0".repeat(64), size: 1 }];
-    let other = JobEvent::Saved { step: 7, files, score: None, best: false };
+    let other = JobEvent::Saved(Saved { step: 7, files, ..Saved::default() });
     let effects = world.job_event("w", "j", other);
     let [Change::AppendLogs(name, lines), Change::PutReports(_)] = &*effects.changes else {
         panic!("{effects:?}")
@@ -129,4 +129,30 @@ fn lines_are_counted_by_what_they_are_of() {
     let rows = world.core.rows();
     let counts: Vec<_> = rows.logs.iter().map(|(name, count)| (name.as_str(), *count)).collect();
     assert_eq!(counts, [("backbones/b", 2), ("jobs/j", 1)]);
+}
+
+#[test]
+fn a_job_that_was_put_aside_before_an_evaluation_is_saved_again_behind_it() {
+    let mut world = World::running();
+    world.job_event("w", "j", saved(7));
+    let checkpoint = CheckpointRef { job: job_name("j"), step: StepRef::Last, task: None };
+    world.ask(Request::PinCheckpoint { checkpoint: checkpoint.clone(), pinned: true }).unwrap();
+    let prompt = incipit_proto::names::PromptName::of_id("id", "p").unwrap();
+    let promote = Request::PromotePrompt { prompt, checkpoint, description: String::new() };
+    world.ask(promote).unwrap();
+    world.ask(Request::PauseJob(target("j"))).unwrap();
+    world.job_event("w", "j", left(JobState::Paused, JobReason::Requested));
+    world.ask(Request::ResumeJob(target("j"))).unwrap();
+
+    let state = CheckpointFile { name: "state.json".to_owned(), digest: "0".repeat(64), size: 1 };
+    let with =
+        |files| JobEvent::Saved(Saved { step: 7, files, score: Some(0.5), best: true, ..Saved::default() });
+    // A version of a prompt stands on the file that is missing here.
+    world.job_event("w", "j", with(vec![state.clone()]));
+    assert_eq!(world.job("j").best, None);
+    let files = [super::world::files(7), vec![state]].concat();
+    world.job_event("w", "j", with(files.clone()));
+    let now = world.core.checkpoint(&job_name("j"), 7).unwrap();
+    assert_eq!((&now.files, now.best, now.pinned, now.score), (&files, true, true, Some(0.5)));
+    assert_eq!(world.job("j").best.unwrap().step, 7);
 }

@@ -5,7 +5,7 @@ use incipit_proto::v1::{BackboneReason, BackboneState, JobReason, JobState, JobW
 use super::world::{World, backbone_name, target, worker_name};
 use crate::core::{
     AgentMessage, Input, Request, ToAgent,
-    input::{JobEvent, RendezvousKey},
+    input::{JobEvent, RendezvousKey, Saved},
 };
 
 fn state(world: &World, id: &str) -> WorkerState {
@@ -186,7 +186,7 @@ fn leave_saved(world: &mut World, leader: &str, step: u64) {
     let told = &world.agents[&worker_name(leader)].jobs;
     let jobs = told.values().flat_map(|jobs| &jobs.jobs);
     assert!(jobs.clone().count() == 1 && jobs.clone().all(|job| job.wish == JobWish::Yield));
-    let saved = JobEvent::Saved { step, files: Vec::new(), score: None, best: false };
+    let saved = JobEvent::Saved(Saved { step, ..Saved::default() });
     world.job_event(leader, "j", saved);
     let (state, reason) = (JobState::Queued, JobReason::Requested);
     world.job_event(leader, "j", JobEvent::Left { state, reason, message: String::new(), step });

@@ -17,7 +17,7 @@ use crate::core::{
     backbone::{BackboneSpec, Collective, Device, Dtype},
     checkpoint::{CheckpointFile, PROMPT_FILE},
     effects::{EngineAssignment, JobAssignments},
-    input::{EngineEvent, EngineStatus, JobEvent, JobTarget, NewBackbone, NewJob, Report},
+    input::{EngineEvent, EngineStatus, JobEvent, JobTarget, NewBackbone, NewJob, Report, Saved},
     job::RetryPolicy,
 };
 
@@ -74,7 +74,7 @@ pub(super) fn training(step: u64) -> MetricPoint {
 }
 
 pub(super) fn saved(step: u64) -> JobEvent {
-    JobEvent::Saved { step, files: files(step), score: None, best: false }
+    JobEvent::Saved(Saved { step, files: files(step), ..Saved::default() })
 }
 
 pub(super) fn left(state: JobState, reason: JobReason) -> JobEvent {

@@ -3,7 +3,7 @@
 use incipit_proto::v1::JobWish;
 
 use super::*;
-use crate::core::Job;
+use crate::core::{Checkpoint, Job};
 
 impl Machine {
     /// What must hold of what was just written.
@@ -97,6 +97,7 @@ impl Machine {
                 );
             }
             assert!(job.attempts.len() <= KEPT_ATTEMPTS, "I11");
+            self.hold_best(&job.name);
             if job.state == JobState::Running {
                 self.hold_running(&job.backbone);
             }
@@ -134,6 +135,17 @@ impl Machine {
             assert!(core.used(&worker.name, None).0 <= worker.slots, "I12: a slot is used twice");
         }
         assert!(rows.requests.len() <= 48, "I11");
+    }
+
+    /// A job, and each of its tasks, has one best checkpoint at most.
+    fn hold_best(&self, job: &JobName) {
+        let best = |is_best: &dyn Fn(&Checkpoint) -> bool| {
+            self.world.core.checkpoints_of(job).filter(|checkpoint| is_best(checkpoint)).count()
+        };
+        assert!(best(&|checkpoint| checkpoint.best) <= 1, "I14: {job} has two");
+        for task in ["a", "b"] {
+            assert!(best(&|checkpoint| checkpoint.is_best_of(task)) <= 1, "I14: {task} of {job} has two");
+        }
     }
 
     pub(super) fn hold_running(&self, name: &incipit_proto::names::BackboneName) {
