@@ -92,6 +92,7 @@ fn jobs_of_benchmarks_by_every_method_end_in_the_bytes_of_training_runs() -> Res
         ("layers", prompt, format!("{few} --task record --prompt-layers all --parameter-scaling true")),
         ("sentinel", prompt, format!("{few} --task wsc --target-sentinel --max-target-length 24")),
         ("adapter", weights, format!("{few} --task multirc --method adapter --adapter-width 8")),
+        ("model", weights, format!("{few} --task multirc --method model")),
         ("prefix", weights, format!("{few} --task multirc --method prefix --prefix-projection 8")),
         (
             "text",
@@ -159,6 +160,8 @@ fn tasks_that_share_rows_are_one_job_and_end_in_the_bytes_of_a_run() -> Result<(
     common::incipit(&run.into_iter().chain(flags()).collect::<Vec<_>>())?.ok()?;
     let connected = |args: &[&str]| common::incipit(&[args, &["--coordinator", &endpoint]].concat())?.ok();
     let submit = ["job", "submit", "--backbone", "b", "--name", "both"];
+    let plan = connected(&submit.into_iter().chain(flags()).chain(["--dry-run"]).collect::<Vec<_>>())?;
+    ensure!(plan.stdout.contains("3, whose prompts share 3 rows"), "{}", plan.stdout);
     connected(&submit.into_iter().chain(flags()).collect::<Vec<_>>())?;
 
     // On its way it is put aside once.

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Ran, command, demo, incipit, refused, train};
+use common::{Ran, command, demo, incipit, path, refused, train};
 
 #[test]
 fn flags_that_mean_nothing_are_refused() {
@@ -123,4 +123,30 @@ fn a_destination_that_is_taken_is_left_alone() {
     refused(&incipit(&["convert", "prompt", &run, &taken.display().to_string()]), &["there already"]);
     assert_eq!(common::text(taken), "mine");
     incipit(&["convert", "prompt", &run, &other.display().to_string()]).ok();
+}
+
+#[test]
+fn tasks_that_cannot_be_one_job_are_refused_before_a_coordinator_is_asked() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = path(dir.path(), "tasks.toml");
+    let (train, other) = (demo("data/train.jsonl"), demo("data/eval.jsonl"));
+    let tables = |more: &str| format!("[a]\ntrain = '{train}'\n[b]\ntrain = '{other}'\n{more}");
+    let refuse = |text: String, more: &[&str], words: &[&str]| {
+        std::fs::write(&file, text).expect("a file");
+        refused(
+            &incipit(&[&["job", "submit", "--tasks", &file, "--prompt-length", "6"], more].concat()),
+            words,
+        );
+    };
+    let shared = ["--shared-length", "3"];
+    refuse(tables(""), &[], &["--shared-length is missing"]);
+    refuse(tables(""), &["--shared-length", "6"], &["--shared-length is 6", "less than --prompt-length"]);
+    refuse(tables("lr = 0.1\n"), &shared, &["--lr differs between tasks", "once, on the command line"]);
+    refuse(tables(""), &[&shared[..], &["--train", &train]].concat(), &["--train", "are for one task"]);
+    refuse(tables(""), &[&shared[..], &["--patience", "2"]].concat(), &["--patience"]);
+    refuse(format!("[a]\ntrain = '{train}'\n"), &shared, &["fewer than two tasks"]);
+    refuse(tables("").replace("[a]", "['../a']"), &shared, &["names a task \"../a\"", "letters"]);
+    refuse(tables("").replace(&other, "/none.jsonl"), &shared, &["/none.jsonl"]);
+    let alone = ["job", "submit", "--train", &train, "--shared-length", "3"].map(str::to_owned);
+    refused(&incipit(&alone.iter().map(String::as_str).collect::<Vec<_>>()), &["--shared-length", "--tasks"]);
 }

@@ -45,6 +45,15 @@ pub struct Checkpoint {
     pub state: TrainState,
 }
 
+impl Checkpoint {
+    /// Bytes of its numbers.
+    #[must_use]
+    pub fn num_bytes(&self) -> u64 {
+        let optimizer: usize = self.optimizer.iter().map(|tensor| tensor.data.len()).sum();
+        (self.trained.num_parameters() + optimizer as u64) * 4
+    }
+}
+
 /// Where a job stands.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -244,6 +244,18 @@ pub enum Error {
         /// What the system said.
         cause: String,
     },
+    /// This machine, or that of another rank, has no room for all weights of a model to be trained.
+    #[error(
+        "to train all weights takes about {} GiB of memory besides the backbone, {} GiB more than are free; train a prompt, a prefix or an \
+         adapter, or use a machine with more memory",
+        gib(*needed), gib(*short)
+    )]
+    Memory {
+        /// Bytes that the ranks of this machine need.
+        needed: u64,
+        /// Bytes that the machine lacks that has the least.
+        short: u64,
+    },
     /// The ranks of a run were not told the same.
     #[error("rank {rank} has {what} than rank 0; start all ranks with the same flags and the same files")]
     RanksDiffer {
@@ -326,7 +338,8 @@ impl Error {
             Self::Kernels(error) | Self::Model(incipit_model::Error::Kernel(error)) => Some(error),
             _ => None,
         };
-        matches!(of_kernels, Some(incipit_kernels::Error::GpuMemory { .. }))
+        matches!(self, Self::Memory { .. })
+            || matches!(of_kernels, Some(incipit_kernels::Error::GpuMemory { .. }))
     }
 
     /// A value of a flag that cannot be.
@@ -339,6 +352,10 @@ impl Error {
         let path = path.into();
         move |source| Self::Io { action, path, source }
     }
+}
+
+fn gib(bytes: u64) -> String {
+    format!("{:.1}", bytes as f64 / f64::from(1 << 30))
 }
 
 /// What a person can do about an error of the system, where that is known.

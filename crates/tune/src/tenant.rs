@@ -92,6 +92,7 @@ impl Tenant {
                 (Trainee::Tokens(job), warnings)
             }
             Method::Model | Method::Adapter | Method::Prefix => {
+                weights::check_room(backbone, spec)?;
                 let weights = Weights::new(backbone, weights::initial(backbone, spec)?, &job.optimizer)?;
                 (Trainee::Weights(weight_job(backbone, spec, &task, weights, None)?), Vec::new())
             }
@@ -116,6 +117,7 @@ impl Tenant {
     /// # Errors
     /// If the checkpoint is one of another backbone, other data or another specification, or does not fit them.
     pub fn resume(backbone: &Backbone, spec: &TrainSpec, task: Task, earlier: &Checkpoint) -> Result<Self> {
+        weights::check_room(backbone, spec)?;
         let trainee = restored(backbone, spec, &task, earlier)?;
         let state = &earlier.state;
         Ok(Self {

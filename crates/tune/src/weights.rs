@@ -2,6 +2,7 @@
 
 mod initial;
 pub(crate) mod projection;
+mod room;
 
 use std::sync::Arc;
 
@@ -23,6 +24,7 @@ use crate::{
 };
 
 pub(crate) use initial::initial;
+pub(crate) use room::check_room;
 
 /// Weights being trained, and the model with them in it. They and their optimizers' states are f32 and whole on every rank; what the
 /// model reads of them has its type, and each rank's model only its part.

@@ -50,12 +50,6 @@ macro_rules! enumerations {
 fn refuse_elsewhere(spec: &PartialSpec) -> Result<(), Problem> {
     let others = [
         (
-            "spec.method",
-            spec.method.filter(|method| *method == Method::Model).map(|_| {
-                "is model, and the other jobs of a backbone need its weights as they are".to_owned()
-            }),
-        ),
-        (
             "spec.objective",
             spec.objective.map(|_| "is for plain text, and a job learns from examples".to_owned()),
         ),
@@ -354,7 +348,9 @@ mod tests {
                 one_of(&[PromptLayers::First, PromptLayers::All]),
                 one_of(&[PrefixPart::All, PrefixPart::Decoder]),
             ),
-            method in one_of(&[Method::Prompt, Method::Prefix, Method::Adapter, Method::Text, Method::Search]),
+            method in one_of(&[
+                Method::Prompt, Method::Model, Method::Prefix, Method::Adapter, Method::Text, Method::Search,
+            ]),
             sizes in [count(), count(), count(), count(), count(), count()],
             texts in [option::of(".{0,12}"), option::of(".{0,12}"), option::of(".{0,12}")],
             predict in one_of(&[Predict::Decode, Predict::Rank]),
@@ -419,7 +415,6 @@ mod tests {
             (PartialSpec { keep: Some(1 << 40), ..none() }, "spec.keep"),
             (PartialSpec { metrics: Some(Vec::new()), ..none() }, "spec.metrics"),
             (PartialSpec { train: Some("/".into()), ..none() }, "spec.train"),
-            (PartialSpec { method: Some(Method::Model), ..none() }, "spec.method"),
             (PartialSpec { data_dir: Some("d".into()), ..none() }, "spec.data_dir"),
         ] {
             assert_eq!(to_wire(&spec).unwrap_err().fields[0].0, field);

@@ -144,7 +144,8 @@ impl Core {
     fn saved(&mut self, name: &JobName, Saved { step, files, score, best, tasks }: Saved) {
         let Some(mut job) = self.rows.jobs.get(name).cloned() else { return };
         let known = self.rows.checkpoints.get(&(name.clone(), step));
-        let pinned = known.is_some_and(|known| known.pinned);
+        let (pinned, created_revision) =
+            known.map_or((false, 0), |known| (known.pinned, known.created_revision));
         if step <= job.committed_step && !self.completes(&job, step, &files) {
             // A checkpoint that is there already, told again by an engine that began anew, is no news; another one of the same step is a
             // fault.
@@ -171,7 +172,7 @@ impl Core {
             attempt,
             epoch,
             create_time: self.now,
-            created_revision: 0,
+            created_revision,
             revision: 0,
             tasks,
         };

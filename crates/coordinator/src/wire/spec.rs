@@ -188,12 +188,6 @@ fn check_choices(checks: &mut Checks, spec: &TrainingSpec) {
     for (field, number, _) in choices.into_iter().filter(|(_, _, known)| !known) {
         checks.wrong(field, format!("is {number}, which nobody here knows"));
     }
-    if spec.method() == Method::Model {
-        checks.wrong(
-            "job.spec.method",
-            "is model, and the other jobs of a backbone need its weights as they are",
-        );
-    }
     let known = |number: &i32| Metric::try_from(*number).is_ok_and(|metric| metric != Metric::Unspecified);
     if let Some(number) = spec.metrics.iter().find(|number| !known(number)) {
         checks.wrong("job.spec.metrics", format!("has {number}, which nobody here knows"));

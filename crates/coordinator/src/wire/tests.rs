@@ -84,7 +84,7 @@ fn numbers_out_of_their_ranges_are_refused_by_their_fields() {
         ("prompt_placement", |spec| spec.prompt_placement = 4),
         ("prompt_layers", |spec| spec.prompt_layers = -1),
         ("predict", |spec| spec.predict = 3),
-        ("method", |spec| spec.set_method(v1::Method::Model)),
+        ("method", |spec| spec.method = 7),
         ("prefix_part", |spec| spec.prefix_part = 9),
         ("adapter_width", |spec| spec.adapter_width = Some(0)),
         ("instruction", |spec| spec.instruction = Some("x".repeat(16 * 1024 + 1))),

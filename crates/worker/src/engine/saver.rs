@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 
 use incipit_proto::v1::{
@@ -16,8 +16,8 @@ use crate::engine::resident::{OfTasks, dir_of};
 use crate::engine::voice::Voice;
 use crate::frames::{Notice, Saved};
 
-/// Checkpoints that wait at most: the backbone waits for the disk beyond.
-const WAITING: usize = 8;
+/// Bytes of checkpoints that wait at most, or one checkpoint: the backbone waits for the disk beyond.
+const WAITING: u64 = 64 << 20;
 
 /// What is to be said.
 enum Task {
@@ -31,6 +31,8 @@ enum Task {
 
 struct Save {
     checkpoint: OfTasks<Checkpoint>,
+    /// Of its numbers.
+    bytes: u64,
     /// Without what is told of the checkpoint.
     report: JobReport,
     /// Without the files.
@@ -41,14 +43,15 @@ struct Save {
 #[derive(Clone)]
 pub(crate) struct Saver {
     tasks: Sender<Task>,
-    waiting: Arc<AtomicUsize>,
+    /// Bytes that wait.
+    waiting: Arc<AtomicU64>,
 }
 
 impl Saver {
     /// Saves under `outbox`.
     pub(crate) fn start(outbox: PathBuf, voice: Voice) -> Self {
         let (tasks, queue) = channel();
-        let waiting = Arc::<AtomicUsize>::default();
+        let waiting = Arc::<AtomicU64>::default();
         let desk = Desk { outbox, voice, waiting: waiting.clone(), unsaved: BTreeMap::new() };
         std::thread::spawn(move || desk.serve(&queue));
         Self { tasks, waiting }
@@ -62,10 +65,12 @@ impl Saver {
     /// Saves a checkpoint and reports it, with what `saved` says of it besides its files. If it cannot be written, the log says so, and
     /// the job goes on.
     pub(crate) fn save(&self, checkpoint: OfTasks<Checkpoint>, saved: CheckpointSaved, report: JobReport) {
-        if self.waiting.fetch_add(1, Ordering::Relaxed) >= WAITING {
+        let bytes = checkpoint.iter().map(|(_, checkpoint)| checkpoint.num_bytes()).sum();
+        if self.waiting.load(Ordering::Relaxed) + bytes > WAITING {
             self.flush();
         }
-        let _ = self.tasks.send(Task::Save(Box::new(Save { checkpoint, report, saved })));
+        self.waiting.fetch_add(bytes, Ordering::Relaxed);
+        let _ = self.tasks.send(Task::Save(Box::new(Save { checkpoint, bytes, report, saved })));
     }
 
     /// Says that a job has left. It has not succeeded if its last checkpoint could not be written.
@@ -86,7 +91,7 @@ impl Saver {
 struct Desk {
     outbox: PathBuf,
     voice: Voice,
-    waiting: Arc<AtomicUsize>,
+    waiting: Arc<AtomicU64>,
     /// Jobs whose last checkpoint could not be written, and why.
     unsaved: BTreeMap<String, String>,
 }
@@ -97,8 +102,9 @@ impl Desk {
             match task {
                 Task::Say(notice) => self.voice.say(notice),
                 Task::Save(save) => {
+                    let bytes = save.bytes;
                     self.save(*save);
-                    self.waiting.fetch_sub(1, Ordering::Relaxed);
+                    self.waiting.fetch_sub(bytes, Ordering::Relaxed);
                 }
                 Task::Leave(report, left) => self.leave(report, left),
                 Task::Flush(done) => drop(done.send(())),
@@ -107,7 +113,7 @@ impl Desk {
     }
 
     fn save(&mut self, save: Save) {
-        let Save { checkpoint, mut report, mut saved } = save;
+        let Save { checkpoint, mut report, mut saved, .. } = save;
         let (job, step) = (report.job.clone(), saved.step);
         let dir = self.outbox.join(format!("{}-{}-{step:08}", job.replace('/', "-"), report.attempt));
         match write(&dir, &checkpoint) {

@@ -38,8 +38,8 @@ Examples:
   incipit job submit --backbone base --tasks tasks.toml --shared-length 50 --prompt-length 60
       several tasks whose prompts share rows, as `incipit multitask` tunes them: one job, and a prompt for each
 
-Methods: all of `incipit train` but model, whose weights the other jobs need as they are. Only prompts share a step with others'; what trains weights needs \
-a backbone on a CPU. `incipit checkpoint download` fetches what was trained.
+Methods: all of `incipit train`. Only prompts share a step with others'; what trains weights needs a backbone on a CPU, and model memory for \
+weights of its own. `incipit checkpoint download` fetches what was trained.
 Files: JSON lines (also .gz), CSV, TSV or Parquet; with --task, those of the benchmark's splits, by --data-dir or by --train and --eval.
 Prompt initialisations: class-label, vocab, uniform, uniform:LOW,HIGH, text:SOME WORDS; or another task's prompt (Vu et al. \
 2022): file:PATH (an .npy, a PEFT directory or a run, which is read here and handed in), prompt:NAME or prompt:NAME/VERSION \
@@ -63,7 +63,7 @@ pub(super) struct SubmitArgs {
     eval: Option<PathBuf>,
     /// File with a table for each of several tasks whose prompts share rows, as for `incipit multitask`; with
     /// --shared-length
-    #[arg(long, value_name = "FILE.toml", help_heading = "Job", requires = "shared_length")]
+    #[arg(long, value_name = "FILE.toml", help_heading = "Job")]
     tasks: Option<PathBuf>,
     /// Rows that the prompts of all --tasks have in common, of --prompt-length
     #[arg(long, value_name = "S", help_heading = "Job")]
