@@ -143,7 +143,7 @@ fn tasks_that_cannot_be_one_job_are_refused_before_a_coordinator_is_asked() {
     refuse(tables(""), &["--shared-length", "6"], &["--shared-length is 6", "less than --prompt-length"]);
     refuse(tables("lr = 0.1\n"), &shared, &["--lr differs between tasks", "once, on the command line"]);
     refuse(tables(""), &[&shared[..], &["--train", &train]].concat(), &["--train", "are for one task"]);
-    refuse(tables(""), &[&shared[..], &["--patience", "2"]].concat(), &["--patience"]);
+    refuse(tables(""), &[&shared[..], &["--patience", "2"]].concat(), &["--patience", "before the others"]);
     refuse(format!("[a]\ntrain = '{train}'\n"), &shared, &["fewer than two tasks"]);
     refuse(tables("").replace("[a]", "['../a']"), &shared, &["names a task \"../a\"", "letters"]);
     refuse(tables("").replace(&other, "/none.jsonl"), &shared, &["/none.jsonl"]);

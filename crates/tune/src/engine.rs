@@ -4,7 +4,10 @@
 //! a job's sum over its examples does not depend on their order, so that a job's gradient is the same bits whatever the
 //! microbatches, the neighbours and the threads.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, atomic::AtomicU64},
+};
 
 use incipit_collective::{Axis, Ranks};
 use incipit_data::TokenizedExample;
@@ -132,6 +135,8 @@ pub struct Engine {
     ranks: Arc<Ranks>,
     budget: usize,
     recompute: bool,
+    /// Bytes of this machine's memory that jobs were promised and may not have taken yet.
+    pub(crate) promised: Arc<AtomicU64>,
 }
 
 /// An example of a step, and where it comes from.
@@ -152,7 +157,7 @@ impl Engine {
     #[must_use]
     pub fn new(model: Arc<T5>, options: EngineOptions) -> Self {
         let (budget, recompute) = Self::plan(&model, options, microbatch::free_memory());
-        Self { model, ranks: Arc::new(Ranks::alone()), budget, recompute }
+        Self { model, ranks: Arc::new(Ranks::alone()), budget, recompute, promised: Arc::default() }
     }
 
     /// An engine over `model`, which is this rank's part of it. Examples are dealt out to the replicas.
@@ -168,7 +173,7 @@ impl Engine {
         };
         let planned = Self::plan(&model, options, free);
         let (budget, recompute) = Self::agreed(&ranks, planned)?;
-        Ok(Self { model, ranks, budget, recompute })
+        Ok(Self { model, ranks, budget, recompute, promised: Arc::default() })
     }
 
     /// Ranks that share a model go through it in step, so that they must cut alike, and the smallest decides.
@@ -234,7 +239,7 @@ impl Engine {
     #[must_use]
     pub fn with_model(&self, model: T5) -> Self {
         let (ranks, budget, recompute) = (self.ranks.clone(), self.budget, self.recompute);
-        Self { model: Arc::new(model), ranks, budget, recompute }
+        Self { model: Arc::new(model), ranks, budget, recompute, promised: self.promised.clone() }
     }
 
     /// The ranks that have the backbone together.

@@ -246,8 +246,8 @@ pub enum Error {
     },
     /// This machine, or that of another rank, has no room for all weights of a model to be trained.
     #[error(
-        "to train all weights takes about {} GiB of memory besides the backbone, {} GiB more than are free; train a prompt, a prefix or an \
-         adapter, or use a machine with more memory",
+        "to train all weights takes about {} GiB of memory besides the backbone, and {} GiB are wanting on the machine that has the least; \
+         train a prompt, a prefix or an adapter, or use machines with more memory",
         gib(*needed), gib(*short)
     )]
     Memory {

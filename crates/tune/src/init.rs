@@ -149,7 +149,7 @@ pub fn initial_prompt(
         PromptInit::Text(text) => draft.rows(&draft.text(text, &mut warnings)?, d_model)?,
         PromptInit::File(path) => {
             let prompt = Prompt::read(path)?;
-            check_shape(&prompt, path, length, d_model)?;
+            check_shape(&prompt, path, (length, 0), d_model)?;
             return Ok(Initial { prompt, warnings });
         }
     };
@@ -179,14 +179,19 @@ pub fn initial_tokens(
     Ok((ids, warnings))
 }
 
-/// Checks that the prompt that was read from `path` can be one of `[length, d_model]`.
-pub(crate) fn check_shape(prompt: &Prompt, path: &Path, length: usize, d_model: usize) -> Result<()> {
+/// Checks that the prompt that was read from `path` can be one of `[length, d_model]`, which stands behind `shared` rows.
+pub(crate) fn check_shape(
+    prompt: &Prompt,
+    path: &Path,
+    (length, shared): (usize, usize),
+    d_model: usize,
+) -> Result<()> {
     prompt.check_width(d_model, path)?;
     if prompt.length() == length {
         return Ok(());
     }
     let found = prompt.length();
-    let what = format!("it has {found} rows, not {length}; give --prompt-length {found}");
+    let what = format!("it has {found} rows, not {length}; give --prompt-length {}", found + shared);
     Err(Error::Init { init: PromptInit::File(path.to_owned()).to_string(), what })
 }
 

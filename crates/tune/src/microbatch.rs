@@ -108,12 +108,20 @@ pub(crate) fn free_memory() -> Option<u64> {
     let read = |path: &str| std::fs::read_to_string(path).ok();
     let available = read("/proc/meminfo").as_deref().and_then(mem_available);
     let number = |path: &str| read(path)?.trim().parse::<u64>().ok();
-    let group = number("/sys/fs/cgroup/memory.max")
-        .map(|max| max.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or(0)));
+    let stat = read("/sys/fs/cgroup/memory.stat").unwrap_or_default();
+    let used = number("/sys/fs/cgroup/memory.current").unwrap_or(0).saturating_sub(inactive_file(&stat));
+    let group = number("/sys/fs/cgroup/memory.max").map(|max| max.saturating_sub(used));
     match (available, group) {
         (Some(system), Some(group)) => Some(system.min(group)),
         (system, group) => system.or(group),
     }
+}
+
+/// The line `inactive_file 12345` of a group's statistics: bytes of files that the group has read, which are dropped before a process
+/// goes short of memory.
+fn inactive_file(stat: &str) -> u64 {
+    let line = stat.lines().find_map(|line| line.strip_prefix("inactive_file "));
+    line.and_then(|bytes| bytes.trim().parse().ok()).unwrap_or(0)
 }
 
 /// The line `MemAvailable: 12345 kB`, in bytes.
@@ -215,6 +223,8 @@ mod tests {
     #[test]
     fn the_systems_estimate_is_read() {
         assert_eq!(mem_available("MemTotal: 9 kB\nMemAvailable:   12345 kB\n"), Some(12_641_280));
+        assert_eq!(inactive_file("anon 7\ninactive_anon 5\ninactive_file 4096\n"), 4096);
+        assert_eq!(inactive_file(""), 0);
         assert_eq!(mem_available("MemTotal: 9 kB\n"), None);
     }
 }

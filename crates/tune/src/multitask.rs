@@ -8,6 +8,7 @@ use std::path::Path;
 
 use crate::{
     Error, Result,
+    checkpoint::MANIFEST,
     group::{self, Kind},
     spec::{PartialSpec, TrainSpec},
 };
@@ -62,14 +63,17 @@ pub fn resolve(flags: &PartialSpec, tasks: Option<&Path>, resume: bool) -> Resul
 /// If it cannot.
 pub fn check_name(name: &str) -> Result<()> {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    if name.starts_with('.') || !name.chars().all(is_plain) || name.is_empty() {
-        let what = format!("names a task {name:?}, which is to be a directory; use letters, digits, - and _");
+    let fits = (1..=64).contains(&name.len()) && name.chars().all(is_plain);
+    if !fits || name.starts_with('.') || name == MANIFEST {
+        let what = format!(
+            "names a task {name:?}, which is to be a directory; use up to 64 letters, digits, -, _ and ., with no . in front"
+        );
         return Err(Error::spec("tasks", &what));
     }
     Ok(())
 }
 
-/// What of a task's settings all tasks have in common, as [`check`] says, and what is its own.
+/// What of a task's settings is for all tasks, which [`check`] holds to be the same, and what is its own.
 #[must_use]
 pub fn divide(spec: PartialSpec) -> (PartialSpec, PartialSpec) {
     let common = PartialSpec {
@@ -156,4 +160,40 @@ pub fn check(specs: &[TrainSpec]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_setting_is_for_all_tasks_or_one_tasks_own() {
+        let more = PartialSpec {
+            recipe: Some(crate::recipe::Recipe::Paper),
+            train: Some("train.jsonl".into()),
+            shared_length: Some(3),
+            patience: Some(2),
+            ..PartialSpec::default()
+        };
+        let whole = more.over(PartialSpec::defaults());
+        let keys = |spec: &PartialSpec| -> BTreeSet<String> {
+            let value = serde_json::to_value(spec).unwrap();
+            value.as_object().unwrap().keys().cloned().collect()
+        };
+        let (common, own) = divide(whole.clone());
+        assert_eq!(keys(&common).intersection(&keys(&own)).count(), 0, "said twice");
+        assert_eq!(own.over(common), whole, "nothing is lost");
+    }
+
+    #[test]
+    fn a_tasks_name_can_be_a_directory() {
+        for name in ["a", "boolq-2", "v1.1_x", &"x".repeat(64)] {
+            check_name(name).unwrap();
+        }
+        for name in ["", ".a", "..", "a/b", "a b", "é", "MANIFEST", &"x".repeat(65)] {
+            assert!(check_name(name).is_err(), "{name:?}");
+        }
+    }
 }

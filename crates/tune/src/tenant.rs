@@ -1,6 +1,8 @@
 //! A job with everything that decides what it does next: it reads and writes nothing, so that one process can carry many of them on
 //! over one backbone, a step of this and a step of that.
 
+mod initial;
+
 use std::sync::Arc;
 
 use incipit_data::pretrain::{Cursor, Pretraining};
@@ -11,7 +13,7 @@ use crate::{
     checkpoint::{Best, Checkpoint, TrainState},
     engine::{Engine, JobBatch, JobFault, JobGradient},
     evaluate::{EvalOptions, Evaluation, PartialEvaluation},
-    init::{Initial, PromptInit, Sources, check_shape, initial_prompt},
+    init::Initial,
     job::{Job, JobSpec, Update},
     prompt::Prompt,
     rank::Candidates,
@@ -20,8 +22,11 @@ use crate::{
     token_job::TokenJob,
     tokens::TokenPrompt,
     trained::Trained,
-    weights::{self, WeightJob, Weights},
+    weights::{self, Room, WeightJob, Weights},
 };
+
+use initial::initial;
+pub(crate) use initial::with_sources;
 
 /// What a job does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +63,8 @@ pub struct Tenant {
     /// What predictions are chosen among, if they are chosen.
     candidates: Option<Arc<Candidates>>,
     trainee: Trainee,
+    /// What was promised to it, where it trains all weights.
+    _room: Option<Room>,
     warnings: Vec<String>,
     best: Option<Best>,
     evaluations_since_best: u64,
@@ -82,6 +89,7 @@ impl Tenant {
     /// are none, or an exchange with other ranks fails.
     pub fn start(backbone: &Backbone, spec: &TrainSpec, task: Task) -> Result<Self> {
         let (job, data) = (JobSpec::from(spec), task.train.clone());
+        let room = weights::find_room(backbone, spec, None)?;
         let (trainee, told) = match spec.method {
             Method::Prompt => {
                 let Initial { prompt, warnings } = initial(backbone, spec, &task)?;
@@ -92,7 +100,6 @@ impl Tenant {
                 (Trainee::Tokens(job), warnings)
             }
             Method::Model | Method::Adapter | Method::Prefix => {
-                weights::check_room(backbone, spec)?;
                 let weights = Weights::new(backbone, weights::initial(backbone, spec)?, &job.optimizer)?;
                 (Trainee::Weights(weight_job(backbone, spec, &task, weights, None)?), Vec::new())
             }
@@ -104,6 +111,7 @@ impl Tenant {
             candidates: candidates(backbone, spec, &task)?,
             task,
             trainee,
+            _room: room,
             warnings,
             best: None,
             evaluations_since_best: 0,
@@ -117,7 +125,7 @@ impl Tenant {
     /// # Errors
     /// If the checkpoint is one of another backbone, other data or another specification, or does not fit them.
     pub fn resume(backbone: &Backbone, spec: &TrainSpec, task: Task, earlier: &Checkpoint) -> Result<Self> {
-        weights::check_room(backbone, spec)?;
+        let room = weights::find_room(backbone, spec, Some(earlier))?;
         let trainee = restored(backbone, spec, &task, earlier)?;
         let state = &earlier.state;
         Ok(Self {
@@ -127,6 +135,7 @@ impl Tenant {
             candidates: candidates(backbone, spec, &task)?,
             task,
             trainee,
+            _room: room,
             best: state.best,
             evaluations_since_best: state.evaluations_since_best,
             evaluated: state.evaluated,
@@ -386,63 +395,6 @@ impl Tenant {
 fn candidates(backbone: &Backbone, spec: &TrainSpec, task: &Task) -> Result<Option<Arc<Candidates>>> {
     let (tokenizer, vocab_size) = (&backbone.tokenizer, backbone.config().vocab_size);
     spec.predict.candidates(task.labels.as_deref(), tokenizer, vocab_size, spec.target_sentinel)
-}
-
-/// The prompt before the first step, in its place; if each layer has rows of its own, all begin alike.
-fn initial(backbone: &Backbone, spec: &TrainSpec, task: &Task) -> Result<Initial> {
-    let (shared, d_model) = (spec.shared_length.unwrap_or_default(), backbone.config().d_model);
-    let own = own_rows(backbone, spec, task, (spec.prompt_length - shared, d_model))?;
-    let Initial { prompt, warnings } =
-        if shared == 0 { own } else { behind_shared(backbone, spec, task, (shared, d_model), own)? };
-    let num_layers = spec.prompt_layers.of(backbone.config().num_layers);
-    Ok(Initial { prompt: prompt.for_layers(num_layers)?.placed(spec.prompt_placement.into()), warnings })
-}
-
-/// A task's own rows behind those that it shares with others.
-fn behind_shared(
-    backbone: &Backbone,
-    spec: &TrainSpec,
-    task: &Task,
-    (shared, d_model): (usize, usize),
-    own: Initial,
-) -> Result<Initial> {
-    // Other pieces than those that fill up the rows of the tasks.
-    let seed = !spec.seed;
-    let rows = with_sources(backbone, spec, task, |sources| {
-        initial_prompt(&PromptInit::Vocab, shared, d_model, &Sources { seed, ..*sources })
-    })?;
-    let values = [rows.prompt.values(), own.prompt.values()].concat();
-    Ok(Initial { prompt: Prompt::new(spec.prompt_length, d_model, values)?, ..own })
-}
-
-/// The rows of a prompt that are the task's own.
-fn own_rows(
-    backbone: &Backbone,
-    spec: &TrainSpec,
-    task: &Task,
-    (length, d_model): (usize, usize),
-) -> Result<Initial> {
-    if let (PromptInit::File(path), Some(prompt)) = (&spec.prompt_init, &task.initial) {
-        check_shape(prompt, path, length, d_model)?;
-        return Ok(Initial { prompt: prompt.clone(), warnings: Vec::new() });
-    }
-    with_sources(backbone, spec, task, |sources| initial_prompt(&spec.prompt_init, length, d_model, sources))
-}
-
-/// Does what draws on the model, the tokenizer and the task's words to make a prompt.
-pub(crate) fn with_sources<T>(
-    backbone: &Backbone,
-    spec: &TrainSpec,
-    task: &Task,
-    make: impl FnOnce(&Sources<'_>) -> Result<T>,
-) -> Result<T> {
-    let model = backbone.engine.model();
-    let embedding = |id| model.embedding_row(id).map_err(Into::into);
-    let words = match spec.task {
-        Some(named) => named.init_words.iter().map(|&word| word.to_owned()).collect(),
-        None => task.labels.clone().unwrap_or_default(),
-    };
-    make(&Sources { embedding: &embedding, tokenizer: &backbone.tokenizer, labels: &words, seed: spec.seed })
 }
 
 /// The job of a checkpoint, if it is the same job.

@@ -381,7 +381,8 @@ impl<'a> Run<'a> {
             dir.store.mark_best(step)?;
         }
         dir.store.prune(self.spec.keep)?;
-        if self.tenant.is_best() || self.tenant.best().is_none() {
+        // Weights are shown at the end.
+        if self.tenant.prompt().is_some() && (self.tenant.is_best() || self.tenant.best().is_none()) {
             dir.publish(self.backbone)?;
         }
         self.observer.on(&Event::Checkpointed { step, path: &path });

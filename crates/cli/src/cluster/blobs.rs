@@ -17,8 +17,6 @@ use crate::progress;
 
 /// Bytes in one message.
 const PART: usize = 1 << 20;
-/// Largest file of a checkpoint that is taken: it is held in memory until its hash is known.
-const LARGEST_FILE: u64 = 4 << 30;
 
 /// A file of this machine, by its bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -132,9 +130,6 @@ fn next_part(source: &mut impl Read) -> Result<Bytes> {
 /// If it is another, or what the coordinator says.
 pub(crate) async fn fetch(client: &Client, file: &CheckpointFile) -> Result<Vec<u8>> {
     check_name(&file.name)?;
-    if file.size > LARGEST_FILE {
-        bail!("{} is said to have {} bytes, and no checkpoint's file is that large", file.name, file.size);
-    }
     let request = ReadBlobRequest { digest: file.digest.clone(), offset: 0 };
     let refused =
         |status: &tonic::Status| refusal(problem_of(status)).context(format!("cannot fetch {}", file.name));

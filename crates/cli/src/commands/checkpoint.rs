@@ -45,9 +45,9 @@ enum CheckpointCommand {
     /// Write a checkpoint to a directory, as `incipit train` has it, for `eval`, `generate` and the rest
     Download(DownloadArgs),
     /// Keep a checkpoint, whatever its job's --keep says
-    Pin(OneArgs),
+    Pin(OfTaskArgs),
     /// Keep it no longer than its job's --keep says
-    Unpin(OneArgs),
+    Unpin(OfTaskArgs),
     /// Delete a checkpoint
     Delete(OneArgs),
     /// Read a checkpoint's files on the store, and compare their hashes
@@ -93,6 +93,9 @@ struct VerifyArgs {
     /// The checkpoint: JOB/500, JOB/best, JOB/last, or JOB for its best
     #[arg(value_name = "CHECKPOINT", value_parser = names::checkpoint, required_unless_present = "job", conflicts_with = "job")]
     checkpoint: Option<String>,
+    /// The task that is meant, of a job of several
+    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true, conflicts_with = "job")]
+    task: String,
     /// All checkpoints of a job
     #[arg(long, value_name = "JOB", value_parser = names::job)]
     job: Option<String>,
@@ -127,8 +130,8 @@ pub(crate) fn run(args: CheckpointArgs, global: &Global) -> Result<Exit> {
                 let checkpoint = get(&client, &one.checkpoint, task).await?;
                 download::download(&client, (&checkpoint, task), &args.out, global).await?;
             }
-            CheckpointCommand::Pin(args) => pin(&client, &args.checkpoint, true, global).await?,
-            CheckpointCommand::Unpin(args) => pin(&client, &args.checkpoint, false, global).await?,
+            CheckpointCommand::Pin(args) => pin(&client, &args, true, global).await?,
+            CheckpointCommand::Unpin(args) => pin(&client, &args, false, global).await?,
             CheckpointCommand::Delete(args) => delete(&client, args.checkpoint).await?,
             CheckpointCommand::Verify(args) => return verify(&client, &args, global).await,
             CheckpointCommand::Gc(args) => gc(&client, args.dry_run, global).await?,
@@ -151,8 +154,9 @@ async fn of_job(client: &Client, job: &str) -> Result<Vec<Checkpoint>> {
     Ok(list!(client, checkpoints.list_checkpoints(request), checkpoints, usize::MAX))
 }
 
-async fn pin(client: &Client, name: &str, pinned: bool, global: &Global) -> Result<()> {
-    let request = PinCheckpointRequest { name: name.to_owned(), pinned, request_id: request_id(None)? };
+async fn pin(client: &Client, args: &OfTaskArgs, pinned: bool, global: &Global) -> Result<()> {
+    let (name, task) = (args.one.checkpoint.clone(), args.task.clone());
+    let request = PinCheckpointRequest { name, task, pinned, request_id: request_id(None)? };
     let checkpoint = call!(client, checkpoints.pin_checkpoint(request))?;
     show::print(&checkpoint, || table(std::slice::from_ref(&checkpoint)), global)
 }
@@ -180,7 +184,10 @@ async fn verify(client: &Client, args: &VerifyArgs, global: &Global) -> Result<E
     };
     let mut found = Vec::new();
     for name in names {
-        found.push(call!(client, checkpoints.verify_checkpoint(VerifyCheckpointRequest { name }))?);
+        found.push(call!(
+            client,
+            checkpoints.verify_checkpoint(VerifyCheckpointRequest { name, task: args.task.clone() })
+        )?);
     }
     show::print(&found, || verified(&found), global)?;
     Ok(if found.iter().all(|one| one.valid) { Exit::Ok } else { Exit::Failure })

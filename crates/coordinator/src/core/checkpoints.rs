@@ -122,7 +122,8 @@ impl Core {
             Some(step) => self.checkpoint(&target.job, step),
             None => {
                 let which = if target.step == StepRef::Best { "best" } else { "last" };
-                Err(Problem::not_found(&format!("{}/checkpoints/{which}", target.job)))
+                let of_task = target.task.as_ref().map(|task| format!(" of {task}")).unwrap_or_default();
+                Err(Problem::not_found(&format!("{}/checkpoints/{which}{of_task}", target.job)))
             }
         }
     }

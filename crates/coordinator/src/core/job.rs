@@ -18,7 +18,7 @@ pub const DEFAULT_KEEP: u32 = 3;
 /// Steps that a job makes where its specification does not say: as `incipit train` does, whose crates are not the coordinator's.
 pub const DEFAULT_STEPS: u64 = 30_000;
 
-/// A job: one prompt being trained on a backbone.
+/// A job: one prompt being trained on a backbone, or several that share rows, or whatever else its method trains.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Job {
     /// Its name.

@@ -85,7 +85,8 @@ impl CheckpointService for Checkpoints {
         &self,
         request: Request<VerifyCheckpointRequest>,
     ) -> Result<Response<VerifyCheckpointResponse>, Status> {
-        let checkpoint = self.get(&request.get_ref().name, "").await?;
+        let VerifyCheckpointRequest { name, task } = request.get_ref();
+        let checkpoint = self.get(name, task).await?;
         let (mut problems, mut bytes) = (Vec::new(), 0);
         for file in &checkpoint.files {
             let digest = Digest::parse("digest", &file.digest)?;

@@ -5,7 +5,7 @@ use incipit_proto::{
     names::{BackboneName, JobName},
     v1::{
         CancelJobRequest, CreateJobRequest, DeleteJobRequest, GetJobRequest, Job, ListJobsRequest,
-        ListJobsResponse, PauseJobRequest, ResumeJobRequest, StreamLogsRequest, StreamLogsResponse,
+        ListJobsResponse, Method, PauseJobRequest, ResumeJobRequest, StreamLogsRequest, StreamLogsResponse,
         StreamMetricsRequest, StreamMetricsResponse, job_service_server::JobService,
     },
 };
@@ -36,6 +36,27 @@ fn job_of(reply: Reply) -> Result<Response<Job>, Status> {
 }
 
 impl Jobs {
+    /// Refuses a job whose checkpoints would be too large to be stored: all weights of a model, in f32. Of a backbone that was never loaded
+    /// nobody knows.
+    async fn check_size(&self, asked: &Asked) -> Result<(), Problem> {
+        let Wanted::CreateJob { job, .. } = &asked.request else { return Ok(()) };
+        if job.spec.method() != Method::Model {
+            return Ok(());
+        }
+        let name = job.backbone.clone();
+        let count =
+            move |core: &Core, _| Ok::<_, Problem>(core.backbone_view(&name)?.backbone.num_parameters);
+        let (bytes, limit) = (self.0.handle.read(count).await?? * 4, self.0.limits.max_blob_bytes);
+        if bytes > limit {
+            let what = format!(
+                "is model, whose checkpoints have about {bytes} bytes here, and a file may have {limit}; raise limits.max_blob_bytes, or \
+                 train something smaller"
+            );
+            return Err(Problem::field("job.spec.method", what));
+        }
+        Ok(())
+    }
+
     /// Checks what the core cannot know: that the data is there. While what this returns is held, it stays.
     async fn check_data(&self, asked: &Asked) -> Result<impl Send + use<>, Problem> {
         let held = self.0.blobs.hold().await;
@@ -54,6 +75,7 @@ impl Jobs {
 impl JobService for Jobs {
     async fn create_job(&self, request: Request<CreateJobRequest>) -> Result<Response<Job>, Status> {
         let asked = wire::create_job(request.get_ref(), &made_up(), &self.0.roots)?;
+        self.check_size(&asked).await?;
         let held = self.check_data(&asked).await?;
         let name = match &asked.request {
             Wanted::CreateJob { job, .. } => job.name.to_string(),

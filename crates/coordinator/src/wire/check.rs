@@ -131,7 +131,9 @@ pub(super) const MAX_TASKS: usize = 64;
 /// Whether a text names a task of several: its files lie in a directory of that name.
 pub(super) fn is_task_name(text: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
-    !text.is_empty() && text.len() <= 64 && !text.starts_with('.') && text.bytes().all(plain)
+    let fits = (1..=64).contains(&text.len()) && text.bytes().all(plain);
+    // The list of a checkpoint's files stands beside the tasks.
+    fits && !text.starts_with('.') && text != "MANIFEST"
 }
 
 /// Whether a text is a BLAKE3, as we write it.

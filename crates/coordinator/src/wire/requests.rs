@@ -246,7 +246,7 @@ pub fn delete_checkpoint(message: &v1::DeleteCheckpointRequest) -> Result<Asked,
 /// # Errors
 /// If a field is wrong.
 pub fn pin_checkpoint(message: &v1::PinCheckpointRequest) -> Result<Asked, Problem> {
-    let checkpoint = checkpoint_ref("name", &message.name, "")?;
+    let checkpoint = checkpoint_ref("name", &message.name, &message.task)?;
     let request = Request::PinCheckpoint { checkpoint, pinned: message.pinned };
     asked("PinCheckpoint", &message.request_id, message, request)
 }

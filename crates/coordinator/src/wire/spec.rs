@@ -57,7 +57,10 @@ fn check_tasks(checks: &mut Checks, spec: &TrainingSpec, roots: &Roots) {
     for (place, task) in spec.tasks.iter().enumerate() {
         let field = format!("job.spec.tasks[{place}].");
         if !is_task_name(&task.name) {
-            let what = format!("is {:.80?}; use letters, digits, `-`, `_` and `.`, not in front", task.name);
+            let what = format!(
+                "is {:.80?}; use up to 64 letters, digits, -, _ and ., with no . in front",
+                task.name
+            );
             checks.wrong(format!("{field}name"), what);
         }
         if !names.insert(&task.name) {
@@ -66,6 +69,10 @@ fn check_tasks(checks: &mut Checks, spec: &TrainingSpec, roots: &Roots) {
         let own = task.spec.clone().unwrap_or_default();
         if own.train.is_none() && spec.train.is_none() {
             checks.wrong(format!("{field}spec.train"), "is missing; say what to train on");
+        }
+        if !own.metrics.is_empty() && own.eval.is_none() && spec.eval.is_none() {
+            let what = "is of no use without an eval of the task; give that too, or leave this out";
+            checks.wrong(format!("{field}spec.metrics"), what);
         }
         checks.under("job.spec.", &format!("{field}spec."), |checks| {
             check_settings(checks, &own, roots);

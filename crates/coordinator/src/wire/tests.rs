@@ -168,6 +168,7 @@ fn tasks_that_share_rows_have_names_and_examples_and_nothing_that_is_for_all() {
         ("tasks[1].spec.batch_size", change(|spec| own(spec).batch_size = Some(0))),
         ("tasks[1].spec.steps", change(|spec| own(spec).steps = Some(3))),
         ("tasks[1].spec.lr", change(|spec| own(spec).lr = Some(0.1))),
+        ("tasks[1].spec.metrics", change(|spec| (own(spec).eval, own(spec).metrics) = (None, vec![1]))),
         ("tasks[1].spec.tasks", change(|spec| own(spec).tasks = vec![TrainingTask::default()])),
     ] {
         assert_eq!(made, [format!("job.spec.{field}")]);

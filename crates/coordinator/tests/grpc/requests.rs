@@ -7,8 +7,8 @@ use incipit_proto::{
     client::{Client, ClientConfig},
     v1::{
         AttachRequest, CancelJobRequest, CreateJobRequest, DeleteJobRequest, GetJobRequest,
-        GetServerInfoRequest, JobState, ListJobsRequest, ListWorkersRequest, attach_request, attach_response,
-        job_report,
+        GetServerInfoRequest, JobState, ListJobsRequest, ListWorkersRequest, Method, attach_request,
+        attach_response, job_report,
     },
 };
 use std::time::Duration;
@@ -157,7 +157,8 @@ async fn a_job_goes_from_the_queue_over_an_agent_to_its_end() {
         steps.extend(page.points.into_iter().map(|point| (point.offset, point.step)));
     }
     assert_eq!(steps, (1..=150).map(|step| (step - 1, step)).collect::<Vec<_>>());
-    let request = incipit_proto::v1::VerifyCheckpointRequest { name: "jobs/j/checkpoints/best".to_owned() };
+    let name = "jobs/j/checkpoints/best".to_owned();
+    let request = incipit_proto::v1::VerifyCheckpointRequest { name, task: String::new() };
     let found = client.checkpoints().verify_checkpoint(request).await.unwrap().into_inner();
     assert!(found.valid && found.bytes == 7, "{found:?}");
     let (head, text) = get(running.metrics_address().unwrap(), "/metrics").await;
@@ -335,4 +336,26 @@ async fn a_coordinator_that_does_not_answer_is_given_up_at_the_deadline() {
     let problem =
         client.unary(request, async |request| client.jobs().get_job(request).await).await.unwrap_err();
     assert_eq!((problem.code, &*problem.reason), (Code::DeadlineExceeded, "DEADLINE"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_whose_checkpoints_could_not_be_stored_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path());
+    // The agent's model has 60 million weights.
+    config.limits.max_blob_bytes = 200_000_000;
+    let running = start(config).await;
+    let client = with_backbone(&running).await;
+    let job = |id: &str, method| {
+        let mut request = job_request(id);
+        request.job.as_mut().unwrap().spec.as_mut().unwrap().set_method(method);
+        request
+    };
+    let mut agent = Agent::attach(&client, hello("w")).await.unwrap();
+    agent.load().await;
+    client.jobs().create_job(job("j", Method::Adapter)).await.unwrap();
+    agent.job().await;
+    let status = client.jobs().create_job(job("k", Method::Model)).await.unwrap_err();
+    assert_eq!((status.code(), &*reason(&status)), (Code::InvalidArgument, "BAD_FIELD"));
+    assert!(status.message().contains("240000000") && status.message().contains("limits.max_blob_bytes"));
 }

@@ -269,6 +269,7 @@ impl Leader<'_> {
         if !resident.is_saved() && step > 0 {
             let metrics = entry.evaluated.as_ref().filter(|(at, _)| *at == step).map(|(_, metrics)| metrics);
             let saved = points::of_checkpoint(step, &resident.best(), metrics);
+            self.saver.make_room();
             self.saver.save(resident.checkpoint(), saved, report);
         }
     }

@@ -16,7 +16,7 @@ use tokenizers::Tokenizer;
 use crate::engine::Mail;
 use crate::engine::failure::Result;
 use crate::engine::machine::Machine;
-use crate::engine::resident::{Begin, dir_of};
+use crate::engine::resident::{Begin, dir_of, of_task};
 use crate::frames::{LocalJob, LocalTask};
 
 /// How many data sets are kept for other jobs with the same data: seeds and learning rates of one task.
@@ -76,15 +76,16 @@ impl Shelf {
     fn begin(&mut self, assignment: &JobAssignment, local: &LocalJob) -> Result<Vec<Begin>> {
         let specs = self.machine.specs(&assignment.spec.clone().unwrap_or_default(), &local.tasks)?;
         let begin = |((name, spec), files): ((String, TrainSpec), &LocalTask)| {
+            let named = |error| of_task(&name, error);
             let checkpoint = match &*local.checkpoint {
                 "" => None,
-                path => Some(checkpoint::load(&dir_of(Path::new(path), &name))?),
+                path => Some(checkpoint::load(&dir_of(Path::new(path), &name)).map_err(named)?),
             };
             let initial = match &*files.initial {
                 "" => None,
-                path => Some(Prompt::read(Path::new(path))?),
+                path => Some(Prompt::read(Path::new(path)).map_err(named)?),
             };
-            let task = Task { initial, ..self.task(&spec)? };
+            let task = Task { initial, ..self.task(&spec).map_err(|failure| of_task(&name, failure))? };
             Ok(Begin { name, spec, task, checkpoint })
         };
         specs.into_iter().zip(&local.tasks).map(begin).collect()

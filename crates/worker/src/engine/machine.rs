@@ -8,6 +8,7 @@ use incipit_tune::multitask;
 use incipit_tune::spec::{PartialSpec, Precision, TrainSpec};
 
 use crate::engine::failure::Result;
+use crate::engine::resident::of_task;
 use crate::frames::LocalTask;
 use crate::spec;
 
@@ -40,7 +41,8 @@ impl Machine {
         }
         let whole = |((name, [own, common]), files): ((&str, [_; 2]), &LocalTask)| {
             let given = examples_aside(own)?.over(examples_aside(common)?);
-            Ok((name.to_owned(), self.spec(given, files)?))
+            let spec = self.spec(given, files).map_err(|failure| of_task(name, failure))?;
+            Ok((name.to_owned(), spec))
         };
         let specs = tasks.into_iter().zip(files).map(whole).collect::<Result<Vec<_>>>()?;
         if !wire.tasks.is_empty() || wire.shared_length.is_some() {

@@ -56,9 +56,10 @@ impl Resident {
     pub(crate) fn admit(backbone: &Backbone, begin: Vec<Begin>) -> Result<Self> {
         let tenant = |Begin { name, spec, task, checkpoint }: Begin| {
             let tenant = match checkpoint {
-                Some(checkpoint) => Tenant::resume(backbone, &spec, task, &checkpoint)?,
-                None => Tenant::start(backbone, &spec, task)?,
+                Some(checkpoint) => Tenant::resume(backbone, &spec, task, &checkpoint),
+                None => Tenant::start(backbone, &spec, task),
             };
+            let tenant = tenant.map_err(|error| of_task(&name, error))?;
             Ok((name, tenant))
         };
         let tenants = begin.into_iter().map(tenant).collect::<Result<_>>()?;
@@ -202,8 +203,8 @@ impl Resident {
 }
 
 /// An error of a task, which is named if there are several.
-fn of_task(name: &str, error: incipit_tune::Error) -> Failure {
-    let failure = Failure::from(error);
+pub(crate) fn of_task(name: &str, error: impl Into<Failure>) -> Failure {
+    let failure = error.into();
     match name {
         "" => failure,
         name => Failure { message: format!("{name}: {}", failure.message), ..failure },

@@ -16,7 +16,7 @@ use crate::engine::resident::{OfTasks, dir_of};
 use crate::engine::voice::Voice;
 use crate::frames::{Notice, Saved};
 
-/// Bytes of checkpoints that wait at most, or one checkpoint: the backbone waits for the disk beyond.
+/// Bytes of checkpoints beside which another one is made: where more wait, the backbone waits first until all are written.
 const WAITING: u64 = 64 << 20;
 
 /// What is to be said.
@@ -62,13 +62,17 @@ impl Saver {
         let _ = self.tasks.send(Task::Say(notice));
     }
 
+    /// Waits, where much waits to be written, until it is: before another checkpoint is made.
+    pub(crate) fn make_room(&self) {
+        if self.waiting.load(Ordering::Relaxed) > WAITING {
+            self.flush();
+        }
+    }
+
     /// Saves a checkpoint and reports it, with what `saved` says of it besides its files. If it cannot be written, the log says so, and
     /// the job goes on.
     pub(crate) fn save(&self, checkpoint: OfTasks<Checkpoint>, saved: CheckpointSaved, report: JobReport) {
         let bytes = checkpoint.iter().map(|(_, checkpoint)| checkpoint.num_bytes()).sum();
-        if self.waiting.load(Ordering::Relaxed) + bytes > WAITING {
-            self.flush();
-        }
         self.waiting.fetch_add(bytes, Ordering::Relaxed);
         let _ = self.tasks.send(Task::Save(Box::new(Save { checkpoint, bytes, report, saved })));
     }

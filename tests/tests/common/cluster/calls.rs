@@ -148,7 +148,7 @@ impl Cluster {
 
     /// What is wrong with a checkpoint's files.
     pub(crate) fn verify(&self, name: &str) -> Result<Vec<String>> {
-        let request = v1::VerifyCheckpointRequest { name: name.to_owned() };
+        let request = v1::VerifyCheckpointRequest { name: name.to_owned(), task: String::new() };
         let answer =
             self.call(async |client| client.checkpoints().verify_checkpoint(request.clone()).await)?;
         Ok(answer.into_inner().problems)

@@ -98,8 +98,9 @@ pub(crate) async fn download(
         Some(first) => (&*first.name, out.join(&first.name)),
         None => (task, out.to_owned()),
     };
-    let settings = settings(client, checkpoint, of).await.unwrap_or_else(|| " --model MODEL".to_owned());
-    note(&format!("measure it: incipit eval --prompt {}{settings} --data FILE", place.display()));
+    let settings = settings(client, checkpoint, of).await;
+    let settings = settings.unwrap_or_else(|| " --model MODEL --data FILE".to_owned());
+    note(&format!("measure it: incipit eval --prompt {}{settings}", place.display()));
     Ok(())
 }
 
@@ -141,14 +142,19 @@ fn flags(model: &str, specs: &[TrainingSpec]) -> String {
     };
     let given = [
         ("model", Some(quoted(model))),
-        ("task", text(|spec| spec.task.as_ref())),
         ("inputs", text(|spec| spec.inputs.as_ref())),
         ("targets", text(|spec| spec.targets.as_ref())),
         ("labels", text(|spec| spec.labels.as_ref())),
         ("max-input-length", number(|spec| spec.max_input_length)),
         ("max-target-length", number(|spec| spec.max_target_length)),
     ];
-    given.into_iter().filter_map(|(flag, value)| Some(format!(" --{flag} {}", value?))).collect()
+    let flags: String =
+        given.into_iter().filter_map(|(flag, value)| Some(format!(" --{flag} {}", value?))).collect();
+    let data = match text(|spec| spec.task.as_ref()) {
+        Some(task) => format!("--task {task} --data-dir DIR"),
+        None => "--data FILE".to_owned(),
+    };
+    format!("{flags} {data}")
 }
 
 /// A word for a shell.
@@ -203,8 +209,10 @@ mod tests {
         let flags = flags("google/t5", &[spec, common]);
         assert_eq!(
             flags,
-            " --model google/t5 --inputs 'question: {question}' --labels 0=False,1=True --max-input-length 64"
+            " --model google/t5 --inputs 'question: {question}' --labels 0=False,1=True --max-input-length 64 --data FILE"
         );
+        let named = TrainingSpec { task: Some("boolq".into()), ..TrainingSpec::default() };
+        assert_eq!(super::flags("m", &[named]), " --model m --task boolq --data-dir DIR");
         assert_eq!(quoted("it's"), "'it'\\''s'");
     }
 }

@@ -45,9 +45,13 @@ impl Draft {
     /// # Errors
     /// If the settings mean nothing, or the tasks cannot share rows.
     pub(super) fn resolve(given: PartialSpec, tasks: Option<&Path>, on_workers: bool) -> Result<Self> {
-        let model = given.model.clone();
+        let mut model = given.model.clone();
         let tasks = match tasks {
-            Some(path) => several(&given, path, on_workers)?,
+            Some(path) => {
+                let (tasks, of_all) = several(&given, path, on_workers)?;
+                model = of_all;
+                tasks
+            }
             None if given.shared_length.is_some() => {
                 return bad_input(
                     "--shared-length is of several tasks: give a file with a table for each with --tasks",
@@ -117,22 +121,29 @@ fn of_tasks(wire: &mut TrainingSpec) -> Vec<&mut TrainingSpec> {
     wire.tasks.iter_mut().filter_map(|task| task.spec.as_mut()).collect()
 }
 
-/// Several tasks that share rows: a table of the file for each, and over it what is `given` for all.
-fn several(given: &PartialSpec, path: &Path, on_workers: bool) -> Result<Vec<DraftTask>> {
+/// Several tasks that share rows: a table of the file for each, and over it what is `given` for all. And the model that all name.
+fn several(given: &PartialSpec, path: &Path, on_workers: bool) -> Result<(Vec<DraftTask>, Option<String>)> {
     if given.train.is_some() || given.eval.is_some() || given.task.is_some() {
         return bad_input(
             "--train, --eval and --task are for one task: give a table for each in the file of --tasks",
         );
     }
+    let mut models = Vec::new();
     let task = |(name, of_task): (String, PartialSpec)| {
         multitask::check_name(&name)?;
-        tell_ignored(path, &of_task);
-        DraftTask::resolve(name, given.clone().over(of_task), on_workers)
+        tell_ignored(&format!("{} [{name}]", path.display()), &of_task);
+        let whole = given.clone().over(of_task);
+        models.push(whole.model.clone());
+        DraftTask::resolve(name, whole, on_workers)
     };
     let tasks = PartialSpec::read_several(path)?.into_iter().map(task).collect::<Result<Vec<_>>>()?;
+    let model = models.first().cloned().flatten();
+    if models.iter().any(|other| *other != model) {
+        return bad_input("--model differs between tasks that share rows; say it once, on the command line");
+    }
     let specs: Vec<TrainSpec> = tasks.iter().map(|task| task.whole.clone()).collect();
     multitask::check(&specs)?;
-    Ok(tasks)
+    Ok((tasks, model))
 }
 
 impl DraftTask {
@@ -188,13 +199,12 @@ fn job_fields(given: PartialSpec) -> PartialSpec {
     }
 }
 
-/// Says once which settings of a file have no meaning for a job.
-pub(super) fn tell_ignored(path: &Path, file: &PartialSpec) {
+/// Says which settings of a file, or of a table in one, have no meaning for a job.
+pub(super) fn tell_ignored(place: &str, file: &PartialSpec) {
     let ignored = ignored(file);
     if !ignored.is_empty() {
         note(&format!(
-            "{}: {} {} left to the backbone and the worker",
-            path.display(),
+            "{place}: {} {} left to the backbone and the worker",
             ignored.join(", "),
             if ignored.len() == 1 { "is" } else { "are" }
         ));

@@ -6,9 +6,8 @@ use anyhow::Result;
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use incipit_proto::client::Client;
-use incipit_proto::v1::{
-    GetJobRequest, Job, JobState, ListJobsRequest, TrainingSpec, TrainingTask, data_source::Source,
-};
+use incipit_proto::v1::{GetJobRequest, Job, JobState, ListJobsRequest, TrainingSpec, data_source::Source};
+use incipit_worker::spec::tasks;
 
 use super::words;
 use crate::args::Global;
@@ -127,7 +126,8 @@ pub(super) fn facts(job: &Job) -> String {
             let shared = spec.shared_length.unwrap_or_default();
             pairs.push(("tasks", format!("{}, whose prompts share {shared} rows", spec.tasks.len())));
         }
-        pairs.extend(spec.tasks.iter().map(|task| ("", of_task(task))));
+        let several = tasks(spec).into_iter().filter(|(name, _)| !name.is_empty());
+        pairs.extend(several.map(|(name, [own, common])| ("", of_task(name, own, common))));
     }
     pairs.push(("created", show::time(job.create_time.as_ref())));
     for (name, time) in [("started", &job.start_time), ("ended", &job.end_time)] {
@@ -146,9 +146,10 @@ pub(super) fn facts(job: &Job) -> String {
 }
 
 /// `boolq: train.jsonl (blob abababababab), dev.jsonl (blob cdcdcdcdcdcd)`.
-fn of_task(task: &TrainingTask) -> String {
-    let own = task.spec.clone().unwrap_or_default();
-    format!("{}: {}, {}", task.name, source(&own, true), source(&own, false))
+fn of_task(name: &str, own: TrainingSpec, common: TrainingSpec) -> String {
+    let (train, eval) = (own.train.or(common.train), own.eval.or(common.eval));
+    let files = TrainingSpec { train, eval, ..TrainingSpec::default() };
+    format!("{name}: {}, {}", source(&files, true), source(&files, false))
 }
 
 fn source(spec: &TrainingSpec, train: bool) -> String {

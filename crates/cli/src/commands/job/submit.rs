@@ -160,7 +160,7 @@ fn draft(args: SubmitArgs) -> Result<Draft> {
     };
     let file = args.config.as_deref().map(PartialSpec::read).transpose()?.unwrap_or_default();
     if let Some(path) = &args.config {
-        draft::tell_ignored(path, &file);
+        draft::tell_ignored(&path.display().to_string(), &file);
     }
     Draft::resolve(flags.over(file), args.tasks.as_deref(), args.data_on_workers)
 }

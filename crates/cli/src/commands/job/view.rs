@@ -1,5 +1,6 @@
 //! What a watcher sees: on a terminal a panel that changes, elsewhere lines, or JSON.
 
+use std::collections::BTreeSet;
 use std::io::IsTerminal as _;
 use std::time::{Duration, Instant};
 
@@ -196,7 +197,9 @@ impl View {
         if let Some(curve) = plot::plot(&self.losses, COLUMNS, ROWS) {
             lines.extend(["loss".to_owned(), curve]);
         }
-        let skipped = self.evaluations.len().saturating_sub(SHOWN);
+        // Of several tasks the last of each, at least.
+        let tasks: BTreeSet<&str> = self.evaluations.iter().map(|one| &*one.task).collect();
+        let skipped = self.evaluations.len().saturating_sub(SHOWN.max(tasks.len()));
         for one in self.evaluations.iter().skip(skipped) {
             let of_task = |other: &&Evaluated| other.metrics.best && other.task == one.task;
             let best = self.evaluations.iter().rev().find(of_task).map(|best| best.step);

@@ -23,7 +23,7 @@ use super::world::{
 use crate::core::{
     AgentMessage, Change, Effects, Input, Request, RequestKey, Resource, Rows, Time,
     backbone::Collective,
-    checkpoint::TaskScore,
+    checkpoint::{CheckpointFile, TaskScore},
     input::{CheckpointRef, EngineEvent, JobEvent, NewBackbone, Report, Saved, StepRef},
     job::KEPT_ATTEMPTS,
     transitions::{BACKBONE_TRANSITIONS, JOB_TRANSITIONS},
@@ -389,5 +389,9 @@ fn saved(step: u64, c: u8) -> Saved {
         tasks = vec![task("a", c.is_multiple_of(3)), task("b", c % 7 < 3)];
     }
     let best = tasks.is_empty() && c.is_multiple_of(5);
-    Saved { step, files: files(step), score: Some(0.5), best, tasks }
+    // Of a step there may be one more, with what an evaluation came to.
+    let digest = blake3::hash(&[c % 3]).to_hex().to_string();
+    let state = CheckpointFile { name: "state.json".to_owned(), digest, size: 1 };
+    let files = [files(step), vec![state]].concat();
+    Saved { step, files, score: Some(0.5), best, tasks }
 }
