@@ -246,7 +246,7 @@ fn two_by_two_processes_reach_the_accuracy_of_one() -> Result<()> {
             ("--inputs", "{question}".to_owned()),
             ("--targets", "{label}".to_owned()),
             ("--prompt-length", "20".to_owned()),
-            ("--steps", "1000".to_owned()),
+            ("--steps", "500".to_owned()),
             ("--eval-every", "250".to_owned()),
             ("--max-input-length", "48".to_owned()),
         ]);
