@@ -4,10 +4,7 @@
 //! a job's sum over its examples does not depend on their order, so that a job's gradient is the same bits whatever the
 //! microbatches, the neighbours and the threads.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, atomic::AtomicU64},
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 use incipit_collective::{Axis, Ranks};
 use incipit_data::TokenizedExample;
@@ -19,6 +16,7 @@ use crate::{
     microbatch::{self, Taste, TokenMemory},
     ranks,
     recipe::LossReduction,
+    weights::Promises,
 };
 
 mod losses;
@@ -135,8 +133,8 @@ pub struct Engine {
     ranks: Arc<Ranks>,
     budget: usize,
     recompute: bool,
-    /// Bytes of this machine's memory that jobs were promised and may not have taken yet.
-    pub(crate) promised: Arc<AtomicU64>,
+    /// Memory that jobs on this backbone were promised; models with trained weights share it.
+    pub(crate) promises: Promises,
 }
 
 /// An example of a step, and where it comes from.
@@ -157,7 +155,7 @@ impl Engine {
     #[must_use]
     pub fn new(model: Arc<T5>, options: EngineOptions) -> Self {
         let (budget, recompute) = Self::plan(&model, options, microbatch::free_memory());
-        Self { model, ranks: Arc::new(Ranks::alone()), budget, recompute, promised: Arc::default() }
+        Self { model, ranks: Arc::new(Ranks::alone()), budget, recompute, promises: Promises::default() }
     }
 
     /// An engine over `model`, which is this rank's part of it. Examples are dealt out to the replicas.
@@ -173,7 +171,7 @@ impl Engine {
         };
         let planned = Self::plan(&model, options, free);
         let (budget, recompute) = Self::agreed(&ranks, planned)?;
-        Ok(Self { model, ranks, budget, recompute, promised: Arc::default() })
+        Ok(Self { model, ranks, budget, recompute, promises: Promises::default() })
     }
 
     /// Ranks that share a model go through it in step, so that they must cut alike, and the smallest decides.
@@ -239,7 +237,7 @@ impl Engine {
     #[must_use]
     pub fn with_model(&self, model: T5) -> Self {
         let (ranks, budget, recompute) = (self.ranks.clone(), self.budget, self.recompute);
-        Self { model: Arc::new(model), ranks, budget, recompute, promised: self.promised.clone() }
+        Self { model: Arc::new(model), ranks, budget, recompute, promises: self.promises.clone() }
     }
 
     /// The ranks that have the backbone together.

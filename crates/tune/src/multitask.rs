@@ -53,7 +53,7 @@ pub fn resolve(flags: &PartialSpec, tasks: Option<&Path>, resume: bool) -> Resul
         TrainSpec::resolve(flags.over(of_task), None, resume)
     };
     let specs = named.into_iter().map(spec).collect::<Result<Vec<_>>>()?;
-    check(&specs)?;
+    check(&specs.iter().collect::<Vec<_>>())?;
     Ok(specs)
 }
 
@@ -121,7 +121,7 @@ pub fn divide(spec: PartialSpec) -> (PartialSpec, PartialSpec) {
 ///
 /// # Errors
 /// If they have not, or are fewer than two.
-pub fn check(specs: &[TrainSpec]) -> Result<()> {
+pub fn check(specs: &[&TrainSpec]) -> Result<()> {
     let Some((first, others)) = specs.split_first().filter(|(_, others)| !others.is_empty()) else {
         return Err(Error::spec(
             "tasks",

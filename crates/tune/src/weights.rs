@@ -24,7 +24,7 @@ use crate::{
 };
 
 pub(crate) use initial::initial;
-pub(crate) use room::{Room, find_room};
+pub(crate) use room::{Promises, Room, find_room};
 
 /// Weights being trained, and the model with them in it. They and their optimizers' states are f32 and whole on every rank; what the
 /// model reads of them has its type, and each rank's model only its part.

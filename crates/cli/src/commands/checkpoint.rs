@@ -236,7 +236,7 @@ fn marks(checkpoint: &Checkpoint) -> String {
 
 /// All there is to know of a checkpoint.
 fn facts(checkpoint: &Checkpoint) -> String {
-    let text = output::facts([
+    let mut pairs = vec![
         ("checkpoint", short(&checkpoint.name)),
         ("step", units::count(checkpoint.step)),
         ("score", show::score(checkpoint.score)),
@@ -244,12 +244,13 @@ fn facts(checkpoint: &Checkpoint) -> String {
         ("made by", format!("attempt {}, epoch {} of the backbone", checkpoint.attempt, checkpoint.epoch)),
         ("backbone", show::or_none(checkpoint.backbone_fingerprint.clone())),
         ("created", show::time(checkpoint.create_time.as_ref())),
-    ]);
+    ];
     let of_task = |task: &CheckpointTask| {
         let best = if task.best { "  best" } else { "" };
-        format!("\n{:<12}{}  score {}{best}", "task", task.name, show::score(task.score))
+        ("task", format!("{}  score {}{best}", task.name, show::score(task.score)))
     };
-    let tasks: String = checkpoint.tasks.iter().map(of_task).collect();
+    pairs.extend(checkpoint.tasks.iter().map(of_task));
+    let text = output::facts(pairs);
     let row = |file: &CheckpointFile| vec![file.name.clone(), units::bytes(file.size), file.digest.clone()];
     let files = show::table(
         &["FILE", "SIZE", "BLAKE3"],
@@ -257,7 +258,7 @@ fn facts(checkpoint: &Checkpoint) -> String {
         &[2],
         "no files",
     );
-    format!("{text}{tasks}\n\n{files}")
+    format!("{text}\n\n{files}")
 }
 
 fn verified(found: &[VerifyCheckpointResponse]) -> String {

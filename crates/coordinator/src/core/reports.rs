@@ -9,7 +9,7 @@ use tonic::Code;
 
 use super::{
     Core,
-    checkpoint::{Checkpoint, CheckpointFile},
+    checkpoint::{Checkpoint, CheckpointFile, PromptVersion},
     effects::{Change, Resource, ToAgent},
     input::{JobEvent, Report, Saved},
     job::{Best, Job},
@@ -146,7 +146,8 @@ impl Core {
         let known = self.rows.checkpoints.get(&(name.clone(), step));
         let (pinned, created_revision) =
             known.map_or((false, 0), |known| (known.pinned, known.created_revision));
-        if step <= job.committed_step && !self.completes(&job, step, &files) {
+        let completes = known.is_some_and(|last| self.completes(&job, last, &files));
+        if step <= job.committed_step && !completes {
             // A checkpoint that is there already, told again by an engine that began anew, is no news; another one of the same step is a
             // fault.
             if known.is_none_or(|known| known.files != files) {
@@ -193,11 +194,11 @@ impl Core {
 
     /// Whether a checkpoint takes the place of the last one, of the same step: a job that was put aside before that step's evaluation
     /// has gone on from there, and is saved again with what the evaluation came to. Not where a prompt was made from other files.
-    fn completes(&self, job: &Job, step: u64, files: &[CheckpointFile]) -> bool {
-        let Some(last) = self.rows.checkpoints.get(&(job.name.clone(), step)) else { return false };
+    fn completes(&self, job: &Job, last: &Checkpoint, files: &[CheckpointFile]) -> bool {
         let is_there = |digest: &String| files.iter().any(|file| file.digest == *digest);
-        let mut made = self.rows.prompts.values().filter(|made| made.job == job.name && made.step == step);
-        step == job.committed_step
+        let of_last = |made: &&PromptVersion| made.job == job.name && made.step == last.step;
+        let mut made = self.rows.prompts.values().filter(of_last);
+        last.step == job.committed_step
             && last.files != files
             && last.attempt < job.last_attempt()
             && made.all(|version| is_there(&version.digest))
@@ -205,18 +206,16 @@ impl Core {
 
     /// The best checkpoints so far are that no more where the new one is better.
     fn dethrone(&mut self, job: &Job, new: &Checkpoint) {
-        let mut changed = Vec::new();
-        for old in self.checkpoints_of(&job.name) {
-            let mut dethroned = old.clone();
-            dethroned.best &= !new.best;
-            for task in &mut dethroned.tasks {
+        let is_passed = |old: &&Checkpoint| {
+            let of_a_task = || old.tasks.iter().any(|task| task.best && new.is_best_of(&task.name));
+            old.step != new.step && (old.best && new.best || of_a_task())
+        };
+        let passed: Vec<Checkpoint> = self.checkpoints_of(&job.name).filter(is_passed).cloned().collect();
+        for mut old in passed {
+            old.best &= !new.best;
+            for task in &mut old.tasks {
                 task.best &= !new.is_best_of(&task.name);
             }
-            if dethroned != *old {
-                changed.push(dethroned);
-            }
-        }
-        for old in changed {
             self.put(Resource::Checkpoint(Box::new(old)));
         }
     }

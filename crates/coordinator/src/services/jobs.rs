@@ -46,7 +46,8 @@ impl Jobs {
         let name = job.backbone.clone();
         let count =
             move |core: &Core, _| Ok::<_, Problem>(core.backbone_view(&name)?.backbone.num_parameters);
-        let (bytes, limit) = (self.0.handle.read(count).await?? * 4, self.0.limits.max_blob_bytes);
+        let bytes = self.0.handle.read(count).await??.saturating_mul(4);
+        let limit = self.0.limits.max_blob_bytes;
         if bytes > limit {
             let what = format!(
                 "is model, whose checkpoints have about {bytes} bytes here, and a file may have {limit}; raise limits.max_blob_bytes, or \

@@ -18,15 +18,31 @@ use crate::{
     spec::{Method, TrainSpec},
 };
 
+/// Bytes of this machine's memory that jobs were promised and may not have taken yet.
+#[derive(Clone, Default)]
+pub(crate) struct Promises(Arc<AtomicU64>);
+
+impl Promises {
+    fn make(&self, bytes: u64) -> Room {
+        self.0.fetch_add(bytes, Ordering::Relaxed);
+        Room { promises: self.clone(), bytes }
+    }
+
+    /// What is left of `free` bytes for another job.
+    fn left_of(&self, free: u64) -> u64 {
+        free.saturating_sub(self.0.load(Ordering::Relaxed))
+    }
+}
+
 /// Memory that is promised to a job, which takes it in its first steps. It is given back when this is dropped.
 pub(crate) struct Room {
-    promised: Arc<AtomicU64>,
+    promises: Promises,
     bytes: u64,
 }
 
 impl Drop for Room {
     fn drop(&mut self) {
-        self.promised.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.promises.0.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
@@ -52,14 +68,11 @@ pub(crate) fn find_room(
     // A tenth for the tokens on their way. The checkpoint goes when the weights are there.
     let held = earlier.map_or(0, Checkpoint::num_bytes) * on_machine;
     let needed = (of_all(each) + of_all(each) / 10).saturating_sub(held);
-    let promised = &backbone.engine.promised;
+    let promises = &backbone.engine.promises;
     // Where the system does not tell, nobody can know.
-    let free = free_memory().unwrap_or(u64::MAX).saturating_sub(promised.load(Ordering::Relaxed));
-    agree_on_room(group, needed, free)?;
+    agree_on_room(group, needed, promises.left_of(free_memory().unwrap_or(u64::MAX)))?;
     // Its numbers, and what the model reads of them, are there at once.
-    let bytes = of_all(each - 4 - dtype);
-    promised.fetch_add(bytes, Ordering::Relaxed);
-    Ok(Some(Room { promised: promised.clone(), bytes }))
+    Ok(Some(promises.make(of_all(each - 4 - dtype))))
 }
 
 /// Whether every rank's machine has as much free as is needed of it.
@@ -113,11 +126,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_promised_to_a_job_is_given_back_when_it_leaves() {
-        let promised = Arc::new(AtomicU64::new(7));
-        promised.fetch_add(5, Ordering::Relaxed);
-        drop(Room { promised: promised.clone(), bytes: 5 });
-        assert_eq!(promised.load(Ordering::Relaxed), 7);
+    fn what_is_promised_to_a_job_is_not_promised_to_another_until_it_leaves() {
+        let promises = Promises::default();
+        let (first, second) = (promises.make(5), promises.make(3));
+        assert_eq!((promises.left_of(10), promises.left_of(6)), (2, 0));
+        drop(first);
+        assert_eq!(promises.left_of(10), 7);
+        drop(second);
+        assert_eq!(promises.left_of(10), 10);
     }
 
     #[test]

@@ -46,8 +46,7 @@ impl Machine {
         };
         let specs = tasks.into_iter().zip(files).map(whole).collect::<Result<Vec<_>>>()?;
         if !wire.tasks.is_empty() || wire.shared_length.is_some() {
-            let alone: Vec<TrainSpec> = specs.iter().map(|(_, spec)| spec.clone()).collect();
-            multitask::check(&alone)?;
+            multitask::check(&specs.iter().map(|(_, spec)| spec).collect::<Vec<_>>())?;
             specs.iter().try_for_each(|(name, _)| multitask::check_name(name))?;
         }
         Ok(specs)

@@ -83,11 +83,7 @@ impl Resident {
     /// What a person should know of its data and of its first prompts.
     pub(crate) fn warnings(&self) -> Vec<String> {
         let of_task = |(name, tenant): &(String, Tenant)| {
-            let told = |warning: &String| match &**name {
-                "" => warning.clone(),
-                name => format!("{name}: {warning}"),
-            };
-            tenant.warnings().iter().map(told).collect::<Vec<_>>()
+            tenant.warnings().iter().map(|warning| named(name, warning)).collect::<Vec<_>>()
         };
         self.tenants.iter().flat_map(of_task).collect()
     }
@@ -205,10 +201,12 @@ impl Resident {
 /// An error of a task, which is named if there are several.
 pub(crate) fn of_task(name: &str, error: impl Into<Failure>) -> Failure {
     let failure = error.into();
-    match name {
-        "" => failure,
-        name => Failure { message: format!("{name}: {}", failure.message), ..failure },
-    }
+    Failure { message: named(name, &failure.message), ..failure }
+}
+
+/// What is said of a task, behind its name if it has one.
+fn named(name: &str, text: &str) -> String {
+    if name.is_empty() { text.to_owned() } else { format!("{name}: {text}") }
 }
 
 /// What a job begins with, as the leader sent it.

@@ -141,8 +141,7 @@ fn several(given: &PartialSpec, path: &Path, on_workers: bool) -> Result<(Vec<Dr
     if models.iter().any(|other| *other != model) {
         return bad_input("--model differs between tasks that share rows; say it once, on the command line");
     }
-    let specs: Vec<TrainSpec> = tasks.iter().map(|task| task.whole.clone()).collect();
-    multitask::check(&specs)?;
+    multitask::check(&tasks.iter().map(|task| &task.whole).collect::<Vec<_>>())?;
     Ok((tasks, model))
 }
 

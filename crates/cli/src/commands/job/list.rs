@@ -125,9 +125,9 @@ pub(super) fn facts(job: &Job) -> String {
         } else {
             let shared = spec.shared_length.unwrap_or_default();
             pairs.push(("tasks", format!("{}, whose prompts share {shared} rows", spec.tasks.len())));
+            let line = |(name, [own, common]): (&str, [_; 2])| ("", of_task(name, own, common));
+            pairs.extend(tasks(spec).into_iter().map(line));
         }
-        let several = tasks(spec).into_iter().filter(|(name, _)| !name.is_empty());
-        pairs.extend(several.map(|(name, [own, common])| ("", of_task(name, own, common))));
     }
     pairs.push(("created", show::time(job.create_time.as_ref())));
     for (name, time) in [("started", &job.start_time), ("ended", &job.end_time)] {
