@@ -23,6 +23,8 @@ const JOBS: usize = 3;
 const SEEDS: u64 = 4;
 /// A loss has to be noticed within this.
 const NOTICED: Duration = Duration::from_secs(5);
+/// What is to come of a link that was cut for a moment has come by then: a lease lasts for four seconds.
+const SETTLED: Duration = Duration::from_secs(5);
 
 /// Numbers that only look random (splitmix64).
 struct Dice(u64);
@@ -211,7 +213,10 @@ impl Chaos {
             Blow::ShakeLink => {
                 self.set_link(&worker, false)?;
                 std::thread::sleep(Duration::from_millis(self.dice.roll(3000)));
-                return self.set_link(&worker, true);
+                self.set_link(&worker, true)?;
+                // What was sent meanwhile is sent again later still, maybe too late for the lease: of that loss the next blow is innocent.
+                std::thread::sleep(SETTLED.saturating_sub(began.elapsed()?));
+                return Ok(());
             }
         }
         let lost = self.cluster.wait_for("the loss to be noticed", |cluster| {
@@ -224,8 +229,9 @@ impl Chaos {
         let culprits = [worker.clone(), format!("rank {}", place.rank)];
         ensure!(
             culprits.iter().any(|culprit| after.message.contains(culprit)),
-            "{culprits:?}: {}",
-            after.message
+            "{culprits:?}: {}\n{}",
+            after.message,
+            self.cluster.logs()
         );
         let at = time(lost.time.as_ref().context("a time")?);
         self.noticed.entry(blow).or_default().push(at.duration_since(began).unwrap_or_default());
