@@ -305,7 +305,7 @@ async fn a_call_that_may_be_repeated_outlives_a_restart_of_the_coordinator() {
     let running = start(config(dir.path())).await;
     let listen = running.address();
     with_backbone(&running).await;
-    // The pauses between attempts are random: five of them can be over before a coordinator is back.
+    // Five attempts last a second and a half at least; on a busy machine a coordinator may take longer to come back.
     let client = Client::connect(&ClientConfig { attempts: 10, ..client_config(&running) }).await.unwrap();
     let restarted = tokio::spawn({
         let config = Config { listen, ..config(dir.path()) };

@@ -51,12 +51,12 @@ writes! {
     DrainWorkerRequest
 }
 
-/// How long to wait after the `attempt`-th attempt, from 1: a random time below 0.2 s, 0.4 s, ... 5 s, so that clients that were
-/// cut off together do not come back together.
+/// How long to wait after the `attempt`-th attempt, from 1: 0.2 s, 0.4 s, ... 5 s, less a random part of at most half, so that
+/// clients that were cut off together do not come back together, and a number of attempts lasts for a time that one can count on.
 pub(super) fn pause(attempt: u32) -> Duration {
     let most = 200u64.saturating_mul(1 << attempt.saturating_sub(1).min(10)).min(5000);
     let random = RandomState::new().hash_one(attempt); // Seeded by the system: no dependency for a jitter.
-    Duration::from_millis(1 + random % most)
+    Duration::from_millis(most - random % (most / 2 + 1))
 }
 
 #[cfg(test)]
@@ -73,10 +73,10 @@ mod tests {
     }
 
     #[test]
-    fn pauses_grow_and_end_at_five_seconds() {
+    fn pauses_grow_to_five_seconds_and_are_never_less_than_half() {
         for attempt in 1..64 {
             let most = Duration::from_millis((100u64 << attempt.min(20)).min(5000));
-            assert!(pause(attempt) <= most, "{attempt}");
+            assert!((most / 2..=most).contains(&pause(attempt)), "{attempt}");
         }
     }
 }
