@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::path::Path;
+
 use common::{demo, few_examples, incipit, path, refused, train};
 
 #[test]
@@ -55,6 +57,18 @@ fn a_model_made_of_plain_text_is_adapted_and_serves_every_method() {
         let measured = incipit(&["eval", "--prompt", &out, "--data", &few, "--json"]).ok().json();
         assert_eq!(measured["loss"], run["eval_loss"], "{method}: {measured}");
     }
+
+    let with =
+        |trained: &str| incipit(&["convert", "model", &model, &at("whole"), "--weights", &at(trained)]);
+    refused(&with("adapter"), &["adapter.down.bias is no weight of", "`eval` and `generate`"]);
+    refused(&with("prompt"), &["holds a prompt", "`convert prompt`"]);
+    with("model/last").ok();
+    let tensors = |dir: &str| std::fs::read(Path::new(&at(dir)).join("model.safetensors")).expect("a model");
+    assert_eq!(
+        tensors("whole"),
+        tensors("model/model"),
+        "a checkpoint makes the directory that its run left"
+    );
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! A backbone with what belongs to it: loaded once, for as many jobs as come.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -13,7 +14,7 @@ use incipit_model::{
     Config, T5, TensorAxis,
     sharding::{self, sharded_dim},
 };
-use incipit_weights::{Checkpoint, Digests, Fingerprint, Overlay, Source};
+use incipit_weights::{Checkpoint, Digests, Fingerprint, Overlay, Source, Written};
 use rayon::prelude::*;
 use tokenizers::Tokenizer;
 
@@ -27,9 +28,6 @@ use crate::{
     spec::Precision,
     weights::matrix,
 };
-
-/// Bytes of a file of weights, at most, where a model is written.
-const MAX_SHARD_BYTES: u64 = 5 << 30;
 
 /// A frozen model, its tokenizer and its identity.
 pub struct Backbone {
@@ -108,13 +106,34 @@ impl Backbone {
         Ok(self.engine.with_model(model))
     }
 
-    /// Writes the model with these weights in the place of its own, in the type of its files, as Hugging Face's libraries read it.
+    /// Writes the model with these weights in the place of its own, in the type in which it was loaded, as Hugging Face's libraries
+    /// read it: in files of `max_shard_bytes` at most.
     ///
     /// # Errors
-    /// If `dir` holds something, a tensor cannot be read, or the system refuses.
-    pub fn write_with(&self, weights: &[NamedTensor], dir: &Path) -> Result<()> {
+    /// If one is no weight of the model itself, `dir` holds something, a tensor cannot be read, or the system refuses.
+    pub fn write_with(&self, weights: &[NamedTensor], dir: &Path, max_shard_bytes: u64) -> Result<Written> {
+        self.check_own(weights)?;
         let dtype = self.engine.model().dtype();
-        incipit_weights::write_safetensors(dir, &self.with(weights, dtype)?, dtype, MAX_SHARD_BYTES)?;
+        Ok(incipit_weights::write_safetensors(dir, &self.with(weights, dtype)?, dtype, max_shard_bytes)?)
+    }
+
+    /// Checks that these are weights of the model itself, and not of what is laid into it: of that its files know nothing.
+    fn check_own(&self, weights: &[NamedTensor]) -> Result<()> {
+        let own: BTreeMap<String, Vec<usize>> = self.engine.model().weights().into_iter().collect();
+        for NamedTensor { name, shape, .. } in weights {
+            let what = match own.get(name) {
+                Some(expected) if expected == shape => continue,
+                Some(expected) => format!(
+                    "{name} is {shape:?}, and {} has it as {expected:?}; give the model that was trained",
+                    self.name
+                ),
+                None => format!(
+                    "{name} is no weight of {}; adapters and prefixes stay beside their model, where `eval` and `generate` take them",
+                    self.name
+                ),
+            };
+            return Err(Error::Prompt { what });
+        }
         Ok(())
     }
 

@@ -21,6 +21,8 @@ pub(crate) const ADAPTER_DIR: &str = "adapter";
 
 /// A model that was trained as a whole, as Hugging Face's libraries read it.
 pub(crate) const MODEL_DIR: &str = "model";
+/// Bytes of a file of such a model, at most.
+const MAX_SHARD_BYTES: u64 = 5 << 30;
 
 /// Where a run shows what was trained by `method`.
 pub(crate) fn published(method: Method) -> &'static str {
@@ -114,7 +116,8 @@ impl RunDir {
                 if model.exists() {
                     std::fs::remove_dir_all(&model).map_err(Error::io("remove the former", &model))?;
                 }
-                backbone.write_with(&weights, &model)
+                backbone.write_with(&weights, &model, MAX_SHARD_BYTES)?;
+                Ok(())
             }
             trained @ Trained::Weights(_) => {
                 self.show_prefix(&trained, backbone)?;

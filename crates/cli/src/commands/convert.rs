@@ -5,10 +5,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
 use incipit_model::{Config, Placement};
+use incipit_tune::backbone::Backbone;
+use incipit_tune::engine::EngineOptions;
 use incipit_tune::peft::{self, BaseModel};
 use incipit_tune::prompt::Prompt;
+use incipit_tune::trained::Trained;
 use incipit_tune::{atomic, npy, spec::Precision};
-use incipit_weights::{Checkpoint, resolve, write_safetensors};
+use incipit_weights::{Checkpoint, Written, resolve, write_safetensors};
 use serde::Serialize;
 
 use super::backbone::run_settings;
@@ -29,8 +32,8 @@ pub(crate) enum ConvertCommand {
 /// Flags of `convert model`.
 #[derive(Args)]
 #[command(
-    after_help = "One tensor is in memory at a time. The configuration and the tokenizer are copied beside the weights, and DST is \
-                        whole or absent, whatever happens."
+    after_help = "One tensor is in memory at a time, and with --weights all that was trained. The configuration and the tokenizer are \
+                  copied beside the weights, and DST is whole or absent, whatever happens."
 )]
 pub(crate) struct ModelArgs {
     /// Directory of the model, or a name on the Hugging Face Hub
@@ -45,6 +48,9 @@ pub(crate) struct ModelArgs {
     /// Largest file; more weights become shards with an index
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = units::parse_bytes)]
     max_shard_size: u64,
+    /// Trained weights to put in the place of the model's own: a run of --method model, or a checkpoint of such a run or job
+    #[arg(long, value_name = "DIR")]
+    weights: Option<PathBuf>,
 }
 
 /// Flags of `convert prompt`.
@@ -104,8 +110,13 @@ pub(crate) fn run(command: &ConvertCommand, global: &Global) -> Result<Exit> {
 }
 
 fn model(args: &ModelArgs) -> Result<ModelWritten> {
-    let source = Checkpoint::open(&resolve(&args.source)?, args.dtype.into())?;
-    let written = write_safetensors(&args.destination, &source, args.dtype.into(), args.max_shard_size)?;
+    let written = match &args.weights {
+        Some(weights) => with_weights(args, weights)?,
+        None => {
+            let source = Checkpoint::open(&resolve(&args.source)?, args.dtype.into())?;
+            write_safetensors(&args.destination, &source, args.dtype.into(), args.max_shard_size)?
+        }
+    };
     let name = |path: &PathBuf| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     Ok(ModelWritten {
         destination: args.destination.clone(),
@@ -114,6 +125,18 @@ fn model(args: &ModelArgs) -> Result<ModelWritten> {
         bytes: written.num_bytes,
         dtype: args.dtype.to_string(),
     })
+}
+
+fn with_weights(args: &ModelArgs, path: &Path) -> Result<Written> {
+    let Trained::Weights(weights) = Trained::read(path)? else {
+        return bad_input(format!(
+            "{} holds a prompt, which stays beside its model: `eval` and `generate` take it as it is, and `convert prompt` rewrites it",
+            path.display()
+        ));
+    };
+    let backbone = Backbone::load(&args.source, args.dtype, EngineOptions::default())?;
+    let written = backbone.write_with(&weights, &args.destination, args.max_shard_size);
+    written.with_context(|| format!("cannot write {} with the weights of {}", args.source, path.display()))
 }
 
 fn prompt(args: &PromptArgs) -> Result<PromptWritten> {
