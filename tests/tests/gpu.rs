@@ -193,10 +193,19 @@ fn dropout_z_loss_and_mixed_prompts_give_what_they_give_on_the_cpu() -> Result<(
     Ok(())
 }
 
-/// Gradients of two jobs, of which the second one's prompt may be spoilt.
-fn two_jobs(
+/// The job beside the one that is looked at.
+#[derive(Clone, Copy, PartialEq)]
+enum Neighbour {
+    None,
+    Good,
+    /// Its prompt is not finite.
+    Spoilt,
+}
+
+/// Gradients of a job and of its neighbour.
+fn step(
     device: &Device,
-    spoilt: bool,
+    neighbour: Neighbour,
     microbatch_tokens: usize,
 ) -> Result<Vec<Result<JobGradient, JobFault>>> {
     let model = golden_model("v1_1_untied", DType::F32, device)?;
@@ -211,7 +220,7 @@ fn two_jobs(
         .collect();
     let good = golden.tensor("p7.prompt")?.clone();
     let other = golden.tensor("p3.prompt")?.clone();
-    let other = if spoilt { (other * f64::NAN)? } else { other };
+    let other = if neighbour == Neighbour::Spoilt { (other * f64::NAN)? } else { other };
     let objective = Objective { reduction: LossReduction::Mean, dropout: 0.0, z_loss: 0.0 };
     let job = |prompt| JobBatch {
         prompt,
@@ -219,13 +228,15 @@ fn two_jobs(
         keys: (0..examples.len() as u64).collect(),
         objective,
     };
-    Ok(engine.gradients(&[job(&good.into()), job(&other.into())])?)
+    let (good, other) = (good.into(), other.into());
+    let jobs = [job(&good), job(&other)];
+    Ok(engine.gradients(if neighbour == Neighbour::None { &jobs[..1] } else { &jobs })?)
 }
 
 #[test]
 fn a_job_that_is_not_finite_ends_alone_and_its_neighbour_keeps_every_bit() -> Result<()> {
     on_gpus(|device| {
-        let (clean, spoilt) = (two_jobs(device, false, 4000)?, two_jobs(device, true, 4000)?);
+        let (clean, spoilt) = (step(device, Neighbour::Good, 4000)?, step(device, Neighbour::Spoilt, 4000)?);
         ensure!(clean[0] == spoilt[0] && clean[0].is_ok(), "the neighbour has other bits");
         ensure!(clean[1].is_ok(), "{:?}", clean[1]);
         ensure!(matches!(spoilt[1], Err(JobFault::Loss { .. })), "{:?}", spoilt[1]);
@@ -236,19 +247,27 @@ fn a_job_that_is_not_finite_ends_alone_and_its_neighbour_keeps_every_bit() -> Re
 #[test]
 fn the_same_step_gives_the_same_bits_again() -> Result<()> {
     on_gpus(|device| {
-        ensure!(two_jobs(device, false, 4000)? == two_jobs(device, false, 4000)?, "two runs differ");
+        let [first, again] = [(); 2].map(|()| step(device, Neighbour::Good, 4000));
+        ensure!(first? == again?, "two runs differ");
         Ok(())
     })
 }
 
-/// On CUDA this is what the choice of algorithms aims at.
+/// On CUDA this is what the choice of algorithms aims at, as is what the next test asks.
+#[test]
+fn a_job_has_the_same_bits_alone_as_beside_another() -> Result<()> {
+    on_gpus(|device| {
+        let (alone, beside) = (step(device, Neighbour::None, 4000)?, step(device, Neighbour::Good, 4000)?);
+        ensure!(alone[0] == beside[0] && alone[0].is_ok(), "other bits beside another job");
+        Ok(())
+    })
+}
+
 #[test]
 fn a_gradient_does_not_depend_on_how_the_batch_is_cut() -> Result<()> {
     on_gpus(|device| {
-        ensure!(
-            two_jobs(device, false, 4000)? == two_jobs(device, false, 60)?,
-            "other bits in smaller microbatches"
-        );
+        let [whole, cut] = [4000, 60].map(|tokens| step(device, Neighbour::Good, tokens));
+        ensure!(whole? == cut?, "other bits in smaller microbatches");
         Ok(())
     })
 }

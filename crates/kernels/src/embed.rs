@@ -133,7 +133,7 @@ fn gather_on(gpu: &Gpu, table: &Frozen, prompts: &[Tensor], sources: &[Source]) 
     let codes: Vec<i32> = sources.iter().map(code).collect();
     let device = table.on_device().map_or(&Device::Cpu, Tensor::device);
     let prompts = match prompts {
-        [] => None,
+        _ if rows == 0 => None,
         prompts => Some(Tensor::cat(prompts, 0)?.to_dtype(DType::F32)?.to_device(device)?),
     };
     gpu::rows::embed(gpu, table, prompts.as_ref(), &codes)

@@ -110,7 +110,7 @@ pub(crate) fn once<T>(cell: &OnceLock<T>, make: impl FnOnce() -> Result<T>) -> R
     Ok(cell.get_or_init(|| made))
 }
 
-#[cfg(test)]
+#[cfg(all(test, any(feature = "cuda", feature = "emulator")))]
 impl Segments {
     /// The same examples, and nothing of them on a device.
     pub(crate) fn fresh(&self) -> Self {

@@ -191,6 +191,10 @@ impl<'a> Decoding<'a> {
 
     /// Makes hypothesis `i`'s cache the one of `parents[i]`.
     fn follow(&mut self, parents: &[u32]) -> Result<()> {
+        // All have ended. CUDA does not pick nothing: it launches no kernel without threads.
+        if parents.is_empty() {
+            return Ok(());
+        }
         for cache in &mut self.caches {
             if let Some((k, v)) = cache.own.take() {
                 let unchanged =

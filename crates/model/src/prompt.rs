@@ -79,7 +79,7 @@ impl<'a> LayerPrompts<'a> {
     /// From the gradient to what went into such a layer: each example's gradient to the layer's prompt, and the gradient to what the
     /// layer before it gave, of which nothing was read at the prompts' places.
     pub(crate) fn take(&self, dx: &Tensor) -> Result<(Vec<Option<Tensor>>, Tensor)> {
-        let own = |span: Span| Ok(dx.narrow(0, span.first, span.count)?.copy()?);
+        let own = |span: Span| copied(dx, span);
         let own = self.spans.iter().map(|span| span.map(own).transpose()).collect::<Result<Vec<_>>>()?;
         let nothing = |span: &Span| Ok((span.first, dx.narrow(0, span.first, span.count)?.zeros_like()?));
         let rest = replaced(dx, &self.spans.iter().flatten().map(nothing).collect::<Result<Vec<_>>>()?)?;
@@ -101,17 +101,25 @@ impl RowGradients<'_> {
     /// Copies of the rows of the prompt of example `e`, so that the rest need not live on. It has one in the encoder, in the decoder, or
     /// none.
     pub(crate) fn of_prompt(&self, e: usize, spans: (Option<Span>, Option<Span>)) -> Result<Tensor> {
-        let own = |dx: &Tensor, span: Span| Ok(dx.narrow(0, span.first, span.count)?.copy()?);
         match (spans, self.targets) {
             ((Some(span), _), _) if span.count > 0 => {
                 let behind = self.layers.iter().filter_map(|layer| layer[e].clone());
-                let all: Vec<Tensor> = std::iter::once(own(self.input, span)?).chain(behind).collect();
+                let all: Vec<Tensor> = std::iter::once(copied(self.input, span)?).chain(behind).collect();
                 if all.len() == 1 { Ok(all[0].clone()) } else { Ok(Tensor::cat(&all, 0)?) }
             }
-            ((_, Some(span)), Some(targets)) if span.count > 0 => own(targets, span),
-            _ => Ok(Tensor::zeros((0, self.input.dims()[1]), DType::F32, self.input.device())?),
+            ((_, Some(span)), Some(targets)) if span.count > 0 => copied(targets, span),
+            // One row, of which none is shown: CUDA need not give out no memory.
+            _ => {
+                Ok(Tensor::zeros((1, self.input.dims()[1]), DType::F32, self.input.device())?
+                    .narrow(0, 0, 0)?)
+            }
         }
     }
+}
+
+/// A copy of some rows. (`Tensor::copy` would copy all that `x` lies in.)
+fn copied(x: &Tensor, span: Span) -> Result<Tensor> {
+    Ok(x.narrow(0, span.first, span.count)?.force_contiguous()?)
 }
 
 /// `x` with other rows in the place of its own: each part from its row on, in ascending order.

@@ -1,9 +1,10 @@
 //! Products by cuBLASLt.
 //!
-//! The algorithm of a product is chosen for a fixed number of rows and then used for any number, and none is taken that cuts the
-//! contracted dimension between blocks: so a row's sums should not depend on how many rows are beside it.
+//! The algorithm of a product is chosen for a fixed number of rows and then used for any number that it can take, and none is taken that
+//! cuts the contracted dimension between blocks: so a row's sums should not depend on how many rows are beside it.
 
-use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex};
 
@@ -28,7 +29,17 @@ pub(super) struct Blas {
     handle: sys::cublasLtHandle_t,
     stream: Arc<CudaStream>,
     workspace: CudaSlice<u8>,
-    algorithms: Mutex<HashMap<Kind, sys::cublasLtMatmulAlgo_t>>,
+    choices: Mutex<HashMap<Kind, Choice>>,
+}
+
+/// The algorithms of one kind of product.
+struct Choice {
+    /// That of the usual number of rows, if it has one.
+    usual: Option<sys::cublasLtMatmulAlgo_t>,
+    /// Numbers of rows that it was found to take.
+    served: HashSet<usize>,
+    /// Those of other numbers of rows.
+    own: HashMap<usize, sys::cublasLtMatmulAlgo_t>,
 }
 
 // SAFETY: the library's handle may be used from any thread (cuBLAS documentation, 2.1.2), and the rest is Send and Sync itself.
@@ -47,14 +58,14 @@ struct Kind {
     adds: bool,
     /// Of the operands and the result, in bytes.
     alignments: [u64; 3],
-    /// None: any number of rows.
-    rows: Option<usize>,
 }
 
 impl Kind {
-    fn of(product: &Product, rows: Option<usize>) -> Self {
+    fn of(product: &Product) -> Self {
         let [_, columns, contracted] = product.dims;
         let alignment = |Address(address): Address| (1 << address.trailing_zeros().min(8)).min(ALIGNMENT);
+        // What is added is described as the result is. Where nothing is, the address 0 takes nothing away.
+        let out = alignment(product.out).min(alignment(product.added));
         Self {
             columns,
             contracted,
@@ -62,8 +73,7 @@ impl Kind {
             transposed: product.layout == Layout::ColumnsAsRows,
             dtypes: [product.dtype, product.out_dtype],
             adds: product.added != Address::NONE,
-            alignments: [alignment(product.w), alignment(product.a), alignment(product.out)],
-            rows,
+            alignments: [alignment(product.w), alignment(product.a), out],
         }
     }
 }
@@ -137,7 +147,7 @@ impl Blas {
         // SAFETY: a workspace is written before it is read.
         let workspace = unsafe { stream.alloc(WORKSPACE) }.map_err(failed("the workspace of products"))?;
         let handle = result::create_handle().map_err(library("starting"))?;
-        Ok(Self { handle, stream, workspace, algorithms: Mutex::default() })
+        Ok(Self { handle, stream, workspace, choices: Mutex::default() })
     }
 
     /// # Safety
@@ -173,23 +183,27 @@ impl Blas {
     }
 
     fn algorithm(&self, product: &Product, described: &Described) -> Result<sys::cublasLtMatmulAlgo_t> {
-        let [rows, ..] = product.dims;
-        let (any, own) = (Kind::of(product, None), Kind::of(product, Some(rows)));
-        let known = {
-            let algorithms = lock(&self.algorithms);
-            algorithms.get(&own).or_else(|| algorithms.get(&any)).copied()
+        let (kind, rows) = (Kind::of(product), product.dims[0]);
+        let mut choices = lock(&self.choices);
+        let choice = match choices.entry(kind) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let usual = self.best(product, &kind, &Described::new(product, USUAL_ROWS)?).ok();
+                entry.insert(Choice { usual, served: HashSet::new(), own: HashMap::new() })
+            }
         };
-        if let Some(algorithm) = known {
-            return Ok(algorithm);
+        if let Some(own) = choice.own.get(&rows) {
+            return Ok(*own);
         }
-        let usual = self.best(product, &any, &Described::new(product, USUAL_ROWS)?)?;
-        if self.serves(&usual, described) {
-            lock(&self.algorithms).insert(any, usual);
+        if let Some(usual) = choice.usual
+            && (choice.served.contains(&rows) || self.serves(&usual, described))
+        {
+            choice.served.insert(rows);
             return Ok(usual);
         }
-        let algorithm = self.best(product, &own, described)?;
-        lock(&self.algorithms).insert(own, algorithm);
-        Ok(algorithm)
+        let own = self.best(product, &kind, described)?;
+        choice.own.insert(rows, own);
+        Ok(own)
     }
 
     /// Whether an algorithm can make a product.

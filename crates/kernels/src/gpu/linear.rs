@@ -19,9 +19,10 @@ pub(crate) fn product(
     let first = terms[0];
     let rows = first.0.dims()[0];
     let columns = if layout == Layout::Rows { first.1.cols() } else { first.1.rows() };
-    // Sums of several products, and what is added to one, are made in f32 and rounded once.
-    let several = terms.len() > 1 || added.is_some();
-    let sum_dtype = if several { DType::F32 } else { out };
+    // Sums of several products, and what is added to one, are made in f32 and rounded once. cuBLASLt has no product of f32 numbers with a
+    // result of another type.
+    let rounded = terms.len() == 1 && added.is_none() && first.0.dtype() == DType::BF16;
+    let sum_dtype = if rounded { out } else { DType::F32 };
     let sum = gpu.output(op, &[rows, columns], sum_dtype)?;
     let (_held, mut added) = gpu.optional(op, added)?;
     for (x, w) in terms {

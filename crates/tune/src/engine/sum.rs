@@ -104,7 +104,8 @@ fn summed(
     outcomes: &[Result<Outcome<'_>, JobFault>],
     len: usize,
 ) -> Result<Tensor> {
-    let mut sums = Sums::zeros(len, device)?;
+    // Where all jobs are at fault, one number that is nobody's: CUDA need not give out no memory.
+    let mut sums = Sums::zeros(len.max(1), device)?;
     for (terms, outcome) in terms.iter().zip(outcomes) {
         let Ok(Outcome { exponent, first, .. }) = outcome else { continue };
         for given in terms.given.iter().flatten() {
