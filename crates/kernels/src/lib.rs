@@ -35,8 +35,8 @@ pub use embed::{Rows, Vocabulary, embed, embed_gradient};
 pub use error::{Error, Result};
 pub use frozen::{ByteOwner, Frozen, FrozenSlice};
 pub use gpu::device::{
-    CUDA_IS_BUILT, DeviceMemory, GpuInfo, KernelTime, device_memory, gpus, launches, open_gpu, profile,
-    profiled,
+    CUDA_IS_BUILT, DeviceMemory, GpuInfo, KernelTime, check_device, device_memory, gpus, launches, open_gpu,
+    profile, profiled,
 };
 #[cfg(feature = "emulator")]
 pub use gpu::emulated::on as on_emulated_gpu;

@@ -332,40 +332,51 @@ impl Engine {
     ) -> Result<()> {
         let costs: Vec<usize> = rows.iter().map(|row| cost(&jobs[row.job], row.example)).collect();
         let runs = microbatch::cut(&costs, self.budget);
-        runs.into_iter().try_for_each(|run| send(jobs, &rows[run], pass, gathered))
+        runs.into_iter().try_for_each(|run| self.send(jobs, &rows[run], pass, gathered))
+    }
+
+    /// Sends one microbatch through the backbone. If the model refuses one of several jobs, each goes alone.
+    fn send<T>(
+        &self,
+        jobs: &[JobBatch<'_>],
+        rows: &[Row],
+        pass: Pass<'_, T>,
+        gathered: &mut [Gathered<T>],
+    ) -> Result<()> {
+        let (prompts, examples) = assemble(jobs, rows);
+        let refusal = match pass(&Microbatch { prompts: &prompts, examples: &examples }, rows) {
+            Ok(given) => {
+                for (row, given) in rows.iter().zip(given) {
+                    if let Ok(gathered) = &mut gathered[row.job] {
+                        gathered[row.example] = Some(given);
+                    }
+                }
+                return Ok(());
+            }
+            Err(error) => self.refusal(error)?,
+        };
+        if prompts.len() == 1 {
+            gathered[rows[0].job] = Err(refusal);
+            return Ok(());
+        }
+        rows.chunk_by(|a, b| a.job == b.job).try_for_each(|alone| self.send(jobs, alone, pass, gathered))
+    }
+    /// Why the model refused a batch. What is no fault of the batch is an error instead: one of the ranks, or of a device that failed.
+    fn refusal(&self, error: incipit_model::Error) -> Result<String> {
+        let of_ranks = matches!(error, incipit_model::Error::Collective(_));
+        if of_ranks || !self.device_works() { Err(error.into()) } else { Ok(error.to_string()) }
+    }
+
+    /// Whether the model's device works. With one that failed, no process goes on.
+    #[must_use]
+    pub fn device_works(&self) -> bool {
+        incipit_kernels::check_device(self.model.device()).is_ok()
     }
 }
 
 /// Before the first microbatch.
 fn nothing<T: Clone>(jobs: &[JobBatch<'_>]) -> Vec<Gathered<T>> {
     jobs.iter().map(|job| Ok(vec![None; job.examples.len()])).collect()
-}
-
-/// Sends one microbatch through the backbone. If the model refuses one of several jobs, each goes alone.
-fn send<T>(
-    jobs: &[JobBatch<'_>],
-    rows: &[Row],
-    pass: Pass<'_, T>,
-    gathered: &mut [Gathered<T>],
-) -> Result<()> {
-    let (prompts, examples) = assemble(jobs, rows);
-    let error = match pass(&Microbatch { prompts: &prompts, examples: &examples }, rows) {
-        Ok(given) => {
-            for (row, given) in rows.iter().zip(given) {
-                if let Ok(gathered) = &mut gathered[row.job] {
-                    gathered[row.example] = Some(given);
-                }
-            }
-            return Ok(());
-        }
-        Err(error @ incipit_model::Error::Collective(_)) => return Err(error.into()),
-        Err(error) => error,
-    };
-    if prompts.len() == 1 {
-        gathered[rows[0].job] = Err(error.to_string());
-        return Ok(());
-    }
-    rows.chunk_by(|a, b| a.job == b.job).try_for_each(|alone| send(jobs, alone, pass, gathered))
 }
 
 /// Tokens that an example takes of a microbatch.

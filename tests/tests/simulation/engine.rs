@@ -312,6 +312,17 @@ impl World {
         self.notice(pid, Notice::Failed(Failed { epoch, cause, message: "the group is gone".to_owned() }));
     }
 
+    /// An engine says that its device has failed, before it ends.
+    pub(crate) fn device_fails(&mut self, pid: Pid) {
+        let Some(engine) = self.alive(pid) else { return };
+        let (epoch, cause) = (engine.epoch, EngineLossCause::Exited.into());
+        self.oracle.failed.insert((engine.key.backbone.clone(), epoch));
+        self.notice(
+            pid,
+            Notice::Failed(Failed { epoch, cause, message: "its device has failed".to_owned() }),
+        );
+    }
+
     /// A turn of the whole group was made.
     pub(crate) fn advance(&mut self, pid: Pid) {
         if let Some(engine) = self.engines.get_mut(&pid) {

@@ -71,6 +71,9 @@ impl World {
     fn crash(&mut self) {
         let Some(pid) = self.any_engine() else { return };
         self.watch_engine(pid);
+        if self.chance.one_in(3) {
+            self.device_fails(pid);
+        }
         self.engine_dies(pid);
     }
 

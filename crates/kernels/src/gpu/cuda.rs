@@ -102,6 +102,27 @@ fn keep_freed_memory(device: &CudaDevice) -> Result<(), DriverError> {
     }
 }
 
+/// Bytes that the pool has and nobody uses.
+fn kept_by_pool(context: &CudaContext) -> Result<u64, DriverError> {
+    if !context.has_async_alloc() {
+        return Ok(0);
+    }
+    // SAFETY: the device's own pool lives as long as it, and both attributes are u64.
+    let [reserved, used] = unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device())?;
+        let ask = |attribute| {
+            let mut bytes = 0u64;
+            result::mem_pool::get_attribute(pool, attribute, std::ptr::from_mut(&mut bytes).cast())?;
+            Ok(bytes)
+        };
+        [
+            ask(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?,
+            ask(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
+        ]
+    };
+    Ok(reserved.saturating_sub(used))
+}
+
 /// All GPUs.
 pub(super) fn list() -> Result<Vec<GpuInfo>> {
     let about = |ordinal: usize| -> Result<GpuInfo, DriverError> {
@@ -143,10 +164,22 @@ impl Handle {
         })
     }
 
+    /// What the pool keeps of freed memory is free, though the driver counts it as used.
     pub(super) fn memory(&self) -> Result<DeviceMemory> {
-        let (free, total) =
-            self.stream.context().mem_get_info().map_err(failed("asking for the free memory"))?;
-        Ok(DeviceMemory { free: free as u64, total: total as u64 })
+        let failed = || failed("asking for the free memory");
+        let (free, total) = self.stream.context().mem_get_info().map_err(failed())?;
+        let kept = kept_by_pool(self.stream.context()).map_err(failed())?;
+        Ok(DeviceMemory { free: free as u64 + kept, total: total as u64 })
+    }
+
+    pub(super) fn check(&self) -> Result<()> {
+        let op = "asking whether the device works";
+        self.stream.context().bind_to_thread().map_err(failed(op))?;
+        // SAFETY: the stream lives.
+        match unsafe { sys::cuStreamQuery(self.stream.cu_stream()) } {
+            sys::CUresult::CUDA_SUCCESS | sys::CUresult::CUDA_ERROR_NOT_READY => Ok(()),
+            error => Err(failed(op)(DriverError(error))),
+        }
     }
 
     pub(super) fn launches(&self) -> u64 {
@@ -239,11 +272,11 @@ impl Handle {
     /// # Safety
     /// As for `Gpu::launch`.
     pub(super) unsafe fn launch(&self, kernel: &str, launch: Launch, params: *const c_void) -> Result<()> {
-        let function = self.function(kernel, launch.shared_bytes)?;
         let [x, y] = launch.grid;
         self.timed(
             || kernel.to_owned(),
             || {
+                let function = self.function(kernel, launch.shared_bytes)?;
                 // SAFETY: the caller's promise. The parameters are copied before this returns.
                 let started = unsafe {
                     result::launch_kernel(

@@ -79,6 +79,19 @@ pub fn device_memory(device: &Device) -> Result<Option<DeviceMemory>> {
     }
 }
 
+/// Whether a device works, as far as is known without waiting for it. One that failed (it is gone, or a kernel read what is not there)
+/// answers this process with an error for ever.
+///
+/// # Errors
+/// What the driver says of a device that has failed.
+pub fn check_device(device: &Device) -> Result<()> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => super::cuda::Handle::of(device)?.check(),
+        _ => Ok(()),
+    }
+}
+
 /// How many kernels and products were started on a device so far; none of the CPU.
 ///
 /// # Errors

@@ -87,10 +87,9 @@ impl Engine {
                         let losses = losses.iter().map(|loss| i64::from(loss.to_bits()));
                         rows.iter().zip(losses).for_each(|(row, loss)| told[row.example] = loss);
                     }
-                    Err(error @ incipit_model::Error::Collective(_)) => return Err(error.into()),
                     Err(error) => {
+                        refusal = self.refusal(error)?;
                         rows.iter().for_each(|row| told[row.example] = REFUSED);
-                        refusal = error.to_string();
                     }
                 }
             }

@@ -290,7 +290,8 @@ impl Core {
             Notice::Failed(failed) if failed.epoch == engine.epoch() => {
                 let cause = failed.cause();
                 engine.ready = false;
-                self.lost(key, cause, failed.message, true);
+                // Most go on in another group; some say as their last word why they end.
+                self.lost(key, cause, failed.message, cause != EngineLossCause::Exited);
             }
             Notice::Ready(_) | Notice::Failed(_) => {}
             Notice::Job(report) => {

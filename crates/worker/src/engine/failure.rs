@@ -1,7 +1,7 @@
 //! Why a job, or the group of ranks, cannot go on.
 
 use incipit_proto::{Problem, v1::JobReason};
-use incipit_tune::Error;
+use incipit_tune::{Error, backbone::Backbone};
 
 /// Why something did not work, as the coordinator will tell it.
 #[derive(Debug)]
@@ -51,10 +51,10 @@ fn reason(error: &Error) -> JobReason {
     }
 }
 
-/// A failure of a job is an error of the result inside, one of the group of the result outside.
-pub(crate) fn unless_of_group<T>(result: Result<T>) -> Result<Result<T>> {
+/// A failure of a job is an error of the result inside, one of the group of the result outside. No job is to blame for a device that failed.
+pub(crate) fn unless_of_group<T>(backbone: &Backbone, result: Result<T>) -> Result<Result<T>> {
     match result {
-        Err(failure) if failure.of_group => Err(failure),
+        Err(failure) if failure.of_group || !backbone.engine.device_works() => Err(failure),
         result => Ok(result),
     }
 }

@@ -126,7 +126,8 @@ impl Group<'_> {
         });
         // Those that wait for this rank learn that it comes no more: the backbone keeps the group from being dropped.
         ranks.abort(worked.as_ref().err().map_or("the group has come to its end", |(_, message)| message));
-        worked
+        let works = held.as_ref().is_none_or(|backbone| backbone.engine.device_works());
+        worked.map_err(|(cause, message)| if works { (cause, message) } else { device_failed(&message) })
     }
 
     /// Loads the backbone, or has the one that is loaded join the new group.
@@ -212,6 +213,11 @@ impl From<Failure> for Loss {
     }
 }
 
+/// The loss of a rank whose device failed: only a new process can use the device again, if it works again.
+fn device_failed(message: &str) -> Loss {
+    (EngineLossCause::Exited, format!("its device has failed, and so its process ends: {message}"))
+}
+
 /// What the leader came to; or, if a rank failed, why: the ranks that only lost another one know less.
 fn first_cause(
     results: impl Iterator<Item = std::result::Result<Next, Loss>>,
@@ -223,10 +229,7 @@ fn first_cause(
             Ok(found) => next = Some(found),
             Err((cause, message)) => {
                 let message = format!("rank {rank}: {message}");
-                let better = failure.as_ref().is_none_or(|(known, _)| {
-                    *known == EngineLossCause::GroupFailed && cause == EngineLossCause::BadModel
-                });
-                if better {
+                if failure.as_ref().is_none_or(|(known, _)| weight(cause) > weight(*known)) {
                     failure = Some((cause, message));
                 }
             }
@@ -237,6 +240,15 @@ fn first_cause(
         (Some(next), _) => Ok(next),
         (None, Some(failure)) => Err(failure),
         (None, None) => Ok(Next::End),
+    }
+}
+
+/// Of two ranks' causes, the one that explains the other.
+fn weight(cause: EngineLossCause) -> u8 {
+    match cause {
+        EngineLossCause::BadModel => 2,
+        EngineLossCause::Exited => 1,
+        _ => 0,
     }
 }
 

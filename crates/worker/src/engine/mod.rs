@@ -45,7 +45,7 @@ pub(crate) type Inbox = Mutex<Receiver<Mail>>;
 pub(crate) enum Next {
     /// Another one.
     Join(Box<Join>),
-    /// Nothing: the agent is gone.
+    /// Nothing: the agent is gone, or a device has failed.
     End,
 }
 
@@ -67,7 +67,7 @@ pub fn run(input: impl Read + Send + 'static, output: impl Write + Send + 'stati
             Err((cause, message)) => {
                 voice.log("", "ERROR", format!("epoch {epoch} ends: {message}"));
                 voice.say(Notice::Failed(Failed { epoch, cause: cause.into(), message }));
-                await_join(&inbox)
+                if cause == EngineLossCause::Exited { Next::End } else { await_join(&inbox) }
             }
         };
     }

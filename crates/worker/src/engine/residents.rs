@@ -62,8 +62,10 @@ impl Residents {
             self.jobs.remove(key);
         }
         for admission in &plan.admissions {
-            let admitted =
-                unless_of_group(begin(admission).and_then(|begin| Resident::admit(backbone, begin)))?;
+            let admitted = unless_of_group(
+                backbone,
+                begin(admission).and_then(|begin| Resident::admit(backbone, begin)),
+            )?;
             let admitted = admitted.map(|resident| drop(self.jobs.insert(admission.key, resident)));
             outcome.admitted.push((admission.key, admitted));
         }
@@ -95,7 +97,7 @@ impl Residents {
         for (key, count) in keys.into_iter().zip(counts) {
             let gradients: Vec<_> = gradients.by_ref().take(count).collect();
             let Some(job) = self.jobs.get_mut(&key) else { continue };
-            steps.push((key, unless_of_group(job.stepped(gradients))?));
+            steps.push((key, unless_of_group(backbone, job.stepped(gradients))?));
         }
         Ok(steps)
     }
@@ -107,12 +109,12 @@ impl Residents {
         backbone: &Backbone,
     ) -> Result<Option<(Key, Result<OfTasks<Update>>)>> {
         let Some(job) = self.jobs.get_mut(&key) else { return Ok(None) };
-        Ok(Some((key, unless_of_group(job.step(backbone))?)))
+        Ok(Some((key, unless_of_group(backbone, job.step(backbone))?)))
     }
 
     /// A round of a job's evaluation, the outcome if it was the last.
     fn evaluate(&mut self, key: Key, backbone: &Backbone) -> Result<Option<Result<Evaluated>>> {
         let Some(job) = self.jobs.get_mut(&key) else { return Ok(None) };
-        Ok(unless_of_group(job.round(backbone))?.transpose())
+        Ok(unless_of_group(backbone, job.round(backbone))?.transpose())
     }
 }
