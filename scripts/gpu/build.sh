@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Builds what check.sh runs, on a machine that need not have a GPU, into one folder that can be carried to one that has:
+# Builds what check.sh runs, on a machine that need not have a GPU, into one folder, and that into one file, which can be carried to
+# a machine that has:
 #
-#   scripts/gpu/build.sh [--gloo] [FOLDER]     default: target/gpu
+#   scripts/gpu/build.sh [--gloo] [FOLDER]     default: target/gpu, and target/gpu.tar.xz
 #
-# The folder and the repository are all that check.sh needs. With --gloo the program connects processes by Gloo too; it then
-# starts only where that library is.
+# The file and the repository are all that check.sh needs. Of INCIPIT_SHARED, by default ../shared, the small model and the data of
+# trec go along, where they are there. With --gloo the program connects processes by Gloo too; it then starts only where that
+# library is.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . scripts/setup.sh
@@ -42,5 +44,17 @@ PY
 rm "$folder/messages.json"
 
 strip "$folder"/incipit "$folder"/*-tests
-du -h "$folder"/incipit "$folder"/*-tests
-echo "compressed, all together: $(tar -C "$folder" -czf - incipit kernels-tests model-tests nccl-tests | wc -c | numfmt --to=iec)"
+{ git describe --always --dirty 2>/dev/null || echo "not known"; } >"$folder/commit"
+shared="${INCIPIT_SHARED:-../shared}"
+rm -rf "$folder/shared"
+if [ -d "$shared/models/t5-mini-lm" ] && [ -d "$shared/data/trec" ]; then
+  mkdir -p "$folder/shared/models/t5-mini-lm" "$folder/shared/data"
+  cp -L "$shared"/models/t5-mini-lm/{*.json,*.safetensors} "$folder/shared/models/t5-mini-lm/"
+  cp -rL "$shared/data/trec" "$folder/shared/data/"
+fi
+du -sh "$folder"/*
+
+# candle's kernels are in each program: a window that is wider than all of them has them once.
+tar -C "$folder" --exclude=./logs -cf - . | xz -T1 --lzma2=preset=9,dict=512MiB >"$folder.tar.xz.part"
+mv "$folder.tar.xz.part" "$folder.tar.xz"
+du -h "$folder.tar.xz"

@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""The parts of check.sh: runs each, keeps its log, and ends with one table. Standard library alone."""
+"""The parts of check.sh: runs each, keeps its log, and ends with one table. Standard library alone.
+
+What comes later is what is missed least if time runs out. INCIPIT_CHECK_PARTS picks parts by how their names begin: "NCCL, G1 xxl".
+"""
 
 import collections
 import ctypes
@@ -15,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 
 import page
 
@@ -27,14 +31,17 @@ LIMIT = float(os.environ.get("INCIPIT_CHECK_SECONDS", 540))
 C1 = "96,82,131,95,64,111,195,158,58,41,61,91,22,78,42,57,64,74,114,167,82,203,60,110,154,94,57,51,68,102,48,79"
 RAGGED = ",".join(str(2 * int(length)) for length in C1.split(","))
 GIB = 2**30
-# Of a shape: bytes that host and GPU must have at least. A machine says a little less than its memory's name.
-ROOM = {"xl": (14 * GIB, 14 * GIB), "xxl": (60 * GIB, 39 * GIB)}
+# Of a shape: bytes that a GPU must have at least. It says a little less than its memory's name.
+ROOM = {"xl": 14 * GIB, "xxl": 39 * GIB}
+# What the losses of the CPU and of the GPU may differ by in f32, after an update: their ratio less 1.
+SAME_LOSS = 1e-3
 STEP = ["--prompt-length", "100", "--target-length", "4", "--steps", "5", "--json"]
 
 
 def libraries() -> str:
-    """Where CUDA's libraries are: of an installed toolkit, and those that PyTorch brought. The stand-in for a driver must not be there."""
-    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    """Where CUDA's libraries are: the driver's, those of an installed toolkit, and those that PyTorch brought. The stand-in for a driver
+    must not be there."""
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda", "/usr/local/nvidia"]
     places = [pathlib.Path(home) / "lib64" for home in homes if home]
     places += [lib for root in sys.path if root for lib in sorted(pathlib.Path(root).glob("nvidia/*/lib"))]
     given = os.environ.get("LD_LIBRARY_PATH", "").split(":")
@@ -66,7 +73,7 @@ class Ran:
                 except subprocess.TimeoutExpired:
                     self.code, self.why = 124, f"not done within {limit:.0f} s"
                     os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                    self.given_up(process)
             except OSError as error:
                 self.code, self.why = 127, str(error)
             for file, name in ((out, "out"), (err, "err")):
@@ -78,6 +85,14 @@ class Ran:
         with (OUT / "check.log").open("a") as log:
             words = " ".join(word if len(word) < 300 else "..." for word in command)
             log.write(f"\n===== {part}: {words}\n===== {time.monotonic() - start:.1f} s, code {self.code}\n{self.out}\n----- stderr\n{self.err}\n")
+
+    @staticmethod
+    def given_up(process: subprocess.Popen) -> None:
+        """One that waits within the driver ends when the driver lets it."""
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            pass
 
     def json(self) -> dict | None:
         """What it printed, if it ended well."""
@@ -92,6 +107,7 @@ class Check:
     def __init__(self) -> None:
         self.rows: list[list[str]] = []
         self.figures: dict[str, dict] = {}
+        self.facts: dict[str, str] = {}
         self.gpu = pathlib.Path("/dev/nvidia0").exists()
         self.memory = 0
 
@@ -99,42 +115,62 @@ class Check:
         self.rows.append([part, result, figure])
         print(f"{time.monotonic() - BEGAN:6.1f} s  {part}: {result} {figure}", file=sys.stderr, flush=True)
 
+    def do(self, name: str, part: Callable[[str], None]) -> None:
+        """A part, whose own mistakes cost no other part. What is known by then is kept, should the whole be broken off."""
+        try:
+            part(name)
+        except Exception as error:  # noqa: BLE001
+            self.tell(name, "FAILED", f"{type(error).__name__}: {error}")
+        (OUT / "figures.json").write_text(json.dumps(self.found(), indent=1) + "\n")
+
+    def page(self, part: str) -> None:
+        (OUT / "gpu.md").write_text(page.markdown(self.found()))
+
+    def found(self) -> dict:
+        return {"machine": self.facts, "rows": self.rows, "figures": self.figures}
+
     def lacks(self, part: str, program: str) -> bool:
         """Tells that a part cannot run, if so."""
-        why = "no GPU here" if not self.gpu else f"{FOLDER / program} is not built" if not (FOLDER / program).exists() else ""
-        if why:
-            self.tell(part, "skipped", why)
-        return bool(why)
+        built = (FOLDER / program).exists()
+        if not self.gpu:
+            self.tell(part, "skipped", "no GPU here")
+        elif not built:
+            self.tell(part, "FAILED", f"{FOLDER / program} is not there: was the folder carried here that build.sh made?")
+        return not (self.gpu and built)
 
-    def machine(self) -> dict:
+    def machine(self, part: str) -> None:
         query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits"]
-        ran = Ran("machine", query, 30)
-        facts = host()
+        ran = Ran(part, query, 30)
+        self.facts |= host()
         found = [line.split(", ") for line in ran.out.splitlines() if line.count(", ") == 2]
         if ran.code == 0 and found:
             self.gpu, self.memory = True, int(float(found[0][2]) * 2**20)
-            version = re.search(r"CUDA Version: *([\d.]+)", Ran("machine", ["nvidia-smi"], 30).out)
-            facts |= {"GPU": f"{len(found)} x {found[0][0]}, {self.memory / GIB:.0f} GiB", "driver": found[0][1]}
-            facts |= {"CUDA of the driver": version.group(1) if version else "not told"}
-            self.tell("machine", "ok", f"{facts['GPU']}, driver {found[0][1]}, CUDA {facts['CUDA of the driver']}, NCCL {facts['NCCL']}")
+            version = re.search(r"CUDA Version: *([\d.]+)", Ran(part, ["nvidia-smi"], 30).out)
+            self.facts |= {"GPU": f"{len(found)} x {found[0][0]}, {self.memory / GIB:.0f} GiB", "driver": found[0][1]}
+            self.facts |= {"CUDA of the driver": version.group(1) if version else "not told"}
+            names = ("GPU", "driver", "CUDA of the driver", "NCCL")
+            self.tell(part, "ok", ", ".join(f"{name} {self.facts[name]}" for name in names))
         else:
-            self.tell("machine", "FAILED" if self.gpu else "skipped", f"nvidia-smi: {ran.why}" if self.gpu else "no GPU here")
-        if not self.lacks("doctor", "incipit"):
-            ran = Ran("doctor", [INCIPIT, "doctor"], 60)
-            good = ran.code == 0 and re.search(r"ok +.*(GPU|cuda)", ran.out)
-            found = [line.strip() for line in ran.out.splitlines() if re.search("GPU|cuda", line)]
-            self.tell("doctor", "ok" if good else "FAILED", "" if good else found[-1] if ran.code == 0 and found else ran.why)
-        return facts
+            self.tell(part, "FAILED" if self.gpu else "skipped", f"nvidia-smi: {ran.why}" if self.gpu else "no GPU here")
 
-    def tests(self, part: str, program: str, arguments: list[str], limit: int) -> None:
+    def doctor(self, part: str) -> None:
+        if self.lacks(part, "incipit"):
+            return
+        ran = Ran(part, [INCIPIT, "doctor"], 60)
+        good = ran.code == 0 and re.search(r"ok +.*(GPU|cuda)", ran.out)
+        missing = re.search(r"missing +GPU.*", ran.out)
+        self.tell(part, "ok" if good else "FAILED", "" if good else missing.group(0) if missing else ran.why)
+
+    def tests(self, part: str, program: str, names: list[str], limit: int) -> None:
+        """Tests of a program whose names begin so, as one row."""
         if self.lacks(part, program):
             return
-        ran = Ran(part, [str(FOLDER / program), *arguments, "--nocapture", "--test-threads=1"], limit, cwd=ROOT / "tests")
+        ran = Ran(part, [str(FOLDER / program), *names, "--nocapture", "--test-threads=1"], limit, cwd=ROOT / "tests")
         counts = re.search(r"(\d+) passed; (\d+) failed", ran.out)
         # With --nocapture what a test prints stands behind its name.
         skipped = re.search(r"skipped(?: on CUDA)?:.*", ran.out)
         if ran.code == 0 and skipped:
-            self.tell(part, "skipped", skipped.group(0)[:160])
+            self.tell(part, "FAILED", f"there is a GPU, but: {skipped.group(0)[:160]}")
         elif ran.code == 0 and counts and int(counts.group(1)):
             self.tell(part, "ok", f"{counts.group(1)} tests")
         else:
@@ -142,10 +178,38 @@ class Check:
             why = f"{counts.group(0)}: {', '.join(failed)}" if counts and failed else "no test ran" if counts else ran.why
             self.tell(part, "FAILED", why)
 
-    def train(self) -> None:
-        if self.lacks("training", "incipit"):
+    def each_test(self, part: str, program: str, limit: int, last: str = "") -> None:
+        """Each test of a program as a row of its own; the one that takes longest last."""
+        if self.lacks(part, program):
             return
-        shared = pathlib.Path(os.environ.get("INCIPIT_SHARED") or ROOT.parent / "shared")
+        ran = Ran(part, [str(FOLDER / program), "--list"], 30)
+        names = re.findall(r"^(\S+): test$", ran.out, re.M)
+        if not names:
+            self.tell(part, "FAILED", ran.why)
+        for name in sorted(names, key=lambda name: (name == last, name)):
+            self.tests(f"{part}: {name.replace('_', ' ')}", program, ["--exact", name], 2 * limit if name == last else limit)
+
+    def widths(self, part: str) -> None:
+        """The loss of a step behind an update, so that gradients count too, at widths that a T5 has."""
+        if self.lacks(part, "incipit"):
+            return
+        losses = []
+        for device in ("cpu", "cuda"):
+            what = ["--shape", "small", "--lengths", "8x128", "--dtype", "f32", "--steps", "1", "--device", device, "--json"]
+            ran = Ran(part, [INCIPIT, "bench", "step", *what], 60)
+            if (found := ran.json()) is None:
+                self.tell(part, "FAILED", f"{device}: {ran.why}")
+                return
+            losses.append(found["loss"])
+        error = abs(losses[1] / losses[0] - 1)
+        figure = f"T5 1.1 small in f32, loss {losses[0]:.6f} on the CPU and {losses[1]:.6f} here, apart by {error:.1e}"
+        self.tell(part, "ok" if error < SAME_LOSS else "FAILED", figure)
+
+    def train(self, part: str) -> None:
+        if self.lacks(part, "incipit"):
+            return
+        given = os.environ.get("INCIPIT_SHARED")
+        shared = pathlib.Path(given) if given else FOLDER / "shared" if (FOLDER / "shared").is_dir() else ROOT.parent / "shared"
         trec, model = shared / "data" / "trec", shared / "models" / "t5-mini-lm"
         flags = ["--prompt-length", "20", "--batch-size", "32", "--lr", "0.3"]
         if trec.is_dir() and model.is_dir():
@@ -159,31 +223,31 @@ class Check:
         majority = max(labels.values()) / sum(labels.values())
         with tempfile.TemporaryDirectory() as out:
             files = ["--model", model, "--train", data, "--eval", evaluation, "--out", pathlib.Path(out) / "run"]
-            ran = Ran("training", [INCIPIT, "train", "--device", "cuda", *map(str, files), *flags, "--json", "--quiet"], 120)
+            ran = Ran(part, [INCIPIT, "train", "--device", "cuda", *map(str, files), *flags, "--json", "--quiet"], 120)
         result = ran.json()
         if result is None:
-            self.tell("training", "FAILED", f"{what}: {ran.why}")
+            self.tell(part, "FAILED", f"{what}: {ran.why}")
             return
         accuracy = result["metrics"]["accuracy"]
-        self.figures["training"] = {"task": what, "majority": majority} | result
-        self.tell("training", "ok" if accuracy > majority else "FAILED", f"{what}: accuracy {accuracy:.1%}, majority {majority:.1%}")
+        self.figures[part] = {"task": what, "majority": majority} | result
+        self.tell(part, "ok" if accuracy > majority else "FAILED", f"{what}: accuracy {accuracy:.1%}, majority {majority:.1%}")
 
-    def ceilings(self) -> None:
+    def ceilings(self, part: str) -> None:
         if not self.gpu or not importlib.util.find_spec("torch"):
-            self.tell("ceilings", "skipped", "PyTorch is not here" if self.gpu else "no GPU here")
+            self.tell(part, "skipped", "PyTorch is not here" if self.gpu else "no GPU here")
             return
-        ran = Ran("ceilings", [sys.executable, "-c", CEILINGS], 60, ours=False)
+        ran = Ran(part, [sys.executable, "-c", CEILINGS], 120, ours=False)
         found = ran.json()
         if found:
-            self.figures["ceilings"] = found
-        self.tell("ceilings", "ok" if found else "FAILED", f"{found['tflop_s']:.0f} TFLOP/s, {found['gb_s']:.0f} GB/s" if found else ran.why)
+            self.figures[part] = found
+        self.tell(part, "ok" if found else "FAILED", f"{found['tflop_s']:.0f} TFLOP/s, {found['gb_s']:.0f} GB/s" if found else ran.why)
 
-    def step(self, name: str, shape: str, lengths: str, limit: int) -> None:
-        part, room = f"{name} {shape}", ROOM[shape]
+    def step(self, part: str, lengths: str, limit: int) -> None:
+        name, shape = part.split(" ")
         if self.lacks(part, "incipit"):
             return
-        if host_memory() < room[0] or self.memory < room[1]:
-            self.tell(part, "skipped", f"needs {room[0] / GIB:.0f} GiB of main memory and {room[1] / GIB:.0f} of the GPU's")
+        if self.memory < ROOM[shape]:
+            self.tell(part, "skipped", f"needs {ROOM[shape] / GIB:.0f} GiB of the GPU's memory")
             return
         what = ["--device", "cuda", "--shape", shape, "--lengths", lengths, *STEP]
         ran = Ran(part, [INCIPIT, "bench", "step", *what, *(["--profile"] if name == "G1" else [])], limit)
@@ -256,7 +320,8 @@ def host() -> dict:
             packages.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    commit = Ran("machine", ["git", "rev-parse", "--short", "HEAD"], 10).out.strip()
+    carried = FOLDER / "commit"
+    commit = carried.read_text().strip() if carried.exists() else Ran("machine", ["git", "rev-parse", "--short", "HEAD"], 10).out.strip()
     version = Ran("machine", [INCIPIT, "--version"], 10).out.strip()
     return {
         "date": datetime.date.today().isoformat(),
@@ -268,20 +333,53 @@ def host() -> dict:
     }
 
 
+def hold_driver() -> None:
+    """While nobody has the driver open, each program would wait until it has made the GPU ready anew."""
+    try:
+        ctypes.CDLL("libcuda.so.1").cuInit(0)
+    except OSError:
+        pass
+
+
+def parts(check: Check) -> dict[str, Callable[[str], None]]:
+    # Of the checks over NCCL, one waits for a rank that never comes: it takes most of the time.
+    long = "every_check_holds_between_processes_that_share_a_gpu"
+    return {
+        "machine": check.machine,
+        "doctor": check.doctor,
+        "kernels against the CPU": lambda part: check.tests(part, "kernels-tests", ["gpu::"], 90),
+        "model": lambda part: check.each_test(part, "model-tests", 60),
+        "losses at real widths": check.widths,
+        "ceilings": check.ceilings,
+        "G1 xl": lambda part: check.step(part, "32x512", 90),
+        "G2 xl": lambda part: check.step(part, RAGGED, 90),
+        "G1 xxl": lambda part: check.step(part, "32x512", 150),
+        "training": check.train,
+        "NCCL": lambda part: check.each_test(part, "nccl-tests", 90, last=long),
+        "G2 xxl": lambda part: check.step(part, RAGGED, 120),
+    }
+
+
+def chosen(names: Iterable[str]) -> set[str]:
+    """Those that INCIPIT_CHECK_PARTS asks for, and always the first: it says where this was."""
+    wanted = [word.strip().lower() for word in os.environ.get("INCIPIT_CHECK_PARTS", "").split(",") if word.strip()]
+    names = list(names)
+    for word in wanted:
+        if not any(name.lower().startswith(word) for name in names):
+            sys.exit(f"check: no part begins with {word!r}; there are: {', '.join(names)}")
+    return {name for name in names if not wanted or name == names[0] or name.lower().startswith(tuple(wanted))}
+
+
 def main() -> int:
     (OUT / "check.log").write_text("")
+    hold_driver()
     check = Check()
-    facts = check.machine()
-    check.tests("kernels against the CPU", "kernels-tests", ["gpu::"], 90)
-    check.tests("model against transformers and the CPU, isolation, same bits", "model-tests", [], 90)
-    check.tests("NCCL, 2 ranks on one GPU", "nccl-tests", [], 120)
-    check.train()
-    check.ceilings()
-    for name, shape, lengths, limit in [("G1", "xl", "32x512", 90), ("G2", "xl", RAGGED, 90), ("G1", "xxl", "32x512", 150), ("G2", "xxl", RAGGED, 120)]:
-        check.step(name, shape, lengths, limit)
-    found = {"machine": facts, "rows": check.rows, "figures": check.figures}
-    (OUT / "figures.json").write_text(json.dumps(found, indent=1) + "\n")
-    (OUT / "gpu.md").write_text(page.markdown(found))
+    every = parts(check)
+    wanted = chosen(every)
+    for name, part in every.items():
+        if name in wanted:
+            check.do(name, part)
+    check.do("page", check.page)
     print(page.table(check.rows))
     return 1 if any(result == "FAILED" for _, result, _ in check.rows) else 0
 

@@ -1,17 +1,25 @@
 #!/usr/bin/env bash
 # Every check and benchmark that needs a GPU, in one go, on a machine that need not have Rust or a network:
 #
-#   scripts/gpu/check.sh [FOLDER]     what build.sh made; default: target/gpu, built first if it is not there and cargo is
+#   scripts/gpu/check.sh [FOLDER|FILE]     what build.sh made; default: target/gpu, built first if it is not there and cargo is
 #
 # Prints GPU, driver, CUDA and NCCL; runs kernel parity, model parity, isolation of jobs, NCCL with two ranks on one GPU, a training run, and
 # G1 and G2 beside PyTorch + PEFT where those are installed; ends with one table, and with 1 if a part failed. A part that cannot run
 # here is skipped, with the reason. The logs in one file, the figures and a Markdown page go to OUT (default: target/gpu/logs). Each
-# part has a time limit, all of them together INCIPIT_CHECK_SECONDS (540). INCIPIT_PYTHON names a Python with PyTorch, if it is not python3.
+# part has a time limit, all of them together INCIPIT_CHECK_SECONDS (540); INCIPIT_CHECK_PARTS picks parts by how their names begin, as in
+# "NCCL,G1 xxl". INCIPIT_PYTHON names a Python with PyTorch, if it is not python3.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+python="${INCIPIT_PYTHON:-python3}"
 folder="${1:-target/gpu}"
-if [ ! -x "$folder/incipit" ] && { command -v cargo || [ -x "$HOME/.cargo/bin/cargo" ]; } >/dev/null 2>&1; then
-  scripts/gpu/build.sh "$folder" >&2 || echo "check: building failed, so that all parts are skipped that need it" >&2
+if [ -f "$folder" ]; then
+  unpacked="$(mktemp -d)"
+  trap 'rm -rf "$unpacked"' EXIT
+  "$python" -c 'import shutil, sys; shutil.unpack_archive(*sys.argv[1:])' "$folder" "$unpacked"
+  folder="$unpacked"
+elif [ ! -x "$folder/incipit" ] && { command -v cargo || [ -x "$HOME/.cargo/bin/cargo" ]; } >/dev/null 2>&1; then
+  scripts/gpu/build.sh "$folder" >&2 || echo "check: building failed; see above" >&2
 fi
-mkdir -p "$folder" "${OUT:-target/gpu/logs}"
-exec "${INCIPIT_PYTHON:-python3}" -B scripts/gpu/check.py "$(cd "$folder" && pwd)" "$(cd "${OUT:-target/gpu/logs}" && pwd)"
+out="${OUT:-target/gpu/logs}"
+mkdir -p "$folder" "$out"
+"$python" -B scripts/gpu/check.py "$(cd "$folder" && pwd)" "$(cd "$out" && pwd)"

@@ -6,6 +6,7 @@
 
 import json
 import pathlib
+import re
 import sys
 
 # G1 is to reach this share of the measured matrix rate, G2 so many times the peer's examples a second.
@@ -18,7 +19,8 @@ def ours(run: dict, ceilings: dict | None) -> str:
     if run.get("device_free_mb") is not None and run.get("device_total_mb") is not None:
         words.append(f"{(run['device_total_mb'] - run['device_free_mb']) / 1024:.1f} GiB of the GPU in use")
     if ceilings:
-        words.append(f"MFU {mfu(run, ceilings):.1%}")
+        floor, limit = max((seconds, name) for name, seconds in floors(run, ceilings).items())
+        words += [f"MFU {mfu(run, ceilings):.1%}", f"{run['median_s'] / floor:.2f} x the floor by {limit}"]
     return ", ".join(words)
 
 
@@ -32,6 +34,26 @@ def peer(both: dict) -> str:
 
 def mfu(run: dict, ceilings: dict) -> float:
     return run["useful_tflop"] / run["median_s"] / ceilings["tflop_s"]
+
+
+def floors(run: dict, ceilings: dict) -> dict[str, float]:
+    """Seconds that no step takes less of: its useful operations at the measured matrix rate, and the weights read forward and backward,
+    once each, as fast as a copy reads and writes."""
+    weights = run["parameters"] * (4 if run["dtype"] == "f32" else 2)
+    return {"FLOPs": run["useful_tflop"] / ceilings["tflop_s"], "bytes": 2 * weights / 1e9 / ceilings["gb_s"]}
+
+
+def rate(kernel: dict, ceilings: dict | None) -> list[str]:
+    """Of a product, `product ROWS x CONTRACTED x COLUMNS TYPE`: its TFLOP/s and GB/s, and what they are of the ceilings."""
+    found = re.fullmatch(r"product (\d+) x (\d+) x (\d+) (\w+)", kernel["name"])
+    if not found:
+        return ["", ""]
+    rows, contracted, columns = (int(found[i]) for i in (1, 2, 3))
+    calls, size = kernel["launches"] / kernel["seconds"], 4 if found[4] == "F32" else 2
+    tflop_s = 2 * rows * contracted * columns * calls / 1e12
+    gb_s = size * (rows * contracted + contracted * columns + rows * columns) * calls / 1e9
+    share = lambda value, name: f" ({value / ceilings[name]:.0%})" if ceilings else ""
+    return [f"{tflop_s:.0f}{share(tflop_s, 'tflop_s')}", f"{gb_s:.0f}{share(gb_s, 'gb_s')}"]
 
 
 def verdict(value: float, bar: float) -> str:
@@ -68,7 +90,7 @@ def bars(figures: dict) -> list[str]:
     return cells(rows) if len(rows) > 1 else []
 
 
-def kernels(run: dict) -> list[str]:
+def kernels(run: dict, ceilings: dict | None) -> list[str]:
     found = run.get("kernels") or []
     total = sum(kernel["seconds"] for kernel in found)
     share = lambda seconds: f"{seconds / total:.1%}"
@@ -76,14 +98,20 @@ def kernels(run: dict) -> list[str]:
     for kernel in found:
         group = {"product": "products", "attention": "attention"}.get(kernel["name"].replace("_", " ").split(" ")[0], "all else")
         groups[group] += kernel["seconds"]
-    rows = [["kernel", "launches", "ms", "share"]]
-    rows += [[k["name"], k["launches"], f"{1e3 * k['seconds']:.3f}", share(k["seconds"])] for k in found[:SHOWN]]
+    rows = [["kernel", "launches", "ms", "share", "TFLOP/s", "GB/s"]]
+    rows += [[k["name"], k["launches"], f"{1e3 * k['seconds']:.3f}", share(k["seconds"]), *rate(k, ceilings)] for k in found[:SHOWN]]
     if len(found) > SHOWN:
         rest = found[SHOWN:]
         seconds = sum(k["seconds"] for k in rest)
-        rows.append([f"{len(rest)} more", sum(k["launches"] for k in rest), f"{1e3 * seconds:.3f}", share(seconds)])
+        rows.append([f"{len(rest)} more", sum(k["launches"] for k in rest), f"{1e3 * seconds:.3f}", share(seconds), "", ""])
     words = ", ".join(f"{name} {share(seconds)}" for name, seconds in groups.items())
-    return [*cells(rows), "", f"In all {1e3 * total:.1f} ms of kernels in the step: {words}."] if total else []
+    if not total:
+        return []
+    told = [f"In all {1e3 * total:.1f} ms of kernels of ours in a step of {1e3 * run['median_s']:.1f} ms: {words}."]
+    if ceilings:
+        least = ", ".join(f"{1e3 * seconds:.1f} ms by {name}" for name, seconds in floors(run, ceilings).items())
+        told.append(f"The floors of the step: {least}.")
+    return [*cells(rows), "", *told]
 
 
 def markdown(found: dict) -> str:
@@ -98,7 +126,7 @@ def markdown(found: dict) -> str:
     sections = {"All parts": cells([["part", "result", "figure"], *found["rows"]]), "G1 and G2": bars(figures)}
     for part, both in figures.items():
         if isinstance(both.get("ours"), dict):
-            sections[f"Where a step's time goes: {part}"] = kernels(both["ours"])
+            sections[f"Where a step's time goes: {part}"] = kernels(both["ours"], figures.get("ceilings"))
     if "ceilings" in figures:
         measured = figures["ceilings"]
         parts.append(
