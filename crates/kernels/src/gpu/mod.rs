@@ -171,12 +171,18 @@ impl Gpu {
         Ok(Operand { _storage: storage, address })
     }
 
-    /// The same if there is a tensor.
+    /// The same if there is a tensor, of f32 numbers.
     pub(crate) fn optional<'a>(
         &self,
         op: &'static str,
         tensor: Option<&'a Tensor>,
     ) -> Result<(Option<Operand<'a>>, Address)> {
+        if let Some(tensor) = tensor
+            && tensor.dtype() != DType::F32
+        {
+            let what = format!("an operand of {:?} that has to be f32", tensor.dtype());
+            return Err(Error::Shape { op, what });
+        }
         let operand = tensor.map(|tensor| self.operand(op, tensor)).transpose()?;
         let address = operand.as_ref().map_or(Address::NONE, |operand| operand.address);
         Ok((operand, address))

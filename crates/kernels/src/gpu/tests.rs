@@ -142,6 +142,21 @@ fn products_equal_the_cpus_with_parts_of_weights_too() {
     }
 }
 
+#[test]
+fn what_is_added_to_a_product_has_to_be_f32() {
+    let mut g = generator(12);
+    let (x, w) = (matrix(&mut g, 4, 16, DType::BF16), frozen(&mut g, 8, 16, DType::BF16));
+    let residual = matrix(&mut g, 4, 8, DType::BF16);
+    assert!(linear_add(&residual, &x, &w).is_err());
+    for place in places() {
+        place.run(|device| {
+            let [x, residual] = on(device, [&x, &residual]);
+            let error = linear_add(&residual, &x, &w.to_device(device, DType::BF16).unwrap()).unwrap_err();
+            assert!(error.to_string().contains("has to be f32"), "{error}");
+        });
+    }
+}
+
 /// On CUDA this is what the choice of algorithms aims at.
 #[test]
 fn a_row_of_a_product_does_not_depend_on_the_rows_beside_it() {
