@@ -6,21 +6,25 @@
 #
 # The file and the repository are all that check.sh needs. Of INCIPIT_SHARED, by default ../shared, the small model and the data of
 # trec go along, where they are there. With --gloo the program connects processes by Gloo too; it then starts only where that
-# library is.
+# library is. Packing takes xz and 6 GB of memory.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
-. scripts/setup.sh
-. scripts/cuda-toolkit.sh
-
 program_features=cuda
 if [ "${1:-}" = --gloo ]; then
-  need_gloo
   program_features=cuda,gloo
   shift
 fi
-folder="${1:-target/gpu}"
+folder="${1:+$(realpath -m "$1")}"
+shared="${INCIPIT_SHARED:+$(realpath -m "$INCIPIT_SHARED")}"
+cd "$(dirname "$0")/../.."
+folder="${folder:-$PWD/target/gpu}"
+shared="${shared:-$PWD/../shared}"
+. scripts/setup.sh
+. scripts/cuda-toolkit.sh
+if [ "$program_features" = cuda,gloo ]; then
+  need_gloo
+fi
+command -v xz >/dev/null || { echo "build: xz is missing, with which the folder is packed: apt-get install xz-utils" >&2; exit 1; }
 mkdir -p "$folder"
-folder="$(cd "$folder" && pwd)"
 
 cargo build --release --locked -p incipit-cli --features "$program_features"
 cp target/release/incipit "$folder/incipit"
@@ -45,12 +49,12 @@ rm "$folder/messages.json"
 
 strip "$folder"/incipit "$folder"/*-tests
 { git describe --always --dirty 2>/dev/null || echo "not known"; } >"$folder/commit"
-shared="${INCIPIT_SHARED:-../shared}"
-rm -rf "$folder/shared"
+rm -rf "$folder/carried"
 if [ -d "$shared/models/t5-mini-lm" ] && [ -d "$shared/data/trec" ]; then
-  mkdir -p "$folder/shared/models/t5-mini-lm" "$folder/shared/data"
-  cp -L "$shared"/models/t5-mini-lm/{*.json,*.safetensors} "$folder/shared/models/t5-mini-lm/"
-  cp -rL "$shared/data/trec" "$folder/shared/data/"
+  mkdir -p "$folder/carried/models" "$folder/carried/data"
+  cp -rL "$shared/models/t5-mini-lm" "$folder/carried/models/"
+  cp -rL "$shared/data/trec" "$folder/carried/data/"
+  chmod -R u+w "$folder/carried"
 fi
 du -sh "$folder"/*
 

@@ -4,6 +4,8 @@
 What comes later is what is missed least if time runs out. INCIPIT_CHECK_PARTS picks parts by how their names begin: "NCCL, G1 xxl".
 """
 
+from __future__ import annotations
+
 import collections
 import ctypes
 import datetime
@@ -190,7 +192,7 @@ class Check:
             self.tests(f"{part}: {name.replace('_', ' ')}", program, ["--exact", name], 2 * limit if name == last else limit)
 
     def widths(self, part: str) -> None:
-        """The loss of a step behind an update, so that gradients count too, at widths that a T5 has."""
+        """The loss of a step behind an update, which moves it by a tenth: so gradients count too. At widths that a T5 has."""
         if self.lacks(part, "incipit"):
             return
         losses = []
@@ -208,8 +210,8 @@ class Check:
     def train(self, part: str) -> None:
         if self.lacks(part, "incipit"):
             return
-        given = os.environ.get("INCIPIT_SHARED")
-        shared = pathlib.Path(given) if given else FOLDER / "shared" if (FOLDER / "shared").is_dir() else ROOT.parent / "shared"
+        carried = FOLDER / "carried"
+        shared = carried if carried.is_dir() else pathlib.Path(os.environ.get("INCIPIT_SHARED") or ROOT.parent / "shared")
         trec, model = shared / "data" / "trec", shared / "models" / "t5-mini-lm"
         flags = ["--prompt-length", "20", "--batch-size", "32", "--lr", "0.3"]
         if trec.is_dir() and model.is_dir():
@@ -337,7 +339,7 @@ def hold_driver() -> None:
     """While nobody has the driver open, each program would wait until it has made the GPU ready anew."""
     try:
         ctypes.CDLL("libcuda.so.1").cuInit(0)
-    except OSError:
+    except (OSError, AttributeError):
         pass
 
 
@@ -371,11 +373,11 @@ def chosen(names: Iterable[str]) -> set[str]:
 
 
 def main() -> int:
-    (OUT / "check.log").write_text("")
-    hold_driver()
     check = Check()
     every = parts(check)
     wanted = chosen(every)
+    (OUT / "check.log").write_text("")
+    hold_driver()
     for name, part in every.items():
         if name in wanted:
             check.do(name, part)

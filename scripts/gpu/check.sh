@@ -9,10 +9,16 @@
 # part has a time limit, all of them together INCIPIT_CHECK_SECONDS (540); INCIPIT_CHECK_PARTS picks parts by how their names begin, as in
 # "NCCL,G1 xxl". INCIPIT_PYTHON names a Python with PyTorch, if it is not python3.
 set -euo pipefail
+given="${1:+$(realpath -m "$1")}"
+out="${OUT:+$(realpath -m "$OUT")}"
 cd "$(dirname "$0")/../.."
 python="${INCIPIT_PYTHON:-python3}"
-folder="${1:-target/gpu}"
-if [ -f "$folder" ]; then
+folder="${given:-$PWD/target/gpu}"
+out="${out:-$PWD/target/gpu/logs}"
+if [ -n "$given" ] && [ ! -e "$given" ]; then
+  echo "check: there is no $given; give the folder or the file that build.sh made" >&2
+  exit 1
+elif [ -f "$folder" ]; then
   unpacked="$(mktemp -d)"
   trap 'rm -rf "$unpacked"' EXIT
   "$python" -c 'import shutil, sys; shutil.unpack_archive(*sys.argv[1:])' "$folder" "$unpacked"
@@ -20,6 +26,5 @@ if [ -f "$folder" ]; then
 elif [ ! -x "$folder/incipit" ] && { command -v cargo || [ -x "$HOME/.cargo/bin/cargo" ]; } >/dev/null 2>&1; then
   scripts/gpu/build.sh "$folder" >&2 || echo "check: building failed; see above" >&2
 fi
-out="${OUT:-target/gpu/logs}"
 mkdir -p "$folder" "$out"
-"$python" -B scripts/gpu/check.py "$(cd "$folder" && pwd)" "$(cd "$out" && pwd)"
+"$python" -B scripts/gpu/check.py "$folder" "$out"

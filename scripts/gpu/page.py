@@ -4,6 +4,8 @@
     python page.py figures.json > gpu.md     the page again
 """
 
+from __future__ import annotations
+
 import json
 import pathlib
 import re
@@ -16,8 +18,8 @@ SHOWN = 15
 
 def ours(run: dict, ceilings: dict | None) -> str:
     words = [f"{run['median_s']:.4f} s a step", f"{run['examples'] / run['median_s']:.1f} examples/s", f"{run['launches']} launches"]
-    if run.get("device_free_mb") is not None and run.get("device_total_mb") is not None:
-        words.append(f"{(run['device_total_mb'] - run['device_free_mb']) / 1024:.1f} GiB of the GPU in use")
+    if run.get("device_peak_mb") is not None:
+        words.append(f"{run['device_peak_mb'] / 1024:.1f} GiB of the GPU")
     if ceilings:
         floor, limit = max((seconds, name) for name, seconds in floors(run, ceilings).items())
         words += [f"MFU {mfu(run, ceilings):.1%}", f"{run['median_s'] / floor:.2f} x the floor by {limit}"]

@@ -8,7 +8,7 @@ mod rig;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use common::cluster::{Cluster, engines_of, id, spec, trained};
@@ -24,7 +24,7 @@ const SEEDS: u64 = 4;
 /// A loss has to be noticed within this.
 const NOTICED: Duration = Duration::from_secs(5);
 /// What is to come of a link that was cut for a moment has come by then: a lease lasts for four seconds.
-const SETTLED: Duration = Duration::from_secs(5);
+const SETTLED: Duration = Duration::from_secs(6);
 
 /// Numbers that only look random (splitmix64).
 struct Dice(u64);
@@ -211,11 +211,12 @@ impl Chaos {
             }
             Blow::CutLink => self.set_link(&worker, false)?,
             Blow::ShakeLink => {
+                let cut = Instant::now();
                 self.set_link(&worker, false)?;
                 std::thread::sleep(Duration::from_millis(self.dice.roll(3000)));
                 self.set_link(&worker, true)?;
                 // What was sent meanwhile is sent again later still, maybe too late for the lease: of that loss the next blow is innocent.
-                std::thread::sleep(SETTLED.saturating_sub(began.elapsed()?));
+                std::thread::sleep(SETTLED.saturating_sub(cut.elapsed()));
                 return Ok(());
             }
         }

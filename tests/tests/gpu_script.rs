@@ -1,4 +1,4 @@
-//! `scripts/gpu/check.sh`, with programs and a GPU that only look like it: what it makes of what they say. Needs Python 3.10.
+//! `scripts/gpu/check.sh`, with programs and a GPU that only look like it: what it makes of what they say. Needs Python 3.9.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -48,10 +48,10 @@ fn program(path: &Path, body: &str) -> Result<()> {
 impl Carried {
     /// Nothing if there is no Python to run the script, or a GPU that would be in the way.
     fn new() -> Result<Option<Self>> {
-        let newer = "import sys; sys.exit(sys.version_info < (3, 10))";
+        let newer = "import sys; sys.exit(sys.version_info < (3, 9))";
         let python = Command::new("python3").args(["-S", "-c", newer]).status();
         if !python.is_ok_and(|status| status.success()) {
-            println!("skipped: python3 is not here, or older than 3.10");
+            println!("skipped: python3 is not here, or older than 3.9");
             return Ok(None);
         }
         if Path::new("/dev/nvidia0").exists() {
@@ -80,7 +80,10 @@ impl Carried {
         let path = format!("{}:{}", self.at("path").display(), std::env::var("PATH")?);
         let mut command = Command::new(root.join("scripts/gpu/check.sh"));
         command.arg(self.at(carried)).env("PATH", path).env("OUT", self.at("out"));
-        command.env("INCIPIT_PYTHON", self.at("path/python")).env_remove("INCIPIT_SHARED");
+        command.env("INCIPIT_PYTHON", self.at("path/python"));
+        for variable in ["INCIPIT_SHARED", "INCIPIT_CHECK_PARTS", "INCIPIT_CHECK_SECONDS", "PYTHONPATH"] {
+            command.env_remove(variable);
+        }
         let output = command.envs(variables.iter().copied()).output()?;
         let read = |file: &str| fs::read_to_string(self.at("out").join(file)).unwrap_or_default();
         Ok(Checked {
@@ -108,9 +111,9 @@ impl Checked {
 fn every_part_runs_from_the_carried_file_and_they_end_in_one_table() -> Result<()> {
     let Some(carried) = Carried::new()? else { return Ok(()) };
     fs::write(carried.at("gpu/commit"), "abc1234\n")?;
-    let pack = "import sys, tarfile; tarfile.open(sys.argv[2], 'w:xz').add(sys.argv[1], '.')";
+    let pack = "import shutil, sys; shutil.make_archive(sys.argv[1], 'xztar', sys.argv[1])";
     let mut packed = Command::new("python3");
-    packed.args(["-S", "-c", pack]).args([carried.at("gpu"), carried.at("gpu.tar.xz")]);
+    packed.args(["-S", "-c", pack]).arg(carried.at("gpu"));
     ensure!(packed.status()?.success(), "it was not packed");
     let checked = carried.check("gpu.tar.xz", &[])?;
     ensure!(checked.code == Some(0), "{}\n{}", checked.table, checked.said);

@@ -132,9 +132,10 @@ fn gather_on(gpu: &Gpu, table: &Frozen, prompts: &[Tensor], sources: &[Source]) 
     };
     let codes: Vec<i32> = sources.iter().map(code).collect();
     let device = table.on_device().map_or(&Device::Cpu, Tensor::device);
-    let prompts = match prompts {
-        _ if rows == 0 => None,
-        prompts => Some(Tensor::cat(prompts, 0)?.to_dtype(DType::F32)?.to_device(device)?),
+    let prompts = if rows == 0 {
+        None
+    } else {
+        Some(Tensor::cat(prompts, 0)?.to_dtype(DType::F32)?.to_device(device)?)
     };
     gpu::rows::embed(gpu, table, prompts.as_ref(), &codes)
 }

@@ -361,6 +361,7 @@ impl Engine {
         }
         rows.chunk_by(|a, b| a.job == b.job).try_for_each(|alone| self.send(jobs, alone, pass, gathered))
     }
+
     /// Why the model refused a batch. What is no fault of the batch is an error instead: one of the ranks, or of a device that failed.
     fn refusal(&self, error: incipit_model::Error) -> Result<String> {
         let of_ranks = matches!(error, incipit_model::Error::Collective(_));

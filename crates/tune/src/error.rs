@@ -331,15 +331,24 @@ impl Error {
         }
     }
 
+    /// Whether a GPU, its driver or one of its libraries failed.
+    #[must_use]
+    pub fn is_of_gpu(&self) -> bool {
+        matches!(self.of_kernels(), Some(incipit_kernels::Error::Gpu { .. }))
+    }
+
+    fn of_kernels(&self) -> Option<&incipit_kernels::Error> {
+        match self {
+            Self::Kernels(error) | Self::Model(incipit_model::Error::Kernel(error)) => Some(error),
+            _ => None,
+        }
+    }
+
     /// Whether memory ran out.
     #[must_use]
     pub fn is_out_of_memory(&self) -> bool {
-        let of_kernels = match self {
-            Self::Kernels(error) | Self::Model(incipit_model::Error::Kernel(error)) => Some(error),
-            _ => None,
-        };
         matches!(self, Self::Memory { .. })
-            || matches!(of_kernels, Some(incipit_kernels::Error::GpuMemory { .. }))
+            || matches!(self.of_kernels(), Some(incipit_kernels::Error::GpuMemory { .. }))
     }
 
     /// A value of a flag that cannot be.

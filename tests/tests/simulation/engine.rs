@@ -298,29 +298,22 @@ impl World {
     }
 
     pub(crate) fn group_fails(&mut self, pid: Pid, group: u64) {
-        if self.in_group(pid, group).is_none_or(|engine| engine.stage == Stage::Idle) {
-            return;
+        if self.in_group(pid, group).is_some_and(|engine| engine.stage != Stage::Idle) {
+            self.engine_fails(pid, EngineLossCause::GroupFailed, "the group is gone");
         }
+    }
+
+    /// An engine says that it goes on in its group no more.
+    pub(crate) fn engine_fails(&mut self, pid: Pid, cause: EngineLossCause, message: &str) {
         self.leave_group(pid);
         let Some(engine) = self.engines.get_mut(&pid) else { return };
         engine.stage = Stage::Idle;
         engine.group += 1;
         engine.peers.clear();
         engine.leader = Leader::default();
-        let (epoch, cause) = (engine.epoch, EngineLossCause::GroupFailed.into());
+        let (epoch, cause, message) = (engine.epoch, cause.into(), message.to_owned());
         self.oracle.failed.insert((engine.key.backbone.clone(), epoch));
-        self.notice(pid, Notice::Failed(Failed { epoch, cause, message: "the group is gone".to_owned() }));
-    }
-
-    /// An engine says that its device has failed, before it ends.
-    pub(crate) fn device_fails(&mut self, pid: Pid) {
-        let Some(engine) = self.alive(pid) else { return };
-        let (epoch, cause) = (engine.epoch, EngineLossCause::Exited.into());
-        self.oracle.failed.insert((engine.key.backbone.clone(), epoch));
-        self.notice(
-            pid,
-            Notice::Failed(Failed { epoch, cause, message: "its device has failed".to_owned() }),
-        );
+        self.notice(pid, Notice::Failed(Failed { epoch, cause, message }));
     }
 
     /// A turn of the whole group was made.

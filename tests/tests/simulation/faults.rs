@@ -2,6 +2,7 @@
 
 use incipit_coordinator::core::{Input, Request};
 use incipit_proto::names::WorkerName;
+use incipit_proto::v1::EngineLossCause;
 use incipit_worker::agent::core::Input as AgentInput;
 
 use crate::simulation::coordinator::{Doom, Waiting};
@@ -72,9 +73,18 @@ impl World {
         let Some(pid) = self.any_engine() else { return };
         self.watch_engine(pid);
         if self.chance.one_in(3) {
-            self.device_fails(pid);
+            return self.device_fails(pid);
         }
         self.engine_dies(pid);
+    }
+
+    /// An engine says why it ends. That takes a while, in which it hears nothing any more; mostly its agent is faster.
+    fn device_fails(&mut self, pid: Pid) {
+        self.engine_fails(pid, EngineLossCause::Exited, "its device has failed");
+        if let Some(engine) = self.engines.get_mut(&pid) {
+            engine.hung = true;
+        }
+        self.soon(0, 3_000, Event::EngineDies(pid));
     }
 
     fn hang(&mut self) {

@@ -147,8 +147,8 @@ struct Report {
     attention_share: Option<f64>,
     /// Kernels and products that a step starts on a GPU.
     launches: Option<u64>,
-    /// Memory of the GPU that is free after the steps, and all of it.
-    device_free_mb: Option<f64>,
+    /// Memory of the GPU: the most that was in use at once, and all of it.
+    device_peak_mb: Option<f64>,
     device_total_mb: Option<f64>,
     /// Of one step, longest first.
     kernels: Vec<gpu::Kernel>,
@@ -330,7 +330,7 @@ fn report(args: &StepArgs, engine: &Engine, measured: Measured) -> Report {
         tflop_s: flop / 1e12 / median_s,
         attention_share: attention_s.map(|s| s / median_s),
         launches,
-        device_free_mb: memory.map(|memory| memory.free as f64 / MEBIBYTE),
+        device_peak_mb: memory.and_then(|memory| memory.peak).map(|peak| peak as f64 / MEBIBYTE),
         device_total_mb: memory.map(|memory| memory.total as f64 / MEBIBYTE),
         kernels,
         collective_share: exchange_s / seconds.iter().sum::<f64>(),
@@ -448,11 +448,9 @@ impl Printed for Report {
             vec!["read from disk a step".to_owned(), mb(self.read_mb)],
         ];
         rows.extend(self.launches.map(|n| vec!["kernels started a step".to_owned(), units::count(n)]));
-        rows.extend(self.device_free_mb.map(|free| {
-            vec![
-                "free memory of the GPU".to_owned(),
-                format!("{} of {}", mb(Some(free)), mb(self.device_total_mb)),
-            ]
+        rows.extend(self.device_total_mb.map(|total| {
+            let peak = mb(self.device_peak_mb);
+            vec!["peak memory of the GPU".to_owned(), format!("{peak} of {}", mb(Some(total)))]
         }));
         rows.extend(self.attention_share.map(|s| vec!["share of attention".to_owned(), units::percent(s)]));
         if self.tp * self.dp > 1 {

@@ -32,8 +32,8 @@ pub(crate) enum ConvertCommand {
 /// Flags of `convert model`.
 #[derive(Args)]
 #[command(
-    after_help = "One tensor is in memory at a time, and with --weights all that was trained. The configuration and the tokenizer are \
-                  copied beside the weights, and DST is whole or absent, whatever happens."
+    after_help = "One tensor is in memory at a time; with --weights the model is, and all that was trained. The configuration and the tokenizer \
+                  are copied beside the weights, and DST is whole or absent, whatever happens."
 )]
 pub(crate) struct ModelArgs {
     /// Directory of the model, or a name on the Hugging Face Hub
@@ -128,6 +128,7 @@ fn model(args: &ModelArgs) -> Result<ModelWritten> {
 }
 
 fn with_weights(args: &ModelArgs, path: &Path) -> Result<Written> {
+    refuse_to_overwrite(&args.destination)?;
     let Trained::Weights(weights) = Trained::read(path)? else {
         return bad_input(format!(
             "{} holds a prompt, which stays beside its model: `eval` and `generate` take it as it is, and `convert prompt` rewrites it",

@@ -56,7 +56,7 @@ struct Kind {
     transposed: bool,
     dtypes: [DType; 2],
     adds: bool,
-    /// Of the operands and the result, in bytes.
+    /// Of the operands, and of the result and what is added to it, in bytes.
     alignments: [u64; 3],
 }
 

@@ -102,25 +102,22 @@ fn keep_freed_memory(device: &CudaDevice) -> Result<(), DriverError> {
     }
 }
 
-/// Bytes that the pool has and nobody uses.
-fn kept_by_pool(context: &CudaContext) -> Result<u64, DriverError> {
+/// Bytes that the pool has and nobody uses, and the most that were used at once. Nothing where there is no pool.
+fn of_pool(context: &CudaContext) -> Result<Option<(u64, u64)>, DriverError> {
+    use sys::CUmemPool_attribute as Attribute;
     if !context.has_async_alloc() {
-        return Ok(0);
+        return Ok(None);
     }
-    // SAFETY: the device's own pool lives as long as it, and both attributes are u64.
-    let [reserved, used] = unsafe {
+    // SAFETY: the device's own pool lives as long as it, and all three attributes are u64.
+    let ask = |attribute| unsafe {
+        let mut bytes = 0u64;
         let pool = result::device::get_default_mem_pool(context.cu_device())?;
-        let ask = |attribute| {
-            let mut bytes = 0u64;
-            result::mem_pool::get_attribute(pool, attribute, std::ptr::from_mut(&mut bytes).cast())?;
-            Ok(bytes)
-        };
-        [
-            ask(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?,
-            ask(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
-        ]
+        result::mem_pool::get_attribute(pool, attribute, std::ptr::from_mut(&mut bytes).cast())?;
+        Ok(bytes)
     };
-    Ok(reserved.saturating_sub(used))
+    let kept: u64 = ask(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?;
+    let used = ask(Attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?;
+    Ok(Some((kept.saturating_sub(used), ask(Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?)))
 }
 
 /// All GPUs.
@@ -128,7 +125,7 @@ pub(super) fn list() -> Result<Vec<GpuInfo>> {
     let about = |ordinal: usize| -> Result<GpuInfo, DriverError> {
         let context = CudaContext::new(ordinal)?;
         let (free, total) = context.mem_get_info()?;
-        let memory = DeviceMemory { free: free as u64, total: total as u64 };
+        let memory = DeviceMemory { free: free as u64, total: total as u64, peak: None };
         Ok(GpuInfo { ordinal, name: context.name()?, capability: context.compute_capability()?, memory })
     };
     (0..count()?).map(|ordinal| about(ordinal).map_err(failed(format!("looking at GPU {ordinal}")))).collect()
@@ -168,8 +165,9 @@ impl Handle {
     pub(super) fn memory(&self) -> Result<DeviceMemory> {
         let failed = || failed("asking for the free memory");
         let (free, total) = self.stream.context().mem_get_info().map_err(failed())?;
-        let kept = kept_by_pool(self.stream.context()).map_err(failed())?;
-        Ok(DeviceMemory { free: free as u64 + kept, total: total as u64 })
+        let pool = of_pool(self.stream.context()).map_err(failed())?;
+        let (kept, peak) = pool.map_or((0, None), |(kept, peak)| (kept, Some(peak)));
+        Ok(DeviceMemory { free: free as u64 + kept, total: total as u64, peak })
     }
 
     pub(super) fn check(&self) -> Result<()> {
@@ -239,7 +237,7 @@ impl Handle {
         if error.0 != sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
             return failed("allocating memory")(error);
         }
-        let memory = self.memory().unwrap_or(DeviceMemory { free: 0, total: 0 });
+        let memory = self.memory().unwrap_or(DeviceMemory { free: 0, total: 0, peak: None });
         Error::GpuMemory { needed: needed as u64, free: memory.free, total: memory.total }
     }
 

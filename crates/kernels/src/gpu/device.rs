@@ -24,6 +24,8 @@ pub struct DeviceMemory {
     pub free: u64,
     /// All of it.
     pub total: u64,
+    /// The most that this process's tensors have taken at once, where the driver tells.
+    pub peak: Option<u64>,
 }
 
 /// What a kernel took.

@@ -113,7 +113,7 @@ pub(super) unsafe fn multiply(product: &Product) {
         match (product.dtype, product.out_dtype) {
             (DType::BF16, DType::BF16) => multiply_as::<bf16, bf16>(product),
             (DType::BF16, _) => multiply_as::<bf16, f32>(product),
-            (_, DType::BF16) => multiply_as::<f32, bf16>(product),
+            (_, DType::BF16) => unreachable!("cuBLASLt has no product of f32 numbers with a bf16 result"),
             _ => multiply_as::<f32, f32>(product),
         }
     }

@@ -290,8 +290,12 @@ impl Core {
             Notice::Failed(failed) if failed.epoch == engine.epoch() => {
                 let cause = failed.cause();
                 engine.ready = false;
-                // Most go on in another group; some say as their last word why they end.
-                self.lost(key, cause, failed.message, cause != EngineLossCause::Exited);
+                // Most go on in another group. One that ends says why, and is to be told of no group any more.
+                let ends = cause == EngineLossCause::Exited;
+                self.lost(key, cause, failed.message, !ends);
+                if ends {
+                    self.engines.kill(key, &mut self.actions);
+                }
             }
             Notice::Ready(_) | Notice::Failed(_) => {}
             Notice::Job(report) => {

@@ -142,6 +142,9 @@ impl Group<'_> {
         let resident = held.is_some();
         let _span = tracing::info_span!("load", backbone, epoch, rank = ranks.rank(), resident).entered();
         let told = |error: incipit_tune::Error| {
+            if error.is_of_gpu() {
+                return device_failed(&error.to_string());
+            }
             let failure = Failure::from(error);
             if failure.of_group { Loss::from(failure) } else { (EngineLossCause::BadModel, failure.message) }
         };
@@ -292,4 +295,30 @@ fn settings(assignment: &EngineAssignment, local_rank: usize) -> std::result::Re
             local_rank: Some(local_rank),
         },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_several_ranks_the_one_that_explains_the_others_is_told() {
+        use EngineLossCause::{BadModel, Exited, GroupFailed};
+        for (causes, told) in [
+            ([GroupFailed, Exited, GroupFailed], Exited),
+            ([Exited, GroupFailed, BadModel], BadModel),
+            ([GroupFailed, GroupFailed, GroupFailed], GroupFailed),
+        ] {
+            let results = causes.map(|cause| Err((cause, format!("{cause:?}"))));
+            let Err((cause, message)) = first_cause(results.into_iter()) else { panic!("{causes:?}") };
+            let rank = causes.iter().position(|cause| *cause == told).unwrap();
+            assert_eq!((cause, message), (told, format!("rank {rank}: {told:?}")));
+        }
+    }
+
+    #[test]
+    fn a_leader_that_goes_on_is_not_held_by_a_rank_that_lost_it() {
+        let lost = Err((EngineLossCause::GroupFailed, "the leader is gone".to_owned()));
+        assert!(matches!(first_cause([Ok(Next::End), lost].into_iter()), Ok(Next::End)));
+    }
 }

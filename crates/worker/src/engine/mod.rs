@@ -49,7 +49,7 @@ pub(crate) enum Next {
     End,
 }
 
-/// Runs an engine that hears its agent on `input` and answers on `output`, until the agent is gone.
+/// Runs an engine that hears its agent on `input` and answers on `output`, until the agent is gone or its device has failed.
 pub fn run(input: impl Read + Send + 'static, output: impl Write + Send + 'static) {
     let voice = Voice::new(output);
     let answers = Arc::<Answers>::default();
