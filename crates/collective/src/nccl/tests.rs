@@ -3,8 +3,8 @@
 #[path = "../../tests/suite/mod.rs"]
 mod suite;
 
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Barrier};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -49,11 +49,33 @@ fn every_check_holds_over_the_fake() {
 /// One rank of a data group over the fake, with tensors that stand for those of a GPU.
 type One = Arc<Group<FakeLane>>;
 
-/// Runs `body` for every rank of a group at once.
+/// Where ranks wait for each other, once. Unlike at a barrier, nobody waits for ever for one that has failed.
+struct Gathering {
+    size: usize,
+    here: AtomicUsize,
+}
+
+impl Gathering {
+    fn of(size: usize) -> Self {
+        Self { size, here: AtomicUsize::new(0) }
+    }
+
+    fn wait(&self) {
+        let start = Instant::now();
+        self.here.fetch_add(1, Ordering::SeqCst);
+        while self.here.load(Ordering::SeqCst) < self.size {
+            assert!(start.elapsed() < LONG, "another rank has not come");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+/// Runs `body` for every rank of a group at once, when all have joined it.
 fn each<R: Send>(size: usize, deadline: Duration, net: &Arc<Net>, body: impl Fn(One) -> R + Sync) -> Vec<R> {
     let server = TcpServer::new("127.0.0.1:0").unwrap();
     let mesh = Mesh::new(1, size, size).unwrap();
     let options = Options { deadline, ..Options::default() };
+    let joined = Gathering::of(size);
     at_once((0..size).collect(), |rank| {
         let meeting = meeting(mesh, rank, &server, &options);
         meeting.call_the_roll().unwrap();
@@ -65,6 +87,7 @@ fn each<R: Send>(size: usize, deadline: Duration, net: &Arc<Net>, body: impl Fn(
         place.watchdog.add(group.watched());
         group.line().lane().stands.store(true, Ordering::SeqCst);
         drop(place);
+        joined.wait();
         let result = body(group.clone());
         group.leave();
         result
@@ -227,7 +250,7 @@ fn a_refusal_on_the_device_reaches_the_others() {
 #[test]
 fn a_rank_that_does_not_come_to_an_operation_on_the_device_is_named_at_the_deadline() {
     let deadline = Duration::from_millis(1500);
-    let done = Barrier::new(3);
+    let done = Gathering::of(3);
     each(3, deadline, &Arc::default(), |group| {
         if group.rank() == 1 {
             done.wait();
@@ -246,7 +269,7 @@ fn a_rank_that_does_not_come_to_an_operation_on_the_device_is_named_at_the_deadl
 
 #[test]
 fn an_abort_from_aside_ends_operations_on_the_device_on_every_rank() {
-    let done = Barrier::new(2);
+    let done = Gathering::of(2);
     each(2, LONG, &Arc::default(), |group| {
         let start = Instant::now();
         group.all_reduce(&full(1.0, 5), Reduce::Sum).unwrap();
@@ -275,7 +298,7 @@ fn an_abort_from_aside_ends_operations_on_the_device_on_every_rank() {
 fn an_abort_that_hangs_does_not_hang_its_caller_nor_what_comes_after() {
     let net = Arc::new(Net::default());
     net.abort_hangs.store(true, Ordering::SeqCst);
-    let done = Barrier::new(2);
+    let done = Gathering::of(2);
     each(2, LONG, &net, |group| {
         if group.rank() == 0 {
             group.all_reduce(&full(1.0, 5), Reduce::Sum).unwrap();
@@ -296,7 +319,7 @@ fn an_abort_that_hangs_does_not_hang_its_caller_nor_what_comes_after() {
 
 #[test]
 fn more_operations_than_can_be_unfinished_wait_for_the_first() {
-    let (full_ring, more) = (Barrier::new(2), 10);
+    let (full_ring, more) = (Gathering::of(2), 10);
     each(2, LONG, &Arc::default(), |group| {
         let x = |i: usize| full((i + group.rank()) as f32, 3);
         let mut sums: Vec<_> = Vec::new();
@@ -321,7 +344,7 @@ fn more_operations_than_can_be_unfinished_wait_for_the_first() {
 
 #[test]
 fn a_full_ring_ends_at_the_deadline() {
-    let done = Barrier::new(2);
+    let done = Gathering::of(2);
     each(2, Duration::from_millis(1500), &Arc::default(), |group| {
         if group.rank() == 0 {
             let start = Instant::now();
@@ -355,7 +378,7 @@ fn a_rank_that_leaves_after_its_last_operation_on_the_device_takes_nothing_away(
 
 #[test]
 fn a_process_that_dies_is_an_error_of_the_others() {
-    let done = Barrier::new(2);
+    let done = Gathering::of(2);
     each(2, LONG, &Arc::default(), |group| {
         if group.rank() == 1 {
             group.line().lane().die();
