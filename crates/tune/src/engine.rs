@@ -262,7 +262,7 @@ impl Engine {
     /// fault, and the others get what they would have got without it.
     ///
     /// # Errors
-    /// If an exchange with other ranks fails; then no job has a gradient.
+    /// If the device or an exchange with other ranks fails; then no job has a gradient.
     pub fn gradients(&self, jobs: &[JobBatch<'_>]) -> Result<Vec<Result<JobGradient, JobFault>>> {
         let replicas = self.replicas(jobs);
         let mut gathered = nothing(jobs);

@@ -11,7 +11,7 @@ impl Engine {
     /// change no bit.
     ///
     /// # Errors
-    /// If an exchange with other ranks fails; then no job has a loss.
+    /// If the device or an exchange with other ranks fails; then no job has a loss.
     pub fn losses(&self, jobs: &[JobBatch<'_>]) -> Result<Vec<Result<f64, JobFault>>> {
         let replicas = self.replicas(jobs);
         let mut gathered = nothing(jobs);

@@ -35,7 +35,7 @@ impl Engine {
     /// The loss and the gradients to the weights `wanted` (name and number of numbers) of a batch, whose prompt may have no rows.
     ///
     /// # Errors
-    /// If an exchange with other ranks fails. A batch with a number that is not finite, or one that the model refuses, gets a fault.
+    /// If the device or an exchange with other ranks fails. A batch with a number that is not finite, or one that the model refuses, gets a fault.
     pub fn weight_gradients(
         &self,
         job: &JobBatch<'_>,
