@@ -163,11 +163,11 @@ class Check:
         missing = re.search(r"missing +GPU.*", ran.out)
         self.tell(part, "ok" if good else "FAILED", "" if good else missing.group(0) if missing else ran.why)
 
-    def tests(self, part: str, program: str, names: list[str], limit: int) -> None:
-        """Tests of a program whose names begin so, as one row."""
+    def tests(self, part: str, program: str, arguments: list[str], limit: int) -> None:
+        """The tests of a program that these arguments pick, as one row."""
         if self.lacks(part, program):
             return
-        ran = Ran(part, [str(FOLDER / program), *names, "--nocapture", "--test-threads=1"], limit, cwd=ROOT / "tests")
+        ran = Ran(part, [str(FOLDER / program), *arguments, "--nocapture", "--test-threads=1"], limit, cwd=ROOT / "tests")
         counts = re.search(r"(\d+) passed; (\d+) failed", ran.out)
         # With --nocapture what a test prints stands behind its name.
         skipped = re.search(r"skipped(?: on CUDA)?:.*", ran.out)

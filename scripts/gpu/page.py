@@ -39,8 +39,8 @@ def mfu(run: dict, ceilings: dict) -> float:
 
 
 def floors(run: dict, ceilings: dict) -> dict[str, float]:
-    """Seconds that no step takes less of: its useful operations at the measured matrix rate, and the weights read forward and backward,
-    once each, as fast as a copy reads and writes."""
+    """Seconds that a step takes at least, about: for its useful operations at the measured matrix rate, and to read all weights forward and
+    backward, once each, as fast as a copy reads and writes. Of the embedding it reads less."""
     weights = run["parameters"] * (4 if run["dtype"] == "f32" else 2)
     return {"FLOPs": run["useful_tflop"] / ceilings["tflop_s"], "bytes": 2 * weights / 1e9 / ceilings["gb_s"]}
 

@@ -244,6 +244,21 @@ fn a_job_that_is_not_finite_ends_alone_and_its_neighbour_keeps_every_bit() -> Re
     })
 }
 
+#[cfg(feature = "emulator")]
+#[test]
+fn no_job_is_blamed_for_a_device_that_has_failed() -> Result<()> {
+    incipit_kernels::on_emulated_gpu(0, || {
+        ensure!(step(&Device::Cpu, Neighbour::Good, 4000)?.iter().all(Result::is_ok));
+        incipit_kernels::fail_emulated_gpu();
+        let error = match step(&Device::Cpu, Neighbour::Good, 4000) {
+            Ok(results) => anyhow::bail!("jobs are told of it: {results:?}"),
+            Err(error) => error.to_string(),
+        };
+        ensure!(error.contains("the device has failed"), "{error}");
+        Ok(())
+    })
+}
+
 #[test]
 fn the_same_step_gives_the_same_bits_again() -> Result<()> {
     on_gpus(|device| {

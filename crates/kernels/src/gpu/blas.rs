@@ -196,9 +196,8 @@ impl Blas {
             return Ok(*own);
         }
         if let Some(usual) = choice.usual
-            && (choice.served.contains(&rows) || self.serves(&usual, described))
+            && (choice.served.contains(&rows) || self.serves(&usual, described) && choice.served.insert(rows))
         {
-            choice.served.insert(rows);
             return Ok(usual);
         }
         let own = self.best(product, &kind, described)?;

@@ -87,10 +87,12 @@ pub fn device_memory(device: &Device) -> Result<Option<DeviceMemory>> {
 /// # Errors
 /// What the driver says of a device that has failed.
 pub fn check_device(device: &Device) -> Result<()> {
-    match device {
+    match super::Gpu::at(device)? {
         #[cfg(feature = "cuda")]
-        Device::Cuda(device) => super::cuda::Handle::of(device)?.check(),
-        _ => Ok(()),
+        Some(super::Gpu::Cuda(handle)) => handle.check(),
+        #[cfg(feature = "emulator")]
+        Some(super::Gpu::Emulated) => super::emulated::check(),
+        None => Ok(()),
     }
 }
 

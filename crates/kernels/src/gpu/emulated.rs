@@ -15,6 +15,7 @@ use crate::{Error, Result};
 
 thread_local! {
     static ORDER: Cell<Option<u64>> = const { Cell::new(None) };
+    static HAS_FAILED: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Runs `f` with all operations of this thread on the emulated GPU. A kernel's threads run in the given order: 0 is ascending, 1
@@ -23,7 +24,20 @@ pub fn on<R>(order: u64, f: impl FnOnce() -> R) -> R {
     let before = ORDER.replace(Some(order));
     let result = f();
     ORDER.set(before);
+    HAS_FAILED.set(false);
     result
+}
+
+/// Until the function ends that [`on`] runs, this thread's emulated GPU is one that has failed: it launches nothing any more.
+pub fn fail() {
+    HAS_FAILED.set(true);
+}
+
+pub(super) fn check() -> Result<()> {
+    if HAS_FAILED.get() {
+        return Err(Error::Gpu { op: "emulator".to_owned(), what: "the device has failed".to_owned() });
+    }
+    Ok(())
 }
 
 pub(super) fn is_on() -> bool {
@@ -78,6 +92,7 @@ pub(super) fn copied(bytes: &[u8]) -> CpuStorage {
 /// # Safety
 /// As for `Gpu::launch`.
 pub(super) unsafe fn launch(kernel: &str, launch: Launch, params: *const c_void) -> Result<()> {
+    check()?;
     // The emulator runs one kernel at a time.
     static TURN: Mutex<()> = Mutex::new(());
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);

@@ -126,8 +126,10 @@ impl Group<'_> {
         });
         // Those that wait for this rank learn that it comes no more: the backbone keeps the group from being dropped.
         ranks.abort(worked.as_ref().err().map_or("the group has come to its end", |(_, message)| message));
-        let works = held.as_ref().is_none_or(|backbone| backbone.engine.device_works());
-        worked.map_err(|(cause, message)| if works { (cause, message) } else { device_failed(&message) })
+        let works = || held.as_ref().is_none_or(|backbone| backbone.engine.device_works());
+        worked.map_err(|loss| {
+            if loss.0 == EngineLossCause::Exited || works() { loss } else { device_failed(&loss.1) }
+        })
     }
 
     /// Loads the backbone, or has the one that is loaded join the new group.
