@@ -59,17 +59,16 @@ struct Head<'a, T> {
     q: Part<'a, T>,
     k: Part<'a, T>,
     v: Part<'a, T>,
-    y: Part<'a, T>,
     dy: Part<'a, T>,
     normalisers: &'a [f32],
 }
 
-/// The gradients to q, k and v, and to the table of a bias that is trained; `operands` are q, k, v, the output and the gradient
-/// to the output, with rows of `width` numbers.
+/// The gradients to q, k and v, and to the table of a bias that is trained; `operands` are q, k, v and the gradient to the
+/// output, with rows of `width` numbers.
 pub(super) fn run<M: Micro, O: Element>(
     isa: Isa,
     spec: &Attention<'_>,
-    (operands, width): ([&[M::Left]; 5], usize),
+    (operands, width): ([&[M::Left]; 4], usize),
     normalisers: &[f32],
     trained: Option<Trained<'_>>,
 ) -> [Vec<O>; 3] {
@@ -92,8 +91,7 @@ pub(super) fn run<M: Micro, O: Element>(
             q: part(0, &queries),
             k: part(1, &keys),
             v: part(2, &keys),
-            y: part(3, &queries),
-            dy: part(4, &queries),
+            dy: part(3, &queries),
             normalisers: &normalisers[head * total + queries.start..][..queries.len()],
         };
         let store = |out: SharedMut<O>, row: usize, sums: &[f32]| {
@@ -164,7 +162,7 @@ impl<T: Element> Head<'_, T> {
     /// Calls `store` for the rows of the gradient to the queries, and leaves the other two in the buffers.
     ///
     /// With the probabilities `p`, dropout's factors `f` and `dp = (dy v^T) f`: `ds = p (dp - delta)`, where `delta` is the row
-    /// sum of `p dp`, which is that of `dy y`; and so `dq = ds k`, `dk = ds^T q`, `dv = (p f)^T dy`.
+    /// sum of `p dp`; and so `dq = ds k`, `dk = ds^T q`, `dv = (p f)^T dy`.
     fn run<M: Micro<Left = T>>(
         &self,
         isa: Isa,
@@ -232,8 +230,8 @@ impl<T: Element> Head<'_, T> {
                     } else {
                         dropped[range.clone()].iter_mut().zip(&*p).for_each(|(d, p)| *d = T::narrow(*p));
                     }
-                    let delta =
-                        sum([self.y.row(query), self.dy.row(query)], |[y, dy]| y.widen() * dy.widen());
+                    // It is the row sum of `dy y`, too, but y was rounded, and with it the probabilities of which it was made.
+                    let delta = sum([&p[..seen], &dp[..seen]], |[p, dp]| p * dp);
                     for (ds, (p, dp)) in ds[range.clone()].iter_mut().zip(p.iter().zip(&*dp)) {
                         *ds = T::narrow(p * (dp - delta));
                     }

@@ -35,10 +35,6 @@ impl<'a, T: Element> Part<'a, T> {
         Self { values, stride, rows: rows.len(), width }
     }
 
-    pub(crate) fn row(&self, row: usize) -> &'a [T] {
-        &self.values[row * self.stride..][..self.width]
-    }
-
     /// As a right operand with one column a row (`row . row` products).
     fn columns(&self) -> Right<'a> {
         let values = T::operand(self.values);

@@ -225,9 +225,7 @@ fn gradients_on(
 ) -> Result<[Tensor; 3]> {
     let op = "attention_gradient";
     check_gradient(spec, [q, k, v], attended, dy)?;
-    let y = &attended.output;
-    let views =
-        [View::new(op, q)?, View::new(op, k)?, View::new(op, v)?, View::new(op, y)?, View::new(op, dy)?];
+    let views = [View::new(op, q)?, View::new(op, k)?, View::new(op, v)?, View::new(op, dy)?];
     let lse = View::new(op, &attended.normalisers)?;
     let (lse, width) = (lse.slice::<f32>()?, q.dims()[1]);
     if q.dtype() == DType::F32 {
@@ -248,7 +246,7 @@ fn gradients_on(
 fn gradient_f32<O: Element>(
     isa: Isa,
     spec: &Attention<'_>,
-    operands: ([&[f32]; 5], usize),
+    operands: ([&[f32]; 4], usize),
     normalisers: &[f32],
     trained: Option<Trained<'_>>,
 ) -> [Vec<O>; 3] {
