@@ -14,6 +14,8 @@ using bf16 = __nv_bfloat16;
 
 // A kernel `name` with the parameters `p`, one struct, in blocks of at most `threads`.
 #define KERNEL(name, Params, threads) extern "C" __global__ void __launch_bounds__(threads) name(const Params p)
+// One whose threads get so few registers that a multiprocessor holds `blocks` of them.
+#define RESIDENT_KERNEL(name, Params, threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks) name(const Params p)
 // The block's memory, as much as the launch asks for, aligned to 16 bytes.
 #define SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
 
@@ -25,7 +27,7 @@ template <> __device__ inline bf16 narrow<bf16>(float x) { return __float2bfloat
 __device__ inline long long nearest(double x) { return __double2ll_rn(x); }
 __device__ inline uint32_t high_product(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 // Alignment is checked by the emulator; the hardware traps.
-template <typename T> __device__ inline void check_aligned(const T *) {}
+template <int BYTES> __device__ inline void check_aligned(const void *) {}
 __device__ inline uint32_t bits_of(float x) { return __float_as_uint(x); }
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
@@ -46,6 +48,12 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const bf16 *ro
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address));
 }
+// The pair of numbers in one word, as the matrix instructions take them, the first one in the lower half.
+__device__ inline uint32_t narrow_pair(float first, float second) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
 // d += a b over the warp: a 16 x 16 by rows, b 16 x 8 by columns, d 16 x 8 in f32 (PTX ISA, mma.m16n8k16).
 __device__ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -53,6 +61,22 @@ __device__ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint3
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// 2^x to 2^-22 of it; nothing for what is below 2^-126.
+__device__ inline float power_of_2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// Begins to copy `N` bytes, 4 or 16, into shared memory, or zeros if they are not `there`; they have come when the thread has waited.
+template <int N> __device__ inline void copy_async(void *to, const void *from, bool there) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const int bytes = there ? N : 0;
+  if constexpr (N == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+}
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #else
 #include "emulator/emulator.h"
 #endif
@@ -66,11 +90,11 @@ template <typename T> struct alignas(16) Pack {
 };
 
 template <typename T> __device__ inline Pack<T> load_pack(const T *from) {
-  check_aligned(from);
+  check_aligned<16>(from);
   return *reinterpret_cast<const Pack<T> *>(from);
 }
 template <typename T> __device__ inline void store_pack(T *to, const Pack<T> &pack) {
-  check_aligned(to);
+  check_aligned<16>(to);
   *reinterpret_cast<Pack<T> *>(to) = pack;
 }
 template <typename T> __device__ inline bool is_aligned(const T *p) {
@@ -120,6 +144,7 @@ struct Words {
 __device__ inline Words random_block(const Random &random, uint64_t n) {
   uint32_t a = static_cast<uint32_t>(n), b = static_cast<uint32_t>(n >> 32), c = random.stream[0], d = random.stream[1];
   uint32_t key0 = random.key[0], key1 = random.key[1];
+#pragma unroll 1 // attention has it 32 times
   for (int round = 0; round < 10; round++) {
     const uint32_t high0 = high_product(0xD2511F53u, a), low0 = 0xD2511F53u * a;
     const uint32_t high1 = high_product(0xCD9E8D57u, c), low1 = 0xCD9E8D57u * c;
@@ -137,6 +162,8 @@ struct Dropping {
   float kept;
 };
 __device__ inline float factor(const Dropping &dropping, const Words &words, int i) {
-  const uint32_t bits = (words.word[i / 2] >> (16 * (i % 2))) & 0xffff;
+  // An index that the compiler does not know would put the words into memory.
+  const uint32_t low = i & 2 ? words.word[1] : words.word[0], high = i & 2 ? words.word[3] : words.word[2];
+  const uint32_t bits = ((i & 4 ? high : low) >> (16 * (i % 2))) & 0xffff;
   return bits < dropping.threshold ? 0.0f : dropping.kept;
 }

@@ -1,5 +1,5 @@
 // All kernels, as one unit: one image for the GPU, one object for the emulator.
-#include "attention.cuh"
+#include "attention_gradient.cuh"
 #include "elementwise.cuh"
 #include "loss.cuh"
 #include "norm.cuh"

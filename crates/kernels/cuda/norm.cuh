@@ -9,51 +9,93 @@ struct NormParams {
   void *out;
   int rows, width;
   float epsilon;
+  int aligned; // whether four numbers can be read and written at once
 };
 
 constexpr int NORM_THREADS = 256;
 
-template <typename F> __device__ inline void each_column(const NormParams &p, F f) {
-  for (int i = static_cast<int>(threadIdx.x); i < p.width; i += static_cast<int>(blockDim.x)) f(i);
+// Numbers that are read and written in one go.
+template <typename T, int SIZE> struct alignas(SIZE * sizeof(T)) Several {
+  T values[SIZE];
+};
+template <int SIZE> __device__ inline Several<float, SIZE> load(const float *from) {
+  check_aligned<SIZE * sizeof(float)>(from);
+  return *reinterpret_cast<const Several<float, SIZE> *>(from);
+}
+template <typename T, int SIZE> __device__ inline void store(T *to, const Several<T, SIZE> &numbers) {
+  check_aligned<SIZE * sizeof(T)>(to);
+  *reinterpret_cast<Several<T, SIZE> *>(to) = numbers;
 }
 
-__device__ inline float inverse_rms(const NormParams &p, const float *x, float *scratch) {
-  float squares = 0.0f;
-  each_column(p, [&](int i) { squares += x[i] * x[i]; });
+// Calls `f(i)` for the thread's columns `i ... i + SIZE - 1`.
+template <int SIZE, typename F> __device__ inline void each_column(const NormParams &p, F f) {
+  for (int i = static_cast<int>(threadIdx.x) * SIZE; i < p.width; i += static_cast<int>(blockDim.x) * SIZE) f(i);
+}
+
+__device__ inline float inverse_rms(const NormParams &p, float squares, float *scratch) {
   return 1.0f / sqrtf(block_sum(squares, scratch) / static_cast<float>(p.width) + p.epsilon);
+}
+template <int SIZE> __device__ inline float inverse_rms(const NormParams &p, const float *row, float *scratch) {
+  float squares = 0.0f;
+  each_column<SIZE>(p, [&](int i) {
+    const auto x = load<SIZE>(row + i);
+    for (int j = 0; j < SIZE; j++) squares += x.values[j] * x.values[j];
+  });
+  return inverse_rms(p, squares, scratch);
+}
+
+template <typename O, int SIZE> __device__ inline void rms_norm(const NormParams &p, float *scratch) {
+  const int64_t place = static_cast<int64_t>(blockIdx.x) * p.width;
+  const float r = inverse_rms<SIZE>(p, p.x + place, scratch);
+  each_column<SIZE>(p, [&](int i) {
+    const auto x = load<SIZE>(p.x + place + i), weight = load<SIZE>(p.weight + i);
+    Several<O, SIZE> y;
+    for (int j = 0; j < SIZE; j++) y.values[j] = narrow<O>(x.values[j] * r * weight.values[j]);
+    store(static_cast<O *>(p.out) + place + i, y);
+  });
+}
+
+template <int SIZE> __device__ inline void rms_norm_gradient_row(const NormParams &p, float *scratch) {
+  const int64_t place = static_cast<int64_t>(blockIdx.x) * p.width;
+  float squares = 0.0f, inner = 0.0f;
+  each_column<SIZE>(p, [&](int i) {
+    const auto x = load<SIZE>(p.x + place + i), dy = load<SIZE>(p.dy + place + i), weight = load<SIZE>(p.weight + i);
+    for (int j = 0; j < SIZE; j++) {
+      squares += x.values[j] * x.values[j];
+      inner += dy.values[j] * weight.values[j] * x.values[j];
+    }
+  });
+  const float r = inverse_rms(p, squares, scratch);
+  const float c = r * r * r * (block_sum(inner, scratch) / static_cast<float>(p.width));
+  each_column<SIZE>(p, [&](int i) {
+    const auto x = load<SIZE>(p.x + place + i), dy = load<SIZE>(p.dy + place + i), weight = load<SIZE>(p.weight + i);
+    Several<float, SIZE> dx;
+    if (p.residual != nullptr) dx = load<SIZE>(p.residual + place + i);
+    for (int j = 0; j < SIZE; j++) {
+      const float g = r * (dy.values[j] * weight.values[j]) - x.values[j] * c;
+      dx.values[j] = p.residual == nullptr ? g : g + dx.values[j];
+    }
+    store(static_cast<float *>(p.out) + place + i, dx);
+  });
 }
 
 template <typename O> __device__ inline void rms_norm(const NormParams &p) {
   __shared__ float scratch[32];
-  const int64_t place = static_cast<int64_t>(blockIdx.x) * p.width;
-  const float *const x = p.x + place;
-  O *const out = static_cast<O *>(p.out) + place;
-  const float r = inverse_rms(p, x, scratch);
-  each_column(p, [&](int i) { out[i] = narrow<O>(x[i] * r * p.weight[i]); });
+  if (p.aligned) rms_norm<O, 4>(p, scratch);
+  else rms_norm<O, 1>(p, scratch);
 }
-
 KERNEL(rms_norm_bf16, NormParams, NORM_THREADS) { rms_norm<bf16>(p); }
 KERNEL(rms_norm_f32, NormParams, NORM_THREADS) { rms_norm<float>(p); }
 
 KERNEL(rms_norm_gradient, NormParams, NORM_THREADS) {
   __shared__ float scratch[32];
-  const int64_t place = static_cast<int64_t>(blockIdx.x) * p.width;
-  const float *const x = p.x + place, *const dy = p.dy + place;
-  const float *const residual = p.residual == nullptr ? nullptr : p.residual + place;
-  float *const out = static_cast<float *>(p.out) + place;
-  const float r = inverse_rms(p, x, scratch);
-  float inner = 0.0f;
-  each_column(p, [&](int i) { inner += dy[i] * p.weight[i] * x[i]; });
-  const float c = r * r * r * (block_sum(inner, scratch) / static_cast<float>(p.width));
-  each_column(p, [&](int i) {
-    const float g = r * (dy[i] * p.weight[i]) - x[i] * c;
-    out[i] = residual == nullptr ? g : g + residual[i];
-  });
+  if (p.aligned) rms_norm_gradient_row<4>(p, scratch);
+  else rms_norm_gradient_row<1>(p, scratch);
 }
 
 KERNEL(rms_norm_scales, NormParams, NORM_THREADS) {
   __shared__ float scratch[32];
-  const float r = inverse_rms(p, p.x + static_cast<int64_t>(blockIdx.x) * p.width, scratch);
+  const float r = inverse_rms<1>(p, p.x + static_cast<int64_t>(blockIdx.x) * p.width, scratch);
   if (threadIdx.x == 0) static_cast<float *>(p.out)[blockIdx.x] = r;
 }
 

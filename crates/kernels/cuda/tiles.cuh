@@ -19,22 +19,43 @@ template <> struct Tiles<float> {
 template <typename T, int WIDTH> constexpr int LEADING = WIDTH + Pack<T>::SIZE;
 template <typename T> constexpr int TILE_THREADS = Tiles<T>::ROWS / 16 * 32;
 
-// Rows `first ...` of a head into a tile of WIDTH columns; what is not there is 0.
-template <typename T, int WIDTH> __device__ inline void load_tile(T *to, const T *from, int rows, int64_t stride, int width) {
-  constexpr int SIZE = Pack<T>::SIZE, PACKS = WIDTH / SIZE;
-  const bool aligned = is_aligned(from) && stride % SIZE == 0 && width % SIZE == 0;
-  for (int i = static_cast<int>(threadIdx.x); i < Tiles<T>::ROWS * PACKS; i += TILE_THREADS<T>) {
-    const int row = i / PACKS, column = i % PACKS * SIZE;
-    const T *const source = from + row * stride + column;
-    Pack<T> pack;
-    if (row < rows && aligned && column < width) {
-      pack = load_pack(source);
-    } else {
+// Begins to copy rows of a head into a tile of WIDTH columns; what is not there is 0. `aligned`: whether the rows of `width` numbers can
+// be read 16 bytes at a time.
+template <typename T, int WIDTH>
+__device__ inline void copy_tile(T *to, const T *from, int rows, int64_t stride, int width, bool aligned) {
+  constexpr int SIZE = Pack<T>::SIZE, PACKS = WIDTH / SIZE, STEP = TILE_THREADS<T> / PACKS, LD = LEADING<T, WIDTH>;
+  if (aligned) {
+    const int row = static_cast<int>(threadIdx.x) / PACKS, column = static_cast<int>(threadIdx.x) % PACKS * SIZE;
+    const int left = column < width ? rows - row : 0;
+    from += row * stride + column, to += row * LD + column;
 #pragma unroll
-      for (int j = 0; j < SIZE; j++) pack.values[j] = row < rows && column + j < width ? source[j] : narrow<T>(0.0f);
+    for (int n = 0; n < Tiles<T>::ROWS; n += STEP) copy_async<16>(to + n * LD, from + n * stride, n < left);
+  } else {
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < Tiles<T>::ROWS * WIDTH; i += TILE_THREADS<T>) {
+      const int row = i / WIDTH, column = i % WIDTH;
+      to[row * LD + column] = row < rows && column < width ? from[row * stride + column] : narrow<T>(0.0f);
     }
-    store_pack(to + row * LEADING<T, WIDTH> + column, pack);
   }
+}
+
+// Calls `f(first, stage)` for the tiles of rows `begin ...` before `end`, whose rows `copy(first, stage)` brings into shared memory. With
+// two stages the next tile is copied while the block works on this one.
+template <typename T, int STAGES, typename Copy, typename F> __device__ inline void each_tile(int begin, int end, Copy copy, F f) {
+  int stage = 0;
+  if (STAGES > 1 && begin < end) copy(begin, stage);
+  for (int first = begin; first < end; first += Tiles<T>::ROWS) {
+    if constexpr (STAGES == 1) {
+      __syncthreads(); // the tile before was read
+      copy(first, stage);
+    }
+    wait_for_copies();
+    __syncthreads(); // all threads' copies are there and, with two stages, the tile before was read
+    if (STAGES > 1 && first + Tiles<T>::ROWS < end) copy(first + Tiles<T>::ROWS, stage ^ 1);
+    f(first, stage);
+    stage ^= STAGES - 1;
+  }
+  wait_for_copies(); // of what was to be used with tiles, if there were none
 }
 
 // sums += a b^T: `a` the warp's 16 rows, `b` N rows, both of K numbers.
@@ -67,14 +88,16 @@ __device__ inline void multiply_rows(float (&sums)[N / 8][4], const float *a, in
   }
 }
 
-// sums += a b: `a` the warp's 16 rows of K numbers, `b` K rows of N.
-template <int N, int K>
-__device__ inline void multiply_columns(float (&sums)[N / 8][4], const bf16 *a, int lda, const bf16 *b, int ldb) {
+// sums += a b: `a` the warp's own sums, narrowed, `b` K rows of N. The sums have the layout of the matrix instruction's left operand;
+// those in f32 go through `scratch`, 16 rows.
+template <int N, int K, int LDA>
+__device__ inline void multiply_sums(float (&sums)[N / 8][4], const float (&a)[K / 8][4], bf16 *, const bf16 *b, int ldb) {
   const int l = lane();
 #pragma unroll
   for (int k = 0; k < K; k += 16) {
-    uint32_t left[4];
-    load_matrices(left, a + (l % 8 + l / 8 % 2 * 8) * lda + k + l / 16 * 8);
+    const float(&low)[4] = a[k / 8], (&high)[4] = a[k / 8 + 1];
+    const uint32_t left[4] = {narrow_pair(low[0], low[1]), narrow_pair(low[2], low[3]), narrow_pair(high[0], high[1]),
+                              narrow_pair(high[2], high[3])};
 #pragma unroll
     for (int n = 0; n < N; n += 16) {
       uint32_t right[4];
@@ -84,11 +107,17 @@ __device__ inline void multiply_columns(float (&sums)[N / 8][4], const bf16 *a, 
     }
   }
 }
-template <int N, int K>
-__device__ inline void multiply_columns(float (&sums)[N / 8][4], const float *a, int lda, const float *b, int ldb) {
+template <int N, int K, int LDA>
+__device__ inline void multiply_sums(float (&sums)[N / 8][4], const float (&a)[K / 8][4], float *scratch, const float *b, int ldb) {
   const int row = lane() / 4, column = lane() % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < K / 8; n++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) scratch[(row + i / 2 * 8) * LDA + n * 8 + column + i % 2] = a[n][i];
+  }
+  __syncwarp();
   for (int k = 0; k < K; k++) {
-    const float upper = a[row * lda + k], lower = a[(row + 8) * lda + k];
+    const float upper = scratch[row * LDA + k], lower = scratch[(row + 8) * LDA + k];
 #pragma unroll
     for (int n = 0; n < N; n += 8) {
       const float left = b[k * ldb + n + column], right = b[k * ldb + n + column + 1];
@@ -96,26 +125,29 @@ __device__ inline void multiply_columns(float (&sums)[N / 8][4], const float *a,
       sums[n / 8][2] += lower * left, sums[n / 8][3] += lower * right;
     }
   }
+  __syncwarp(); // the scratch was read
 }
 
+// The row among the warp's of the lane's sums of a half, and the column of those that are `n` behind the lane's first.
 __device__ inline int row_of(int half) { return lane() / 4 + 8 * half; }
+__device__ inline int column_of(int n) { return lane() % 4 * 2 + n; }
 
-// Calls `f(sum, half, column)` for the lane's sums: they are of the warp's row `lane() / 4 + 8 * half`. (An index that the compiler
+// Calls `f(sum, half, n)` for the lane's sums: they are of row `row_of(half)` and column `column_of(n)`. (An index that the compiler
 // does not know would put what is kept by halves into memory.)
 template <int N, typename F> __device__ inline void each_sum(float (&sums)[N][4], F f) {
 #pragma unroll
   for (int n = 0; n < N; n++) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) f(sums[n][i], i / 2, n * 8 + lane() % 4 * 2 + i % 2);
+    for (int i = 0; i < 4; i++) f(sums[n][i], i / 2, n * 8 + i % 2);
   }
 }
 
 // The same for two operands.
-template <int N, typename F> __device__ inline void each_pair(const float (&a)[N][4], const float (&b)[N][4], F f) {
+template <int N, typename F> __device__ inline void each_pair(float (&a)[N][4], const float (&b)[N][4], F f) {
 #pragma unroll
   for (int n = 0; n < N; n++) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) f(a[n][i], b[n][i], i / 2, n * 8 + lane() % 4 * 2 + i % 2);
+    for (int i = 0; i < 4; i++) f(a[n][i], b[n][i], i / 2, n * 8 + i % 2);
   }
 }
 

@@ -24,7 +24,12 @@ pub struct Frozen {
     cols: usize,
     /// Numbers from the start of one row to the start of the next.
     stride: usize,
+    /// Rows that are usually multiplied by it at once.
+    usual_rows: usize,
 }
+
+/// A microbatch of middling size.
+const USUAL_ROWS: usize = 4096;
 
 #[derive(Clone)]
 enum Data {
@@ -79,7 +84,7 @@ impl Frozen {
             return Ok(Self::copied(bytes, dtype, rows, cols));
         }
         let data = Data::Mapped { owner, byte_offset, len, dtype };
-        Ok(Self { data, offset: 0, rows, cols, stride: cols })
+        Ok(Self { data, offset: 0, rows, cols, stride: cols, usual_rows: USUAL_ROWS })
     }
 
     /// A matrix of its own numbers.
@@ -89,7 +94,14 @@ impl Frozen {
     #[must_use]
     pub fn from_bf16(values: Vec<bf16>, rows: usize, cols: usize) -> Self {
         assert_eq!(values.len(), rows * cols, "a matrix of {rows} x {cols}");
-        Self { data: Data::Bf16(Arc::new(values)), offset: 0, rows, cols, stride: cols }
+        Self {
+            data: Data::Bf16(Arc::new(values)),
+            offset: 0,
+            rows,
+            cols,
+            stride: cols,
+            usual_rows: USUAL_ROWS,
+        }
     }
 
     /// A matrix of its own numbers.
@@ -99,14 +111,33 @@ impl Frozen {
     #[must_use]
     pub fn from_f32(values: Vec<f32>, rows: usize, cols: usize) -> Self {
         assert_eq!(values.len(), rows * cols, "a matrix of {rows} x {cols}");
-        Self { data: Data::F32(Arc::new(values)), offset: 0, rows, cols, stride: cols }
+        Self {
+            data: Data::F32(Arc::new(values)),
+            offset: 0,
+            rows,
+            cols,
+            stride: cols,
+            usual_rows: USUAL_ROWS,
+        }
+    }
+
+    /// The same, of which it is known how many rows are usually multiplied by it at once. A GPU's way to make products is chosen for
+    /// that number and kept for all others, so that a row's result does not depend on the rows beside it.
+    #[must_use]
+    pub fn for_rows(self, usual_rows: usize) -> Self {
+        Self { usual_rows, ..self }
+    }
+
+    /// See [`Frozen::for_rows`].
+    pub(crate) fn usual_rows(&self) -> usize {
+        self.usual_rows
     }
 
     /// A matrix that lies on a device.
     pub(crate) fn from_device(tensor: Tensor) -> Self {
         let dims = tensor.dims();
         let (rows, cols) = (dims[0], dims[1]);
-        Self { data: Data::Device(tensor), offset: 0, rows, cols, stride: cols }
+        Self { data: Data::Device(tensor), offset: 0, rows, cols, stride: cols, usual_rows: USUAL_ROWS }
     }
 
     /// The whole matrix of which this is a part, where it lies on a device.
@@ -171,7 +202,7 @@ impl Frozen {
             "the part lies outside the matrix"
         );
         let offset = self.offset + first_row * self.stride + first_col;
-        Self { data: self.data.clone(), offset, rows, cols, stride: self.stride }
+        Self { offset, rows, cols, ..self.clone() }
     }
 
     /// The numbers from the first of the first row to the last of the last row; row `r` begins at `r * stride`.

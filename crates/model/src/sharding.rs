@@ -79,6 +79,16 @@ pub fn slice(name: &str, shape: &[usize], shard: Shard) -> Result<(Range<usize>,
     })
 }
 
+/// A batch's target tokens, where targets are labels or short phrases.
+const TARGET_ROWS: usize = 256;
+
+/// Whether the weight of this name is multiplied by rows of targets, which are few, and not by those of inputs.
+fn meets_targets(name: &str) -> bool {
+    let makes_memory =
+        [".EncDecAttention.k.weight", ".EncDecAttention.v.weight"].iter().any(|end| name.ends_with(end));
+    Rule::of(name) == Some(Rule::Vocabulary) || name.starts_with("decoder.") && !makes_memory
+}
+
 /// What a rank takes its weights from.
 #[derive(Clone, Copy)]
 pub(crate) struct Slices<'a> {
@@ -118,7 +128,8 @@ impl Slices<'_> {
 
     /// This rank's part of the tensor `name`, whose whole shape is `shape`, on the device.
     pub(crate) fn frozen(&self, name: &str, shape: &[usize]) -> Result<Frozen> {
-        Ok(self.on_host(name, shape)?.to_device(self.device, self.dtype)?)
+        let weight = self.on_host(name, shape)?.to_device(self.device, self.dtype)?;
+        Ok(if meets_targets(name) { weight.for_rows(TARGET_ROWS) } else { weight })
     }
 
     /// The same in main memory: small tensors from which others are made.
@@ -147,6 +158,23 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
+
+    #[test]
+    fn weights_of_the_decoder_meet_targets_but_for_those_that_make_its_memory() {
+        for (name, expected) in [
+            ("shared.weight", true),
+            ("lm_head.weight", true),
+            ("encoder.block.0.layer.0.SelfAttention.q.weight", false),
+            ("encoder.block.3.layer.1.DenseReluDense.wi_0.weight", false),
+            ("decoder.block.0.layer.0.SelfAttention.k.weight", true),
+            ("decoder.block.0.layer.1.EncDecAttention.q.weight", true),
+            ("decoder.block.0.layer.1.EncDecAttention.k.weight", false),
+            ("decoder.block.0.layer.1.EncDecAttention.v.weight", false),
+            ("decoder.block.5.layer.2.DenseReluDense.wo.weight", true),
+        ] {
+            assert_eq!(meets_targets(name), expected, "{name}");
+        }
+    }
 
     #[test]
     fn every_tensor_of_every_preset_has_one_rule_and_its_slices_tile_it() {

@@ -1,6 +1,6 @@
 // Runs kernels on the CPU, block after block. Each thread of a block is a fiber that runs until it waits for others, so that a
 // missing barrier shows as soon as the order changes: tests run every kernel in several orders. Memory of a block is filled with
-// NaN before it begins.
+// NaN before it begins, and what is copied into it meanwhile comes at once in one order, and in the others as late as it may.
 #include "emulator.h"
 
 #include <csetjmp>
@@ -41,6 +41,8 @@ struct Fiber {
   // Two, by turns: a fast lane may give its next one while a slow one still reads.
   unsigned char given[2][LARGEST_EXCHANGE];
   unsigned turn = 0;
+  // Copies that began and were not waited for.
+  std::vector<Copy> copies;
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;
@@ -49,9 +51,11 @@ jmp_buf scheduler;
 Body body;
 const void *params;
 std::string failure;
+bool copies_at_once;
 
 void start_fiber() {
   body(params);
+  if (!fibers[current]->copies.empty()) fail("a thread ends before its copies into shared memory");
   fibers[current]->state = State::Done;
   _longjmp(scheduler, 1);
 }
@@ -105,7 +109,8 @@ bool release(unsigned threads) {
 }
 
 bool run_block(unsigned threads, uint64_t order) {
-  for (unsigned i = 0; i < threads; i++) fibers[i]->state = State::New, fibers[i]->turn = 0;
+  for (unsigned i = 0; i < threads; i++) fibers[i]->state = State::New, fibers[i]->turn = 0, fibers[i]->copies.clear();
+  copies_at_once = order == 1;
   uint64_t random = order * 0x9E3779B97F4A7C15ull + 1;
   for (;;) {
     bool ran = false;
@@ -136,6 +141,17 @@ void fail(const char *what) {
   _longjmp(scheduler, 1);
 }
 
+void carry_out(const Copy &copy) {
+  if (copy.from == nullptr) std::memset(copy.to, 0, copy.size);
+  else std::memcpy(copy.to, copy.from, copy.size);
+}
+
+// At once in one of the orders, and in the others as late as it may be.
+void begin_copy(const Copy &copy) {
+  if (copies_at_once) carry_out(copy);
+  else fibers[current]->copies.push_back(copy);
+}
+
 void block_barrier() { wait_as(State::AtBlock); }
 
 void exchange(const void *mine, size_t size) {
@@ -152,10 +168,16 @@ const void *of_lane(int lane) {
 
 } // namespace emulator
 
+void wait_for_copies() {
+  auto &copies = emulator::fibers[emulator::current]->copies;
+  for (const auto &copy : copies) emulator::carry_out(copy);
+  copies.clear();
+}
+
 namespace {
 
 void gather_matrices(uint32_t (&r)[4], const bf16 *row, bool transposed) {
-  check_aligned(row);
+  check_aligned<16>(row);
   emulator::exchange(&row, sizeof row);
   const int lane = static_cast<int>(threadIdx.x % 32);
   for (int matrix = 0; matrix < 4; matrix++) {

@@ -23,6 +23,13 @@ void exchange(const void *mine, size_t size);
 // What lane `lane` of this warp gave.
 const void *of_lane(int lane);
 [[noreturn]] void fail(const char *what);
+// A copy of `size` bytes from somewhere, or of zeros.
+struct Copy {
+  void *to;
+  const void *from; // null for zeros
+  size_t size;
+};
+void begin_copy(const Copy &copy);
 
 using Body = void (*)(const void *params);
 struct Registration {
@@ -45,6 +52,7 @@ struct Registration {
   static const ::emulator::Registration register_##name(                                                                             \
       #name, [](const void *params) { name(*static_cast<const Params *>(params)); }, threads);                                       \
   static void name(const Params &p)
+#define RESIDENT_KERNEL(name, Params, threads, blocks) KERNEL(name, Params, threads)
 #define SHARED_MEMORY(name) unsigned char *const name = ::emulator::shared_memory
 
 struct bf16 {
@@ -76,9 +84,20 @@ inline long long nearest(double x) { return std::llrint(x); }
 inline uint32_t high_product(uint32_t a, uint32_t b) { return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
-template <typename T> inline void check_aligned(const T *p) {
-  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) ::emulator::fail("an access of 16 bytes is not aligned");
+inline uint32_t narrow_pair(float first, float second) {
+  return narrow<bf16>(first).bits | static_cast<uint32_t>(narrow<bf16>(second).bits) << 16;
 }
+inline float power_of_2(float x) { return std::exp2(x); }
+
+template <int BYTES> inline void check_aligned(const void *p) {
+  if (reinterpret_cast<uintptr_t>(p) % BYTES != 0) ::emulator::fail("an access of several numbers is not aligned");
+}
+template <int N> inline void copy_async(void *to, const void *from, bool there) {
+  static_assert(N == 4 || N == 16);
+  check_aligned<N>(to), check_aligned<N>(from);
+  ::emulator::begin_copy({to, there ? from : nullptr, N});
+}
+void wait_for_copies();
 
 inline void __syncwarp() { ::emulator::exchange(nullptr, 0); }
 template <typename T> inline T from_lane(T x, int lane) {

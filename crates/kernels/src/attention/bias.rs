@@ -8,6 +8,9 @@ use crate::gpu::{Address, Gpu, Uploaded};
 use crate::segments::once;
 use crate::{Error, Result};
 
+/// Rows of the largest tile of kernels on a GPU.
+const TILE: usize = 64;
+
 /// How relative positions are put into buckets (Raffel et al. 2020, section 2.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buckets {
@@ -53,7 +56,7 @@ pub struct PositionBias {
     pub(crate) buckets: Buckets,
     /// The bucket of each place of `by_key`, without the padding.
     pub(crate) bucket_of: Vec<u32>,
-    /// `by_key` on the device on which a kernel first asked for it.
+    /// What [`PositionBias::on`] has uploaded to the device on which a kernel first asked for it.
     gpu: Arc<OnceLock<Uploaded>>,
 }
 
@@ -109,9 +112,25 @@ impl PositionBias {
         2 * self.longest - 1 + PADDING
     }
 
-    /// All of it, for kernels.
+    /// All of it times log2(e), for kernels: `[heads, gpu_stride]` by `key - query + longest - 1`. Before and behind a head's numbers
+    /// is room for the rows that a tile has beyond an example's end.
     pub(crate) fn on(&self, gpu: &Gpu) -> Result<Address> {
-        Ok(once(&self.gpu, || gpu.upload("position bias", &self.by_key))?.address)
+        let uploaded = once(&self.gpu, || gpu.upload("position bias", &self.for_gpu()))?;
+        Ok(uploaded.address.plus(TILE * size_of::<f32>()))
+    }
+
+    fn for_gpu(&self) -> Vec<f32> {
+        let room = [0.0; TILE];
+        let scaled = |head: &[f32]| {
+            head[..self.bucket_of.len()].iter().map(|b| b * std::f32::consts::LOG2_E).collect()
+        };
+        let heads = self.by_key.chunks_exact(self.stride());
+        heads.flat_map(|head| [room.to_vec(), scaled(head), room.to_vec()].concat()).collect()
+    }
+
+    /// Numbers from head to head of what a GPU has.
+    pub(crate) fn gpu_stride(&self) -> usize {
+        self.bucket_of.len() + 2 * TILE
     }
 
     /// The bias of `query` with keys `0 .. n`, of which `PADDING` may lie behind the longest example's end.

@@ -50,7 +50,7 @@ pub struct Attention<'a> {
 pub struct Attended {
     /// `[Tq, heads * K]`, of the operands' type.
     pub output: Tensor,
-    /// Logarithms of the normalisers, `[heads, Tq]` f32.
+    /// Logarithms of the normalisers, `[heads, Tq]` f32: on a GPU to the base 2.
     pub(crate) normalisers: Tensor,
 }
 

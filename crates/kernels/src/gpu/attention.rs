@@ -40,6 +40,7 @@ struct AttentionParams {
     queries: i32,
     prefix: i32,
     causal: i32,
+    aligned: i32,
     tile_count: i32,
     buckets: i32,
 }
@@ -48,6 +49,8 @@ unsafe impl Params for AttentionParams {}
 
 /// `DELTA_THREADS` of `attention.cuh`.
 const DELTA_THREADS: u32 = 256;
+/// Of them those that share a row of a head.
+const DELTA_LANES: usize = 8;
 /// `BIAS_THREADS` of `attention.cuh`.
 const BIAS_THREADS: u32 = 256;
 /// Columns of the tiles that kernels were made for.
@@ -101,12 +104,14 @@ impl<'a> Call<'a> {
             queries: spec.queries.total() as i32,
             prefix: spec.prefix as i32,
             causal: i32::from(spec.causal),
+            aligned: 0,
             tile_count: 0,
             buckets: 0,
         };
         if let Some(bias) = spec.bias {
             params.bias = bias.on(gpu)?;
-            (params.bias_stride, params.bias_zero) = (bias.stride() as i32, bias.longest as i32 - 1);
+            params.bias_stride = bias.gpu_stride() as i32;
+            params.bias_zero = bias.longest as i32 - 1;
         }
         let random = spec.dropout.map(|dropout| masks(gpu, op, spec, dropout)).transpose()?;
         if let (Some(dropout), Some(random)) = (spec.dropout, &random) {
@@ -122,8 +127,20 @@ impl<'a> Call<'a> {
         if self.dtype == DType::BF16 { 64 } else { 32 }
     }
 
-    /// Launches a kernel with a block for each tile of `segments` and head; `operands` tiles of rows lie in shared memory, one of
-    /// probabilities, and `besides` f32 numbers a row.
+    /// Stages of two tiles each, as `AttentionLayout` of `attention.cuh` has them.
+    fn stages(&self) -> usize {
+        if self.width == WIDTHS[0] { 2 } else { 1 }
+    }
+
+    /// Whether the rows of a head can be read 16 bytes at a time.
+    fn aligned(&self) -> bool {
+        let AttentionParams { q, k, v, y, dy, width, .. } = self.params;
+        let row = Address(width as u64 * self.dtype.size_in_bytes() as u64);
+        [q, k, v, y, dy, row].iter().all(|Address(place)| place % 16 == 0)
+    }
+
+    /// Launches a kernel with a block for each tile of `segments` and head. In shared memory lie the block's `own` tiles of rows, two
+    /// for each stage, in f32 a row's scores, and `besides` f32 numbers a row.
     ///
     /// # Safety
     /// The parameters must be set for it.
@@ -131,11 +148,12 @@ impl<'a> Call<'a> {
         &mut self,
         name: &str,
         segments: &Segments,
-        (operands, besides): (usize, usize),
+        (own, besides): (usize, usize),
     ) -> Result<()> {
         let size = self.dtype.size_in_bytes();
         let (rows, padding) = (self.rows(), 16 / size);
-        let numbers = operands * rows * (self.width + padding) + rows * (rows + padding);
+        let scores = if self.dtype == DType::F32 { rows + padding } else { 0 };
+        let numbers = rows * ((own + 2 * self.stages()) * (self.width + padding) + scores);
         let shared_bytes = (numbers * size + besides * rows * 4) as u32;
         let (tiles, count) = segments.tiles_on(self.gpu, rows)?;
         self.params.tiles = tiles;
@@ -168,7 +186,7 @@ impl<'a> Call<'a> {
         self.params.buckets = bias.buckets.count as i32;
         // SAFETY: the caller's promise; there are sums for each tile, head and distance, and a bucket for each distance.
         unsafe {
-            self.launch("attention_gradient_queries_bias", self.spec.queries, (4, rows + 1))?;
+            self.launch("attention_gradient_queries_bias", self.spec.queries, (2, rows + 1))?;
             let launch = Launch::blocks(heads, BIAS_THREADS);
             self.gpu.launch("attention_gradient_bias", launch, &self.params)
         }
@@ -199,8 +217,9 @@ pub(crate) fn attention(
     call.params.v = v.address;
     call.params.out = output.address;
     call.params.normalisers = normalisers.address;
+    call.params.aligned = i32::from(call.aligned());
     // SAFETY: the shapes were checked, and the outputs are as large as the queries.
-    unsafe { call.launch(op, spec.queries, (3, 0))? };
+    unsafe { call.launch(op, spec.queries, (1, 0))? };
     Ok(Attended { output: output.tensor(), normalisers: normalisers.tensor() })
 }
 
@@ -257,20 +276,18 @@ fn gradients(
         delta: delta.address,
         ..call.params
     };
-    let warps = DELTA_THREADS as usize / 32;
-    let rows = Launch {
-        grid: [spec.queries.total().div_ceil(warps) as u32, spec.heads as u32],
-        threads: DELTA_THREADS,
-        shared_bytes: 0,
-    };
+    let pairs = spec.queries.total() * spec.heads;
+    let deltas = Launch::blocks(pairs.div_ceil(DELTA_THREADS as usize / DELTA_LANES), DELTA_THREADS);
+    call.params.aligned = i32::from(call.aligned());
     // SAFETY: the shapes were checked, and gradients are as large as what they are of.
     unsafe {
-        gpu.launch(&format!("attention_delta_{}", suffix(call.dtype)), rows, &call.params)?;
+        gpu.launch(&format!("attention_delta_{}", suffix(call.dtype)), deltas, &call.params)?;
         match trained {
             Some((bias, table)) => call.launch_with_bias(bias, table)?,
-            None => call.launch("attention_gradient_queries", spec.queries, (4, 0))?,
+            None => call.launch("attention_gradient_queries", spec.queries, (2, 0))?,
         }
-        call.launch("attention_gradient_keys", spec.keys, (4, 2))?;
+        let of_queries = 2 * call.stages();
+        call.launch("attention_gradient_keys", spec.keys, (2, of_queries))?;
     }
     Ok([dq.tensor(), dk.tensor(), dv.tensor()])
 }

@@ -1,7 +1,7 @@
 //! Products by cuBLASLt.
 //!
-//! The algorithm of a product is chosen for a fixed number of rows and then used for any number that it can take, and none is taken that
-//! cuts the contracted dimension between blocks: so a row's sums should not depend on how many rows are beside it.
+//! The algorithm of a product is chosen for the number of rows that its weight usually gets and then used for any number that it can take,
+//! and none is taken that cuts the contracted dimension between blocks: so a row's sums should not depend on how many rows are beside it.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
@@ -17,8 +17,6 @@ use super::{Address, Product};
 use crate::gemm::pack::Layout;
 use crate::{Error, Result};
 
-/// Rows for which algorithms are chosen: a microbatch of middling size.
-const USUAL_ROWS: usize = 4096;
 /// What NVIDIA recommends for Hopper.
 const WORKSPACE: usize = 32 << 20;
 /// More than any algorithm asks for.
@@ -52,6 +50,7 @@ unsafe impl Sync for Blas {}
 struct Kind {
     columns: usize,
     contracted: usize,
+    usual_rows: usize,
     stride: usize,
     transposed: bool,
     dtypes: [DType; 2],
@@ -69,6 +68,7 @@ impl Kind {
         Self {
             columns,
             contracted,
+            usual_rows: product.usual_rows,
             stride: product.w_stride,
             transposed: product.layout == Layout::ColumnsAsRows,
             dtypes: [product.dtype, product.out_dtype],
@@ -188,7 +188,7 @@ impl Blas {
         let choice = match choices.entry(kind) {
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => {
-                let usual = self.best(product, &kind, &Described::new(product, USUAL_ROWS)?).ok();
+                let usual = self.best(product, &kind, &Described::new(product, product.usual_rows)?).ok();
                 entry.insert(Choice { usual, served: HashSet::new(), own: HashMap::new() })
             }
         };

@@ -110,6 +110,7 @@ struct NormParams {
     rows: i32,
     width: i32,
     epsilon: f32,
+    aligned: i32,
 }
 // SAFETY: the C++ struct has the same fields.
 unsafe impl Params for NormParams {}
@@ -118,7 +119,16 @@ impl NormParams {
     fn new(x: Address, out: Address, (rows, width): (usize, usize), epsilon: f32) -> Self {
         let none = Address::NONE;
         let (rows, width) = (rows as i32, width as i32);
-        Self { x, weight: none, dy: none, residual: none, scales: none, out, rows, width, epsilon }
+        let aligned = 0;
+        Self { x, weight: none, dy: none, residual: none, scales: none, out, rows, width, epsilon, aligned }
+    }
+
+    /// Knows whether four numbers can be read and written at once.
+    fn with_alignment(mut self) -> Self {
+        let places = [self.x, self.weight, self.dy, self.residual, self.out];
+        let aligned = self.width % 4 == 0 && places.iter().all(|Address(place)| place % 16 == 0);
+        self.aligned = i32::from(aligned);
+        self
     }
 }
 
@@ -133,7 +143,8 @@ pub(crate) fn rms_norm(gpu: &Gpu, x: &Tensor, weight: &Tensor, epsilon: f32, out
     let params = NormParams {
         weight: weight.address,
         ..NormParams::new(x.address, y.address, (rows, width), epsilon)
-    };
+    }
+    .with_alignment();
     // SAFETY: the shapes were checked.
     unsafe { gpu.launch(&format!("rms_norm_{}", suffix(out)), Launch::blocks(rows, THREADS), &params)? };
     Ok(y.tensor())
@@ -163,7 +174,8 @@ pub(crate) fn rms_norm_gradient(
         dy: dy.address,
         residual,
         ..NormParams::new(x.address, dx.address, (rows, width), epsilon)
-    };
+    }
+    .with_alignment();
     // SAFETY: the shapes were checked.
     unsafe { gpu.launch(op, Launch::blocks(rows, THREADS), &params)? };
     Ok(dx.tensor())

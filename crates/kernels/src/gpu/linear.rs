@@ -47,6 +47,7 @@ pub(crate) fn product(
             out_dtype: sum_dtype,
             added,
             dims: [rows, columns, contracted],
+            usual_rows: w.usual_rows(),
         };
         // SAFETY: the shapes were checked, and the weight is as large as it says.
         unsafe { gpu.multiply(&product)? };

@@ -47,7 +47,7 @@ pub(crate) struct Address(pub(crate) u64);
 impl Address {
     pub(crate) const NONE: Address = Address(0);
 
-    fn plus(self, bytes: usize) -> Self {
+    pub(crate) fn plus(self, bytes: usize) -> Self {
         Self(self.0 + bytes as u64)
     }
 }
@@ -107,6 +107,9 @@ pub(crate) struct Product {
     pub(crate) added: Address,
     /// Rows of `a`, columns of the result, and numbers that are contracted.
     pub(crate) dims: [usize; 3],
+    /// The number of rows for which the way to make it is chosen. (The emulator has one way.)
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub(crate) usual_rows: usize,
 }
 
 /// Where an operation runs.

@@ -1,0 +1,194 @@
+// The gradient of attention, by two kernels: one for the queries' and one for the keys' and values', so that no block adds to what
+// another one writes. For the gradient to the bias's table, a block sums those to the scores of its tiles by their distances, and
+// another kernel adds up the blocks' sums by buckets.
+#pragma once
+#include "attention.cuh"
+
+// delta = the row sums of y dy, eight lanes a row and head.
+template <typename T> __device__ inline void attention_delta(const AttentionParams &p) {
+  constexpr int LANES = 8, SIZE = Pack<T>::SIZE;
+  const uint32_t pair = (blockIdx.x * blockDim.x + threadIdx.x) / LANES;
+  const auto heads = static_cast<uint32_t>(p.heads);
+  const int row = static_cast<int>(pair / heads), head = static_cast<int>(pair % heads), own = lane() % LANES;
+  const int64_t place = static_cast<int64_t>(pair) * p.width;
+  const T *const y = static_cast<const T *>(p.y) + place, *const dy = static_cast<const T *>(p.dy) + place;
+  float sum = 0.0f;
+  if (row >= p.queries) {
+    // Its lanes still take part in the sums.
+  } else if (p.aligned) {
+    for (int i = own * SIZE; i < p.width; i += LANES * SIZE) {
+      const Pack<T> a = load_pack(y + i), b = load_pack(dy + i);
+#pragma unroll
+      for (int j = 0; j < SIZE; j++) sum += widen(a.values[j]) * widen(b.values[j]);
+    }
+  } else {
+    for (int i = own; i < p.width; i += LANES) sum += widen(y[i]) * widen(dy[i]);
+  }
+  for (int mask = LANES / 2; mask > 0; mask /= 2) sum += from_lane_xor(sum, mask);
+  if (own == 0 && row < p.queries) p.delta[static_cast<int64_t>(head) * p.queries + row] = sum;
+}
+
+// Adds the gradients to the scores of a tile of queries and one of keys, `[rows, rows + 1]`, to the sums of their distances: a thread
+// has one of the 2 * rows - 1 diagonals, the last one none.
+template <typename T> __device__ inline void add_diagonals(const AttentionParams &p, const float *scores, int first_key, int first_query) {
+  constexpr int ROWS = Tiles<T>::ROWS;
+  const int64_t distances = 2 * static_cast<int64_t>(p.bias_zero) + 1;
+  float *const sums = p.by_distance + (static_cast<int64_t>(blockIdx.x) * p.heads + blockIdx.y) * distances;
+  const int diagonal = static_cast<int>(threadIdx.x) - (ROWS - 1); // column - row
+  const int64_t place = static_cast<int64_t>(p.bias_zero) + first_key - p.prefix - first_query + diagonal;
+  // Beyond the longest example there are no scores.
+  if (place < 0 || place >= distances) return;
+  float sum = 0.0f;
+  for (int row = diagonal < 0 ? -diagonal : 0; row < ROWS && row + diagonal < ROWS; row++)
+    sum += scores[row * (ROWS + 1) + row + diagonal];
+  sums[place] += sum;
+}
+
+// With probabilities `P`, dropout's factors `f` and `dP = (dy v^T) f`: dS = P (dP - delta), dq = dS k. With BIAS, dS is also summed
+// by distances.
+template <typename T, int WIDTH, bool BIAS> __device__ inline void attention_gradient_queries(const AttentionParams &p) {
+  using L = AttentionLayout<T, WIDTH>;
+  SHARED_MEMORY(memory);
+  T *const q = reinterpret_cast<T *>(memory), *const dy = q + L::TILE, *const stages = dy + L::TILE;
+  T *const scratch = stages + L::STAGED + warp() * L::SCRATCH;
+  float *const by_rows = reinterpret_cast<float *>(stages + L::STAGED + L::ROWS / 16 * L::SCRATCH);
+  const Tile tile = p.tiles[blockIdx.x];
+  const Head<T> h(p, tile.example, static_cast<int>(blockIdx.y));
+  const int rows = h.queries - tile.first < L::ROWS ? h.queries - tile.first : L::ROWS;
+  const int own = tile.first + 16 * warp();
+
+  h.template copy<WIDTH>(q, h.query(p.q, tile.first), h.queries, tile.first);
+  h.template copy<WIDTH>(dy, h.query(p.dy, tile.first), h.queries, tile.first);
+  // Rows that are not there have no probabilities: the sums by distances take them in.
+  float shift[2] = {INFINITY, INFINITY}, delta[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int query = own + row_of(half);
+    if (query < h.queries) shift[half] = p.normalisers[h.of_row(query)], delta[half] = p.delta[h.of_row(query)];
+  }
+  float dq[WIDTH / 8][4];
+  clear(dq);
+  const auto copy = [&](int first, int stage) {
+    T *const to = stages + 2 * stage * L::TILE;
+    h.template copy<WIDTH>(to, h.key(p.k, first), h.keys, first);
+    h.template copy<WIDTH>(to + L::TILE, h.key(p.v, first), h.keys, first);
+  };
+  each_tile<T, L::STAGES>(0, h.template seen<false>(tile.first + rows - 1).end, copy, [&](int first, int stage) {
+    if (!BIAS && 16 * warp() >= rows) return; // the sums by distances take all warps
+    const T *const k = stages + 2 * stage * L::TILE, *const v = k + L::TILE;
+    float ds[L::ROWS / 8][4], dp[L::ROWS / 8][4];
+    score<T, WIDTH, false>(h, ds, q + 16 * warp() * L::LD, k, own, first);
+    clear(dp);
+    multiply_rows<L::ROWS, WIDTH>(dp, dy + 16 * warp() * L::LD, L::LD, v, L::LD);
+    drop<T, false>(h, dp, own, first);
+    each_pair(ds, dp, [&](float &s, float dp, int half, int) { s = power_of_2(s - shift[half]) * (dp - delta[half]); });
+    multiply_sums<WIDTH, L::ROWS, L::LDS>(dq, ds, scratch, k, L::LD);
+    if constexpr (BIAS) {
+      each_sum(ds, [&](float d, int half, int n) {
+        // The prefix has no bias.
+        const int column = column_of(n);
+        by_rows[(16 * warp() + row_of(half)) * (L::ROWS + 1) + column] = first + column < p.prefix ? 0.0f : d;
+      });
+      __syncthreads(); // all warps' gradients are there
+      add_diagonals<T>(p, by_rows, first, tile.first);
+    }
+  });
+  T *const out = static_cast<T *>(p.dq) + h.place(h.first_query + tile.first);
+  store_rows(dq, out, h.stride, rows, p.width, [](int) { return 1.0f; });
+}
+
+// The same with rows and columns exchanged: dk = dS^T q, dv = (P f)^T dy. A warp has 16 keys.
+template <typename T, int WIDTH> __device__ inline void attention_gradient_keys(const AttentionParams &p) {
+  using L = AttentionLayout<T, WIDTH>;
+  SHARED_MEMORY(memory);
+  T *const k = reinterpret_cast<T *>(memory), *const v = k + L::TILE, *const stages = v + L::TILE;
+  T *const scratch = stages + L::STAGED + warp() * L::SCRATCH;
+  // Of each stage the queries' normalisers and deltas.
+  float *const of_queries = reinterpret_cast<float *>(stages + L::STAGED + L::ROWS / 16 * L::SCRATCH);
+  const Tile tile = p.tiles[blockIdx.x];
+  const Head<T> h(p, tile.example, static_cast<int>(blockIdx.y));
+  const int rows = h.keys - tile.first < L::ROWS ? h.keys - tile.first : L::ROWS;
+  const int own = tile.first + 16 * warp(); // the warp's first key
+
+  h.template copy<WIDTH>(k, h.key(p.k, tile.first), h.keys, tile.first);
+  h.template copy<WIDTH>(v, h.key(p.v, tile.first), h.keys, tile.first);
+  float dk[WIDTH / 8][4], dv[WIDTH / 8][4];
+  clear(dk), clear(dv);
+  const auto copy = [&](int first, int stage) {
+    T *const to = stages + 2 * stage * L::TILE;
+    h.template copy<WIDTH>(to, h.query(p.q, first), h.queries, first);
+    h.template copy<WIDTH>(to + L::TILE, h.query(p.dy, first), h.queries, first);
+    // A thread copies one number: a block has twice as many threads as a tile rows.
+    const int i = static_cast<int>(threadIdx.x) % L::ROWS;
+    const float *const from = static_cast<int>(threadIdx.x) < L::ROWS ? p.normalisers : p.delta;
+    const bool there = first + i < h.queries;
+    copy_async<4>(of_queries + 2 * stage * L::ROWS + threadIdx.x, from + (there ? h.of_row(first + i) : 0), there);
+  };
+  const Span queries = h.template seen<true>(tile.first);
+  each_tile<T, L::STAGES>(queries.begin, queries.end, copy, [&](int first, int stage) {
+    if (16 * warp() >= rows) return;
+    const T *const q = stages + 2 * stage * L::TILE, *const dy = q + L::TILE;
+    const float *const shift = of_queries + 2 * stage * L::ROWS + column_of(0), *const delta = shift + L::ROWS;
+    float ds[L::ROWS / 8][4], dp[L::ROWS / 8][4];
+    score<T, WIDTH, true>(h, ds, k + 16 * warp() * L::LD, q, own, first);
+    each_sum(ds, [&](float &s, int, int n) { s = power_of_2(s - shift[n]); });
+    if (p.random == nullptr) {
+      multiply_sums<WIDTH, L::ROWS, L::LDS>(dv, ds, scratch, dy, L::LD);
+    } else {
+      each_pair(dp, ds, [](float &kept, float s, int, int) { kept = s; });
+      drop<T, true>(h, dp, own, first);
+      multiply_sums<WIDTH, L::ROWS, L::LDS>(dv, dp, scratch, dy, L::LD);
+    }
+    clear(dp);
+    multiply_rows<L::ROWS, WIDTH>(dp, v + 16 * warp() * L::LD, L::LD, dy, L::LD);
+    drop<T, true>(h, dp, own, first);
+    each_pair(ds, dp, [&](float &s, float dp, int, int n) { s *= dp - delta[n]; });
+    multiply_sums<WIDTH, L::ROWS, L::LDS>(dk, ds, scratch, q, L::LD);
+  });
+  const int64_t place = h.place(h.first_key + tile.first);
+  store_rows(dk, static_cast<T *>(p.dk) + place, h.stride, rows, p.width, [](int) { return 1.0f; });
+  store_rows(dv, static_cast<T *>(p.dv) + place, h.stride, rows, p.width, [](int) { return 1.0f; });
+}
+
+constexpr int DELTA_THREADS = 256, BIAS_THREADS = 256;
+
+// A block a head: its tiles' sums by distances are added up in the place of the first one's, and then by buckets.
+KERNEL(attention_gradient_bias, AttentionParams, BIAS_THREADS) {
+  const int distances = 2 * p.bias_zero + 1, head = static_cast<int>(blockIdx.x);
+  float *const sums = p.by_distance + static_cast<int64_t>(head) * distances;
+  for (int i = static_cast<int>(threadIdx.x); i < distances; i += static_cast<int>(blockDim.x)) {
+    float sum = 0.0f;
+    for (int tile = 0; tile < p.tile_count; tile++) sum += sums[static_cast<int64_t>(tile) * p.heads * distances + i];
+    sums[i] = sum;
+  }
+  __syncthreads();
+  for (int bucket = static_cast<int>(threadIdx.x); bucket < p.buckets; bucket += static_cast<int>(blockDim.x)) {
+    float sum = 0.0f;
+    for (int i = 0; i < distances; i++)
+      if (p.bucket_of[i] == static_cast<uint32_t>(bucket)) sum += sums[i];
+    p.table[bucket * p.heads + head] = sum;
+  }
+}
+
+// With the blocks that a multiprocessor is to hold of attention and of the gradients to queries and to keys and values: as many as
+// need no registers in memory, or few.
+#define ATTENTION_KERNELS(T, WIDTH, FORWARD, QUERIES, KEYS)                                                                          \
+  RESIDENT_KERNEL(attention_##T##_##WIDTH, AttentionParams, TILE_THREADS<T>, FORWARD) { attention<T, WIDTH>(p); }                    \
+  RESIDENT_KERNEL(attention_gradient_queries_##T##_##WIDTH, AttentionParams, TILE_THREADS<T>, QUERIES) {                             \
+    attention_gradient_queries<T, WIDTH, false>(p);                                                                                  \
+  }                                                                                                                                  \
+  RESIDENT_KERNEL(attention_gradient_queries_bias_##T##_##WIDTH, AttentionParams, TILE_THREADS<T>, QUERIES) {                        \
+    attention_gradient_queries<T, WIDTH, true>(p);                                                                                   \
+  }                                                                                                                                  \
+  RESIDENT_KERNEL(attention_gradient_keys_##T##_##WIDTH, AttentionParams, TILE_THREADS<T>, KEYS) {                                   \
+    attention_gradient_keys<T, WIDTH>(p);                                                                                            \
+  }
+
+ATTENTION_KERNELS(bf16, 64, 4, 3, 3)
+ATTENTION_KERNELS(bf16, 128, 2, 2, 2)
+ATTENTION_KERNELS(bf16, 256, 1, 1, 1)
+ATTENTION_KERNELS(f32, 64, 6, 6, 6)
+ATTENTION_KERNELS(f32, 128, 4, 4, 4)
+ATTENTION_KERNELS(f32, 256, 1, 1, 1)
+KERNEL(attention_delta_bf16, AttentionParams, DELTA_THREADS) { attention_delta<bf16>(p); }
+KERNEL(attention_delta_f32, AttentionParams, DELTA_THREADS) { attention_delta<float>(p); }
