@@ -84,7 +84,11 @@ impl Frozen {
             return Ok(Self::copied(bytes, dtype, rows, cols));
         }
         let data = Data::Mapped { owner, byte_offset, len, dtype };
-        Ok(Self { data, offset: 0, rows, cols, stride: cols, usual_rows: USUAL_ROWS })
+        Ok(Self::whole(data, rows, cols))
+    }
+
+    fn whole(data: Data, rows: usize, cols: usize) -> Self {
+        Self { data, offset: 0, rows, cols, stride: cols, usual_rows: USUAL_ROWS }
     }
 
     /// A matrix of its own numbers.
@@ -94,14 +98,7 @@ impl Frozen {
     #[must_use]
     pub fn from_bf16(values: Vec<bf16>, rows: usize, cols: usize) -> Self {
         assert_eq!(values.len(), rows * cols, "a matrix of {rows} x {cols}");
-        Self {
-            data: Data::Bf16(Arc::new(values)),
-            offset: 0,
-            rows,
-            cols,
-            stride: cols,
-            usual_rows: USUAL_ROWS,
-        }
+        Self::whole(Data::Bf16(Arc::new(values)), rows, cols)
     }
 
     /// A matrix of its own numbers.
@@ -111,14 +108,7 @@ impl Frozen {
     #[must_use]
     pub fn from_f32(values: Vec<f32>, rows: usize, cols: usize) -> Self {
         assert_eq!(values.len(), rows * cols, "a matrix of {rows} x {cols}");
-        Self {
-            data: Data::F32(Arc::new(values)),
-            offset: 0,
-            rows,
-            cols,
-            stride: cols,
-            usual_rows: USUAL_ROWS,
-        }
+        Self::whole(Data::F32(Arc::new(values)), rows, cols)
     }
 
     /// The same, of which it is known how many rows are usually multiplied by it at once. A GPU's way to make products is chosen for
@@ -137,7 +127,7 @@ impl Frozen {
     pub(crate) fn from_device(tensor: Tensor) -> Self {
         let dims = tensor.dims();
         let (rows, cols) = (dims[0], dims[1]);
-        Self { data: Data::Device(tensor), offset: 0, rows, cols, stride: cols, usual_rows: USUAL_ROWS }
+        Self::whole(Data::Device(tensor), rows, cols)
     }
 
     /// The whole matrix of which this is a part, where it lies on a device.
