@@ -49,13 +49,16 @@ template <typename T> struct Head {
         keys(p.key_offsets[example + 1] - first_key), stride(static_cast<int64_t>(p.heads) * p.width) {}
 
   __device__ int64_t place(int row) const { return row * stride + static_cast<int64_t>(head) * p.width; }
-  __device__ const T *query(const void *all, int row) const { return static_cast<const T *>(all) + place(first_query + row); }
-  __device__ const T *key(const void *all, int row) const { return static_cast<const T *>(all) + place(first_key + row); }
   __device__ int64_t of_row(int query) const { return static_cast<int64_t>(head) * p.queries + first_query + query; }
 
-  // Begins to copy a tile of such rows, from `first` on, of which there are `rows` in all.
-  template <int WIDTH> __device__ void copy(T *to, const T *from, int rows, int first) const {
-    copy_tile<T, WIDTH>(to, from, rows - first, stride, p.width, p.aligned);
+  // Begin to copy a tile of an operand's rows, from `first` on.
+  template <int WIDTH> __device__ void copy_queries(T *to, const void *all, int first) const {
+    const T *const from = static_cast<const T *>(all) + place(first_query + first);
+    copy_tile<T, WIDTH>(to, from, queries - first, stride, p.width, p.aligned);
+  }
+  template <int WIDTH> __device__ void copy_keys(T *to, const void *all, int first) const {
+    const T *const from = static_cast<const T *>(all) + place(first_key + first);
+    copy_tile<T, WIDTH>(to, from, keys - first, stride, p.width, p.aligned);
   }
   // The bias of a query and a key of the sequence; others' stand by their distance from it.
   __device__ const float *bias(int query, int key) const {
@@ -177,14 +180,14 @@ template <typename T, int WIDTH> __device__ inline void attention(const Attentio
   const int rows = h.queries - tile.first < L::ROWS ? h.queries - tile.first : L::ROWS;
   const int own = tile.first + 16 * warp(); // the warp's first query
 
-  h.template copy<WIDTH>(q, h.query(p.q, tile.first), h.queries, tile.first);
+  h.template copy_queries<WIDTH>(q, p.q, tile.first);
   float y[WIDTH / 8][4];
   clear(y);
   RowSoftmax softmax;
   const auto copy = [&](int first, int stage) {
     T *const to = stages + 2 * stage * L::TILE;
-    h.template copy<WIDTH>(to, h.key(p.k, first), h.keys, first);
-    h.template copy<WIDTH>(to + L::TILE, h.key(p.v, first), h.keys, first);
+    h.template copy_keys<WIDTH>(to, p.k, first);
+    h.template copy_keys<WIDTH>(to + L::TILE, p.v, first);
   };
   each_tile<T, L::STAGES>(0, h.template seen<false>(tile.first + rows - 1).end, copy, [&](int first, int stage) {
     if (16 * warp() >= rows) return;

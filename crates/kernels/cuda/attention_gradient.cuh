@@ -17,7 +17,7 @@ template <typename T> __device__ inline void attention_delta(const AttentionPara
     // Its lanes still take part in the sums.
   } else if (p.aligned) {
     for (int i = own * SIZE; i < p.width; i += LANES * SIZE) {
-      const Pack<T> a = load_pack(y + i), b = load_pack(dy + i);
+      const Pack<T> a = load<SIZE>(y + i), b = load<SIZE>(dy + i);
 #pragma unroll
       for (int j = 0; j < SIZE; j++) sum += widen(a.values[j]) * widen(b.values[j]);
     }
@@ -57,8 +57,8 @@ template <typename T, int WIDTH, bool BIAS> __device__ inline void attention_gra
   const int rows = h.queries - tile.first < L::ROWS ? h.queries - tile.first : L::ROWS;
   const int own = tile.first + 16 * warp();
 
-  h.template copy<WIDTH>(q, h.query(p.q, tile.first), h.queries, tile.first);
-  h.template copy<WIDTH>(dy, h.query(p.dy, tile.first), h.queries, tile.first);
+  h.template copy_queries<WIDTH>(q, p.q, tile.first);
+  h.template copy_queries<WIDTH>(dy, p.dy, tile.first);
   // Rows that are not there have no probabilities: the sums by distances take them in.
   float shift[2] = {INFINITY, INFINITY}, delta[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -70,8 +70,8 @@ template <typename T, int WIDTH, bool BIAS> __device__ inline void attention_gra
   clear(dq);
   const auto copy = [&](int first, int stage) {
     T *const to = stages + 2 * stage * L::TILE;
-    h.template copy<WIDTH>(to, h.key(p.k, first), h.keys, first);
-    h.template copy<WIDTH>(to + L::TILE, h.key(p.v, first), h.keys, first);
+    h.template copy_keys<WIDTH>(to, p.k, first);
+    h.template copy_keys<WIDTH>(to + L::TILE, p.v, first);
   };
   each_tile<T, L::STAGES>(0, h.template seen<false>(tile.first + rows - 1).end, copy, [&](int first, int stage) {
     if (!BIAS && 16 * warp() >= rows) return; // the sums by distances take all warps
@@ -110,14 +110,14 @@ template <typename T, int WIDTH> __device__ inline void attention_gradient_keys(
   const int rows = h.keys - tile.first < L::ROWS ? h.keys - tile.first : L::ROWS;
   const int own = tile.first + 16 * warp(); // the warp's first key
 
-  h.template copy<WIDTH>(k, h.key(p.k, tile.first), h.keys, tile.first);
-  h.template copy<WIDTH>(v, h.key(p.v, tile.first), h.keys, tile.first);
+  h.template copy_keys<WIDTH>(k, p.k, tile.first);
+  h.template copy_keys<WIDTH>(v, p.v, tile.first);
   float dk[WIDTH / 8][4], dv[WIDTH / 8][4];
   clear(dk), clear(dv);
   const auto copy = [&](int first, int stage) {
     T *const to = stages + 2 * stage * L::TILE;
-    h.template copy<WIDTH>(to, h.query(p.q, first), h.queries, first);
-    h.template copy<WIDTH>(to + L::TILE, h.query(p.dy, first), h.queries, first);
+    h.template copy_queries<WIDTH>(to, p.q, first);
+    h.template copy_queries<WIDTH>(to + L::TILE, p.dy, first);
     // A thread copies one number: a block has twice as many threads as a tile rows.
     const int i = static_cast<int>(threadIdx.x) % L::ROWS;
     const float *const from = static_cast<int>(threadIdx.x) < L::ROWS ? p.normalisers : p.delta;

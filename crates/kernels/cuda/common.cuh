@@ -83,19 +83,21 @@ __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" :::
 
 using f32 = float;
 
-// 16 bytes that are loaded and stored in one go.
-template <typename T> struct alignas(16) Pack {
-  static constexpr int SIZE = 16 / sizeof(T);
-  T values[SIZE];
+// Numbers that are loaded and stored in one go.
+template <typename T, int N> struct alignas(N * sizeof(T)) Several {
+  static constexpr int SIZE = N;
+  T values[N];
 };
+// 16 bytes of them.
+template <typename T> using Pack = Several<T, 16 / sizeof(T)>;
 
-template <typename T> __device__ inline Pack<T> load_pack(const T *from) {
-  check_aligned<16>(from);
-  return *reinterpret_cast<const Pack<T> *>(from);
+template <int N, typename T> __device__ inline Several<T, N> load(const T *from) {
+  check_aligned<N * sizeof(T)>(from);
+  return *reinterpret_cast<const Several<T, N> *>(from);
 }
-template <typename T> __device__ inline void store_pack(T *to, const Pack<T> &pack) {
-  check_aligned<16>(to);
-  *reinterpret_cast<Pack<T> *>(to) = pack;
+template <typename T, int N> __device__ inline void store(T *to, const Several<T, N> &numbers) {
+  check_aligned<N * sizeof(T)>(to);
+  *reinterpret_cast<Several<T, N> *>(to) = numbers;
 }
 template <typename T> __device__ inline bool is_aligned(const T *p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;

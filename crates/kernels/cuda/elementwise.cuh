@@ -44,25 +44,19 @@ template <typename A, typename O, int IN, int OUT, typename F> __device__ inline
   const bool aligned = is_aligned(a) && (IN < 2 || is_aligned(b)) && (IN < 3 || is_aligned(c)) && is_aligned(out) &&
                        (OUT < 2 || is_aligned(second));
   const int64_t packs = aligned ? p.count / SIZE : 0;
-  struct alignas(SIZE * sizeof(A)) Ins {
-    A values[SIZE];
-  };
-  struct alignas(SIZE * sizeof(O)) Outs {
-    O values[SIZE];
-  };
   for (int64_t pack = first; pack < packs; pack += stride) {
-    Ins x = reinterpret_cast<const Ins *>(a)[pack], y = x, z = x;
-    if constexpr (IN > 1) y = reinterpret_cast<const Ins *>(b)[pack];
-    if constexpr (IN > 2) z = reinterpret_cast<const Ins *>(c)[pack];
-    Outs r, s;
+    Several<A, SIZE> x = load<SIZE>(a + pack * SIZE), y = x, z = x;
+    if constexpr (IN > 1) y = load<SIZE>(b + pack * SIZE);
+    if constexpr (IN > 2) z = load<SIZE>(c + pack * SIZE);
+    Several<O, SIZE> r, s;
 #pragma unroll
     for (int i = 0; i < SIZE; i++) {
       const Results result = f(widen(x.values[i]), widen(y.values[i]), widen(z.values[i]));
       r.values[i] = narrow<O>(result.first);
       if constexpr (OUT > 1) s.values[i] = narrow<O>(result.second);
     }
-    reinterpret_cast<Outs *>(out)[pack] = r;
-    if constexpr (OUT > 1) reinterpret_cast<Outs *>(second)[pack] = s;
+    store(out + pack * SIZE, r);
+    if constexpr (OUT > 1) store(second + pack * SIZE, s);
   }
   for (int64_t i = packs * SIZE + first; i < p.count; i += stride) {
     const Results result = f(widen(a[i]), IN > 1 ? widen(b[i]) : 0.0f, IN > 2 ? widen(c[i]) : 0.0f);

@@ -14,19 +14,6 @@ struct NormParams {
 
 constexpr int NORM_THREADS = 256;
 
-// Numbers that are read and written in one go.
-template <typename T, int SIZE> struct alignas(SIZE * sizeof(T)) Several {
-  T values[SIZE];
-};
-template <int SIZE> __device__ inline Several<float, SIZE> load(const float *from) {
-  check_aligned<SIZE * sizeof(float)>(from);
-  return *reinterpret_cast<const Several<float, SIZE> *>(from);
-}
-template <typename T, int SIZE> __device__ inline void store(T *to, const Several<T, SIZE> &numbers) {
-  check_aligned<SIZE * sizeof(T)>(to);
-  *reinterpret_cast<Several<T, SIZE> *>(to) = numbers;
-}
-
 // Calls `f(i)` for the thread's columns `i ... i + SIZE - 1`.
 template <int SIZE, typename F> __device__ inline void each_column(const NormParams &p, F f) {
   for (int i = static_cast<int>(threadIdx.x) * SIZE; i < p.width; i += static_cast<int>(blockDim.x) * SIZE) f(i);

@@ -4,12 +4,10 @@ use std::sync::{Arc, OnceLock};
 
 use super::head::PADDING;
 use crate::frozen::Frozen;
+use crate::gpu::attention::MOST_ROWS;
 use crate::gpu::{Address, Gpu, Uploaded};
 use crate::segments::once;
 use crate::{Error, Result};
-
-/// Rows of the largest tile of kernels on a GPU.
-const TILE: usize = 64;
 
 /// How relative positions are put into buckets (Raffel et al. 2020, section 2.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,11 +114,11 @@ impl PositionBias {
     /// is room for the rows that a tile has beyond an example's end.
     pub(crate) fn on(&self, gpu: &Gpu) -> Result<Address> {
         let uploaded = once(&self.gpu, || gpu.upload("position bias", &self.for_gpu()))?;
-        Ok(uploaded.address.plus(TILE * size_of::<f32>()))
+        Ok(uploaded.address.plus(MOST_ROWS * size_of::<f32>()))
     }
 
     fn for_gpu(&self) -> Vec<f32> {
-        let room = [0.0; TILE];
+        let room = [0.0; MOST_ROWS];
         let scaled = |head: &[f32]| {
             head[..self.bucket_of.len()].iter().map(|b| b * std::f32::consts::LOG2_E).collect()
         };
@@ -130,7 +128,7 @@ impl PositionBias {
 
     /// Numbers from head to head of what a GPU has.
     pub(crate) fn gpu_stride(&self) -> usize {
-        self.bucket_of.len() + 2 * TILE
+        self.bucket_of.len() + 2 * MOST_ROWS
     }
 
     /// The bias of `query` with keys `0 .. n`, of which `PADDING` may lie behind the longest example's end.

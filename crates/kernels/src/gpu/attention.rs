@@ -53,6 +53,8 @@ const DELTA_THREADS: u32 = 256;
 const DELTA_LANES: usize = 8;
 /// `BIAS_THREADS` of `attention.cuh`.
 const BIAS_THREADS: u32 = 256;
+/// Rows of the largest tile, `Tiles` of `tiles.cuh`.
+pub(crate) const MOST_ROWS: usize = 64;
 /// Columns of the tiles that kernels were made for.
 const WIDTHS: [usize; 3] = [64, 128, 256];
 
@@ -124,7 +126,7 @@ impl<'a> Call<'a> {
 
     /// Rows of a tile.
     fn rows(&self) -> usize {
-        if self.dtype == DType::BF16 { 64 } else { 32 }
+        if self.dtype == DType::BF16 { MOST_ROWS } else { 32 }
     }
 
     /// Stages of two tiles each, as `AttentionLayout` of `attention.cuh` has them.
