@@ -200,7 +200,14 @@ enum Neighbour {
     Good,
     /// Its prompt is not finite.
     Spoilt,
+    /// Its prompt is so long that no tensor with all its rows has room in [`ROOM`].
+    #[cfg(feature = "emulator")]
+    Large,
 }
+
+/// Bytes for which there is room.
+#[cfg(feature = "emulator")]
+const ROOM: usize = 1 << 20;
 
 /// Gradients of a job and of its neighbour.
 fn step(
@@ -220,7 +227,12 @@ fn step(
         .collect();
     let good = golden.tensor("p7.prompt")?.clone();
     let other = golden.tensor("p3.prompt")?.clone();
-    let other = if neighbour == Neighbour::Spoilt { (other * f64::NAN)? } else { other };
+    let other = match neighbour {
+        Neighbour::Spoilt => (other * f64::NAN)?,
+        #[cfg(feature = "emulator")]
+        Neighbour::Large => other.zeros_like()?.repeat((ROOM / other.elem_count(), 1))?,
+        Neighbour::None | Neighbour::Good => other,
+    };
     let objective = Objective { reduction: LossReduction::Mean, dropout: 0.0, z_loss: 0.0 };
     let job = |prompt| JobBatch {
         prompt,
@@ -255,6 +267,22 @@ fn no_job_is_blamed_for_a_device_that_has_failed() -> Result<()> {
             Err(error) => error.to_string(),
         };
         ensure!(error.contains("the device has failed"), "{error}");
+        Ok(())
+    })
+}
+
+#[cfg(feature = "emulator")]
+#[test]
+fn a_job_without_room_ends_alone_and_its_neighbour_keeps_every_bit() -> Result<()> {
+    incipit_kernels::on_emulated_gpu(0, || {
+        let alone = step(&Device::Cpu, Neighbour::None, usize::MAX)?;
+        incipit_kernels::limit_emulated_gpu(ROOM);
+        let beside = step(&Device::Cpu, Neighbour::Large, usize::MAX)?;
+        ensure!(alone[0] == beside[0] && alone[0].is_ok(), "the neighbour has other bits");
+        let Err(JobFault::Refused(why)) = &beside[1] else { anyhow::bail!("{:?}", beside[1]) };
+        ensure!(why.out_of_memory && why.what.contains("--microbatch-tokens"), "{why:?}");
+        let error = incipit_tune::Error::Stopped { step: 1, why: why.clone() };
+        ensure!(error.is_out_of_memory() && !error.is_of_group(), "{error}");
         Ok(())
     })
 }

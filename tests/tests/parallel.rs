@@ -302,6 +302,27 @@ fn a_number_that_is_not_finite_ends_its_job_on_every_rank_and_no_other() -> Resu
 }
 
 #[test]
+fn why_a_replica_refused_a_job_is_told_on_every_rank() -> Result<()> {
+    let (_, config) = configs().remove(0);
+    let batch = Batch::new(&config)?;
+    let examples = [5, config.vocab_size as u32]
+        .map(|token| TokenizedExample { input: vec![6, token], target: vec![7, 1] });
+    let results = on_threads(Mesh::new(2, 2, 4)?, None, &Options::default(), |ranks| -> Result<_> {
+        let weights = Random::new(config.random_tensors(), DType::F32, SEED)?;
+        let model = T5::load_on(config.clone(), &weights, DType::F32, &TensorAxis::of(&ranks), &Device::Cpu)?;
+        let engine = Engine::on(Arc::new(model), EngineOptions::default(), Arc::new(ranks))?;
+        let gradient = engine.gradients(&[job_of(&batch.prompts[0], &examples)])?.remove(0);
+        Ok(gradient.expect_err("a token that is not in the vocabulary"))
+    });
+    for fault in results {
+        let JobFault::Refused(why) = fault? else { anyhow::bail!("another fault") };
+        let token = config.vocab_size.to_string();
+        ensure!(why.what.contains(&token) && !why.out_of_memory, "{why:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_rank_that_was_told_something_else_is_named_on_every_rank() -> Result<()> {
     let results = on_threads(Mesh::new(1, 3, 3)?, None, &Options::default(), |ranks| -> Result<()> {
         let things = |own: &str| [("another model", "t5".to_owned()), ("other data", own.to_owned())];

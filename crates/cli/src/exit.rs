@@ -136,8 +136,7 @@ fn of_tune(error: &incipit_tune::Error) -> Exit {
         | Error::Received { .. }
         | Error::Threads { .. }
         | Error::Kernels(_)
-        | Error::Embedding { .. }
-        | Error::Tensor(_) => Exit::Failure,
+        | Error::Embedding { .. } => Exit::Failure,
         Error::Data(error) => of_data(error),
         Error::Weights(error) => of_weights(error),
         Error::Model(error) => of_model(error),
@@ -159,7 +158,7 @@ fn of_model(error: &incipit_model::Error) -> Exit {
     match error {
         Error::Weights(error) => of_weights(error),
         Error::Collective(error) => of_collective(error),
-        Error::Kernel(_) | Error::Tensor(_) => Exit::Failure,
+        Error::Kernel(_) => Exit::Failure,
         Error::Mesh(_) | Error::Config { .. } | Error::Example { .. } | Error::Options { .. } => Exit::Usage,
     }
 }

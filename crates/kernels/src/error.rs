@@ -47,16 +47,12 @@ pub enum Error {
     },
     /// The memory of a GPU does not suffice.
     #[error(
-        "a GPU's memory does not suffice: {needed} bytes more were needed, and {free} of {total} are free; pass a smaller \
-         --microbatch-tokens or --recompute on, or share the model between GPUs with --tp"
+        "a GPU's memory does not suffice: {what}; pass a smaller --microbatch-tokens or --recompute on, or share the model between \
+         GPUs with --tp"
     )]
     GpuMemory {
-        /// Bytes asked for.
-        needed: u64,
-        /// Bytes there were.
-        free: u64,
-        /// All bytes of the device.
-        total: u64,
+        /// How much was asked for, and how much was free.
+        what: String,
     },
     /// The driver, a library or a kernel failed.
     #[error("{op}: {what}")]
@@ -74,7 +70,28 @@ pub enum Error {
     },
     /// An error of the tensor library.
     #[error(transparent)]
-    Tensor(#[from] candle_core::Error),
+    Tensor(candle_core::Error),
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        match of_device(&error) {
+            Some(device) => crate::gpu::device::told(device),
+            None => Self::Tensor(error),
+        }
+    }
+}
+
+/// What a GPU's library told the tensor library, if that is what the error is about.
+fn of_device(error: &candle_core::Error) -> Option<&(dyn std::error::Error + Send + Sync + 'static)> {
+    use candle_core::Error as Tensor;
+    match error {
+        Tensor::Cuda(told) => Some(&**told),
+        Tensor::Context { inner, .. }
+        | Tensor::WithPath { inner, .. }
+        | Tensor::WithBacktrace { inner, .. } => of_device(inner),
+        _ => None,
+    }
 }
 
 /// `Result` with this crate's [`Error`](enum@Error).

@@ -39,7 +39,7 @@ pub use gpu::device::{
     profile, profiled,
 };
 #[cfg(feature = "emulator")]
-pub use gpu::emulated::{fail as fail_emulated_gpu, on as on_emulated_gpu};
+pub use gpu::emulated::{fail as fail_emulated_gpu, limit as limit_emulated_gpu, on as on_emulated_gpu};
 pub use isa::{Isa, isa};
 pub use linear::{linear, linear_add, linear_gradient, linear_weight_gradient};
 pub use loss::{LossSlope, Softmax, Targets, cross_entropy_gradient};

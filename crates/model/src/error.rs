@@ -18,12 +18,9 @@ pub enum Error {
     /// An exchange between ranks that failed.
     #[error(transparent)]
     Collective(#[from] incipit_collective::Error),
-    /// An operation that refused its operands.
+    /// An operation that refused its operands, or failed.
     #[error(transparent)]
     Kernel(#[from] incipit_kernels::Error),
-    /// An error of the tensor library.
-    #[error(transparent)]
-    Tensor(#[from] candle_core::Error),
     /// A batch that the model cannot take.
     #[error("example {example}: {what}")]
     Example {
@@ -38,6 +35,12 @@ pub enum Error {
         /// Which, and how to mend it.
         what: String,
     },
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        Self::Kernel(error.into())
+    }
 }
 
 /// `Result` with this crate's [`Error`](enum@Error).

@@ -124,7 +124,7 @@ impl Course {
             JobFault::Gradient { example, rank } => {
                 (*example, *rank, "the gradient is not finite".to_owned())
             }
-            JobFault::Refused { what } => return Error::Stopped { step: step + 1, what: what.clone() },
+            JobFault::Refused(why) => return Error::Stopped { step: step + 1, why: why.clone() },
         };
         match &self.source {
             Source::Set { data, order } => {
@@ -133,7 +133,7 @@ impl Course {
             }
             Source::Corpus { .. } => {
                 let what = format!("{what} (example {example} of the batch, rank {rank})");
-                Error::Stopped { step: step + 1, what }
+                Error::Stopped { step: step + 1, why: what.into() }
             }
         }
     }
@@ -142,7 +142,7 @@ impl Course {
     pub(crate) fn overflow(&self, step: u64) -> Error {
         let lr = self.lr(step);
         let what = format!("the update with learning rate {lr} leaves f32; pass a smaller --lr");
-        Error::Stopped { step: step + 1, what }
+        Error::Stopped { step: step + 1, why: what.into() }
     }
 }
 

@@ -20,9 +20,11 @@ use crate::{
 };
 
 mod losses;
+mod refusal;
 mod sum;
 mod weights;
 
+pub use refusal::Refusal;
 pub use weights::WeightGradient;
 
 choices! {
@@ -119,11 +121,8 @@ pub enum JobFault {
         rank: usize,
     },
     /// The batch cannot go through the backbone.
-    #[error("{what}")]
-    Refused {
-        /// What the model, or the sum, said.
-        what: String,
-    },
+    #[error(transparent)]
+    Refused(#[from] Refusal),
 }
 
 /// A frozen backbone, ready for batches of many jobs. Where several ranks have one together, they make every call together,
@@ -145,7 +144,7 @@ struct Row {
 }
 
 /// What the examples of a job gave that are this rank's, in the order of its batch; or why the model refused the job.
-type Gathered<T> = Result<Vec<Option<T>>, String>;
+type Gathered<T> = Result<Vec<Option<T>>, Refusal>;
 
 /// A microbatch through the backbone: something for each of the rows that it consists of.
 type Pass<'a, T> = &'a dyn Fn(&Microbatch<'_>, &[Row]) -> incipit_model::Result<Vec<T>>;
@@ -363,9 +362,12 @@ impl Engine {
     }
 
     /// Why the model refused a batch. What is no fault of the batch is an error instead: one of the ranks, or of a device that failed.
-    fn refusal(&self, error: incipit_model::Error) -> Result<String> {
-        let of_ranks = matches!(error, incipit_model::Error::Collective(_));
-        if of_ranks || !self.device_works() { Err(error.into()) } else { Ok(error.to_string()) }
+    fn refusal(&self, error: incipit_model::Error) -> Result<Refusal> {
+        let error = Error::from(error);
+        if error.is_of_group() || !self.device_works() {
+            return Err(error);
+        }
+        Ok(Refusal { what: error.to_string(), out_of_memory: error.is_out_of_memory() })
     }
 
     /// Whether the model's device works. With one that failed, no process goes on.

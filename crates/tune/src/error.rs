@@ -2,6 +2,8 @@
 
 use std::{io, path::PathBuf};
 
+use crate::engine::Refusal;
+
 /// Why a step of tuning, or a file that it reads or writes, failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -222,12 +224,12 @@ pub enum Error {
         line: usize,
     },
     /// A step could not be made; the prompt was not updated.
-    #[error("step {step} was stopped before the update: {what}")]
+    #[error("step {step} was stopped before the update: {why}")]
     Stopped {
         /// The step, from 1.
         step: u64,
-        /// Why, and how to mend it.
-        what: String,
+        /// And how to mend it.
+        why: Refusal,
     },
     /// Someone asked to stop.
     #[error("stopped as asked")]
@@ -293,9 +295,12 @@ pub enum Error {
     /// The backbone refused something.
     #[error(transparent)]
     Model(#[from] incipit_model::Error),
-    /// An error of the tensor library.
-    #[error(transparent)]
-    Tensor(#[from] candle_core::Error),
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        Self::Kernels(error.into())
+    }
 }
 
 /// `Result` with this crate's [`enum@Error`].
@@ -347,8 +352,11 @@ impl Error {
     /// Whether memory ran out.
     #[must_use]
     pub fn is_out_of_memory(&self) -> bool {
-        matches!(self, Self::Memory { .. })
-            || matches!(self.of_kernels(), Some(incipit_kernels::Error::GpuMemory { .. }))
+        match self {
+            Self::Memory { .. } => true,
+            Self::Stopped { why, .. } => why.out_of_memory,
+            _ => matches!(self.of_kernels(), Some(incipit_kernels::Error::GpuMemory { .. })),
+        }
     }
 
     /// A value of a flag that cannot be.

@@ -224,14 +224,14 @@ impl Search {
     fn stopped(&self, fault: &JobFault, batch: SearchBatch<'_>) -> Error {
         let place = match fault {
             JobFault::Loss { example, .. } | JobFault::Gradient { example, .. } => batch.places[*example],
-            JobFault::Refused { what } => {
-                return Error::Stopped { step: self.num_steps + 1, what: what.clone() };
+            JobFault::Refused(why) => {
+                return Error::Stopped { step: self.num_steps + 1, why: why.clone() };
             }
         };
         let line = batch.set.texts[place].line;
         let what =
             format!("{fault} (line {line} of its file); look at that record and at the model's weights");
-        Error::Stopped { step: self.num_steps + 1, what }
+        Error::Stopped { step: self.num_steps + 1, why: what.into() }
     }
 }
 

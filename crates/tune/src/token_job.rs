@@ -171,7 +171,7 @@ impl TokenJob {
                 let keys = vec![0; first.len()];
                 let shown = JobBatch { prompt: &rows, examples, keys, objective: self.spec.objective };
                 let loss = engine.losses(std::slice::from_ref(&shown))?.swap_remove(0);
-                let stopped = |fault: JobFault| Error::Stopped { step: step + 1, what: fault.to_string() };
+                let stopped = |fault: JobFault| Error::Stopped { step: step + 1, why: fault.into() };
                 *num_steps += 1;
                 (loss.map_err(stopped)?, shown.num_tokens())
             }

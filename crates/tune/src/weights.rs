@@ -18,7 +18,7 @@ use crate::{
     Result,
     backbone::Backbone,
     course::{Course, norm},
-    engine::{Engine, JobBatch, JobFault, WeightGradient},
+    engine::{Engine, JobBatch, JobFault, Refusal, WeightGradient},
     job::{JobSpec, Update},
     optimizer::{NamedTensor, Optimizer, OptimizerKind},
 };
@@ -144,7 +144,7 @@ impl Weights {
         };
         let gradients = projection::gradients(&self.tensors, &gradient.gradients)?;
         if let Some((name, _)) = gradients.iter().find(|(_, values)| !values.iter().all(|g| g.is_finite())) {
-            return Ok(Err(JobFault::Refused { what: format!("the gradient to {name} is not finite") }));
+            return Ok(Err(Refusal::from(format!("the gradient to {name} is not finite")).into()));
         }
         Ok(Ok(WeightGradient { gradients, ..gradient }))
     }

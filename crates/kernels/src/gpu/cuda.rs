@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::backend::BackendDevice;
-use candle_core::cuda_backend::{CudaStorage, CudaStorageSlice, DeviceId};
+use candle_core::cuda_backend::{CudaError, CudaStorage, CudaStorageSlice, DeviceId};
 use candle_core::{CudaDevice, DType, Device};
 use cudarc::driver::sys::{self, CUfunction_attribute_enum as FunctionAttribute};
 use cudarc::driver::{
@@ -28,6 +28,13 @@ use crate::{Error, Result};
 static IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"));
 /// What a block may have without asking.
 const SHARED_BYTES: u32 = 48 * 1024;
+
+const OUT_OF_MEMORY: sys::CUresult = sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
+
+/// Whether the tensor library found no room on a device.
+pub(super) fn is_out_of_memory(error: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
+    matches!(error.downcast_ref(), Some(CudaError::Cuda(DriverError(OUT_OF_MEMORY))))
+}
 
 /// What an open device has.
 pub(crate) struct Handle {
@@ -234,11 +241,12 @@ impl Handle {
     }
 
     fn no_room(&self, needed: usize, error: DriverError) -> Error {
-        if error.0 != sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+        if error.0 != OUT_OF_MEMORY {
             return failed("allocating memory")(error);
         }
         let memory = self.memory().unwrap_or(DeviceMemory { free: 0, total: 0, peak: None });
-        Error::GpuMemory { needed: needed as u64, free: memory.free, total: memory.total }
+        let DeviceMemory { free, total, .. } = memory;
+        Error::GpuMemory { what: format!("{needed} bytes more were needed, and {free} of {total} are free") }
     }
 
     /// Bytes of the host on the device. They may be forgotten when this returns: the driver has its own copy.

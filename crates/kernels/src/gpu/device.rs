@@ -96,6 +96,16 @@ pub fn check_device(device: &Device) -> Result<()> {
     }
 }
 
+/// What a GPU's library told the tensor library.
+pub(crate) fn told(error: &(dyn std::error::Error + Send + Sync + 'static)) -> Error {
+    let what = error.to_string();
+    #[cfg(feature = "cuda")]
+    if super::cuda::is_out_of_memory(error) {
+        return Error::GpuMemory { what };
+    }
+    Error::Gpu { op: "an operation of the tensor library".to_owned(), what }
+}
+
 /// How many kernels and products were started on a device so far; none of the CPU.
 ///
 /// # Errors

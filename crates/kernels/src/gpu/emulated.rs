@@ -16,6 +16,7 @@ use crate::{Error, Result};
 thread_local! {
     static ORDER: Cell<Option<u64>> = const { Cell::new(None) };
     static HAS_FAILED: Cell<bool> = const { Cell::new(false) };
+    static ROOM: Cell<usize> = const { Cell::new(usize::MAX) };
 }
 
 /// Runs `f` with all operations of this thread on the emulated GPU. A kernel's threads run in the given order: 0 is ascending, 1
@@ -25,12 +26,18 @@ pub fn on<R>(order: u64, f: impl FnOnce() -> R) -> R {
     let result = f();
     ORDER.set(before);
     HAS_FAILED.set(false);
+    ROOM.set(usize::MAX);
     result
 }
 
 /// Until the function ends that [`on`] runs, this thread's emulated GPU is one that has failed: it launches nothing any more.
 pub fn fail() {
     HAS_FAILED.set(true);
+}
+
+/// Until the function ends that [`on`] runs, this thread's emulated GPU has no room for a tensor of more bytes than these.
+pub fn limit(bytes: usize) {
+    ROOM.set(bytes);
 }
 
 pub(super) fn check() -> Result<()> {
@@ -70,12 +77,16 @@ pub(super) fn address(op: &'static str, storage: &CpuStorage) -> Result<Address>
 }
 
 /// Filled with what a kernel does not write: NaN.
-pub(super) fn room(count: usize, dtype: DType) -> CpuStorage {
-    match dtype {
+pub(super) fn room(count: usize, dtype: DType) -> Result<CpuStorage> {
+    let (needed, free) = (count * dtype.size_in_bytes(), ROOM.get());
+    if needed > free {
+        return Err(Error::GpuMemory { what: format!("{needed} bytes were asked for, and {free} are free") });
+    }
+    Ok(match dtype {
         DType::BF16 => CpuStorage::BF16(vec![bf16::NAN; count]),
         DType::I64 => CpuStorage::I64(vec![i64::MIN; count]),
         _ => CpuStorage::F32(vec![f32::NAN; count]),
-    }
+    })
 }
 
 /// Bytes at an address of any number's alignment.

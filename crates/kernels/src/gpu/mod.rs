@@ -208,7 +208,7 @@ impl Gpu {
             #[cfg(feature = "cuda")]
             Self::Cuda(ref handle) => Storage::Cuda(handle.room(count, dtype)?),
             #[cfg(feature = "emulator")]
-            Self::Emulated => Storage::Cpu(emulated::room(count, dtype)),
+            Self::Emulated => Storage::Cpu(emulated::room(count, dtype)?),
         };
         let address = self.address(op, &storage)?;
         Ok(Output { storage, dims: dims.to_vec(), address })

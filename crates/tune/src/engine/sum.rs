@@ -5,11 +5,11 @@
 //! replica had which example.
 
 use candle_core::{Device, Tensor};
-use incipit_collective::{Coordinates, Ranks, Reduce, gather_bytes};
+use incipit_collective::{Coordinates, Ranks, Reduce};
 use incipit_kernels::sums::{Sums, ZERO_EXPONENT, dequantized, max_exponents};
 use incipit_model::ExampleGradient;
 
-use super::{Gathered, JobBatch, JobFault, JobGradient, num_targets};
+use super::{Gathered, JobBatch, JobFault, JobGradient, Refusal, num_targets};
 use crate::{Result, ranks};
 
 /// In the place of a loss or an exponent: another replica has the example. Everything else is larger.
@@ -31,7 +31,7 @@ pub(super) struct Known {
 pub(super) struct Terms<T> {
     /// By example; none where another replica has it.
     given: Vec<Option<T>>,
-    refusal: Option<String>,
+    refusal: Option<Refusal>,
 }
 
 impl<T> Terms<T> {
@@ -152,11 +152,7 @@ pub(super) fn judged<T>(
     terms: &Terms<T>,
 ) -> Result<Result<i32, JobFault>> {
     if examples.iter().any(|known| known.exponent == REFUSED) {
-        let words = terms.refusal.clone().unwrap_or_default();
-        let all = gather_bytes(&**ranks.data(), words.as_bytes())?;
-        let words = all.into_iter().find(|words| !words.is_empty()).unwrap_or_default();
-        let what = String::from_utf8_lossy(&words).into_owned();
-        return Ok(Err(JobFault::Refused { what }));
+        return Ok(Err(Refusal::agreed(ranks, terms.refusal.as_ref())?.into()));
     }
     if let Some(example) = examples.iter().position(|known| known.exponent == ABSENT) {
         return Ok(Err(untouched(example)));
@@ -180,13 +176,13 @@ pub(super) fn untouched(example: usize) -> JobFault {
     let what = format!(
         "no replica went through example {example} of the batch: the ranks were told different things"
     );
-    JobFault::Refused { what }
+    Refusal::from(what).into()
 }
 
 fn finished(job: &JobBatch<'_>, examples: &[Known], gradient: Vec<f32>) -> Result<JobGradient, JobFault> {
     if !gradient.iter().all(|g| g.is_finite()) {
         let what = "the sum of the batch's gradients is beyond f32".to_owned();
-        return Err(JobFault::Refused { what });
+        return Err(Refusal::from(what).into());
     }
     let (num_targets, num_tokens) = (num_targets(job), job.num_tokens());
     Ok(JobGradient { loss: mean_loss(job, examples), num_targets, num_tokens, gradient })

@@ -6,10 +6,10 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};
-use incipit_collective::{Coordinates, Reduce, gather_bytes};
+use incipit_collective::{Coordinates, Reduce};
 use incipit_model::{Microbatch, WeightGradients};
 
-use super::{Engine, JobBatch, JobFault, assemble, cost, num_targets, scale, sum::untouched};
+use super::{Engine, JobBatch, JobFault, Refusal, assemble, cost, num_targets, scale, sum::untouched};
 use crate::{Error, Result, microbatch, ranks};
 
 /// Numbers that replicas sum at once, unless one weight has more.
@@ -44,7 +44,7 @@ impl Engine {
         let replicas = self.replicas(std::slice::from_ref(job));
         let mut gradients = WeightGradients::of(wanted.iter().map(|(name, _)| *name));
         let (told, refusal) = self.weight_passes(job, &replicas, &mut gradients)?;
-        let loss = match self.mean_loss(job, told, &refusal, &replicas)? {
+        let loss = match self.mean_loss(job, told, refusal.as_ref(), &replicas)? {
             Ok(loss) => loss,
             Err(fault) => return Ok(Err(fault)),
         };
@@ -58,23 +58,23 @@ impl Engine {
         let gradients: BTreeMap<_, _> =
             wanted.iter().map(|(name, _)| (*name).to_owned()).zip(summed).collect();
         if let Some((name, _)) = gradients.iter().find(|(_, values)| !values.iter().all(|g| g.is_finite())) {
-            return Ok(Err(JobFault::Refused { what: format!("the gradient to {name} is not finite") }));
+            return Ok(Err(Refusal::from(format!("the gradient to {name} is not finite")).into()));
         }
         let num_tokens = (0..job.examples.len()).map(|example| cost(job, example)).sum();
         Ok(Ok(WeightGradient { loss, num_tokens, gradients }))
     }
 
-    /// Sends this replica's examples through the model. Gives what it tells of each example of the batch, and in words why one could
-    /// not go through.
+    /// Sends this replica's examples through the model. Gives what it tells of each example of the batch, and why one could not go
+    /// through.
     fn weight_passes(
         &self,
         job: &JobBatch<'_>,
         replicas: &[usize],
         gradients: &mut WeightGradients,
-    ) -> Result<(Vec<i64>, String)> {
+    ) -> Result<(Vec<i64>, Option<Refusal>)> {
         let jobs = std::slice::from_ref(job);
         let mut told = vec![ABSENT; job.examples.len()];
-        let mut refusal = String::new();
+        let mut refusal = None;
         for (options, rows) in self.passes(jobs, replicas) {
             let costs: Vec<usize> = rows.iter().map(|row| cost(job, row.example)).collect();
             for run in microbatch::cut(&costs, self.budget) {
@@ -88,7 +88,7 @@ impl Engine {
                         rows.iter().zip(losses).for_each(|(row, loss)| told[row.example] = loss);
                     }
                     Err(error) => {
-                        refusal = self.refusal(error)?;
+                        refusal = Some(self.refusal(error)?);
                         rows.iter().for_each(|row| told[row.example] = REFUSED);
                     }
                 }
@@ -102,15 +102,12 @@ impl Engine {
         &self,
         job: &JobBatch<'_>,
         told: Vec<i64>,
-        refusal: &str,
+        refusal: Option<&Refusal>,
         replicas: &[usize],
     ) -> Result<Result<f64, JobFault>> {
-        let data = &**self.ranks.data();
-        let known = ranks::reduced(data, told, Reduce::Max)?;
+        let known = ranks::reduced(&**self.ranks.data(), told, Reduce::Max)?;
         if known.contains(&REFUSED) {
-            let all = gather_bytes(data, refusal.as_bytes())?;
-            let words = all.into_iter().find(|words| !words.is_empty()).unwrap_or_default();
-            return Ok(Err(JobFault::Refused { what: String::from_utf8_lossy(&words).into_owned() }));
+            return Ok(Err(Refusal::agreed(&self.ranks, refusal)?.into()));
         }
         if let Some(example) = known.iter().position(|loss| *loss == ABSENT) {
             return Ok(Err(untouched(example)));
