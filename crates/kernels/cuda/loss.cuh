@@ -31,6 +31,34 @@ KERNEL(softmax, LossParams, LOSS_THREADS) {
   }
 }
 
+struct BestParams {
+  const float *logits; // [rows, columns]
+  float *out;          // [rows, 2]: the column of the first of the largest, and its log-probability
+  int columns;
+};
+
+KERNEL(best, BestParams, LOSS_THREADS) {
+  __shared__ float scratch[32];
+  const float *const x = p.logits + static_cast<int64_t>(blockIdx.x) * p.columns;
+  const auto each = [&](auto f) {
+    for (int i = static_cast<int>(threadIdx.x); i < p.columns; i += static_cast<int>(blockDim.x)) f(i);
+  };
+  const auto lower = [](float a, float b) { return a < b ? a : b; };
+  float top = -INFINITY, total = 0.0f, column = INFINITY; // f32 counts to 2^24
+  each([&](int i) { top = x[i] > top ? x[i] : top; });
+  top = block_max(top, scratch);
+  each([&](int i) {
+    total += expf(x[i] - top);
+    if (x[i] == top) column = lower(column, static_cast<float>(i));
+  });
+  total = block_sum(total, scratch);
+  column = block_reduce(column, scratch, INFINITY, lower);
+  if (threadIdx.x == 0) {
+    p.out[2 * blockIdx.x] = column < INFINITY ? column : 0.0f; // of numbers that are none, the first
+    p.out[2 * blockIdx.x + 1] = -logf(total);
+  }
+}
+
 // d lse / dx = p = exp(x - lse);  d(lse - x_target + z lse^2) / dx = (1 + 2 z lse) p - [target].
 template <typename O> __device__ inline void cross_entropy_gradient(const LossParams &p) {
   const int row = static_cast<int>(blockIdx.x);

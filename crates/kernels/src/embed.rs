@@ -118,24 +118,29 @@ fn sources(
     Ok(sources)
 }
 
-/// On a GPU, where the prompts are brought if they are not there.
+/// On a GPU, where those prompts are brought that are read, if they are not there.
 fn gather_on(gpu: &Gpu, table: &Frozen, prompts: &[Tensor], sources: &[Source]) -> Result<Tensor> {
-    let (mut first_rows, mut rows) = (Vec::with_capacity(prompts.len()), 0);
-    for prompt in prompts {
-        first_rows.push(rows);
-        rows += prompt.dims()[0];
+    let (mut first_rows, mut read, mut rows) = (vec![None; prompts.len()], Vec::new(), 0);
+    for source in sources {
+        if let Source::Row(prompt, _) = *source
+            && first_rows[prompt].is_none()
+        {
+            first_rows[prompt] = Some(rows);
+            rows += prompts[prompt].dims()[0];
+            read.push(&prompts[prompt]);
+        }
     }
     let code = |source: &Source| match *source {
         Source::Token(id) => id as i32,
-        Source::Row(prompt, row) => -1 - (first_rows[prompt] + row) as i32,
+        Source::Row(prompt, row) => -1 - (first_rows[prompt].unwrap_or_default() + row) as i32,
         Source::Zeros => gpu::rows::NO_ROW,
     };
     let codes: Vec<i32> = sources.iter().map(code).collect();
     let device = table.on_device().map_or(&Device::Cpu, Tensor::device);
-    let prompts = if rows == 0 {
+    let prompts = if read.is_empty() {
         None
     } else {
-        Some(Tensor::cat(prompts, 0)?.to_dtype(DType::F32)?.to_device(device)?)
+        Some(Tensor::cat(&read, 0)?.to_dtype(DType::F32)?.to_device(device)?)
     };
     gpu::rows::embed(gpu, table, prompts.as_ref(), &codes)
 }

@@ -85,6 +85,20 @@ pub fn linear_gradient(terms: &[(&Tensor, &Frozen)], out: DType) -> Result<Tenso
     linear_gradient_on(isa(), terms, out)
 }
 
+/// `sum + dy w + ...`: as [`linear_gradient`], with the f32 `sum` `[T, in]` added to the finished sums.
+///
+/// # Errors
+/// If the shapes or types do not fit.
+pub fn linear_gradient_add(sum: &Tensor, terms: &[(&Tensor, &Frozen)]) -> Result<Tensor> {
+    let op = "linear_gradient_add";
+    let (rows, cols) = check_terms(terms, DType::F32)?;
+    expect_dims(op, "the sum", sum, &[rows, cols])?;
+    match Gpu::of(sum)? {
+        Some(gpu) => gpu::linear::product(&gpu, op, terms, Layout::Rows, Some(sum), DType::F32),
+        None => crate::add(sum, &linear_gradient_on(isa(), terms, DType::F32)?),
+    }
+}
+
 pub(crate) fn linear_gradient_on(isa: Isa, terms: &[(&Tensor, &Frozen)], out: DType) -> Result<Tensor> {
     let (rows, cols) = check_terms(terms, out)?;
     stored(isa, "linear_gradient", terms, Layout::Rows, (rows, cols), out)

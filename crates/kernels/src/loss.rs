@@ -57,18 +57,8 @@ impl Softmax {
         let rows = targets.ids.par_iter().enumerate().map(|(row, id)| {
             let x = &x[row * n..(row + 1) * n];
             let target = targets.vocabulary.place(*id, n).map_or(0.0, |place| x[place]);
-            isa.vectorize(
-                #[inline(always)]
-                || {
-                    let top = max(x);
-                    let total = sum(
-                        [x],
-                        #[inline(always)]
-                        |[x]| exp(x - top),
-                    );
-                    (top, (total, target))
-                },
-            )
+            let (top, total) = top_and_total(isa, x);
+            (top, (total, target))
         });
         let (top, (total, target)): (Vec<f32>, (Vec<f32>, Vec<f32>)) = rows.unzip();
         let dims = [targets.ids.len()];
@@ -107,6 +97,61 @@ impl Softmax {
         let scaled = normalisers.affine(f64::from(z_loss), 0.0)?;
         Ok((losses + (scaled * normalisers)?)?)
     }
+}
+
+/// The largest of a row's logits, and the sum of `exp(logit - top)`.
+fn top_and_total(isa: Isa, x: &[f32]) -> (f32, f32) {
+    isa.vectorize(
+        #[inline(always)]
+        || {
+            let top = max(x);
+            let total = sum(
+                [x],
+                #[inline(always)]
+                |[x]| exp(x - top),
+            );
+            (top, total)
+        },
+    )
+}
+
+/// The most probable token of a row of logits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Best {
+    /// Its column: the first, if several have the largest logit.
+    pub token: u32,
+    /// In nats, 0 or less.
+    pub log_probability: f32,
+}
+
+/// Vocabularies are smaller, and f32 counts so far.
+const MOST_COLUMNS: usize = 1 << 24;
+
+/// The most probable token of each row of `logits`, `[T, V]` f32. Waits for the device.
+///
+/// # Errors
+/// If there are no columns, or more than 2^24, or the device fails.
+pub fn best(logits: &Tensor) -> Result<Vec<Best>> {
+    let op = "best";
+    let (_, n) = dims2(op, logits)?;
+    if n == 0 || n > MOST_COLUMNS {
+        return Err(Error::Shape { op, what: format!("rows of {n} logits") });
+    }
+    if let Some(gpu) = Gpu::of(logits)? {
+        let rows: Vec<f32> = gpu::loss::best(&gpu, logits)?.flatten_all()?.to_vec1()?;
+        let (pairs, _) = rows.as_chunks();
+        return Ok(pairs
+            .iter()
+            .map(|&[token, log_probability]| Best { token: token as u32, log_probability })
+            .collect());
+    }
+    let (isa, view) = (isa(), View::new(op, logits)?);
+    let rows = view.slice::<f32>()?.par_chunks_exact(n).map(|x| {
+        let (top, total) = top_and_total(isa, x);
+        let token = x.iter().position(|logit| *logit == top).unwrap_or_default() as u32;
+        Best { token, log_probability: -total.ln() }
+    });
+    Ok(rows.collect())
 }
 
 /// What of a loss its gradient depends on, row by row.

@@ -176,11 +176,8 @@ impl Decoder {
             dx = layer.feed_forward.backward(&dx, &state.feed_forward, (pass.rows, sites(2)), gradients)?;
             let spec = cross_spec(bias.heads(), memory);
             let [dq, dk, dv] = layer.cross.inner_backward(&dx, &state.cross, &spec, sites(1), gradients)?;
-            let part = layer.cross.memory_backward([&dk, &dv], memory.rows, gradients)?;
-            d_memory = Some(match d_memory {
-                Some(sum) => incipit_kernels::add(&sum, &part)?,
-                None => part,
-            });
+            let sum = d_memory.as_ref();
+            d_memory = Some(layer.cross.memory_backward(sum, [&dk, &dv], memory.rows, gradients)?);
             if i > 0 || pass.to_the_end {
                 dx = layer.cross.cross_backward(&dq, &dx, &state.cross, gradients)?;
                 let spec = self_spec(&bias, pass);

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use candle_core::Tensor;
-use incipit_kernels::Segments;
 use incipit_kernels::rng::Philox;
+use incipit_kernels::{Best, Segments, best};
 
 use crate::batch::{Example, Microbatch};
 use crate::beam::Beam;
@@ -115,11 +115,11 @@ impl T5 {
         }
         for place in 0..options.max_new_tokens {
             decoding.step(place)?;
-            if decoding.searches.iter().all(|s| s.is_done()) {
+            if decoding.searches.are_done() {
                 break;
             }
         }
-        Ok(decoding.searches.into_iter().map(Search::finish).collect())
+        Ok(decoding.searches.finish())
     }
 }
 
@@ -127,7 +127,7 @@ impl T5 {
 struct Decoding<'a> {
     model: &'a T5,
     options: &'a GenerateOptions,
-    searches: Vec<Search>,
+    searches: Searches,
     caches: Vec<LayerCache>,
     keys: &'a Segments,
     /// Rows before the start token.
@@ -142,13 +142,11 @@ impl<'a> Decoding<'a> {
         options: &'a GenerateOptions,
     ) -> Result<Self> {
         let eos = model.config().eos_token_id;
-        let search = |key: u64| match (options.top_p, options.num_beams) {
-            (None, beams) if beams > 1 => Search::Beams(Beam::new(eos, options)),
-            (top_p, _) => {
-                Search::Single(Single { tokens: Vec::new(), score: 0.0, done: false, top_p, key, eos })
-            }
+        let searches = if options.num_beams > 1 {
+            Searches::Beams(batch.examples.iter().map(|_| Beam::new(eos, options)).collect())
+        } else {
+            Searches::Singles(batch.examples.iter().map(|e| Single::new(e.key, eos)).collect())
         };
-        let searches = batch.examples.iter().map(|e| search(e.key)).collect();
         let caches = model.decoder.caches(&encoded.rows)?;
         Ok(Self { model, options, searches, caches, keys: &encoded.segments, before: 0 })
     }
@@ -167,51 +165,104 @@ impl<'a> Decoding<'a> {
     /// Reads the newest token of every live hypothesis and chooses the next ones.
     fn step(&mut self, place: usize) -> Result<()> {
         let start = self.model.config().decoder_start_token_id;
-        let mut tokens = Vec::new();
-        let mut counts = Vec::with_capacity(self.searches.len());
-        for search in &self.searches {
-            let newest = search.newest(start);
-            counts.push(newest.len());
-            tokens.extend(newest);
-        }
-        let x = self.model.embedded(&tokens)?;
-        let queries = Segments::new(counts);
+        let newest = self.searches.newest(start);
+        let x = self.model.embedded(&newest.concat())?;
+        let queries = Segments::new(newest.iter().map(Vec::len));
         let (place_of_row, dtype) = (self.before + place, self.model.dtype());
         let step = Step { queries: &queries, keys: self.keys, place: place_of_row, count: 1, dtype };
         let rows = self.model.decoder.step(self.model.config(), x, &mut self.caches, &step)?;
-        let logits = self.model.head(&rows)?.to_vec2::<f32>()?;
-        let mut parents = Vec::with_capacity(tokens.len());
-        for (example, search) in self.searches.iter_mut().enumerate() {
-            let range = queries.range(example);
-            let chosen = search.choose(&logits[range.clone()], place, self.options);
-            parents.extend(chosen.into_iter().map(|parent| (range.start + parent) as u32));
-        }
+        let logits = self.model.head(&rows)?;
+        let parents = self.searches.choose(&logits, &queries, place, self.options)?;
         self.follow(&parents)
     }
 
     /// Makes hypothesis `i`'s cache the one of `parents[i]`.
     fn follow(&mut self, parents: &[u32]) -> Result<()> {
-        // All have ended. CUDA does not pick nothing: it launches no kernel without threads.
-        if parents.is_empty() {
+        let Some((k, _)) = self.caches.first().and_then(|cache| cache.own.as_ref()) else { return Ok(()) };
+        let unchanged = parents.iter().enumerate().all(|(i, p)| i == *p as usize);
+        // Where all have ended nothing is picked: CUDA launches no kernel without threads.
+        if parents.is_empty() || unchanged && parents.len() == k.dims()[0] {
             return Ok(());
         }
+        let index = Tensor::new(parents, k.device())?;
         for cache in &mut self.caches {
             if let Some((k, v)) = cache.own.take() {
-                let unchanged =
-                    parents.len() == k.dims()[0] && parents.iter().enumerate().all(|(i, p)| i == *p as usize);
-                let index = Tensor::new(parents, k.device())?;
-                let pick = |t: Tensor| if unchanged { Ok(t) } else { t.index_select(&index, 0) };
-                cache.own = Some((pick(k)?, pick(v)?));
+                cache.own = Some((k.index_select(&index, 0)?, v.index_select(&index, 0)?));
             }
         }
         Ok(())
     }
 }
 
-/// The search for one example.
-enum Search {
-    Single(Single),
-    Beams(Beam),
+/// The searches for all examples, one each.
+enum Searches {
+    Singles(Vec<Single>),
+    Beams(Vec<Beam>),
+}
+
+impl Searches {
+    fn are_done(&self) -> bool {
+        match self {
+            Self::Singles(all) => all.iter().all(|single| single.done),
+            Self::Beams(all) => all.iter().all(Beam::is_done),
+        }
+    }
+
+    /// The newest token of each live hypothesis, by example.
+    fn newest(&self, start: u32) -> Vec<Vec<u32>> {
+        match self {
+            Self::Singles(all) => all.iter().map(|single| single.newest(start)).collect(),
+            Self::Beams(all) => all.iter().map(|beam| beam.newest(start)).collect(),
+        }
+    }
+
+    /// Chooses the next tokens by the `logits` `[n, V]` of the live hypotheses, which are `rows` by example; gives of each new hypothesis
+    /// the row of its parent.
+    fn choose(
+        &mut self,
+        logits: &Tensor,
+        rows: &Segments,
+        place: usize,
+        options: &GenerateOptions,
+    ) -> Result<Vec<u32>> {
+        let mut parents = Vec::with_capacity(rows.total());
+        match self {
+            Self::Singles(all) => {
+                let live: Vec<&mut Single> = all.iter_mut().filter(|single| !single.done).collect();
+                let chosen = match options.top_p {
+                    None => best(logits)?,
+                    Some(top_p) => {
+                        let logits = logits.to_vec2::<f32>()?;
+                        let drawn = |(row, single): (&Vec<f32>, &&mut Single)| {
+                            single.drawn(row, top_p, place, options)
+                        };
+                        logits.iter().zip(&live).map(drawn).collect()
+                    }
+                };
+                for (row, (single, token)) in (0..).zip(live.into_iter().zip(chosen)) {
+                    if single.goes_on_with(token) {
+                        parents.push(row);
+                    }
+                }
+            }
+            Self::Beams(all) => {
+                let logits = logits.to_vec2::<f32>()?;
+                for (example, beam) in all.iter_mut().enumerate() {
+                    let range = rows.range(example);
+                    let chosen = beam.choose(&logits[range.clone()]);
+                    parents.extend(chosen.into_iter().map(|parent| (range.start + parent) as u32));
+                }
+            }
+        }
+        Ok(parents)
+    }
+
+    fn finish(self) -> Vec<Generated> {
+        match self {
+            Self::Singles(all) => all.into_iter().map(Single::finish).collect(),
+            Self::Beams(all) => all.into_iter().map(Beam::finish).collect(),
+        }
+    }
 }
 
 /// One hypothesis: the best token each time, or a drawn one.
@@ -219,70 +270,37 @@ struct Single {
     tokens: Vec<u32>,
     score: f32,
     done: bool,
-    top_p: Option<f32>,
     key: u64,
     eos: u32,
 }
 
-impl Search {
-    fn is_done(&self) -> bool {
-        match self {
-            Search::Single(single) => single.done,
-            Search::Beams(beam) => beam.is_done(),
-        }
+impl Single {
+    fn new(key: u64, eos: u32) -> Self {
+        Self { tokens: Vec::new(), score: 0.0, done: false, key, eos }
     }
 
-    /// The newest token of each live hypothesis.
     fn newest(&self, start: u32) -> Vec<u32> {
-        match self {
-            Search::Single(s) if s.done => Vec::new(),
-            Search::Single(s) => vec![s.tokens.last().copied().unwrap_or(start)],
-            Search::Beams(beam) => beam.newest(start),
-        }
+        if self.done { Vec::new() } else { vec![self.tokens.last().copied().unwrap_or(start)] }
     }
 
-    /// Chooses the next tokens; returns each live hypothesis' parent among the former ones.
-    fn choose(&mut self, logits: &[Vec<f32>], place: usize, options: &GenerateOptions) -> Vec<usize> {
-        match self {
-            Search::Single(single) => match logits.first() {
-                Some(row) => single.choose(row, place, options),
-                None => Vec::new(),
-            },
-            Search::Beams(beam) => beam.choose(logits),
+    fn drawn(&self, logits: &[f32], top_p: f32, place: usize, options: &GenerateOptions) -> Best {
+        let mut random = Philox::new(options.seed, &[self.key, place as u64]);
+        let token = draw(logits, top_p, options.temperature, random.uniform());
+        Best { token: token as u32, log_probability: logits[token] - log_normaliser(logits) }
+    }
+
+    fn goes_on_with(&mut self, Best { token, log_probability }: Best) -> bool {
+        self.score += log_probability;
+        self.done = token == self.eos;
+        if !self.done {
+            self.tokens.push(token);
         }
+        !self.done
     }
 
     fn finish(self) -> Generated {
-        match self {
-            Search::Single(single) => Generated { tokens: single.tokens, score: single.score },
-            Search::Beams(beam) => beam.finish(),
-        }
+        Generated { tokens: self.tokens, score: self.score }
     }
-}
-
-impl Single {
-    fn choose(&mut self, logits: &[f32], place: usize, options: &GenerateOptions) -> Vec<usize> {
-        let token = match self.top_p {
-            None => best(logits),
-            Some(top_p) => {
-                let mut random = Philox::new(options.seed, &[self.key, place as u64]);
-                draw(logits, top_p, options.temperature, random.uniform())
-            }
-        };
-        self.score += logits[token] - log_normaliser(logits);
-        self.done = token as u32 == self.eos;
-        if self.done {
-            return Vec::new();
-        }
-        self.tokens.push(token as u32);
-        vec![0]
-    }
-}
-
-/// The first of the largest numbers.
-fn best(logits: &[f32]) -> usize {
-    let larger = |best: usize, i: usize| if logits[i] > logits[best] { i } else { best };
-    (0..logits.len()).fold(0, larger)
 }
 
 /// The token at which the cumulated probability of the nucleus, most probable first, passes `u` of it.
@@ -332,10 +350,5 @@ mod tests {
     fn a_low_temperature_draws_the_best() {
         let logits = [1.0, 1.1, 0.9];
         assert!((0..50).all(|i| draw(&logits, 1.0, 0.001, i as f32 / 50.0) == 1));
-    }
-
-    #[test]
-    fn greedy_takes_the_first_of_equals() {
-        assert_eq!(best(&[1.0, 3.0, 3.0]), 1);
     }
 }

@@ -8,7 +8,8 @@ use candle_core::{DType, Tensor};
 use incipit_kernels::{
     Activation, Attended, Attention, Buckets, Dropout, Frozen, Segments, activate, activate_gradient,
     attention, attention_gradient, attention_gradient_with_bias, dropout, gated, gated_gradient, linear,
-    linear_add, linear_gradient, rms_norm, rms_norm_gradient, rms_norm_weight_gradient, rounded,
+    linear_add, linear_gradient, linear_gradient_add, rms_norm, rms_norm_gradient, rms_norm_weight_gradient,
+    rounded,
 };
 
 use crate::Result;
@@ -336,16 +337,21 @@ impl AttentionLayer {
         self.input_backward(&[(dq, &self.q)], dy, state, gradients)
     }
 
-    /// The gradient to the `memory` of which keys and values were made, from those to them: this rank's part.
+    /// The gradient to the `memory` of which keys and values were made, from those to them, added to the `sum` of other layers':
+    /// this rank's part.
     pub(crate) fn memory_backward(
         &self,
+        sum: Option<&Tensor>,
         [dk, dv]: [&Tensor; 2],
         memory: &Tensor,
         gradients: &mut WeightGradients,
     ) -> Result<Tensor> {
         let terms = [(dk, &self.k), (dv, &self.v)];
         gradients.add_products(&terms, || Ok(memory.clone()))?;
-        Ok(linear_gradient(&matrices(&terms), DType::F32)?)
+        Ok(match sum {
+            Some(sum) => linear_gradient_add(sum, &matrices(&terms))?,
+            None => linear_gradient(&matrices(&terms), DType::F32)?,
+        })
     }
 
     fn input_backward(

@@ -70,6 +70,30 @@ pub(crate) fn softmax(gpu: &Gpu, logits: &Tensor, targets: Targets<'_>) -> Resul
     Ok(Softmax { top: top.tensor(), total: total.tensor(), target: target.tensor() })
 }
 
+/// `BestParams` of `loss.cuh`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct BestParams {
+    logits: Address,
+    out: Address,
+    columns: i32,
+}
+// SAFETY: the C++ struct has the same fields.
+unsafe impl Params for BestParams {}
+
+/// Each row's best column and its log-probability, `[T, 2]` f32.
+pub(crate) fn best(gpu: &Gpu, logits: &Tensor) -> Result<Tensor> {
+    let op = "best";
+    let (rows, columns) = dims2(op, logits)?;
+    super::elementwise::expect_f32(op, logits)?;
+    let logits = gpu.operand(op, logits)?;
+    let out = gpu.output(op, &[rows, 2], DType::F32)?;
+    let params = BestParams { logits: logits.address, out: out.address, columns: columns as i32 };
+    // SAFETY: the shapes were checked.
+    unsafe { gpu.launch(op, Launch::blocks(rows, THREADS), &params)? };
+    Ok(out.tensor())
+}
+
 /// The gradient to logits that were checked.
 pub(crate) fn cross_entropy_gradient(
     gpu: &Gpu,

@@ -12,9 +12,9 @@ use crate::sums::{FRACTION_BITS, Sums, dequantized, max_exponents};
 use crate::tests::{self, TYPES, generator, normal, numbers};
 use crate::{
     Activation, Dropout, Frozen, LossSlope, Rows, Segments, Softmax, Targets, Vocabulary, activate,
-    activate_gradient, add, cross_entropy_gradient, dropout, embed, embed_gradient, gated, gated_gradient,
-    linear, linear_add, linear_gradient, linear_weight_gradient, rms_norm, rms_norm_gradient,
-    rms_norm_weight_gradient, rounded,
+    activate_gradient, add, best, cross_entropy_gradient, dropout, embed, embed_gradient, gated,
+    gated_gradient, linear, linear_add, linear_gradient, linear_gradient_add, linear_weight_gradient,
+    rms_norm, rms_norm_gradient, rms_norm_weight_gradient, rounded,
 };
 
 /// Where GPU code runs.
@@ -116,15 +116,17 @@ fn products_equal_the_cpus_with_parts_of_weights_too() {
             let (x, dy) = (matrix(&mut g, rows, inner, dtype), matrix(&mut g, rows, out, dtype));
             let whole = frozen(&mut g, out + 3, inner + 5, dtype);
             let (w, other) = (whole.part((2, out), (4, inner)), frozen(&mut g, out, inner, dtype));
-            let residual = matrix(&mut g, rows, out, DType::F32);
+            let (residual, sum) =
+                (matrix(&mut g, rows, out, DType::F32), matrix(&mut g, rows, inner, DType::F32));
             compare("a product", bound(dtype), |device| {
-                let [x, dy, residual] = on(device, [&x, &dy, &residual]);
+                let [x, dy, residual, sum] = on(device, [&x, &dy, &residual, &sum]);
                 let [w, other] = [&w, &other].map(|w| w.to_device(device, dtype).unwrap());
                 vec![
                     linear(&x, &w, DType::F32).unwrap(),
                     linear_add(&residual, &x, &w).unwrap(),
                     linear_gradient(&[(&dy, &w)], DType::F32).unwrap(),
                     linear_gradient(&[(&dy, &w), (&dy, &other)], DType::F32).unwrap(),
+                    linear_gradient_add(&sum, &[(&dy, &w), (&dy, &other)]).unwrap(),
                     linear_weight_gradient(&dy, &x).unwrap(),
                     linear_weight_gradient(&dy.narrow(0, 0, 0).unwrap(), &x.narrow(0, 0, 0).unwrap())
                         .unwrap(),
@@ -275,6 +277,7 @@ fn embeddings_equal_the_cpus_to_the_bit() {
             vec![
                 embed(&table, vocabulary, &prompts, &runs).unwrap(),
                 embed(&table, vocabulary, &[], &runs[1..3]).unwrap(),
+                embed(&table, vocabulary, &prompts, &runs[4..]).unwrap(),
             ]
         });
     }
@@ -338,6 +341,30 @@ fn losses_and_their_gradients_equal_the_cpus() {
                     normalisers,
                 ]
             });
+        }
+    }
+}
+
+#[test]
+fn the_best_token_is_the_cpus_and_the_first_of_equals() {
+    let mut g = generator(13);
+    for columns in [1, 40, 1300] {
+        let mut values = numbers(&matrix(&mut g, 6, columns, DType::F32));
+        let equals = [columns / 3, columns / 2, columns - 1];
+        equals.iter().for_each(|place| values[place + columns] = 50.0);
+        values[5 * columns..].fill(f32::NEG_INFINITY);
+        let run =
+            |device: &Device| best(&Tensor::from_slice(&values, (6, columns), device).unwrap()).unwrap();
+        let expected = run(&Device::Cpu);
+        assert_eq!(expected[1].token as usize, columns / 3);
+        for place in places() {
+            for (found, expected) in place.run(run)[..5].iter().zip(&expected) {
+                assert_eq!(found.token, expected.token);
+                assert!(
+                    (found.log_probability - expected.log_probability).abs() < 1e-5,
+                    "{found:?} {expected:?}"
+                );
+            }
         }
     }
 }

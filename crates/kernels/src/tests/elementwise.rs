@@ -8,7 +8,7 @@ use super::{
 };
 use crate::activation::{activate_gradient_on, activate_on, gated_gradient_on, gated_on};
 use crate::dropout::dropout_on;
-use crate::loss::{LossSlope, Softmax, Targets, cross_entropy_gradient_on};
+use crate::loss::{Best, LossSlope, Softmax, Targets, best, cross_entropy_gradient_on};
 use crate::norm::{rms_norm_gradient_on, rms_norm_on, rms_norm_weight_gradient_on};
 use crate::{Activation, Dropout, Isa, Rows, Segments, Vocabulary, add, embed, rounded};
 
@@ -96,6 +96,19 @@ fn activations_are_those_of_f64() {
     let odd = matrix(&[f32::NAN, f32::NEG_INFINITY, f32::INFINITY], 1, 3, DType::F32);
     let y = numbers(&activate_on(Isa::Portable, Activation::Relu, &odd).unwrap());
     assert!(y[0].is_nan() && y[1] == 0.0 && y[2] == f32::INFINITY, "{y:?}");
+}
+
+#[test]
+fn the_best_token_is_the_first_of_the_largest_with_its_log_probability() {
+    let logits = [2.0, 0.5, 2.0, -1.0, 0.0, 0.0, 0.0, 7.0];
+    let found = best(&matrix(&logits, 2, 4, DType::F32)).unwrap();
+    assert_eq!(found.iter().map(|best| best.token).collect::<Vec<_>>(), [0, 3]);
+    for (Best { token, log_probability }, row) in found.into_iter().zip(logits.chunks(4)) {
+        let total: f64 = row.iter().map(|x| f64::from(*x).exp()).sum();
+        let expected = f64::from(row[token as usize]) - total.ln();
+        assert!((f64::from(log_probability) - expected).abs() < 1e-6, "{log_probability} {expected}");
+    }
+    assert!(best(&matrix(&[], 2, 0, DType::F32)).is_err(), "no token is the best of none");
 }
 
 #[test]

@@ -9,7 +9,8 @@ use crate::{
     Activation, Attention, Buckets, Dropout, Frozen, LossSlope, PositionBias, Result, Rows, Segments,
     Softmax, Targets, Vocabulary, activate, add, attention, attention_gradient, attention_gradient_with_bias,
     cross_entropy_gradient, dropout, embed, embed_gradient, gated, gated_gradient, linear, linear_add,
-    linear_gradient, linear_weight_gradient, rms_norm, rms_norm_gradient, rms_norm_weight_gradient, rounded,
+    linear_gradient, linear_gradient_add, linear_weight_gradient, rms_norm, rms_norm_gradient,
+    rms_norm_weight_gradient, rounded,
 };
 
 /// The message of an error; fails if there is none.
@@ -49,6 +50,8 @@ fn linear_layers_refuse_other_shapes_and_types() {
     assert!(
         refusal(linear_gradient(&[(&ones(4, 2, DType::F32), &w)], DType::F32)).contains("whose out is 3")
     );
+    assert!(refusal(linear_gradient_add(&x, &[])).contains("no term"));
+    assert!(refusal(linear_gradient_add(&dy, &[(&dy, &w)])).contains("[4, 2] is expected"));
     let message = refusal(linear_weight_gradient(&ones(5, 3, DType::F32), &x));
     assert!(message.contains("5 rows of F32 for an input of 4 rows of F32"), "{message}");
     assert!(refusal(linear_weight_gradient(&ones(4, 3, DType::BF16), &x)).contains("rows of BF16"));
