@@ -6,7 +6,8 @@
 # An installed toolkit is used where there is one: CUDA_HOME, /usr/local/cuda, or the one whose nvcc is on the PATH. Otherwise one
 # is put together from the wheels that NVIDIA publishes for Python (about 1 GB, no GPU and no root needed) in the folder
 # INCIPIT_CUDA_TOOLKIT, by default target/cuda-toolkit. What is set: CUDA_HOME, CUDA_ROOT and PATH; CUDA_COMPUTE_CAP unless it is
-# set (90: Hopper; candle's kernels are built for it); LIBRARY_PATH for the linker.
+# set (80: candle's kernels are built for it, and the driver
+# translates them for what is newer); LIBRARY_PATH for the linker.
 #
 # A build machine has no driver, so that libcuda.so.1 is missing: a library with the driver's names in it stands in when linking.
 # INCIPIT_CUDA_RUN is set to the folders that a program needs in LD_LIBRARY_PATH to start on a machine without a driver; there
@@ -87,7 +88,7 @@ CUDA_HOME="$(cuda_installed)"
 [ -n "$CUDA_HOME" ] || CUDA_HOME="$(cuda_from_wheels)"
 cuda_links
 cuda_stand_in
-export CUDA_HOME CUDA_ROOT="$CUDA_HOME" CUDA_COMPUTE_CAP="${CUDA_COMPUTE_CAP:-90}"
+export CUDA_HOME CUDA_ROOT="$CUDA_HOME" CUDA_COMPUTE_CAP="${CUDA_COMPUTE_CAP:-80}"
 export PATH="$CUDA_HOME/bin:$PATH"
 export LIBRARY_PATH="$cuda_folder/links:$cuda_folder/stand-in:$CUDA_HOME/lib64${LIBRARY_PATH:+:$LIBRARY_PATH}"
 export INCIPIT_CUDA_RUN="$cuda_folder/stand-in:$CUDA_HOME/lib64"

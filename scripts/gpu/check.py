@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,14 +52,20 @@ def libraries() -> str:
     return ":".join(place for place in found if "stand-in" not in place)
 
 
+# What the driver translates for this GPU, for all programs of a check.
+TRANSLATED = tempfile.TemporaryDirectory()
 # For our programs alone: PyTorch finds its own.
-OURS = os.environ | {"LD_LIBRARY_PATH": libraries(), "CARGO_MANIFEST_DIR": str(ROOT / "tests")}
+OURS = os.environ | {
+    "LD_LIBRARY_PATH": libraries(), "CARGO_MANIFEST_DIR": str(ROOT / "tests"), "CUDA_CACHE_PATH": TRANSLATED.name, "RUST_BACKTRACE": "1"
+}  # fmt: skip
+# Each launch waits, so that an error comes with the name of its kernel.
+ONE_BY_ONE = {"CUDA_LAUNCH_BLOCKING": "1"}
 
 
 class Ran:
     """A command that has ended, perhaps by its time limit. It is killed with all processes that it started."""
 
-    def __init__(self, part: str, command: list[str], limit: float, ours: bool = True, cwd: pathlib.Path = ROOT) -> None:
+    def __init__(self, part: str, command: list[str], limit: float, settings: dict | None = OURS, cwd: pathlib.Path = ROOT) -> None:
         left = LIMIT - (time.monotonic() - BEGAN)
         self.out = self.err = self.why = ""
         self.code, limit, start = 125, min(limit, left), time.monotonic()
@@ -68,7 +75,7 @@ class Ran:
         with tempfile.TemporaryFile("w+", errors="replace") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
             try:
                 process = subprocess.Popen(
-                    command, cwd=cwd, env=OURS if ours else None, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+                    command, cwd=cwd, env=settings, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
                 )  # fmt: skip
                 try:
                     self.code = process.wait(limit)
@@ -163,11 +170,12 @@ class Check:
         missing = re.search(r"missing +GPU.*", ran.out)
         self.tell(part, "ok" if good else "FAILED", "" if good else missing.group(0) if missing else ran.why)
 
-    def tests(self, part: str, program: str, arguments: list[str], limit: int) -> None:
-        """The tests of a program that these arguments pick, as one row."""
+    def tests(self, part: str, program: str, arguments: list[str], limit: int, settings: dict = OURS) -> bool:
+        """The tests of a program that these arguments pick, as one row; whether all is well."""
         if self.lacks(part, program):
-            return
-        ran = Ran(part, [str(FOLDER / program), *arguments, "--nocapture", "--test-threads=1"], limit, cwd=ROOT / "tests")
+            return False
+        command = [str(FOLDER / program), *arguments, "--nocapture", "--test-threads=1"]
+        ran = Ran(part, command, limit, settings, cwd=ROOT / "tests")
         counts = re.search(r"(\d+) passed; (\d+) failed", ran.out)
         # With --nocapture what a test prints stands behind its name.
         skipped = re.search(r"skipped(?: on CUDA)?:.*", ran.out)
@@ -175,21 +183,39 @@ class Check:
             self.tell(part, "FAILED", f"there is a GPU, but: {skipped.group(0)[:160]}")
         elif ran.code == 0 and counts and int(counts.group(1)):
             self.tell(part, "ok", f"{counts.group(1)} tests")
+            return True
         else:
             failed = re.findall(r"^    (\S+)$", ran.out.rpartition("failures:")[2], re.M)
             why = f"{counts.group(0)}: {', '.join(failed)}" if counts and failed else "no test ran" if counts else ran.why
             self.tell(part, "FAILED", why)
+        return False
 
-    def each_test(self, part: str, program: str, limit: int, last: str = "") -> None:
-        """Each test of a program as a row of its own; the one that takes longest last."""
+    def each_test(self, part: str, program: str, limit: int, last: str = "", only: str = "", settings: dict = OURS) -> list[str]:
+        """Each test of a program as a row of its own, or those whose names begin so; the one that takes longest last. Those that failed."""
         if self.lacks(part, program):
-            return
+            return []
         ran = Ran(part, [str(FOLDER / program), "--list"], 30)
-        names = re.findall(r"^(\S+): test$", ran.out, re.M)
+        names = [name for name in re.findall(r"^(\S+): test$", ran.out, re.M) if name.startswith(only)]
         if not names:
             self.tell(part, "FAILED", ran.why)
+        failed = []
         for name in sorted(names, key=lambda name: (name == last, name)):
-            self.tests(f"{part}: {name.replace('_', ' ')}", program, ["--exact", name], 2 * limit if name == last else limit)
+            limited = 2 * limit if name == last else limit
+            if not self.tests(f"{part}: {name.replace('_', ' ')}", program, ["--exact", name], limited, settings):
+                failed.append(name)
+        return failed
+
+    def kernels(self, part: str) -> None:
+        """After a kernel's fault the device is lost to its process, and all tests behind it fail, too: then each runs alone."""
+        program, of_gpu = "kernels-tests", "gpu::"
+        if self.tests(part, program, [of_gpu], 90) or not self.gpu:
+            return
+        failed = self.each_test(part, program, 30, only=of_gpu, settings=OURS | ONE_BY_ONE)
+        if failed and shutil.which("compute-sanitizer"):
+            name = f"{part}: {failed[0].replace('_', ' ')}, compute-sanitizer"
+            ran = Ran(name, ["compute-sanitizer", str(FOLDER / program), "--exact", failed[0], "--nocapture"], 120, cwd=ROOT / "tests")
+            found = re.search(r"^=+ (?!COMPUTE-SANITIZER)(\S.*)", ran.out, re.M)
+            self.tell(name, "FAILED", found.group(1)[:160] if found else ran.why)
 
     def widths(self, part: str) -> None:
         """The loss of a step behind an update, which moves it by a tenth: so gradients count too. At widths that a T5 has."""
@@ -238,7 +264,7 @@ class Check:
         if not self.gpu or not importlib.util.find_spec("torch"):
             self.tell(part, "skipped", "PyTorch is not here" if self.gpu else "no GPU here")
             return
-        ran = Ran(part, [sys.executable, "-c", CEILINGS], 120, ours=False)
+        ran = Ran(part, [sys.executable, "-c", CEILINGS], 120, settings=None)
         found = ran.json()
         if found:
             self.figures[part] = found
@@ -268,7 +294,7 @@ class Check:
             self.tell(name, "skipped", f"not here: {', '.join(missing)}")
             return
         for flags in ([], ["--checkpointing"]):
-            ran = Ran(name, [sys.executable, "-B", "scripts/bench/peer_step.py", *what, *flags], limit, ours=False)
+            ran = Ran(name, [sys.executable, "-B", "scripts/bench/peer_step.py", *what, *flags], limit, settings=None)
             if theirs := ran.json():
                 theirs["checkpointing"] = bool(flags)
                 both = self.figures.setdefault(part, {})
@@ -349,7 +375,7 @@ def parts(check: Check) -> dict[str, Callable[[str], None]]:
     return {
         "machine": check.machine,
         "doctor": check.doctor,
-        "kernels against the CPU": lambda part: check.tests(part, "kernels-tests", ["gpu::"], 90),
+        "kernels against the CPU": check.kernels,
         "model": lambda part: check.each_test(part, "model-tests", 60),
         "losses at real widths": check.widths,
         "ceilings": check.ceilings,

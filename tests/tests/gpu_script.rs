@@ -25,6 +25,16 @@ case "$*" in
   *) echo "test it ... ok"; echo "test result: ok. 1 passed; 0 failed; 0 ignored" ;;
 esac"#;
 
+/// Tests of which one spoils the device for all behind it.
+const FAULTY: &str = r#"
+fail() { echo 'failures:'; printf '    %s\n' $2; echo "test result: FAILED. 0 passed; $1 failed;"; exit 101; }
+case "$* $CUDA_LAUNCH_BLOCKING" in
+  *--list*) echo 'gpu::tests::norms: test'; echo 'gpu::tests::sums: test'; echo 'of_the_host: test' ;;
+  *norms*1) fail 1 gpu::tests::norms ;;
+  *sums*1) echo 'test result: ok. 1 passed; 0 failed;' ;;
+  *) fail 2 'gpu::tests::norms gpu::tests::sums' ;;
+esac"#;
+
 /// A folder as build.sh makes it, and one of programs that the path leads to.
 struct Carried {
     dir: tempfile::TempDir,
@@ -141,8 +151,10 @@ fn every_part_runs_from_the_carried_file_and_they_end_in_one_table() -> Result<(
 #[test]
 fn a_part_that_fails_is_told_with_its_cause_and_costs_no_other() -> Result<()> {
     let Some(carried) = Carried::new()? else { return Ok(()) };
-    let failing = "echo 'failures:'; echo '    gpu::tests::norms'; echo 'test result: FAILED. 3 passed; 1 failed;'; exit 101";
-    program(&carried.at("gpu/kernels-tests"), failing)?;
+    program(&carried.at("gpu/kernels-tests"), FAULTY)?;
+    let sanitizer =
+        "echo '========= COMPUTE-SANITIZER'; echo '========= Invalid read'; shift; shift; echo $*";
+    program(&carried.at("path/compute-sanitizer"), sanitizer)?;
     let nothing = TESTS.replace("test it ... ok", "skipped on CUDA: loading the kernels");
     program(&carried.at("gpu/model-tests"), &nothing)?;
     let mut incipit = INCIPIT.replace("ok  GPU 0", "missing  GPU 0").replace(r#""launches": 900, "#, "");
@@ -155,7 +167,20 @@ fn a_part_that_fails_is_told_with_its_cause_and_costs_no_other() -> Result<()> {
     let checked = carried.check("gpu", &[("INCIPIT_CHECK_SECONDS", "15")])?;
     ensure!(checked.code == Some(1), "{}", checked.table);
     checked.told("doctor", "FAILED", "missing  GPU 0 (Good GPU): it is too old")?;
-    checked.told("kernels against the CPU", "FAILED", "3 passed; 1 failed: gpu::tests::norms")?;
+    checked.told(
+        "kernels against the CPU",
+        "FAILED",
+        "0 passed; 2 failed: gpu::tests::norms, gpu::tests::sums",
+    )?;
+    // Alone, what the first one's fault had spoilt is well, and launches that wait name the kernel.
+    checked.told("kernels against the CPU: gpu::tests::norms", "FAILED", "0 passed; 1 failed")?;
+    checked.told(
+        "kernels against the CPU: gpu::tests::norms, compute-sanitizer",
+        "FAILED",
+        "Invalid read",
+    )?;
+    checked.told("kernels against the CPU: gpu::tests::sums", "ok", "1 tests")?;
+    ensure!(!checked.table.contains("of_the_host"), "{}", checked.table);
     checked.told(
         "model: one thing holds",
         "FAILED",

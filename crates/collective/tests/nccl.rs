@@ -3,8 +3,10 @@
 
 mod suite;
 
+use std::io::{BufRead as _, BufReader};
 use std::panic::catch_unwind;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use candle_core::{DType, Device, Tensor};
 use incipit_collective::store::{TcpServer, open};
@@ -40,11 +42,30 @@ fn two_processes(test: &str, words: &str) -> Vec<String> {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", test, "--nocapture"]).env(RANK, format!("{rank} {words}"));
         share_a_gpu(&mut command, rank);
-        let output = command.stderr(Stdio::inherit()).output().unwrap();
-        let text = String::from_utf8(output.stdout).unwrap();
-        let result = text.lines().find_map(|line| line.strip_prefix(MARK));
-        result.unwrap_or_else(|| panic!("rank {rank} of {words}: {text}")).to_owned()
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn().unwrap();
+        let (mut text, mut result) = (String::new(), None);
+        for line in BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap) {
+            result = line.strip_prefix(MARK).map(str::to_owned);
+            if result.is_some() {
+                break;
+            }
+            text += &format!("{line}\n");
+        }
+        end(&mut child);
+        result.unwrap_or_else(|| panic!("rank {rank} of {words}: {text}"))
     })
+}
+
+/// Gives a rank that has told its result some time to end: NCCL may not let go of one whose peer was lost.
+fn end(child: &mut Child) {
+    for _ in 0..100 {
+        if child.try_wait().unwrap().is_some() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
 }
 
 /// Whether the caller has to do its test: not without a GPU.

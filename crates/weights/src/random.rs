@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use candle_core::DType;
 use half::bf16;
+use half::vec::HalfBitsVecExt as _;
 use incipit_kernels::Frozen;
 use rayon::prelude::*;
 
@@ -101,12 +102,12 @@ fn fill<T>(out: &mut [T], key: u64, first: usize, finish: impl Fn(f32) -> T) {
     }
 }
 
-/// The numbers of a part of the tensor, each through `finish`.
-fn generate<T: Copy + Send>(
+/// The numbers of a part of the tensor, each through `finish`, in the place of those of `out`.
+fn generate<T: Send>(
     key: u64,
     tensor: &RandomTensor,
     slice: &Slice,
-    zero: T,
+    mut out: Vec<T>,
     finish: impl Fn(f32) -> T + Sync,
 ) -> Vec<T> {
     // A uniform number of variance 1 lies within the square root of 3 of 0.
@@ -115,7 +116,6 @@ fn generate<T: Copy + Send>(
     let start = slice.rows.start * width + slice.cols.start;
     // Rows in their full width are one run of the stream, and are cut where it is cheap.
     let (run, pitch) = if slice.cols.len() == width { (SLICE, SLICE) } else { (slice.cols.len(), width) };
-    let mut out = vec![zero; slice.num_elements()];
     out.par_chunks_mut(run.max(1)).enumerate().for_each(|(n, out)| {
         fill(out, key, start + n * pitch, |centred| finish(mean + step * centred));
     });
@@ -157,9 +157,14 @@ impl Source for Random {
         let slice = Slice::new(shape, rows, cols);
         let (rows, cols) = (slice.rows.len(), slice.cols.len());
         let key = key(self.seed, name);
+        let count = slice.num_elements();
         Ok(match self.dtype {
-            DType::BF16 => Frozen::from_bf16(generate(key, tensor, &slice, bf16::ZERO, round), rows, cols),
-            _ => Frozen::from_f32(generate(key, tensor, &slice, 0.0, |x| x), rows, cols),
+            DType::BF16 => {
+                // The system has zeros ready for integers alone: others would be written here, by one thread.
+                let zeros: Vec<bf16> = vec![0u16; count].reinterpret_into();
+                Frozen::from_bf16(generate(key, tensor, &slice, zeros, round), rows, cols)
+            }
+            _ => Frozen::from_f32(generate(key, tensor, &slice, vec![0.0; count], |x| x), rows, cols),
         })
     }
 

@@ -252,7 +252,9 @@ impl Handle {
     /// Bytes of the host on the device. They may be forgotten when this returns: the driver has its own copy.
     pub(super) fn copied(&self, bytes: &[u8]) -> Result<CudaStorage> {
         let mut storage = self.room(bytes.len(), DType::U8)?;
-        if let CudaStorageSlice::U8(slice) = &mut storage.slice {
+        if let CudaStorageSlice::U8(slice) = &mut storage.slice
+            && !bytes.is_empty()
+        {
             self.stream.memcpy_htod(bytes, slice).map_err(failed("copying to the device"))?;
         }
         Ok(storage)
