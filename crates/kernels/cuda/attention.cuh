@@ -11,8 +11,7 @@ struct Tile {
 };
 
 struct AttentionParams {
-  const void *q, *k, *v, *y, *dy; // [rows, heads * width]
-  void *out, *dq, *dk, *dv;
+  Rows q, k, v, y, dy, out, dq, dk, dv; // [rows, heads * width]
   float *normalisers, *delta; // [heads, queries]; the former as logarithms to the base 2, infinite for a query that sees no key
   const int *query_offsets, *key_offsets;
   const Tile *tiles;   // of queries; for the gradients to keys and values, of keys
@@ -41,24 +40,22 @@ struct Span {
 template <typename T> struct Head {
   const AttentionParams &p;
   int example, head, first_query, queries, first_key, keys;
-  int64_t stride;
 
   __device__ Head(const AttentionParams &p, int example, int head)
       : p(p), example(example), head(head), first_query(p.query_offsets[example]),
         queries(p.query_offsets[example + 1] - first_query), first_key(p.key_offsets[example]),
-        keys(p.key_offsets[example + 1] - first_key), stride(static_cast<int64_t>(p.heads) * p.width) {}
+        keys(p.key_offsets[example + 1] - first_key) {}
 
-  __device__ int64_t place(int row) const { return row * stride + static_cast<int64_t>(head) * p.width; }
+  // What the head has of a row.
+  __device__ T *row(const Rows &all, int row) const { return all.row<T>(row) + static_cast<int64_t>(head) * p.width; }
   __device__ int64_t of_row(int query) const { return static_cast<int64_t>(head) * p.queries + first_query + query; }
 
   // Begin to copy a tile of an operand's rows, from `first` on.
-  template <int WIDTH> __device__ void copy_queries(T *to, const void *all, int first) const {
-    const T *const from = static_cast<const T *>(all) + place(first_query + first);
-    copy_tile<T, WIDTH>(to, from, queries - first, stride, p.width, p.aligned);
+  template <int WIDTH> __device__ void copy_queries(T *to, const Rows &all, int first) const {
+    copy_tile<T, WIDTH>(to, row(all, first_query + first), queries - first, all.stride, p.width, p.aligned);
   }
-  template <int WIDTH> __device__ void copy_keys(T *to, const void *all, int first) const {
-    const T *const from = static_cast<const T *>(all) + place(first_key + first);
-    copy_tile<T, WIDTH>(to, from, keys - first, stride, p.width, p.aligned);
+  template <int WIDTH> __device__ void copy_keys(T *to, const Rows &all, int first) const {
+    copy_tile<T, WIDTH>(to, row(all, first_key + first), keys - first, all.stride, p.width, p.aligned);
   }
   // The bias of a query and a key of the sequence; others' stand by their distance from it.
   __device__ const float *bias(int query, int key) const {
@@ -202,8 +199,7 @@ template <typename T, int WIDTH> __device__ inline void attention(const Attentio
   const float total[2] = {row_sum(softmax.total[0]), row_sum(softmax.total[1])};
   // A query that sees no key gets 0.
   const float inverse[2] = {total[0] == 0.0f ? 0.0f : 1.0f / total[0], total[1] == 0.0f ? 0.0f : 1.0f / total[1]};
-  T *const out = static_cast<T *>(p.out) + h.place(h.first_query + tile.first);
-  store_rows(y, out, h.stride, rows, p.width, [&](int half) { return inverse[half]; });
+  store_rows(y, h.row(p.out, h.first_query + tile.first), p.out.stride, rows, p.width, [&](int half) { return inverse[half]; });
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int query = own + row_of(half);

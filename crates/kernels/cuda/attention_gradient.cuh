@@ -4,28 +4,24 @@
 #pragma once
 #include "attention.cuh"
 
-// delta = the row sums of y dy, eight lanes a row and head.
-template <typename T> __device__ inline void attention_delta(const AttentionParams &p) {
-  constexpr int LANES = 8, SIZE = Pack<T>::SIZE;
-  const uint32_t pair = (blockIdx.x * blockDim.x + threadIdx.x) / LANES;
-  const auto heads = static_cast<uint32_t>(p.heads);
-  const int row = static_cast<int>(pair / heads), head = static_cast<int>(pair % heads), own = lane() % LANES;
-  const int64_t place = static_cast<int64_t>(pair) * p.width;
-  const T *const y = static_cast<const T *>(p.y) + place, *const dy = static_cast<const T *>(p.dy) + place;
+// The sum of y dy over a head's row. Four lanes share a row, and all lanes of a warp call this.
+template <typename T> __device__ inline float row_product(const Head<T> &h, int query) {
+  constexpr int LANES = 4, SIZE = Pack<T>::SIZE;
+  const int own = lane() % LANES, width = h.p.width;
   float sum = 0.0f;
-  if (row >= p.queries) {
-    // Its lanes still take part in the sums.
-  } else if (p.aligned) {
-    for (int i = own * SIZE; i < p.width; i += LANES * SIZE) {
-      const Pack<T> a = load<SIZE>(y + i), b = load<SIZE>(dy + i);
+  if (query < h.queries) {
+    const T *const y = h.row(h.p.y, h.first_query + query), *const dy = h.row(h.p.dy, h.first_query + query);
+    if (h.p.aligned) {
+      for (int i = own * SIZE; i < width; i += LANES * SIZE) {
+        const Pack<T> a = load<SIZE>(y + i), b = load<SIZE>(dy + i);
 #pragma unroll
-      for (int j = 0; j < SIZE; j++) sum += widen(a.values[j]) * widen(b.values[j]);
+        for (int j = 0; j < SIZE; j++) sum += widen(a.values[j]) * widen(b.values[j]);
+      }
+    } else {
+      for (int i = own; i < width; i += LANES) sum += widen(y[i]) * widen(dy[i]);
     }
-  } else {
-    for (int i = own; i < p.width; i += LANES) sum += widen(y[i]) * widen(dy[i]);
   }
-  for (int mask = LANES / 2; mask > 0; mask /= 2) sum += from_lane_xor(sum, mask);
-  if (own == 0 && row < p.queries) p.delta[static_cast<int64_t>(head) * p.queries + row] = sum;
+  return row_sum(sum);
 }
 
 // Adds the gradients to the scores of a tile of queries and one of keys, `[rows, rows + 1]`, to the sums of their distances: a thread
@@ -60,11 +56,14 @@ template <typename T, int WIDTH, bool BIAS> __device__ inline void attention_gra
   h.template copy_queries<WIDTH>(q, p.q, tile.first);
   h.template copy_queries<WIDTH>(dy, p.dy, tile.first);
   // Rows that are not there have no probabilities: the sums by distances take them in.
-  float shift[2] = {INFINITY, INFINITY}, delta[2] = {0.0f, 0.0f};
+  float shift[2] = {INFINITY, INFINITY}, delta[2];
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int query = own + row_of(half);
-    if (query < h.queries) shift[half] = p.normalisers[h.of_row(query)], delta[half] = p.delta[h.of_row(query)];
+    delta[half] = row_product(h, query);
+    if (query >= h.queries) continue;
+    shift[half] = p.normalisers[h.of_row(query)];
+    if (lane() % 4 == 0) p.delta[h.of_row(query)] = delta[half]; // for the keys' kernel
   }
   float dq[WIDTH / 8][4];
   clear(dq);
@@ -93,8 +92,7 @@ template <typename T, int WIDTH, bool BIAS> __device__ inline void attention_gra
       add_diagonals<T>(p, by_rows, first, tile.first);
     }
   });
-  T *const out = static_cast<T *>(p.dq) + h.place(h.first_query + tile.first);
-  store_rows(dq, out, h.stride, rows, p.width, [](int) { return 1.0f; });
+  store_rows(dq, h.row(p.dq, h.first_query + tile.first), p.dq.stride, rows, p.width, [](int) { return 1.0f; });
 }
 
 // The same with rows and columns exchanged: dk = dS^T q, dv = (P f)^T dy. A warp has 16 keys.
@@ -145,12 +143,12 @@ template <typename T, int WIDTH> __device__ inline void attention_gradient_keys(
     each_pair(ds, dp, [&](float &s, float dp, int, int n) { s *= dp - delta[n]; });
     multiply_sums<WIDTH, L::ROWS, L::LDS>(dk, ds, scratch, q, L::LD);
   });
-  const int64_t place = h.place(h.first_key + tile.first);
-  store_rows(dk, static_cast<T *>(p.dk) + place, h.stride, rows, p.width, [](int) { return 1.0f; });
-  store_rows(dv, static_cast<T *>(p.dv) + place, h.stride, rows, p.width, [](int) { return 1.0f; });
+  const int first = h.first_key + tile.first;
+  store_rows(dk, h.row(p.dk, first), p.dk.stride, rows, p.width, [](int) { return 1.0f; });
+  store_rows(dv, h.row(p.dv, first), p.dv.stride, rows, p.width, [](int) { return 1.0f; });
 }
 
-constexpr int DELTA_THREADS = 256, BIAS_THREADS = 256;
+constexpr int BIAS_THREADS = 256;
 
 // A block a head: its tiles' sums by distances are added up in the place of the first one's, and then by buckets.
 KERNEL(attention_gradient_bias, AttentionParams, BIAS_THREADS) {
@@ -190,5 +188,3 @@ ATTENTION_KERNELS(bf16, 256, 1, 1, 1)
 ATTENTION_KERNELS(f32, 64, 6, 6, 6)
 ATTENTION_KERNELS(f32, 128, 4, 4, 4)
 ATTENTION_KERNELS(f32, 256, 1, 1, 1)
-KERNEL(attention_delta_bf16, AttentionParams, DELTA_THREADS) { attention_delta<bf16>(p); }
-KERNEL(attention_delta_f32, AttentionParams, DELTA_THREADS) { attention_delta<float>(p); }

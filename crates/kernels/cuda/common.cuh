@@ -103,6 +103,14 @@ template <typename T> __device__ inline bool is_aligned(const T *p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
+// The rows of a matrix, or of some of its columns.
+struct Rows {
+  void *first;
+  int64_t stride; // numbers from row to row
+
+  template <typename T> __device__ T *row(int64_t row) const { return static_cast<T *>(first) + row * stride; }
+};
+
 __device__ inline int lane() { return static_cast<int>(threadIdx.x) % 32; }
 __device__ inline int warp() { return static_cast<int>(threadIdx.x) / 32; }
 

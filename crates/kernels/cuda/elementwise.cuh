@@ -3,9 +3,8 @@
 #include "common.cuh"
 
 struct ElementwiseParams {
-  const void *a, *b, *c;
-  void *out, *second;
-  int64_t count;
+  Rows a, b, c, out, second;
+  int64_t rows, columns; // one row where no rows lie apart
 };
 
 enum class Activation { Relu, GeluNew, Silu };
@@ -33,36 +32,53 @@ struct Results {
   float first, second;
 };
 
-// Calls `f(a, b, c)` for every number; `IN` operands are read and `OUT` results written.
+// Calls `f(row, column)` for every N numbers of a row's columns `begin ...` before `end`, whose count N divides.
+template <int N, typename F> __device__ inline void each_pack(int64_t rows, int64_t begin, int64_t end, F f) {
+  const int64_t packs = (end - begin) / N, threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  if (packs == 0) return;
+  // From one pack of the thread's to the next it is so many rows and packs; one row needs no division.
+  int64_t row = 0, pack = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, rows_on = 0, packs_on = threads;
+  if (rows > 1) {
+    row = pack / packs, pack %= packs;
+    rows_on = threads / packs, packs_on = threads % packs;
+  }
+  while (row < rows && pack < packs) {
+    f(row, begin + pack * N);
+    row += rows_on, pack += packs_on;
+    if (rows > 1 && pack >= packs) row++, pack -= packs;
+  }
+}
+
+// Writes `f(a, b, c)` for every number; `IN` operands are read and `OUT` results written.
 template <typename A, typename O, int IN, int OUT, typename F> __device__ inline void each(const ElementwiseParams &p, F f) {
-  const A *const a = static_cast<const A *>(p.a), *const b = static_cast<const A *>(p.b), *const c = static_cast<const A *>(p.c);
-  O *const out = static_cast<O *>(p.out), *const second = static_cast<O *>(p.second);
   // As many numbers as the wider of the two types has in 16 bytes.
   constexpr int SIZE = sizeof(A) > sizeof(O) ? Pack<A>::SIZE : Pack<O>::SIZE;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const bool aligned = is_aligned(a) && (IN < 2 || is_aligned(b)) && (IN < 3 || is_aligned(c)) && is_aligned(out) &&
-                       (OUT < 2 || is_aligned(second));
-  const int64_t packs = aligned ? p.count / SIZE : 0;
-  for (int64_t pack = first; pack < packs; pack += stride) {
-    Several<A, SIZE> x = load<SIZE>(a + pack * SIZE), y = x, z = x;
-    if constexpr (IN > 1) y = load<SIZE>(b + pack * SIZE);
-    if constexpr (IN > 2) z = load<SIZE>(c + pack * SIZE);
+  const auto aligned = [&](const Rows &rows) { return is_aligned(rows.first) && (p.rows == 1 || rows.stride % SIZE == 0); };
+  const bool packed = aligned(p.a) && (IN < 2 || aligned(p.b)) && (IN < 3 || aligned(p.c)) && aligned(p.out) && (OUT < 2 || aligned(p.second));
+  const int64_t in_packs = packed ? p.columns / SIZE * SIZE : 0;
+  each_pack<SIZE>(p.rows, 0, in_packs, [&](int64_t row, int64_t i) {
+    Several<A, SIZE> x = load<SIZE>(p.a.row<const A>(row) + i), y = x, z = x;
+    if constexpr (IN > 1) y = load<SIZE>(p.b.row<const A>(row) + i);
+    if constexpr (IN > 2) z = load<SIZE>(p.c.row<const A>(row) + i);
     Several<O, SIZE> r, s;
 #pragma unroll
-    for (int i = 0; i < SIZE; i++) {
-      const Results result = f(widen(x.values[i]), widen(y.values[i]), widen(z.values[i]));
-      r.values[i] = narrow<O>(result.first);
-      if constexpr (OUT > 1) s.values[i] = narrow<O>(result.second);
+    for (int j = 0; j < SIZE; j++) {
+      const Results result = f(widen(x.values[j]), widen(y.values[j]), widen(z.values[j]));
+      r.values[j] = narrow<O>(result.first);
+      if constexpr (OUT > 1) s.values[j] = narrow<O>(result.second);
     }
-    store(out + pack * SIZE, r);
-    if constexpr (OUT > 1) store(second + pack * SIZE, s);
-  }
-  for (int64_t i = packs * SIZE + first; i < p.count; i += stride) {
-    const Results result = f(widen(a[i]), IN > 1 ? widen(b[i]) : 0.0f, IN > 2 ? widen(c[i]) : 0.0f);
-    out[i] = narrow<O>(result.first);
-    if constexpr (OUT > 1) second[i] = narrow<O>(result.second);
-  }
+    store(p.out.row<O>(row) + i, r);
+    if constexpr (OUT > 1) store(p.second.row<O>(row) + i, s);
+  });
+  each_pack<1>(p.rows, in_packs, p.columns, [&](int64_t row, int64_t i) {
+    const float a = widen(p.a.row<const A>(row)[i]);
+    float b = 0.0f, c = 0.0f;
+    if constexpr (IN > 1) b = widen(p.b.row<const A>(row)[i]);
+    if constexpr (IN > 2) c = widen(p.c.row<const A>(row)[i]);
+    const Results result = f(a, b, c);
+    p.out.row<O>(row)[i] = narrow<O>(result.first);
+    if constexpr (OUT > 1) p.second.row<O>(row)[i] = narrow<O>(result.second);
+  });
 }
 
 constexpr int ELEMENTWISE_THREADS = 256;

@@ -138,6 +138,22 @@ impl Frozen {
         }
     }
 
+    /// Whether `next` has the rows below this one's in the same matrix on a device, and the same use.
+    pub(crate) fn is_above(&self, next: &Self) -> bool {
+        let same = match (&self.data, &next.data) {
+            (Data::Device(own), Data::Device(other)) => own.id() == other.id(),
+            _ => false,
+        };
+        let below = self.offset + self.rows * self.stride;
+        let [own, other] = [self, next].map(|w| (w.cols, w.stride, w.usual_rows));
+        same && below == next.offset && own == other
+    }
+
+    /// With the rows below, if [`Self::is_above`] says that they are `next`'s.
+    pub(crate) fn with_below(self, next: &Self) -> Self {
+        Self { rows: self.rows + next.rows, ..self }
+    }
+
     /// Of the first number, in the matrix of which this is a part.
     pub(crate) fn offset(&self) -> usize {
         self.offset

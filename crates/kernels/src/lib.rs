@@ -41,7 +41,9 @@ pub use gpu::device::{
 #[cfg(feature = "emulator")]
 pub use gpu::emulated::{fail as fail_emulated_gpu, limit as limit_emulated_gpu, on as on_emulated_gpu};
 pub use isa::{Isa, isa};
-pub use linear::{linear, linear_add, linear_gradient, linear_gradient_add, linear_weight_gradient};
+pub use linear::{
+    linear, linear_add, linear_each, linear_gradient, linear_gradient_add, linear_weight_gradient,
+};
 pub use loss::{Best, LossSlope, Softmax, Targets, best, cross_entropy_gradient};
 pub use math::tanh;
 pub use norm::{rms_norm, rms_norm_gradient, rms_norm_weight_gradient};

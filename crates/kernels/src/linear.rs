@@ -29,6 +29,24 @@ pub fn linear(x: &Tensor, w: &Frozen, out: DType) -> Result<Tensor> {
     linear_on(isa(), x, w, out)
 }
 
+/// [`linear`] for each of several weights. On a GPU those that lie below each other ([`Frozen::to_device_together`]) are one product, and
+/// their results columns of one matrix.
+///
+/// # Errors
+/// If the shapes or types do not fit.
+pub fn linear_each<const N: usize>(x: &Tensor, weights: [&Frozen; N], out: DType) -> Result<[Tensor; N]> {
+    let op = "linear_each";
+    expect_activation(op, out)?;
+    for w in weights {
+        check_input(op, x, w.cols(), "in")?;
+    }
+    if let Some(gpu) = Gpu::of(x)? {
+        return gpu::linear::each(&gpu, op, x, weights, out);
+    }
+    let results = weights.iter().map(|w| linear_on(isa(), x, w, out)).collect::<Result<Vec<_>>>()?;
+    Ok(results.try_into().unwrap_or_else(|_| unreachable!("each weight has a result")))
+}
+
 pub(crate) fn linear_on(isa: Isa, x: &Tensor, w: &Frozen, out: DType) -> Result<Tensor> {
     let op = "linear";
     expect_activation(op, out)?;
@@ -71,7 +89,8 @@ pub(crate) fn linear_add_on(isa: Isa, residual: &Tensor, x: &Tensor, w: &Frozen)
 }
 
 /// The gradient to the common input of several linear layers: the sum of `dy w` over the pairs `(dy, w)`, `dy` `[T, out]`,
-/// `w` `[out, in]`; the result is `[T, in]` of type `out` (bf16 or f32), summed in f32.
+/// `w` `[out, in]`; the result is `[T, in]` of type `out` (bf16 or f32), summed in f32. On a GPU pairs of gradients that lie beside each
+/// other, to results of [`linear_each`], are one product.
 ///
 /// # Errors
 /// If the shapes or types do not fit.

@@ -8,8 +8,8 @@ use candle_core::{DType, Tensor};
 use incipit_kernels::{
     Activation, Attended, Attention, Buckets, Dropout, Frozen, Segments, activate, activate_gradient,
     attention, attention_gradient, attention_gradient_with_bias, dropout, gated, gated_gradient, linear,
-    linear_add, linear_gradient, linear_gradient_add, rms_norm, rms_norm_gradient, rms_norm_weight_gradient,
-    rounded,
+    linear_add, linear_each, linear_gradient, linear_gradient_add, rms_norm, rms_norm_gradient,
+    rms_norm_weight_gradient, rounded,
 };
 
 use crate::Result;
@@ -184,18 +184,25 @@ impl AttentionLayer {
         let (d, inner) = (config.d_model, config.inner());
         let stack = name.split('.').next().unwrap_or_default();
         let positions = || (position_table(stack), config.buckets(stack == "encoder"));
-        let part =
-            |part: &str, shape: [usize; 2]| source.weight(&format!("{name}.{kind}.{part}.weight"), &shape);
+        let part = |part: &str| format!("{name}.{kind}.{part}.weight");
+        let from_rows = [inner, d];
+        // Queries of cross-attention are made of other rows than its keys and values.
+        let [q, k, v] = if kind == "SelfAttention" {
+            source.weights(["q", "k", "v"].map(part), &from_rows)?
+        } else {
+            let [k, v] = source.weights(["k", "v"].map(part), &from_rows)?;
+            [source.weight(&part("q"), &from_rows)?, k, v]
+        };
         Ok(Self {
             axis: axis.clone(),
             first_head: axis.first(config.num_heads),
             norm: Norm::load(config, source, &format!("{name}.layer_norm"), 1.0)?,
-            q: part("q", [inner, d])?,
-            k: part("k", [inner, d])?,
-            v: part("v", [inner, d])?,
+            q,
+            k,
+            v,
             positions: (kind == "SelfAttention").then(positions),
             prefix: Prefix::load(source, &format!("{name}.{kind}"), inner)?,
-            end: End::load(source, axis, name, part("o", [d, inner])?)?,
+            end: End::load(source, axis, name, source.weight(&part("o"), &[d, inner])?)?,
         })
     }
 
@@ -207,7 +214,8 @@ impl AttentionLayer {
 
     /// The keys and values of the normed rows `y` `[T, D]`.
     pub(crate) fn keys_and_values(&self, y: &Tensor) -> Result<(Tensor, Tensor)> {
-        Ok((linear(y, &self.k.matrix, y.dtype())?, linear(y, &self.v.matrix, y.dtype())?))
+        let [k, v] = linear_each(y, [&self.k.matrix, &self.v.matrix], y.dtype())?;
+        Ok((k, v))
     }
 
     /// `x + attention(norm(x))`: `x` `[T, D]` f32. Keys and values are made of `x` unless they are `given`.
@@ -220,8 +228,13 @@ impl AttentionLayer {
         dtype: DType,
     ) -> Result<(Tensor, AttentionState)> {
         let y = self.norm.forward(&x, dtype)?;
-        let q = linear(&y, &self.q.matrix, dtype)?;
-        let own = given.map_or_else(|| self.keys_and_values(&y), Ok)?;
+        let (q, own) = match given {
+            Some(given) => (linear(&y, &self.q.matrix, dtype)?, given),
+            None => {
+                let [q, k, v] = linear_each(&y, [&self.q, &self.k, &self.v].map(|w| &w.matrix), dtype)?;
+                (q, (k, v))
+            }
+        };
         let (k, v) = match &self.prefix {
             Some(prefix) => prefix.before(spec.keys, own)?,
             None => own,
@@ -399,17 +412,19 @@ pub(crate) struct FeedForwardState {
 impl FeedForward {
     pub(crate) fn load(config: &Config, source: Slices<'_>, axis: &TensorAxis, name: &str) -> Result<Self> {
         let (d, f) = (config.d_model, config.d_ff);
-        let names: &[&str] = if config.gated { &["wi_0", "wi_1"] } else { &["wi"] };
-        let part = |part: &str, shape: [usize; 2]| {
-            source.weight(&format!("{name}.DenseReluDense.{part}.weight"), &shape)
+        let part = |part: &str| format!("{name}.DenseReluDense.{part}.weight");
+        let into = if config.gated {
+            source.weights(["wi_0", "wi_1"].map(part), &[f, d])?.to_vec()
+        } else {
+            vec![source.weight(&part("wi"), &[f, d])?]
         };
         Ok(Self {
             norm: Norm::load(config, source, &format!("{name}.layer_norm"), 1.0)?,
             activation: config.activation,
-            into: names.iter().map(|n| part(n, [f, d])).collect::<Result<_>>()?,
+            into,
             axis: axis.clone(),
             columns: (axis.first(f), f),
-            end: End::load(source, axis, name, part("wo", [d, f])?)?,
+            end: End::load(source, axis, name, source.weight(&part("wo"), &[d, f])?)?,
         })
     }
 
@@ -422,9 +437,10 @@ impl FeedForward {
     /// The inside for `x` `[T, D]` f32: all that backward needs, and what [`FeedForward::output`] goes on from.
     pub(crate) fn inside(&self, x: Tensor, dtype: DType) -> Result<FeedForwardState> {
         let y = self.norm.forward(&x, dtype)?;
-        let inner: incipit_kernels::Result<Vec<_>> =
-            self.into.iter().map(|w| linear(&y, &w.matrix, dtype)).collect();
-        let inner = inner?;
+        let inner = match &self.into[..] {
+            [gate, up] => linear_each(&y, [&gate.matrix, &up.matrix], dtype)?.to_vec(),
+            plain => vec![linear(&y, &plain[0].matrix, dtype)?],
+        };
         Ok(FeedForwardState { x, inner })
     }
 

@@ -110,7 +110,20 @@ pub(crate) struct Weight {
 impl Slices<'_> {
     /// This rank's part of the tensor `name`, whose whole shape is `shape`, on the device, with its name.
     pub(crate) fn weight(&self, name: &str, shape: &[usize]) -> Result<Weight> {
-        Ok(Weight { name: name.to_owned(), matrix: self.frozen(name, shape)? })
+        let [weight] = self.weights([name.to_owned()], shape)?;
+        Ok(weight)
+    }
+
+    /// The same of several tensors of one shape, which meet the same rows: on a GPU each lies below the one before.
+    pub(crate) fn weights<const N: usize>(&self, names: [String; N], shape: &[usize]) -> Result<[Weight; N]> {
+        let parts = names.iter().map(|name| self.on_host(name, shape)).collect::<Result<Vec<_>>>()?;
+        let parts = Frozen::to_device_together(&parts, self.device, self.dtype)?;
+        let mut parts = parts.into_iter();
+        Ok(names.map(|name| {
+            let matrix = parts.next().unwrap_or_else(|| unreachable!("each name has a part"));
+            let matrix = if meets_targets(&name) { matrix.for_rows(TARGET_ROWS) } else { matrix };
+            Weight { name, matrix }
+        }))
     }
 
     /// As [`Self::weight`], in main memory.
@@ -126,13 +139,7 @@ impl Slices<'_> {
         self.source.tensors().into_iter().find(|info| info.name == name)?.shape.first().copied()
     }
 
-    /// This rank's part of the tensor `name`, whose whole shape is `shape`, on the device.
-    pub(crate) fn frozen(&self, name: &str, shape: &[usize]) -> Result<Frozen> {
-        let weight = self.on_host(name, shape)?.to_device(self.device, self.dtype)?;
-        Ok(if meets_targets(name) { weight.for_rows(TARGET_ROWS) } else { weight })
-    }
-
-    /// The same in main memory: small tensors from which others are made.
+    /// This rank's part of the tensor `name`, whose whole shape is `shape`, in main memory.
     pub(crate) fn on_host(&self, name: &str, shape: &[usize]) -> Result<Frozen> {
         if self.shard.is_whole() {
             return Ok(self.source.frozen(name, shape)?);

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::rows::Dropping;
-use super::{Address, Gpu, Launch, Params, Uploaded, suffix};
+use super::{Address, Gpu, Launch, Params, Rows, Uploaded, suffix};
 use crate::attention::{Attended, Attention, PositionBias};
 use crate::dropout::Dropout;
 use crate::segments::Segments;
@@ -13,15 +13,15 @@ use crate::{Error, Result};
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct AttentionParams {
-    q: Address,
-    k: Address,
-    v: Address,
-    y: Address,
-    dy: Address,
-    out: Address,
-    dq: Address,
-    dk: Address,
-    dv: Address,
+    q: Rows,
+    k: Rows,
+    v: Rows,
+    y: Rows,
+    dy: Rows,
+    out: Rows,
+    dq: Rows,
+    dk: Rows,
+    dv: Rows,
     normalisers: Address,
     delta: Address,
     query_offsets: Address,
@@ -47,10 +47,6 @@ struct AttentionParams {
 // SAFETY: the C++ struct has the same fields.
 unsafe impl Params for AttentionParams {}
 
-/// `DELTA_THREADS` of `attention.cuh`.
-const DELTA_THREADS: u32 = 256;
-/// Of them those that share a row of a head.
-const DELTA_LANES: usize = 8;
 /// `BIAS_THREADS` of `attention.cuh`.
 const BIAS_THREADS: u32 = 256;
 /// Rows of the largest tile, `Tiles` of `tiles.cuh`.
@@ -79,15 +75,15 @@ impl<'a> Call<'a> {
         };
         let none = Address::NONE;
         let mut params = AttentionParams {
-            q: none,
-            k: none,
-            v: none,
-            y: none,
-            dy: none,
-            out: none,
-            dq: none,
-            dk: none,
-            dv: none,
+            q: Rows::NONE,
+            k: Rows::NONE,
+            v: Rows::NONE,
+            y: Rows::NONE,
+            dy: Rows::NONE,
+            out: Rows::NONE,
+            dq: Rows::NONE,
+            dk: Rows::NONE,
+            dv: Rows::NONE,
             normalisers: none,
             delta: none,
             query_offsets: spec.queries.offsets_on(gpu)?,
@@ -137,8 +133,9 @@ impl<'a> Call<'a> {
     /// Whether the rows of a head can be read 16 bytes at a time.
     fn aligned(&self) -> bool {
         let AttentionParams { q, k, v, y, dy, width, .. } = self.params;
-        let row = Address(width as u64 * self.dtype.size_in_bytes() as u64);
-        [q, k, v, y, dy, row].iter().all(|Address(place)| place % 16 == 0)
+        let pack = 16 / self.dtype.size_in_bytes() as i64;
+        let rows = [q, k, v, y, dy].iter().all(|rows| rows.first.0 % 16 == 0 && rows.stride % pack == 0);
+        rows && i64::from(width) % pack == 0
     }
 
     /// Launches a kernel with a block for each tile of `segments` and head. In shared memory lie the block's `own` tiles of rows, two
@@ -213,11 +210,11 @@ pub(crate) fn attention(
     let mut call = Call::new(gpu, op, spec, q)?;
     let output = gpu.output(op, q.dims(), q.dtype())?;
     let normalisers = gpu.output(op, &[spec.heads, spec.queries.total()], DType::F32)?;
-    let (q, k, v) = (gpu.operand(op, q)?, gpu.operand(op, k)?, gpu.operand(op, v)?);
-    call.params.q = q.address;
-    call.params.k = k.address;
-    call.params.v = v.address;
-    call.params.out = output.address;
+    let (q, k, v) = (gpu.matrix(op, q)?, gpu.matrix(op, k)?, gpu.matrix(op, v)?);
+    call.params.q = q.rows();
+    call.params.k = k.rows();
+    call.params.v = v.rows();
+    call.params.out = Rows { first: output.address, stride: q.cols as i64 };
     call.params.normalisers = normalisers.address;
     call.params.aligned = i32::from(call.aligned());
     // SAFETY: the shapes were checked, and the outputs are as large as the queries.
@@ -260,30 +257,28 @@ fn gradients(
     let op = "attention_gradient";
     let mut call = Call::new(gpu, op, spec, q)?;
     let delta = gpu.output(op, &[spec.heads, spec.queries.total()], DType::F32)?;
-    let [dq, dk, dv] = [q, k, v].map(|like| gpu.output(op, like.dims(), like.dtype()));
-    let (dq, dk, dv) = (dq?, dk?, dv?);
-    let operands = [q, k, v, &attended.output, dy, &attended.normalisers].map(|t| gpu.operand(op, t));
-    let [q, k, v, y, dy, normalisers] = operands;
-    let (q, k, v, y, dy, normalisers) = (q?, k?, v?, y?, dy?, normalisers?);
+    // Beside each other where the operands are: then the gradient to what they were made of is one product.
+    let outputs = gpu.matrices_like(op, &[q, k, v], q.dtype())?;
+    let all = [q, k, v, &attended.output, dy].into_iter().chain(&outputs);
+    let all = all.map(|tensor| gpu.matrix(op, tensor)).collect::<Result<Vec<_>>>()?;
+    let normalisers = gpu.operand(op, &attended.normalisers)?;
+    let [q, k, v, y, dy, dq, dk, dv] = std::array::from_fn(|i| all[i].rows());
     call.params = AttentionParams {
-        q: q.address,
-        k: k.address,
-        v: v.address,
-        y: y.address,
-        dy: dy.address,
-        dq: dq.address,
-        dk: dk.address,
-        dv: dv.address,
+        q,
+        k,
+        v,
+        y,
+        dy,
+        dq,
+        dk,
+        dv,
         normalisers: normalisers.address,
         delta: delta.address,
         ..call.params
     };
-    let pairs = spec.queries.total() * spec.heads;
-    let deltas = Launch::blocks(pairs.div_ceil(DELTA_THREADS as usize / DELTA_LANES), DELTA_THREADS);
     call.params.aligned = i32::from(call.aligned());
     // SAFETY: the shapes were checked, and gradients are as large as what they are of.
     unsafe {
-        gpu.launch(&format!("attention_delta_{}", suffix(call.dtype)), deltas, &call.params)?;
         match trained {
             Some((bias, table)) => call.launch_with_bias(bias, table)?,
             None => call.launch("attention_gradient_queries", spec.queries, (2, 0))?,
@@ -291,5 +286,6 @@ fn gradients(
         let of_queries = 2 * call.stages();
         call.launch("attention_gradient_keys", spec.keys, (2, of_queries))?;
     }
-    Ok([dq.tensor(), dk.tensor(), dv.tensor()])
+    drop(all);
+    Ok(outputs.try_into().unwrap_or_else(|_| unreachable!("each operand has a gradient")))
 }

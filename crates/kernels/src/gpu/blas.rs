@@ -51,7 +51,7 @@ struct Kind {
     columns: usize,
     contracted: usize,
     usual_rows: usize,
-    stride: usize,
+    strides: [usize; 2],
     transposed: bool,
     dtypes: [DType; 2],
     adds: bool,
@@ -69,7 +69,7 @@ impl Kind {
             columns,
             contracted,
             usual_rows: product.usual_rows,
-            stride: product.w_stride,
+            strides: [product.w_stride, product.a_stride],
             transposed: product.layout == Layout::ColumnsAsRows,
             dtypes: [product.dtype, product.out_dtype],
             adds: product.added != Address::NONE,
@@ -110,7 +110,7 @@ impl Described {
             operation: result::create_matmul_desc(compute, sys::cudaDataType_t::CUDA_R_32F)
                 .map_err(library("a product"))?,
             w: layout(product.dtype, height, width, product.w_stride as i64)?,
-            a: layout(product.dtype, contracted, rows, contracted as i64)?,
+            a: layout(product.dtype, contracted, rows, product.a_stride as i64)?,
             out: layout(product.out_dtype, columns, rows, columns as i64)?,
         };
         // `cublasOperation_t`: CUBLAS_OP_N is 0, CUBLAS_OP_T is 1.

@@ -152,16 +152,41 @@ impl Frozen {
     /// # Errors
     /// If the device's memory does not suffice: the message says what was needed.
     pub fn to_device(&self, device: &Device, dtype: candle_core::DType) -> Result<Frozen> {
-        match super::Gpu::at(device)? {
-            None => Ok(self.clone()),
-            #[cfg(feature = "cuda")]
-            Some(super::Gpu::Cuda(handle)) => super::upload::upload(&handle, self, dtype),
-            #[cfg(feature = "emulator")]
-            Some(super::Gpu::Emulated) => {
-                let dims = (self.rows(), self.cols());
-                let tensor = candle_core::Tensor::from_vec(self.to_f32(), dims, device)?.to_dtype(dtype)?;
-                Ok(Frozen::from_device(tensor))
-            }
+        Ok(Self::to_device_together(std::slice::from_ref(self), device, dtype)?.swap_remove(0))
+    }
+
+    /// The same of several weights with as many columns. On a GPU each lies below the one before, so that products with all of them are
+    /// one: see [`linear_each`](crate::linear_each) and [`linear_gradient`](crate::linear_gradient).
+    ///
+    /// # Errors
+    /// As [`Self::to_device`]; also if they have not as many columns.
+    pub fn to_device_together(
+        weights: &[Frozen],
+        device: &Device,
+        dtype: candle_core::DType,
+    ) -> Result<Vec<Frozen>> {
+        let Some(gpu) = super::Gpu::at(device)? else { return Ok(weights.to_vec()) };
+        let Some(cols) = weights.first().map(Frozen::cols) else { return Ok(Vec::new()) };
+        if let Some(other) = weights.iter().find(|weight| weight.cols() != cols) {
+            let what = format!("{other:?} below weights of {cols} columns");
+            return Err(Error::Shape { op: "to_device_together", what });
         }
+        let whole = match gpu {
+            #[cfg(feature = "cuda")]
+            super::Gpu::Cuda(handle) => super::upload::upload(&handle, weights, dtype)?,
+            #[cfg(feature = "emulator")]
+            super::Gpu::Emulated => {
+                let values: Vec<f32> = weights.iter().flat_map(Frozen::to_f32).collect();
+                let dims = (values.len() / cols.max(1), cols);
+                Frozen::from_device(candle_core::Tensor::from_vec(values, dims, device)?.to_dtype(dtype)?)
+            }
+        };
+        let mut first = 0;
+        let part = |weight: &Frozen| {
+            let part = whole.part((first, weight.rows()), (0, cols));
+            first += weight.rows();
+            part.for_rows(weight.usual_rows())
+        };
+        Ok(weights.iter().map(part).collect())
     }
 }

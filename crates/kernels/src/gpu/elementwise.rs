@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{Address, Gpu, Launch, Params, suffix};
+use super::{Address, Gpu, Launch, Params, Rows, suffix};
 use crate::tensor::{dims2, expect_dims};
 use crate::{Activation, Error, Result};
 
@@ -10,9 +10,11 @@ use crate::{Activation, Error, Result};
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct ElementwiseParams {
-    operands: [Address; 3],
-    outputs: [Address; 2],
-    count: i64,
+    operands: [Rows; 3],
+    outputs: [Rows; 2],
+    /// 1 where no rows lie apart.
+    rows: i64,
+    columns: i64,
 }
 // SAFETY: the C++ struct has the same fields.
 unsafe impl Params for ElementwiseParams {}
@@ -27,7 +29,7 @@ pub(super) fn over(count: usize) -> Launch {
     Launch::blocks(count.div_ceil(THREADS as usize * PER_THREAD).min(MOST_BLOCKS), THREADS)
 }
 
-/// `outs` results of type `out`, of operands that are all of one type and shape.
+/// `OUT` results of type `out`, of operands that are all of one type and shape. Several lie as the first operands do.
 fn elementwise<const OUT: usize>(
     gpu: &Gpu,
     (op, kernel): (&'static str, &str),
@@ -35,30 +37,29 @@ fn elementwise<const OUT: usize>(
     out: DType,
 ) -> Result<[Tensor; OUT]> {
     let (rows, columns) = dims2(op, operands[0])?;
-    let mut params = ElementwiseParams {
-        operands: [Address::NONE; 3],
-        outputs: [Address::NONE; 2],
-        count: (rows * columns) as i64,
-    };
-    let mut held = Vec::with_capacity(3);
-    for (address, operand) in params.operands.iter_mut().zip(operands) {
+    for operand in operands {
         expect_dims(op, "an operand", operand, &[rows, columns])?;
         if operand.dtype() != operands[0].dtype() {
             return Err(Error::Shape { op, what: "the operands are of different types".to_owned() });
         }
-        let operand = gpu.operand(op, operand)?;
-        *address = operand.address;
-        held.push(operand);
     }
-    let mut outputs = Vec::with_capacity(OUT);
-    for address in params.outputs.iter_mut().take(OUT) {
-        let output = gpu.output(op, &[rows, columns], out)?;
-        *address = output.address;
-        outputs.push(output.tensor());
-    }
-    // SAFETY: all operands and outputs have as many numbers.
+    let results = gpu.matrices_like(op, &operands[..OUT], out)?;
+    let inputs = operands.iter().map(|operand| gpu.matrix(op, operand)).collect::<Result<Vec<_>>>()?;
+    let outputs = results.iter().map(|result| gpu.matrix(op, result)).collect::<Result<Vec<_>>>()?;
+    let apart = inputs.iter().chain(&outputs).any(|matrix| matrix.stride != columns);
+    let (rows, columns) = if apart { (rows, columns) } else { (1, rows * columns) };
+    let mut params = ElementwiseParams {
+        operands: [Rows::NONE; 3],
+        outputs: [Rows::NONE; 2],
+        rows: rows as i64,
+        columns: columns as i64,
+    };
+    params.operands.iter_mut().zip(&inputs).for_each(|(to, matrix)| *to = matrix.rows());
+    params.outputs.iter_mut().zip(&outputs).for_each(|(to, matrix)| *to = matrix.rows());
+    // SAFETY: all operands and outputs have as many rows and columns.
     unsafe { gpu.launch(kernel, over(rows * columns), &params)? };
-    Ok(outputs.try_into().unwrap_or_else(|_| unreachable!("{OUT} outputs were made")))
+    drop((inputs, outputs));
+    Ok(results.try_into().unwrap_or_else(|_| unreachable!("{OUT} results were made")))
 }
 
 /// An f32 tensor rounded to bf16.

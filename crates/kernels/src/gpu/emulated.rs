@@ -148,7 +148,8 @@ pub(super) unsafe fn multiply(product: &Product) {
 /// # Safety
 /// As for [`multiply`]; the types must be the product's.
 unsafe fn multiply_as<A: Element, O: Element>(product: &Product) {
-    let Product { a, w, w_stride, layout, out, added, dims: [rows, columns, contracted], .. } = *product;
+    let Product { a, a_stride, w, w_stride, layout, out, added, dims: [rows, columns, contracted], .. } =
+        *product;
     let [w_rows, w_columns] = match layout {
         Layout::ColumnsAsRows => [columns, contracted],
         Layout::Rows => [contracted, columns],
@@ -156,13 +157,13 @@ unsafe fn multiply_as<A: Element, O: Element>(product: &Product) {
     // SAFETY: the caller's promise; the result is not read through other names meanwhile.
     let (a, w, out) = unsafe {
         (
-            std::slice::from_raw_parts(a.0 as *const A, rows * contracted),
+            std::slice::from_raw_parts(a.0 as *const A, (rows - 1) * a_stride + contracted),
             std::slice::from_raw_parts(w.0 as *const A, (w_rows - 1) * w_stride + w_columns),
             std::slice::from_raw_parts_mut(out.0 as *mut O, rows * columns),
         )
     };
     out.par_chunks_mut(columns).enumerate().for_each(|(row, out)| {
-        let a = &a[row * contracted..(row + 1) * contracted];
+        let a = &a[row * a_stride..][..contracted];
         for (column, out) in out.iter_mut().enumerate() {
             let number = |k: usize| match layout {
                 Layout::ColumnsAsRows => w[column * w_stride + k].widen(),

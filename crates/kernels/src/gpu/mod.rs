@@ -37,6 +37,7 @@ use candle_core::op::BackpropOp;
 use candle_core::{DType, Device, Storage, StorageRef, Tensor};
 
 use crate::gemm::pack::Layout;
+use crate::tensor::dims2;
 use crate::{Error, Result};
 
 /// A place in the device's memory, as kernels get it; 0 for none.
@@ -91,10 +92,12 @@ impl Launch {
 }
 
 /// `out = a w^T`, `w` stored `[n, k]` ([`Layout::ColumnsAsRows`]), or `out = a w`, `w` stored `[k, n]` ([`Layout::Rows`]), plus
-/// `added`, all row-major; summed in f32.
+/// `added`, all row-major, and the latter two without gaps; summed in f32.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Product {
     pub(crate) a: Address,
+    /// Numbers from row to row of `a`.
+    pub(crate) a_stride: usize,
     pub(crate) w: Address,
     /// Numbers from row to row of `w`.
     pub(crate) w_stride: usize,
@@ -125,6 +128,46 @@ pub(crate) enum Gpu {
 pub(crate) struct Operand<'a> {
     _storage: StorageRef<'a>,
     pub(crate) address: Address,
+}
+
+/// A matrix on the device, which lives as long as this. Its rows may lie apart, as those of some columns of a wider one do.
+pub(crate) struct Matrix<'a> {
+    storage: StorageRef<'a>,
+    pub(crate) address: Address,
+    /// Of the first number among those of the storage.
+    offset: usize,
+    /// Numbers from the start of one row to the start of the next.
+    pub(crate) stride: usize,
+    rows: usize,
+    pub(crate) cols: usize,
+}
+
+impl Matrix<'_> {
+    /// Whether `next` has the columns behind this one's in the same matrix.
+    pub(crate) fn is_beside(&self, next: &Self) -> bool {
+        let same = std::ptr::eq(&raw const *self.storage, &raw const *next.storage);
+        let [own, other] =
+            [self, next].map(|matrix| (matrix.rows, matrix.stride, matrix.offset / matrix.stride.max(1)));
+        let ends_in_row = next.offset % next.stride.max(1) + next.cols <= next.stride;
+        same && own == other && self.offset + self.cols == next.offset && ends_in_row
+    }
+
+    pub(crate) fn rows(&self) -> Rows {
+        Rows { first: self.address, stride: self.stride as i64 }
+    }
+}
+
+/// `Rows` of `common.cuh`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Rows {
+    pub(crate) first: Address,
+    /// Numbers from row to row.
+    pub(crate) stride: i64,
+}
+
+impl Rows {
+    pub(crate) const NONE: Rows = Rows { first: Address::NONE, stride: 0 };
 }
 
 /// A tensor that is being written.
@@ -172,6 +215,46 @@ impl Gpu {
         };
         let address = self.address(op, &storage)?.plus(from * tensor.dtype().size_in_bytes());
         Ok(Operand { _storage: storage, address })
+    }
+
+    /// A matrix's numbers, row by row.
+    pub(crate) fn matrix<'a>(&self, op: &'static str, tensor: &'a Tensor) -> Result<Matrix<'a>> {
+        let (rows, cols) = dims2(op, tensor)?;
+        let (storage, layout) = tensor.storage_and_layout();
+        // Where there is one row or one column, what is said of the way to the next one means nothing.
+        let stride = match *layout.stride() {
+            [stride, next] if (next == 1 || cols < 2) && stride >= cols => stride,
+            [_, next] if (next == 1 || cols < 2) && rows < 2 => cols,
+            _ => {
+                let what = format!("an operand of shape {:?} is not contiguous by rows", tensor.dims());
+                return Err(Error::Shape { op, what });
+            }
+        };
+        let offset = layout.start_offset();
+        let address = self.address(op, &storage)?.plus(offset * tensor.dtype().size_in_bytes());
+        Ok(Matrix { storage, address, offset, stride, rows, cols })
+    }
+
+    /// Room for matrices of the shapes of `like`, beside each other where those are.
+    pub(crate) fn matrices_like(
+        &self,
+        op: &'static str,
+        like: &[&Tensor],
+        dtype: DType,
+    ) -> Result<Vec<Tensor>> {
+        let matrices = like.iter().map(|tensor| self.matrix(op, tensor)).collect::<Result<Vec<_>>>()?;
+        let mut outputs = Vec::with_capacity(like.len());
+        for run in matrices.chunk_by(Matrix::is_beside) {
+            let rows = like[outputs.len()].dims()[0];
+            let cols = run.iter().map(|matrix| matrix.cols).sum();
+            let whole = self.output(op, &[rows, cols], dtype)?.tensor();
+            let mut first = 0;
+            for matrix in run {
+                outputs.push(whole.narrow(1, first, matrix.cols)?);
+                first += matrix.cols;
+            }
+        }
+        Ok(outputs)
     }
 
     /// The same if there is a tensor, of f32 numbers.

@@ -4,6 +4,7 @@
 //! CUDA device where there is one. On the emulator results must not depend on the order, to the bit.
 
 mod attention;
+mod columns;
 
 use candle_core::{DType, Device, Tensor};
 

@@ -51,16 +51,17 @@ impl Staging {
     }
 }
 
-/// The weight on the device, in the type `dtype`, row after row without gaps.
-pub(super) fn upload(handle: &Arc<Handle>, weight: &Frozen, dtype: DType) -> Result<Frozen> {
-    let (rows, columns) = (weight.rows(), weight.cols());
+/// The weights on the device, in the type `dtype`: rows of as many numbers, one after the other without gaps.
+pub(super) fn upload(handle: &Arc<Handle>, weights: &[Frozen], dtype: DType) -> Result<Frozen> {
+    let rows: usize = weights.iter().map(Frozen::rows).sum();
+    let columns = weights.first().map_or(0, Frozen::cols);
     let row_bytes = columns * dtype.size_in_bytes();
     if row_bytes > BUFFER {
         let what = format!("a weight with rows of {columns} numbers: rows have {BUFFER} bytes at most");
         return Err(Error::Shape { op: "upload", what });
     }
     let storage = Storage::Cuda(handle.room(rows * columns, dtype)?);
-    let address = Gpu::Cuda(handle.clone()).address("upload", &storage)?;
+    let mut to = Gpu::Cuda(handle.clone()).address("upload", &storage)?;
     let mut staging = lock(&handle.staging);
     let staging = match &mut *staging {
         Some(staging) => staging,
@@ -69,11 +70,13 @@ pub(super) fn upload(handle: &Arc<Handle>, weight: &Frozen, dtype: DType) -> Res
     // The memory may have been another tensor's, which kernels still read.
     staging.stream.join(&handle.stream).map_err(failed("ordering streams"))?;
     let at_once = (BUFFER / row_bytes.max(1)).max(1);
-    for first in (0..rows).step_by(at_once) {
-        let count = at_once.min(rows - first);
-        let part = weight.part((first, count), (0, columns));
-        let to = address.plus(first * row_bytes).0;
-        staging.copy(to, count * row_bytes, |bytes| fill(&part, dtype, bytes))?;
+    for weight in weights {
+        for first in (0..weight.rows()).step_by(at_once) {
+            let count = at_once.min(weight.rows() - first);
+            let (part, bytes) = (weight.part((first, count), (0, columns)), count * row_bytes);
+            staging.copy(to.0, bytes, |bytes| fill(&part, dtype, bytes))?;
+            to = to.plus(bytes);
+        }
     }
     handle.stream.join(&staging.stream).map_err(failed("ordering streams"))?;
     Ok(Frozen::from_device(Tensor::from_storage(storage, (rows, columns), BackpropOp::none(), false)))
