@@ -270,6 +270,24 @@ class Check:
             self.figures[part] = found
         self.tell(part, "ok" if found else "FAILED", f"{found['tflop_s']:.0f} TFLOP/s, {found['gb_s']:.0f} GB/s" if found else ran.why)
 
+    def products(self, part: str) -> None:
+        """PyTorch's rate of the products that take longest in G1's steps, to hold ours against."""
+        if not self.gpu or not importlib.util.find_spec("torch"):
+            self.tell(part, "skipped", "PyTorch is not here" if self.gpu else "no GPU here")
+            return
+        runs = [both["ours"] for name, both in self.figures.items() if name.startswith("G1") and "ours" in both]
+        found = [page.product(kernel["name"]) for run in runs for kernel in run["kernels"][: page.SHOWN]]
+        # A small one takes less time than to start it.
+        sizes = [size for size in found if size and size[0] * size[1] * size[2] >= 2**34]
+        if not sizes:
+            self.tell(part, "skipped", "no step of G1 was made here")
+            return
+        ran = Ran(part, [sys.executable, "-c", PRODUCTS, json.dumps([size[:3] for size in sizes])], 60, settings=None)
+        rates = ran.json()
+        if rates:
+            self.figures[part] = {"tflop_s": {" ".join(map(str, size[:3])): rate for size, rate in zip(sizes, rates)}}
+        self.tell(part, "ok" if rates else "FAILED", f"{len(rates)} sizes, {max(rates):.0f} TFLOP/s at most" if rates else ran.why)
+
     def step(self, part: str, lengths: str, limit: int) -> None:
         name, shape = part.split(" ")
         if self.lacks(part, "incipit"):
@@ -307,17 +325,25 @@ class Check:
         self.tell(name, "skipped", "the peer runs out of memory, with checkpointing too")
 
 
-CEILINGS = """
-import json, statistics, time, torch
-a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-x, y = (torch.randn(1 << 29, device="cuda") for _ in range(2))
+RATE = """
+import json, statistics, sys, time, torch
 def rate(f, work):
     times = []
     for _ in range(23):
         torch.cuda.synchronize(); start = time.perf_counter(); f(); torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return work / statistics.median(times[3:])
-print(json.dumps({"tflop_s": rate(lambda: torch.mm(a, b), 2 * 8192**3) / 1e12, "gb_s": rate(lambda: y.copy_(x), 2 * x.numel() * 4) / 1e9}))
+"""
+CEILINGS = f"""{RATE}
+a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+x, y = (torch.randn(1 << 29, device="cuda") for _ in range(2))
+print(json.dumps({{"tflop_s": rate(lambda: torch.mm(a, b), 2 * 8192**3) / 1e12, "gb_s": rate(lambda: y.copy_(x), 2 * x.numel() * 4) / 1e9}}))
+"""
+PRODUCTS = f"""{RATE}
+def product(rows, contracted, columns):
+    a, w = (torch.randn(n, contracted, device="cuda", dtype=torch.bfloat16) for n in (rows, columns))
+    return rate(lambda: torch.mm(a, w.t()), 2 * rows * contracted * columns) / 1e12
+print(json.dumps([product(*size) for size in json.loads(sys.argv[1])]))
 """
 
 
@@ -382,6 +408,7 @@ def parts(check: Check) -> dict[str, Callable[[str], None]]:
         "G1 xl": lambda part: check.step(part, "32x512", 90),
         "G2 xl": lambda part: check.step(part, RAGGED, 90),
         "G1 xxl": lambda part: check.step(part, "32x512", 150),
+        "PyTorch's products": check.products,
         "training": check.train,
         "NCCL": lambda part: check.each_test(part, "nccl-tests", 90, last=long),
         "G2 xxl": lambda part: check.step(part, RAGGED, 120),

@@ -45,17 +45,24 @@ def floors(run: dict, ceilings: dict) -> dict[str, float]:
     return {"FLOPs": run["useful_tflop"] / ceilings["tflop_s"], "bytes": 2 * weights / 1e9 / ceilings["gb_s"]}
 
 
-def rate(kernel: dict, ceilings: dict | None) -> list[str]:
-    """Of a product, `product ROWS x CONTRACTED x COLUMNS TYPE`: its TFLOP/s and GB/s, and what they are of the ceilings."""
-    found = re.fullmatch(r"product (\d+) x (\d+) x (\d+) (\w+)", kernel["name"])
+def product(kernel: str) -> tuple[int, int, int, str] | None:
+    """Rows, contracted numbers, columns and type of a product, `product ROWS x CONTRACTED x COLUMNS TYPE`."""
+    found = re.fullmatch(r"product (\d+) x (\d+) x (\d+) (\w+)", kernel)
+    return (int(found[1]), int(found[2]), int(found[3]), found[4]) if found else None
+
+
+def rate(kernel: dict, ceilings: dict | None, pytorch: dict) -> list[str]:
+    """Of a product its TFLOP/s and GB/s, what they are of the ceilings, and PyTorch's TFLOP/s for a product of its size."""
+    found = product(kernel["name"])
     if not found:
-        return ["", ""]
-    rows, contracted, columns = (int(found[i]) for i in (1, 2, 3))
-    calls, size = kernel["launches"] / kernel["seconds"], 4 if found[4] == "F32" else 2
+        return ["", "", ""]
+    rows, contracted, columns, dtype = found
+    calls, size = kernel["launches"] / kernel["seconds"], 4 if dtype == "F32" else 2
+    theirs = pytorch.get(f"{rows} {contracted} {columns}")
     tflop_s = 2 * rows * contracted * columns * calls / 1e12
     gb_s = size * (rows * contracted + contracted * columns + rows * columns) * calls / 1e9
     share = lambda value, name: f" ({value / ceilings[name]:.0%})" if ceilings else ""
-    return [f"{tflop_s:.0f}{share(tflop_s, 'tflop_s')}", f"{gb_s:.0f}{share(gb_s, 'gb_s')}"]
+    return [f"{tflop_s:.0f}{share(tflop_s, 'tflop_s')}", f"{theirs:.0f}" if theirs else "", f"{gb_s:.0f}{share(gb_s, 'gb_s')}"]
 
 
 def verdict(value: float, bar: float) -> str:
@@ -92,7 +99,7 @@ def bars(figures: dict) -> list[str]:
     return cells(rows) if len(rows) > 1 else []
 
 
-def kernels(run: dict, ceilings: dict | None) -> list[str]:
+def kernels(run: dict, ceilings: dict | None, pytorch: dict) -> list[str]:
     found = run.get("kernels") or []
     total = sum(kernel["seconds"] for kernel in found)
     share = lambda seconds: f"{seconds / total:.1%}"
@@ -100,12 +107,12 @@ def kernels(run: dict, ceilings: dict | None) -> list[str]:
     for kernel in found:
         group = {"product": "products", "attention": "attention"}.get(kernel["name"].replace("_", " ").split(" ")[0], "all else")
         groups[group] += kernel["seconds"]
-    rows = [["kernel", "launches", "ms", "share", "TFLOP/s", "GB/s"]]
-    rows += [[k["name"], k["launches"], f"{1e3 * k['seconds']:.3f}", share(k["seconds"]), *rate(k, ceilings)] for k in found[:SHOWN]]
+    rows = [["kernel", "launches", "ms", "share", "TFLOP/s", "PyTorch's", "GB/s"]]
+    rows += [[k["name"], k["launches"], f"{1e3 * k['seconds']:.3f}", share(k["seconds"]), *rate(k, ceilings, pytorch)] for k in found[:SHOWN]]
     if len(found) > SHOWN:
         rest = found[SHOWN:]
         seconds = sum(k["seconds"] for k in rest)
-        rows.append([f"{len(rest)} more", sum(k["launches"] for k in rest), f"{1e3 * seconds:.3f}", share(seconds), "", ""])
+        rows.append([f"{len(rest)} more", sum(k["launches"] for k in rest), f"{1e3 * seconds:.3f}", share(seconds), "", "", ""])
     words = ", ".join(f"{name} {share(seconds)}" for name, seconds in groups.items())
     if not total:
         return []
@@ -128,7 +135,7 @@ def markdown(found: dict) -> str:
     sections = {"All parts": cells([["part", "result", "figure"], *found["rows"]]), "G1 and G2": bars(figures)}
     for part, both in figures.items():
         if isinstance(both.get("ours"), dict):
-            sections[f"Where a step's time goes: {part}"] = kernels(both["ours"], figures.get("ceilings"))
+            sections[f"Where a step's time goes: {part}"] = kernels(both["ours"], figures.get("ceilings"), figures.get("PyTorch's products", {}).get("tflop_s", {}))
     if "ceilings" in figures:
         measured = figures["ceilings"]
         parts.append(

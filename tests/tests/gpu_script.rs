@@ -140,7 +140,7 @@ fn every_part_runs_from_the_carried_file_and_they_end_in_one_table() -> Result<(
     ensure!(checked.page.contains("commit abc1234"), "{}", checked.page);
     // 2 x 100 x 200 x 300 operations, ten times in 0.12 ms, are 1 TFLOP/s.
     ensure!(
-        checked.page.contains("| product 100 x 200 x 300 BF16 | 10 | 0.120 | 100.0% | 1 |"),
+        checked.page.contains("| product 100 x 200 x 300 BF16 | 10 | 0.120 | 100.0% | 1 |  |"),
         "{}",
         checked.page
     );
