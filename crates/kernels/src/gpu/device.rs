@@ -171,7 +171,7 @@ impl Frozen {
             let what = format!("{other:?} below weights of {cols} columns");
             return Err(Error::Shape { op: "to_device_together", what });
         }
-        let whole = match gpu {
+        let whole: Frozen = match gpu {
             #[cfg(feature = "cuda")]
             super::Gpu::Cuda(handle) => super::upload::upload(&handle, weights, dtype)?,
             #[cfg(feature = "emulator")]
