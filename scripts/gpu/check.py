@@ -276,7 +276,7 @@ class Check:
             self.tell(part, "skipped", "PyTorch is not here" if self.gpu else "no GPU here")
             return
         runs = [both["ours"] for name, both in self.figures.items() if name.startswith("G1") and "ours" in both]
-        found = [page.product(kernel["name"]) for run in runs for kernel in run["kernels"][: page.SHOWN]]
+        found = [page.product(kernel["name"]) for run in runs for kernel in (run.get("kernels") or [])[: page.SHOWN]]
         # A small one takes less time than to start it.
         sizes = [size for size in found if size and size[0] * size[1] * size[2] >= 2**34]
         if not sizes:

@@ -1,4 +1,5 @@
 // All kernels, as one unit: one image for the GPU, one object for the emulator.
+#include "absorbed.cuh"
 #include "attention_gradient.cuh"
 #include "elementwise.cuh"
 #include "loss.cuh"

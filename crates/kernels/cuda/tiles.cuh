@@ -128,6 +128,66 @@ __device__ inline void multiply_sums(float (&sums)[N / 8][4], const float (&a)[K
   __syncwarp(); // the scratch was read
 }
 
+// sums += a b: `a` the warp's 16 rows of K numbers, `b` K rows of N.
+template <int N, int K> __device__ inline void multiply_columns(float (&sums)[N / 8][4], const bf16 *a, int lda, const bf16 *b, int ldb) {
+  const int l = lane();
+#pragma unroll
+  for (int k = 0; k < K; k += 16) {
+    uint32_t left[4];
+    load_matrices(left, a + (l % 8 + l / 8 % 2 * 8) * lda + k + l / 16 * 8);
+#pragma unroll
+    for (int n = 0; n < N; n += 16) {
+      uint32_t right[4];
+      load_matrices_transposed(right, b + (k + l % 8 + l / 8 % 2 * 8) * ldb + n + l / 16 * 8);
+      multiply_add(sums[n / 8], left, right[0], right[1]);
+      multiply_add(sums[n / 8 + 1], left, right[2], right[3]);
+    }
+  }
+}
+template <int N, int K>
+__device__ inline void multiply_columns(float (&sums)[N / 8][4], const float *a, int lda, const float *b, int ldb) {
+  const int row = lane() / 4, column = lane() % 4 * 2;
+  for (int k = 0; k < K; k++) {
+    const float upper = a[row * lda + k], lower = a[(row + 8) * lda + k];
+#pragma unroll
+    for (int n = 0; n < N; n += 8) {
+      const float left = b[k * ldb + n + column], right = b[k * ldb + n + column + 1];
+      sums[n / 8][0] += upper * left, sums[n / 8][1] += upper * right;
+      sums[n / 8][2] += lower * left, sums[n / 8][3] += lower * right;
+    }
+  }
+}
+
+// sums += a^T b: of `a`, K rows, the warp's 16 columns; `b` K rows of N.
+template <int N, int K> __device__ inline void multiply_turned(float (&sums)[N / 8][4], const bf16 *a, int lda, const bf16 *b, int ldb) {
+  const int l = lane();
+#pragma unroll
+  for (int k = 0; k < K; k += 16) {
+    uint32_t left[4];
+    load_matrices_transposed(left, a + (k + l % 8 + l / 16 * 8) * lda + l / 8 % 2 * 8);
+#pragma unroll
+    for (int n = 0; n < N; n += 16) {
+      uint32_t right[4];
+      load_matrices_transposed(right, b + (k + l % 8 + l / 8 % 2 * 8) * ldb + n + l / 16 * 8);
+      multiply_add(sums[n / 8], left, right[0], right[1]);
+      multiply_add(sums[n / 8 + 1], left, right[2], right[3]);
+    }
+  }
+}
+template <int N, int K>
+__device__ inline void multiply_turned(float (&sums)[N / 8][4], const float *a, int lda, const float *b, int ldb) {
+  const int row = lane() / 4, column = lane() % 4 * 2;
+  for (int k = 0; k < K; k++) {
+    const float upper = a[k * lda + row], lower = a[k * lda + row + 8];
+#pragma unroll
+    for (int n = 0; n < N; n += 8) {
+      const float left = b[k * ldb + n + column], right = b[k * ldb + n + column + 1];
+      sums[n / 8][0] += upper * left, sums[n / 8][1] += upper * right;
+      sums[n / 8][2] += lower * left, sums[n / 8][3] += lower * right;
+    }
+  }
+}
+
 // The row among the warp's of the lane's sums of a half, and the column of those that are `n` behind the lane's first.
 __device__ inline int row_of(int half) { return lane() / 4 + 8 * half; }
 __device__ inline int column_of(int n) { return lane() % 4 * 2 + n; }

@@ -253,7 +253,7 @@ fn computed<A: Operand, O: Element>(
     let views = terms.iter().map(|(x, _)| View::new(op, x)).collect::<Result<Vec<_>>>()?;
     let mut products = Vec::with_capacity(terms.len());
     for (view, (_, w)) in views.iter().zip(terms) {
-        products.push(Term { a: view.slice::<A>()?, b: right(w, layout) });
+        products.push(Term { a: view.slice::<A>()?, b: Right::of(w, layout) });
     }
     summed(isa, &products, dims, finish)
 }
@@ -282,13 +282,4 @@ fn summed<A: Operand, O: Element>(
     // SAFETY: the blocks cover all `rows * cols` numbers.
     unsafe { values.set_len(rows * cols) };
     tensor(values, &[rows, cols])
-}
-
-/// A frozen weight as the right operand of its forward product, or of its gradient's.
-fn right(w: &Frozen, layout: Layout) -> Right<'_> {
-    let (k, n) = match layout {
-        Layout::ColumnsAsRows => (w.cols(), w.rows()),
-        Layout::Rows => (w.rows(), w.cols()),
-    };
-    Right { values: w.values(), layout, stride: w.stride(), k, n }
 }

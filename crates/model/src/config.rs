@@ -261,7 +261,7 @@ impl Config {
     }
 
     /// Parameters of linear layers that a token passes: (an encoder token, a decoder token). The first counts the
-    /// cross-attention's keys and values, which every decoder layer makes of every encoder token.
+    /// cross-attention's keys and values, which decoder layers make of every encoder token where targets are long.
     #[must_use]
     pub fn parameters_passed(&self) -> (u64, u64) {
         let size = |n: usize| n as u64;

@@ -1,15 +1,15 @@
 //! The decoder: causal self-attention, attention to the encoder's result, feed-forward layers, and a norm at the end.
 
 use candle_core::{DType, Tensor};
-use incipit_kernels::{Attention, Frozen, PositionBias, Segments};
+use incipit_kernels::{Attention, Frozen, PositionBias, Readers, Segments};
 
+use crate::absorbed::AbsorbedState;
 use crate::axis::TensorAxis;
 use crate::config::Config;
 use crate::encoder::{DECODER_SITES, ENDS, Kept, Pass, SITES_PER_LAYER};
+use crate::feed_forward::{FeedForward, FeedForwardState};
 use crate::gradients::WeightGradients;
-use crate::layers::{
-    AttentionLayer, AttentionState, FeedForward, FeedForwardState, Norm, Sites, position_table,
-};
+use crate::layers::{AttentionLayer, AttentionState, Norm, Rows, Sites, position_table};
 use crate::sharding::Slices;
 use crate::{Error, Result};
 
@@ -37,12 +37,29 @@ pub(crate) struct Memory<'a> {
     pub(crate) segments: &'a Segments,
     /// How many consecutive decoder rows read each example's: those of one target, or of several one after the other.
     pub(crate) readers: &'a Segments,
+    /// The same head by head, where no keys and values are made.
+    pub(crate) absorbed: Option<&'a Readers>,
 }
 
 struct LayerState {
     attention: AttentionState,
-    cross: AttentionState,
+    cross: CrossState,
     feed_forward: FeedForwardState,
+}
+
+/// Of attention to the encoder's result: with keys and values of it, or without.
+enum CrossState {
+    Keys(AttentionState),
+    Absorbed(AbsorbedState),
+}
+
+impl CrossState {
+    fn x(&self) -> &Tensor {
+        match self {
+            Self::Keys(state) => &state.x,
+            Self::Absorbed(state) => &state.x,
+        }
+    }
 }
 
 /// What the decoder's backward pass needs.
@@ -56,8 +73,8 @@ pub(crate) struct DecoderState {
 pub(crate) struct LayerCache {
     /// Of the tokens so far: `[n, t, H K]` for `n` hypotheses.
     pub(crate) own: Option<(Tensor, Tensor)>,
-    /// Of the encoder's result: `[T, H K]`.
-    pub(crate) memory: (Tensor, Tensor),
+    /// Of the encoder's result: `[T, H K]`; none where none are made.
+    pub(crate) memory: Option<(Tensor, Tensor)>,
 }
 
 /// One step of generation.
@@ -65,7 +82,8 @@ pub(crate) struct LayerCache {
 pub(crate) struct Step<'a> {
     /// How many consecutive rows each example has, those of its hypotheses.
     pub(crate) queries: &'a Segments,
-    /// How many rows of the encoder's result each example has.
+    /// The encoder's result, and how many rows of it each example has.
+    pub(crate) memory: &'a Tensor,
     pub(crate) keys: &'a Segments,
     /// The place of the first in its sequence, from 0.
     pub(crate) place: usize,
@@ -143,8 +161,11 @@ impl Decoder {
     pub(crate) fn as_prefixes(&self, state: &DecoderState) -> Vec<(String, Tensor)> {
         let of = |(layer, kept): (&Layer, &Kept<LayerState>)| match kept {
             Kept::State(state) => {
-                let own = layer.attention.as_prefix(&state.attention);
-                [own, layer.cross.as_prefix(&state.cross)].concat()
+                let own = layer.attention.as_prefix(&state.attention).to_vec();
+                match &state.cross {
+                    CrossState::Keys(state) => [own, layer.cross.as_prefix(state).to_vec()].concat(),
+                    CrossState::Absorbed(_) => unreachable!("no keys and values were made"),
+                }
             }
             Kept::Input(_) => Vec::new(),
         };
@@ -174,12 +195,13 @@ impl Decoder {
             };
             let sites = |part| pass.sites(DECODER_SITES + i * SITES_PER_LAYER + part);
             dx = layer.feed_forward.backward(&dx, &state.feed_forward, (pass.rows, sites(2)), gradients)?;
-            let spec = cross_spec(bias.heads(), memory);
-            let [dq, dk, dv] = layer.cross.inner_backward(&dx, &state.cross, &spec, sites(1), gradients)?;
-            let sum = d_memory.as_ref();
-            d_memory = Some(layer.cross.memory_backward(sum, [&dk, &dv], memory.rows, gradients)?);
+            let rows = (pass.rows, sites(1));
+            let given = (&dx, d_memory.as_ref());
+            let (dq, sum) =
+                layer.memory_backward(given, &state.cross, (memory, bias.heads()), rows, gradients)?;
+            d_memory = Some(sum);
             if i > 0 || pass.to_the_end {
-                dx = layer.cross.cross_backward(&dq, &dx, &state.cross, gradients)?;
+                dx = layer.cross.cross_backward(&dq, &dx, state.cross.x(), gradients)?;
                 let spec = self_spec(&bias, pass);
                 dx = layer.attention.backward(&dx, &state.attention, &spec, sites(0), gradients)?;
             }
@@ -191,10 +213,22 @@ impl Decoder {
         Ok((self.axis.reduce_gradient(&d_memory)?, d_input))
     }
 
-    /// Empty caches over the encoder's result.
-    pub(crate) fn caches(&self, memory: &Tensor) -> Result<Vec<LayerCache>> {
-        let cache =
-            |layer: &Layer| Ok(LayerCache { own: None, memory: layer.cross.keys_and_values(memory)? });
+    /// Whether the encoder's result can be attended to without keys and values.
+    pub(crate) fn can_absorb(&self) -> bool {
+        self.layers.iter().all(|layer| layer.cross.can_absorb())
+    }
+
+    /// Heads that are here.
+    pub(crate) fn heads(&self) -> usize {
+        self.bias.cols()
+    }
+
+    /// Empty caches over the encoder's result, with its keys and values unless they are absorbed.
+    pub(crate) fn caches(&self, memory: &Tensor, absorbed: bool) -> Result<Vec<LayerCache>> {
+        let cache = |layer: &Layer| {
+            let memory = (!absorbed).then(|| layer.cross.keys_and_values(memory)).transpose()?;
+            Ok(LayerCache { own: None, memory })
+        };
         self.layers.iter().map(cache).collect()
     }
 
@@ -206,7 +240,7 @@ impl Decoder {
         caches: &mut [LayerCache],
         step: &Step<'_>,
     ) -> Result<Tensor> {
-        let Step { queries, keys, place, count, dtype } = *step;
+        let Step { queries, memory, keys, place, count, dtype } = *step;
         let query = self.past + place;
         let bias = PositionBias::from_query(&self.bias, config.buckets(false), query + count, query)?;
         let hypotheses = x.dims()[0] / count;
@@ -222,6 +256,7 @@ impl Decoder {
             dropout: None,
         };
         let cross = Attention { queries, keys, bias: None, causal: false, ..own };
+        let readers = Readers::new(queries, keys, bias.heads());
         for (layer, cache) in self.layers.iter().zip(caches) {
             let y = layer.attention.norm.forward(&x, dtype)?;
             let (k, v) = layer.attention.keys_and_values(&y)?;
@@ -234,7 +269,13 @@ impl Decoder {
             let flat = (grown.0.flatten_to(1)?, grown.1.flatten_to(1)?);
             cache.own = Some(grown);
             x = layer.attention.forward(x, Some(flat), &own, Sites::NONE, dtype)?.0;
-            x = layer.cross.forward(x, Some(cache.memory.clone()), &cross, Sites::NONE, dtype)?.0;
+            x = match &cache.memory {
+                Some(given) => layer.cross.forward(x, Some(given.clone()), &cross, Sites::NONE, dtype)?.0,
+                None => {
+                    let rows = (queries, Sites::NONE);
+                    layer.cross.forward_absorbed(x, (memory, &readers), rows, dtype)?.0
+                }
+            };
             let inside = layer.feed_forward.inside(x, dtype)?;
             x = layer.feed_forward.output(&inside, &own_rows, Sites::NONE)?;
         }
@@ -267,11 +308,43 @@ impl Layer {
     ) -> Result<LayerState> {
         let sites = |part| pass.sites(DECODER_SITES + i * SITES_PER_LAYER + part);
         let (x, attention) = self.attention.forward(x, None, &self_spec(bias, pass), sites(0), pass.dtype)?;
-        let given = self.cross.keys_and_values(memory.rows)?;
-        let spec = cross_spec(bias.heads(), memory);
-        let (x, cross) = self.cross.forward(x, Some(given), &spec, sites(1), pass.dtype)?;
+        let (x, cross) = match memory.absorbed {
+            Some(readers) => {
+                let rows = (pass.rows, sites(1));
+                let (x, state) = self.cross.forward_absorbed(x, (memory.rows, readers), rows, pass.dtype)?;
+                (x, CrossState::Absorbed(state))
+            }
+            None => {
+                let given = self.cross.keys_and_values(memory.rows)?;
+                let spec = cross_spec(bias.heads(), memory);
+                let (x, state) = self.cross.forward(x, Some(given), &spec, sites(1), pass.dtype)?;
+                (x, CrossState::Keys(state))
+            }
+        };
         let feed_forward = self.feed_forward.inside(x, pass.dtype)?;
         Ok(LayerState { attention, cross, feed_forward })
+    }
+
+    /// The gradients to the queries of cross-attention, and to the encoder's result: this rank's part, added to the `sum` of other layers'.
+    fn memory_backward(
+        &self,
+        (dy, sum): (&Tensor, Option<&Tensor>),
+        state: &CrossState,
+        (memory, heads): (Memory<'_>, usize),
+        rows: Rows<'_>,
+        gradients: &mut WeightGradients,
+    ) -> Result<(Tensor, Tensor)> {
+        match (state, memory.absorbed) {
+            (CrossState::Absorbed(state), Some(readers)) => {
+                self.cross.absorbed_backward((dy, sum), state, (memory.rows, readers), rows, gradients)
+            }
+            (CrossState::Keys(state), _) => {
+                let spec = cross_spec(heads, memory);
+                let [dq, dk, dv] = self.cross.inner_backward(dy, state, &spec, rows.1, gradients)?;
+                Ok((dq, self.cross.memory_backward(sum, [&dk, &dv], memory.rows, gradients)?))
+            }
+            (CrossState::Absorbed(_), None) => unreachable!("forward was given who reads"),
+        }
     }
 }
 

@@ -6,10 +6,9 @@ use incipit_kernels::{Attention, Dropout, Frozen, PositionBias, Segments};
 use crate::Result;
 use crate::axis::TensorAxis;
 use crate::config::Config;
+use crate::feed_forward::{FeedForward, FeedForwardState};
 use crate::gradients::WeightGradients;
-use crate::layers::{
-    AttentionLayer, AttentionState, FeedForward, FeedForwardState, Norm, Sites, position_table,
-};
+use crate::layers::{AttentionLayer, AttentionState, Norm, Sites, position_table};
 use crate::prompt::LayerPrompts;
 use crate::sharding::Slices;
 

@@ -109,7 +109,7 @@ impl T5 {
         length: usize,
         options: &GenerateOptions,
     ) -> Result<Vec<Generated>> {
-        let mut decoding = Decoding::new(self, encoded, batch, options)?;
+        let mut decoding = Decoding::new(self, encoded, (batch, length), options)?;
         if length > 0 {
             decoding.read_prompts(batch, length)?;
         }
@@ -129,6 +129,7 @@ struct Decoding<'a> {
     options: &'a GenerateOptions,
     searches: Searches,
     caches: Vec<LayerCache>,
+    memory: &'a Tensor,
     keys: &'a Segments,
     /// Rows before the start token.
     before: usize,
@@ -138,7 +139,7 @@ impl<'a> Decoding<'a> {
     fn new(
         model: &'a T5,
         encoded: &'a Encoded,
-        batch: &Microbatch<'_>,
+        (batch, length): (&Microbatch<'_>, usize),
         options: &'a GenerateOptions,
     ) -> Result<Self> {
         let eos = model.config().eos_token_id;
@@ -147,8 +148,10 @@ impl<'a> Decoding<'a> {
         } else {
             Searches::Singles(batch.examples.iter().map(|e| Single::new(e.key, eos)).collect())
         };
-        let caches = model.decoder.caches(&encoded.rows)?;
-        Ok(Self { model, options, searches, caches, keys: &encoded.segments, before: 0 })
+        let absorbed = model.absorbs(length + options.max_new_tokens * options.num_beams);
+        let caches = model.decoder.caches(&encoded.rows, absorbed)?;
+        let (memory, keys) = (&encoded.rows, &encoded.segments);
+        Ok(Self { model, options, searches, caches, memory, keys, before: 0 })
     }
 
     /// Reads what stands before the start token: each example's prompt of `length` rows.
@@ -156,7 +159,8 @@ impl<'a> Decoding<'a> {
         let x = self.model.prompts_in_decoder(batch)?;
         let queries = Segments::new(std::iter::repeat_n(length, batch.examples.len()));
         let dtype = self.model.dtype();
-        let step = Step { queries: &queries, keys: self.keys, place: 0, count: length, dtype };
+        let (memory, keys) = (self.memory, self.keys);
+        let step = Step { queries: &queries, memory, keys, place: 0, count: length, dtype };
         self.model.decoder.step(self.model.config(), x, &mut self.caches, &step)?;
         self.before = length;
         Ok(())
@@ -169,7 +173,8 @@ impl<'a> Decoding<'a> {
         let x = self.model.embedded(&newest.concat())?;
         let queries = Segments::new(newest.iter().map(Vec::len));
         let (place_of_row, dtype) = (self.before + place, self.model.dtype());
-        let step = Step { queries: &queries, keys: self.keys, place: place_of_row, count: 1, dtype };
+        let (memory, keys) = (self.memory, self.keys);
+        let step = Step { queries: &queries, memory, keys, place: place_of_row, count: 1, dtype };
         let rows = self.model.decoder.step(self.model.config(), x, &mut self.caches, &step)?;
         let logits = self.model.head(&rows)?;
         let parents = self.searches.choose(&logits, &queries, place, self.options)?;

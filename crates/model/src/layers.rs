@@ -1,4 +1,4 @@
-//! The two kinds of sub-layers of a T5, each with its backward written out.
+//! What sub-layers of a T5 are made of, and attention, with its backward written out; see `feed_forward` for the other kind.
 //!
 //! A forward pass gives its result and what backward needs; backward takes the gradient to the result and gives the one to
 //! the input. Weights have a gradient where one is asked for. Letters in shapes: `T` rows of a microbatch, `D` d_model, `H`
@@ -6,10 +6,9 @@
 
 use candle_core::{DType, Tensor};
 use incipit_kernels::{
-    Activation, Attended, Attention, Buckets, Dropout, Frozen, Segments, activate, activate_gradient,
-    attention, attention_gradient, attention_gradient_with_bias, dropout, gated, gated_gradient, linear,
-    linear_add, linear_each, linear_gradient, linear_gradient_add, rms_norm, rms_norm_gradient,
-    rms_norm_weight_gradient, rounded,
+    Attended, Attention, Buckets, Dropout, Frozen, Segments, attention, attention_gradient,
+    attention_gradient_with_bias, dropout, linear, linear_add, linear_each, linear_gradient,
+    linear_gradient_add, rms_norm, rms_norm_gradient, rms_norm_weight_gradient, rounded,
 };
 
 use crate::Result;
@@ -86,16 +85,16 @@ impl Sites<'_> {
 
 /// Places of dropout in a sub-layer.
 const PROBABILITIES: u64 = 0;
-const INNER: u64 = 1;
+pub(crate) const INNER: u64 = 1;
 const OUTPUT: u64 = 2;
 
 /// A pass's rows, by example, and its dropout in a sub-layer.
-type Rows<'a> = (&'a Segments, Sites<'a>);
+pub(crate) type Rows<'a> = (&'a Segments, Sites<'a>);
 
 /// The end of a sub-layer: its last product, to which every rank has a part, dropout, an adapter if there is one, and the sum with
 /// what went into the sub-layer.
-struct End {
-    axis: TensorAxis,
+pub(crate) struct End {
+    pub(crate) axis: TensorAxis,
     /// `[D, inner]`, with the inner columns that are here.
     weight: Weight,
     adapter: Option<Adapter>,
@@ -103,13 +102,13 @@ struct End {
 
 impl End {
     /// The end of the sub-layer `name`.
-    fn load(source: Slices<'_>, axis: &TensorAxis, name: &str, weight: Weight) -> Result<Self> {
+    pub(crate) fn load(source: Slices<'_>, axis: &TensorAxis, name: &str, weight: Weight) -> Result<Self> {
         let adapter = Adapter::load(source, name, weight.matrix.rows())?;
         Ok(Self { axis: axis.clone(), weight, adapter })
     }
 
     /// `x` `[T, D]` f32 went into the sub-layer, and `y` `[T, inner]` goes into the last product.
-    fn forward(&self, x: &Tensor, y: &Tensor, rows: Rows<'_>) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor, y: &Tensor, rows: Rows<'_>) -> Result<Tensor> {
         if rows.1.dropout.is_none() && self.axis.is_whole() && self.adapter.is_none() {
             return Ok(linear_add(x, y, &self.weight.matrix)?);
         }
@@ -127,7 +126,7 @@ impl End {
     }
 
     /// The gradient to `y` of type `dtype`, from `dy` `[T, D]` f32, the one to the result. `y` is made if it is needed.
-    fn backward(
+    pub(crate) fn backward(
         &self,
         dy: &Tensor,
         y: impl FnOnce() -> Result<Tensor>,
@@ -154,18 +153,18 @@ pub(crate) struct AttentionLayer {
     axis: TensorAxis,
     first_head: usize,
     pub(crate) norm: Norm,
-    q: Weight,
+    pub(crate) q: Weight,
     pub(crate) k: Weight,
     pub(crate) v: Weight,
     /// Name and buckets of the table of which the position bias is made, where there is one.
     positions: Option<(String, Buckets)>,
-    prefix: Option<Prefix>,
-    end: End,
+    pub(crate) prefix: Option<Prefix>,
+    pub(crate) end: End,
 }
 
 /// What the backward pass of an attention sub-layer needs.
 pub(crate) struct AttentionState {
-    x: Tensor,
+    pub(crate) x: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -336,18 +335,18 @@ impl AttentionLayer {
     ) -> Result<Tensor> {
         let [dq, dk, dv] = self.inner_backward(dy, state, spec, sites, gradients)?;
         let terms = [(&dq, &self.q), (&dk, &self.k), (&dv, &self.v)];
-        self.input_backward(&terms, dy, state, gradients)
+        self.input_backward(&terms, dy, &state.x, gradients)
     }
 
-    /// The gradient to `x` of cross-attention, whose keys and values were given, from the one to its queries.
+    /// The gradient to `x` of cross-attention, whose keys and values were not made of it, from the one to its queries.
     pub(crate) fn cross_backward(
         &self,
         dq: &Tensor,
         dy: &Tensor,
-        state: &AttentionState,
+        x: &Tensor,
         gradients: &mut WeightGradients,
     ) -> Result<Tensor> {
-        self.input_backward(&[(dq, &self.q)], dy, state, gradients)
+        self.input_backward(&[(dq, &self.q)], dy, x, gradients)
     }
 
     /// The gradient to the `memory` of which keys and values were made, from those to them, added to the `sum` of other layers':
@@ -371,12 +370,12 @@ impl AttentionLayer {
         &self,
         terms: &[(&Tensor, &Weight)],
         dy: &Tensor,
-        state: &AttentionState,
+        x: &Tensor,
         gradients: &mut WeightGradients,
     ) -> Result<Tensor> {
-        gradients.add_products(terms, || self.norm.forward(&state.x, state.q.dtype()))?;
+        gradients.add_products(terms, || self.norm.forward(x, terms[0].0.dtype()))?;
         let d_normed = self.axis.reduce_gradient(&linear_gradient(&matrices(terms), DType::F32)?)?;
-        self.norm.backward(&d_normed, &state.x, Some(dy), gradients)
+        self.norm.backward(&d_normed, x, Some(dy), gradients)
     }
 }
 
@@ -386,111 +385,6 @@ pub(crate) fn position_table(stack: &str) -> String {
 }
 
 /// Gradients to results, with the matrices of the weights that made them.
-fn matrices<'a>(terms: &[(&'a Tensor, &'a Weight)]) -> Vec<(&'a Tensor, &'a Frozen)> {
+pub(crate) fn matrices<'a>(terms: &[(&'a Tensor, &'a Weight)]) -> Vec<(&'a Tensor, &'a Frozen)> {
     terms.iter().map(|(dy, weight)| (*dy, &weight.matrix)).collect()
-}
-
-/// The weights of a feed-forward sub-layer: into it `[F, D]`, out of it `[D, F]`, with the columns that are here.
-pub(crate) struct FeedForward {
-    axis: TensorAxis,
-    /// The first column that is here, and how many there are in all.
-    columns: (usize, usize),
-    norm: Norm,
-    activation: Activation,
-    /// The gate's weight first, if there is one.
-    into: Vec<Weight>,
-    end: End,
-}
-
-/// What the backward pass of a feed-forward sub-layer needs.
-pub(crate) struct FeedForwardState {
-    x: Tensor,
-    /// `[T, F]`, one for each weight into the layer.
-    inner: Vec<Tensor>,
-}
-
-impl FeedForward {
-    pub(crate) fn load(config: &Config, source: Slices<'_>, axis: &TensorAxis, name: &str) -> Result<Self> {
-        let (d, f) = (config.d_model, config.d_ff);
-        let part = |part: &str| format!("{name}.DenseReluDense.{part}.weight");
-        let into = if config.gated {
-            source.weights(["wi_0", "wi_1"].map(part), &[f, d])?.to_vec()
-        } else {
-            vec![source.weight(&part("wi"), &[f, d])?]
-        };
-        Ok(Self {
-            norm: Norm::load(config, source, &format!("{name}.layer_norm"), 1.0)?,
-            activation: config.activation,
-            into,
-            axis: axis.clone(),
-            columns: (axis.first(f), f),
-            end: End::load(source, axis, name, source.weight(&part("wo"), &[d, f])?)?,
-        })
-    }
-
-    /// Exchanges over `axis` from now on.
-    pub(crate) fn regroup(&mut self, axis: &TensorAxis) {
-        self.axis = axis.clone();
-        self.end.axis = axis.clone();
-    }
-
-    /// The inside for `x` `[T, D]` f32: all that backward needs, and what [`FeedForward::output`] goes on from.
-    pub(crate) fn inside(&self, x: Tensor, dtype: DType) -> Result<FeedForwardState> {
-        let y = self.norm.forward(&x, dtype)?;
-        let inner = match &self.into[..] {
-            [gate, up] => linear_each(&y, [&gate.matrix, &up.matrix], dtype)?.to_vec(),
-            plain => vec![linear(&y, &plain[0].matrix, dtype)?],
-        };
-        Ok(FeedForwardState { x, inner })
-    }
-
-    /// `x + feed_forward(norm(x))`, from the inside.
-    pub(crate) fn output(
-        &self,
-        state: &FeedForwardState,
-        rows: &Segments,
-        sites: Sites<'_>,
-    ) -> Result<Tensor> {
-        self.end.forward(&state.x, &self.hidden(state, rows, sites)?, (rows, sites))
-    }
-
-    /// What goes into the last product, as dropped.
-    fn hidden(&self, state: &FeedForwardState, rows: &Segments, sites: Sites<'_>) -> Result<Tensor> {
-        let hidden = match &state.inner[..] {
-            [gate, up] => gated(self.activation, gate, up)?,
-            plain => activate(self.activation, &plain[0])?,
-        };
-        self.drop_inner(sites, hidden, rows)
-    }
-
-    /// The columns that are here, as dropped; serves forward and backward alike.
-    fn drop_inner(&self, sites: Sites<'_>, x: Tensor, rows: &Segments) -> Result<Tensor> {
-        let (first, total) = self.columns;
-        match sites.at(INNER) {
-            Some(d) => Ok(dropout(&x, rows, &d.of_columns(first, total))?),
-            None => Ok(x),
-        }
-    }
-
-    /// The gradient to `x`.
-    pub(crate) fn backward(
-        &self,
-        dy: &Tensor,
-        state: &FeedForwardState,
-        (rows, sites): Rows<'_>,
-        gradients: &mut WeightGradients,
-    ) -> Result<Tensor> {
-        let dtype = state.inner[0].dtype();
-        let hidden = || self.hidden(state, rows, sites);
-        let d_hidden = self.end.backward(dy, hidden, dtype, (rows, sites), gradients)?;
-        let d_hidden = self.drop_inner(sites, d_hidden, rows)?;
-        let d_inner = match &state.inner[..] {
-            [gate, up] => <[Tensor; 2]>::from(gated_gradient(self.activation, &d_hidden, gate, up)?).to_vec(),
-            plain => vec![activate_gradient(self.activation, &d_hidden, &plain[0])?],
-        };
-        let terms: Vec<(&Tensor, &Weight)> = d_inner.iter().zip(&self.into).collect();
-        gradients.add_products(&terms, || self.norm.forward(&state.x, dtype))?;
-        let d_normed = self.axis.reduce_gradient(&linear_gradient(&matrices(&terms), DType::F32)?)?;
-        self.norm.backward(&d_normed, &state.x, Some(dy), gradients)
-    }
 }

@@ -4,6 +4,7 @@
 //! [`layers`](self) say. Methods that train weights, the model's own or small ones within it, ask for those gradients by name
 //! ([`WeightGradients`]). The crate does no input or output.
 
+mod absorbed;
 mod adapter;
 mod axis;
 mod batch;
@@ -12,6 +13,7 @@ mod config;
 mod decoder;
 mod encoder;
 mod error;
+mod feed_forward;
 mod generate;
 mod gradients;
 mod layers;

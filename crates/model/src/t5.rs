@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
 use incipit_kernels::{
-    Dropout, LossSlope, Rows, Segments, Softmax, Targets, Vocabulary, cross_entropy_gradient, embed, linear,
-    linear_gradient,
+    Dropout, LossSlope, Readers, Rows, Segments, Softmax, Targets, Vocabulary, cross_entropy_gradient, embed,
+    linear, linear_gradient,
 };
 use incipit_mesh::Shard;
 use incipit_weights::Source;
@@ -20,6 +20,7 @@ use crate::prompt::{LayerPrompts, RowGradients, behind_prompts, taken};
 use crate::sharding::{self, Slices, Weight};
 use crate::{Error, Result};
 
+mod reading;
 mod weights;
 
 /// The head of a model that has one of its own.
@@ -251,9 +252,10 @@ impl T5 {
         self.losses(encoded, batch, 1)
     }
 
-    /// What [`T5::loss_after`] gives for each of `labels` in the place of the target, the same bits: example by example, the labels of
-    /// one after the other. The encoder's result, and the decoder's keys and values of it, are shared by an example's labels. The
-    /// targets of `batch` are not read.
+    /// What [`T5::loss_after`] gives for each of `labels` in the place of the target: example by example, the labels of one after the
+    /// other. The encoder's result, and the decoder's keys and values of it, are shared by an example's labels. All labels' rows together
+    /// decide whether there are any ([`T5::absorbs`]): where a label's own would decide alike, losses have the same bits, else they differ
+    /// by rounding. The targets of `batch` are not read.
     ///
     /// # Errors
     /// If a label is empty or does not fit the model.
@@ -292,10 +294,20 @@ impl T5 {
         scale: &[f32],
         options: &PassOptions,
     ) -> Result<Vec<ExampleGradient>> {
-        let Backward { losses, prompt_gradients, .. } =
-            self.backward(batch, scale, options, &mut WeightGradients::default())?;
-        let pairs = losses.into_iter().zip(prompt_gradients);
-        Ok(pairs.map(|(loss, prompt_gradient)| ExampleGradient { loss, prompt_gradient }).collect())
+        check_pass(batch, &self.config, scale)?;
+        let pass = |part: &[usize]| {
+            let examples: Vec<Example<'_>> = part.iter().map(|e| batch.examples[*e]).collect();
+            let scale: Vec<f32> = part.iter().map(|e| scale[*e]).collect();
+            let part = Microbatch { prompts: batch.prompts, examples: &examples };
+            let Backward { losses, prompt_gradients, .. } =
+                self.backward(&part, &scale, options, &mut WeightGradients::default())?;
+            let pairs = losses.into_iter().zip(prompt_gradients);
+            Ok(pairs.map(|(loss, prompt_gradient)| ExampleGradient { loss, prompt_gradient }).collect())
+        };
+        if options.dropout != 0.0 {
+            return pass(&(0..batch.examples.len()).collect::<Vec<_>>());
+        }
+        self.by_reading(&self.decoder_rows(batch), pass)
     }
 
     /// Forward and backward.
@@ -306,11 +318,7 @@ impl T5 {
         options: &PassOptions,
         gradients: &mut WeightGradients,
     ) -> Result<Backward> {
-        batch.check(&self.config, true)?;
-        if scale.len() != batch.examples.len() {
-            let what = format!("{} scales for {} examples", scale.len(), batch.examples.len());
-            return Err(Error::Options { what });
-        }
+        check_pass(batch, &self.config, scale)?;
         let keys = || Dropout::new(options.dropout, batch.keys());
         let dropout = (options.dropout != 0.0).then(keys).transpose()?;
         let start = [self.config.decoder_start_token_id];
@@ -326,7 +334,11 @@ impl T5 {
         };
         let x = self.embedding(batch, &encoder)?;
         let (memory, encoder_state) = self.encoder.forward(&self.config, x, &pass)?;
-        let memory = Memory { rows: &memory, segments: &encoder_rows, readers: &decoder_rows };
+        // Where weights are trained, theirs would be among the gradients; and what is dropped is named by keys.
+        let absorbs = gradients.is_empty() && dropout.is_none() && self.absorbs_all(&decoder_rows);
+        let absorbed = absorbs.then(|| Readers::new(&decoder_rows, &encoder_rows, self.decoder.heads()));
+        let absorbed = absorbed.as_ref();
+        let memory = Memory { rows: &memory, segments: &encoder_rows, readers: &decoder_rows, absorbed };
         // Without a prompt or weights to train there, nobody reads the gradient to what the decoder reads.
         let to_the_end = !gradients.is_empty() || decoder_spans.iter().any(Option::is_some);
         let decoder_pass = Pass { rows: &decoder_rows, prompts: None, to_the_end, ..pass };
@@ -388,20 +400,6 @@ impl T5 {
         Targets { ids, vocabulary: self.vocabulary }
     }
 
-    /// The decoder's result for all target tokens end to end; `readers` examples that follow each other read one encoding.
-    fn decoded(&self, batch: &Microbatch<'_>, encoded: &Encoded, readers: usize) -> Result<Tensor> {
-        batch.check(&self.config, true)?;
-        let start = [self.config.decoder_start_token_id];
-        let layout = batch.decoder(&start);
-        let rows = layout.rows();
-        let of_encoding = |first: usize| (first..first + readers).map(|e| rows.range(e).len()).sum();
-        let readers = Segments::new((0..rows.len()).step_by(readers).map(of_encoding));
-        let memory = Memory { rows: &encoded.rows, segments: &encoded.segments, readers: &readers };
-        let x = self.embedding(batch, &layout)?;
-        let decoded = self.decoder.forward(&self.config, x, memory, &self.pass(&rows))?.0;
-        taken(&decoded, &layout.token_ranges())
-    }
-
     /// The token losses in parts, and the gradient `[Td, D]` f32 to the decoder's result. Logits live a few rows at a time.
     fn head_gradient(
         &self,
@@ -432,6 +430,16 @@ impl T5 {
         }
         Ok((losses, Tensor::cat(&d_rows, 0)?))
     }
+}
+
+/// Checks that the model can make a pass with gradients.
+fn check_pass(batch: &Microbatch<'_>, config: &Config, scale: &[f32]) -> Result<()> {
+    batch.check(config, true)?;
+    if scale.len() == batch.examples.len() {
+        return Ok(());
+    }
+    let what = format!("{} scales for {} examples", scale.len(), batch.examples.len());
+    Err(Error::Options { what })
 }
 
 /// What a pass with gradients gives.

@@ -8,7 +8,9 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use incipit_collective::{Axis, Ranks};
 use incipit_data::TokenizedExample;
-use incipit_model::{Example, ExampleGradient, Microbatch, PassOptions, SoftPrompt, T5, TensorAxis};
+use incipit_model::{
+    Example, ExampleGradient, Microbatch, PassOptions, Placement, SoftPrompt, T5, TensorAxis,
+};
 
 use crate::{
     Error, Result,
@@ -270,7 +272,13 @@ impl Engine {
                 let scales: Vec<f32> = rows.iter().map(|row| scale(&jobs[row.job])).collect();
                 self.model.loss_and_gradient(batch, &scales, &options)
             };
-            self.gather(jobs, &rows, pass, &mut gathered)?;
+            // The model would make two passes of one with both kinds of examples.
+            let few = |row: &Row| {
+                options.dropout == 0.0 && self.model.absorbs(decoder_rows(&jobs[row.job], row.example))
+            };
+            let (few, many): (Vec<Row>, Vec<Row>) = rows.into_iter().partition(few);
+            self.gather(jobs, &few, pass, &mut gathered)?;
+            self.gather(jobs, &many, pass, &mut gathered)?;
         }
         let gradients = sum::over_replicas(&self.ranks, self.model.device(), jobs, gathered, &replicas)?;
         self.confirm()?;
@@ -352,6 +360,11 @@ impl Engine {
                 }
                 return Ok(());
             }
+            Err(incipit_model::Error::Example { example, what }) => {
+                // Named by its place in the job's batch, not in the microbatch.
+                let example = rows.get(example).map_or(example, |row| row.example);
+                self.refusal(incipit_model::Error::Example { example, what })?
+            }
             Err(error) => self.refusal(error)?,
         };
         if prompts.len() == 1 {
@@ -386,6 +399,12 @@ fn nothing<T: Clone>(jobs: &[JobBatch<'_>]) -> Vec<Gathered<T>> {
 fn cost(job: &JobBatch<'_>, example: usize) -> usize {
     let example = job.examples[example];
     job.prompt.length() + example.input.len() + example.target.len()
+}
+
+/// Rows that an example has in the decoder.
+fn decoder_rows(job: &JobBatch<'_>, example: usize) -> usize {
+    let prompt = if job.prompt.placement == Placement::Decoder { job.prompt.length() } else { 0 };
+    prompt + job.examples[example].target.len()
 }
 
 /// d objective / d (sum of an example's token losses): known before the pass, so that no cut of the batch can change it.

@@ -80,7 +80,7 @@ impl TokenMemory {
         let feed_forward = config.d_ff * if config.gated { 3 } else { 2 };
         let stream = 4 * config.d_model;
         let inside = 3 * stream + dtype.size_in_bytes().max(2) * (4 * heads + feed_forward);
-        // A decoder layer keeps keys and values of the encoder's tokens; its own tokens are few.
+        // A decoder layer keeps keys and values of the encoder's tokens, or nothing of them where targets are short; its own tokens are few.
         let crossed = dtype.size_in_bytes().max(2) * 2 * heads * config.num_decoder_layers;
         let layers = config.num_layers + 1;
         Self { kept: layers * inside + crossed, recomputed: layers * stream + 2 * inside + crossed }

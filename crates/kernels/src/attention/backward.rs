@@ -132,6 +132,57 @@ pub(super) fn run<M: Micro, O: Element>(
     gradients
 }
 
+/// The gradients to wide queries, and to the rows that are keys and values both, of one head; the latter in f32 and added to `sum`. The
+/// operands are the queries, the rows and the gradient to the output, with rows of `width` numbers.
+pub(super) fn to_rows<M: Micro, O: Element>(
+    isa: Isa,
+    (spec, width, normalisers, sum): (&Attention<'_>, usize, &[f32], Option<&[f32]>),
+    operands: [&[M::Left]; 3],
+) -> (Vec<O>, Vec<f32>) {
+    let (mut dq, mut dx) = (vec![O::default(); operands[0].len()], vec![0.0; operands[1].len()]);
+    let (to_queries, to_rows) = (SharedMut::new(&mut dq), SharedMut::new(&mut dx));
+    (0..spec.queries.len()).into_par_iter().for_each_init(Scratch::<M>::new, |scratch, example| {
+        let (queries, keys) = (spec.queries.range(example), spec.keys.range(example));
+        let part = |i: usize, rows| Part::new(operands[i], width, rows, 0, width);
+        let (q, k, v, dy) = (part(0, &queries), part(1, &keys), part(1, &keys), part(2, &queries));
+        let normalisers = &normalisers[queries.clone()];
+        let one = Head { spec, head: 0, masks: None, q, k, v, dy, normalisers };
+        one.run(isa, scratch, |row, sums| {
+            // SAFETY: a task alone writes its example's rows.
+            let out = unsafe { to_queries.range((queries.start + row) * width, width) };
+            isa.vectorize(
+                #[inline(always)]
+                || out.iter_mut().zip(sums).for_each(|(o, s)| *o = O::narrow(*s)),
+            );
+        });
+        let Scratch { keys: packed, dk, dv, sums, .. } = scratch;
+        let (n, stride) = (keys.len(), width.next_multiple_of(16));
+        sums.resize(sums.len().max(n * stride), 0.0);
+        isa.vectorize(
+            #[inline(always)]
+            || dk.iter_mut().zip(&*dv).for_each(|(k, v)| *k += v),
+        );
+        M::transpose((dk, packed.width()), (width, n), (sums, stride));
+        for row in 0..n {
+            let place = (keys.start + row) * width;
+            // SAFETY: as above.
+            let out = unsafe { to_rows.range(place, width) };
+            let own = &sums[row * stride..][..width];
+            isa.vectorize(
+                #[inline(always)]
+                || match sum {
+                    Some(sum) => {
+                        let sum = &sum[place..place + width];
+                        out.iter_mut().zip(own.iter().zip(sum)).for_each(|(o, (x, s))| *o = s + x);
+                    }
+                    None => out.copy_from_slice(own),
+                },
+            );
+        }
+    });
+    (dq, dx)
+}
+
 impl<M: Micro> Scratch<M> {
     fn new() -> Self {
         let strip = Strip {

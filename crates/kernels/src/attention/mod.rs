@@ -3,6 +3,7 @@
 //! Scores live in strips of a few rows, one head of one example at a time; nothing of size `T x T` is kept. What backward
 //! needs of forward is the logarithm of each row's normaliser, from which the probabilities are computed again (Dao 2023).
 
+pub(crate) mod absorbed;
 mod backward;
 mod bias;
 mod forward;
@@ -279,22 +280,12 @@ fn check(op: &'static str, spec: &Attention<'_>, q: &Tensor, k: &Tensor, v: &Ten
     let (rows, width) = dims2(op, q)?;
     expect_activation(op, q.dtype())?;
     let refuse = |what: String| Err(Error::Shape { op, what });
-    if rows != spec.queries.total() || spec.heads == 0 || !width.is_multiple_of(spec.heads) {
-        return refuse(format!(
-            "queries {:?} for {} rows and {} heads",
-            q.dims(),
-            spec.queries.total(),
-            spec.heads
-        ));
-    }
+    check_rows(op, (spec.queries, spec.keys), rows, (width, spec.heads))?;
     for (name, t) in [("the keys", k), ("the values", v)] {
         expect_dims(op, name, t, &[spec.keys.total(), width])?;
         if t.dtype() != q.dtype() {
             return refuse(format!("{name} are {:?} and the queries {:?}", t.dtype(), q.dtype()));
         }
-    }
-    if spec.queries.len() != spec.keys.len() {
-        return refuse(format!("queries of {} and keys of {} examples", spec.queries.len(), spec.keys.len()));
     }
     if let Some(keys) = spec.dropout.map(Dropout::examples).filter(|keys| *keys != spec.queries.len()) {
         return refuse(format!("dropout for {keys} examples, where there are {}", spec.queries.len()));
@@ -311,4 +302,21 @@ fn check(op: &'static str, spec: &Attention<'_>, q: &Tensor, k: &Tensor, v: &Ten
         )),
         _ => Ok(()),
     }
+}
+
+/// Checks that `rows` queries of `width` numbers are those of the examples, and the heads'.
+fn check_rows(
+    op: &'static str,
+    (queries, keys): (&Segments, &Segments),
+    rows: usize,
+    (width, heads): (usize, usize),
+) -> Result<()> {
+    let refuse = |what: String| Err(Error::Shape { op, what });
+    if rows != queries.total() || heads == 0 || !width.is_multiple_of(heads) {
+        return refuse(format!("queries [{rows}, {width}] for {} rows and {heads} heads", queries.total()));
+    }
+    if queries.len() != keys.len() {
+        return refuse(format!("queries of {} and keys of {} examples", queries.len(), keys.len()));
+    }
+    Ok(())
 }

@@ -3,7 +3,7 @@
 use half::bf16;
 
 use crate::element::to_bf16;
-use crate::frozen::FrozenSlice;
+use crate::frozen::{Frozen, FrozenSlice};
 
 /// A right operand `[k, n]`: `k` is contracted, `n` are the result's columns.
 #[derive(Clone, Copy)]
@@ -14,6 +14,17 @@ pub(crate) struct Right<'a> {
     pub(crate) stride: usize,
     pub(crate) k: usize,
     pub(crate) n: usize,
+}
+
+impl<'a> Right<'a> {
+    /// A frozen weight as the right operand of its forward product, or of its gradient's.
+    pub(crate) fn of(w: &'a Frozen, layout: Layout) -> Self {
+        let (k, n) = match layout {
+            Layout::ColumnsAsRows => (w.cols(), w.rows()),
+            Layout::Rows => (w.rows(), w.cols()),
+        };
+        Self { values: w.values(), layout, stride: w.stride(), k, n }
+    }
 }
 
 /// How a right operand is stored.

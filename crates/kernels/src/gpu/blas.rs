@@ -51,7 +51,9 @@ struct Kind {
     columns: usize,
     contracted: usize,
     usual_rows: usize,
-    strides: [usize; 2],
+    strides: [usize; 3],
+    count: usize,
+    steps: [usize; 3],
     transposed: bool,
     dtypes: [DType; 2],
     adds: bool,
@@ -62,18 +64,30 @@ struct Kind {
 impl Kind {
     fn of(product: &Product) -> Self {
         let [_, columns, contracted] = product.dims;
-        let alignment = |Address(address): Address| (1 << address.trailing_zeros().min(8)).min(ALIGNMENT);
+        // Of the first matrix, and of all others.
+        let alignment = |Address(address): Address, step: usize, dtype: DType| {
+            let bits = address | (step * dtype.size_in_bytes()) as u64;
+            (1 << bits.trailing_zeros().min(8)).min(ALIGNMENT)
+        };
+        let [a_step, w_step, out_step] = product.steps;
+        let of_result = |address| alignment(address, out_step, product.out_dtype);
         // What is added is described as the result is. Where nothing is, the address 0 takes nothing away.
-        let out = alignment(product.out).min(alignment(product.added));
+        let out = of_result(product.out).min(of_result(product.added));
         Self {
             columns,
             contracted,
             usual_rows: product.usual_rows,
-            strides: [product.w_stride, product.a_stride],
+            strides: [product.w_stride, product.a_stride, product.out_stride],
+            count: product.count,
+            steps: product.steps,
             transposed: product.layout == Layout::ColumnsAsRows,
             dtypes: [product.dtype, product.out_dtype],
             adds: product.added != Address::NONE,
-            alignments: [alignment(product.w), alignment(product.a), out],
+            alignments: [
+                alignment(product.w, w_step, product.dtype),
+                alignment(product.a, a_step, product.dtype),
+                out,
+            ],
         }
     }
 }
@@ -103,15 +117,18 @@ impl Described {
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
         let transposed = product.layout == Layout::ColumnsAsRows;
         let [height, width] = if transposed { [contracted, columns] } else { [columns, contracted] };
-        let layout = |dtype, height, width, leading| {
-            result::create_matrix_layout(type_of(dtype), height, width, leading).map_err(library("a layout"))
+        let layout = |dtype, height, width, leading: usize, step| {
+            let layout = result::create_matrix_layout(type_of(dtype), height, width, leading as i64);
+            let layout = layout.map_err(library("a layout"))?;
+            batched(layout, product.count, step).map(|()| layout)
         };
+        let [a_step, w_step, out_step] = product.steps;
         let described = Self {
             operation: result::create_matmul_desc(compute, sys::cudaDataType_t::CUDA_R_32F)
                 .map_err(library("a product"))?,
-            w: layout(product.dtype, height, width, product.w_stride as i64)?,
-            a: layout(product.dtype, contracted, rows, product.a_stride as i64)?,
-            out: layout(product.out_dtype, columns, rows, columns as i64)?,
+            w: layout(product.dtype, height, width, product.w_stride, w_step)?,
+            a: layout(product.dtype, contracted, rows, product.a_stride, a_step)?,
+            out: layout(product.out_dtype, columns, rows, product.out_stride, out_step)?,
         };
         // `cublasOperation_t`: CUBLAS_OP_N is 0, CUBLAS_OP_T is 1.
         let operation = i32::from(transposed);
@@ -128,6 +145,28 @@ impl Described {
         set.map_err(library("the operands' order"))?;
         Ok(described)
     }
+}
+
+/// Says that a layout is of so many matrices, each so many numbers behind the one before.
+fn batched(layout: sys::cublasLtMatrixLayout_t, count: usize, step: usize) -> Result<()> {
+    use sys::cublasLtMatrixLayoutAttribute_t as Attribute;
+    let (count, step) = (count as i32, step as i64);
+    // SAFETY: the layout lives, and the values are of the attributes' types.
+    let set = unsafe {
+        let attribute = Attribute::CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT;
+        let set = result::set_matrix_layout_attribute(
+            layout,
+            attribute,
+            std::ptr::from_ref(&count).cast(),
+            size_of_val(&count),
+        );
+        let attribute = Attribute::CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET;
+        let step = std::ptr::from_ref(&step);
+        set.and_then(|()| {
+            result::set_matrix_layout_attribute(layout, attribute, step.cast(), size_of::<i64>())
+        })
+    };
+    set.map_err(library("a layout of several matrices"))
 }
 
 impl Drop for Described {

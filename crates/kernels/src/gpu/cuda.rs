@@ -306,7 +306,9 @@ impl Handle {
     pub(super) unsafe fn multiply(&self, product: &Product) -> Result<()> {
         let name = || {
             let [rows, columns, contracted] = product.dims;
-            format!("product {rows} x {contracted} x {columns} {:?}", product.dtype)
+            let times =
+                if product.count > 1 { format!(", {} at once", product.count) } else { String::new() };
+            format!("product {rows} x {contracted} x {columns} {:?}{times}", product.dtype)
         };
         // SAFETY: the caller's promise.
         self.timed(name, || unsafe { self.blas.multiply(product) })

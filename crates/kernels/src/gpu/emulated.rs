@@ -148,21 +148,43 @@ pub(super) unsafe fn multiply(product: &Product) {
 /// # Safety
 /// As for [`multiply`]; the types must be the product's.
 unsafe fn multiply_as<A: Element, O: Element>(product: &Product) {
-    let Product { a, a_stride, w, w_stride, layout, out, added, dims: [rows, columns, contracted], .. } =
-        *product;
+    for i in 0..product.count {
+        let [a, w, out] = product.steps.map(|step| i * step);
+        let place = |address: Address, numbers: usize, size: usize| match address {
+            Address::NONE => address,
+            address => address.plus(numbers * size),
+        };
+        let one = Product {
+            a: place(product.a, a, size_of::<A>()),
+            w: place(product.w, w, size_of::<A>()),
+            out: place(product.out, out, size_of::<O>()),
+            added: place(product.added, out, size_of::<O>()),
+            ..*product
+        };
+        // SAFETY: the caller's promise.
+        unsafe { multiply_one::<A, O>(&one) };
+    }
+}
+
+/// # Safety
+/// As for [`multiply_as`]; of the product's matrices it makes the first.
+unsafe fn multiply_one<A: Element, O: Element>(product: &Product) {
+    let Product { a, a_stride, w, w_stride, layout, out, out_stride, added, dims, .. } = *product;
+    let [rows, columns, contracted] = dims;
     let [w_rows, w_columns] = match layout {
         Layout::ColumnsAsRows => [columns, contracted],
         Layout::Rows => [contracted, columns],
     };
-    // SAFETY: the caller's promise; the result is not read through other names meanwhile.
-    let (a, w, out) = unsafe {
+    // SAFETY: the caller's promise.
+    let (a, w) = unsafe {
         (
             std::slice::from_raw_parts(a.0 as *const A, (rows - 1) * a_stride + contracted),
             std::slice::from_raw_parts(w.0 as *const A, (w_rows - 1) * w_stride + w_columns),
-            std::slice::from_raw_parts_mut(out.0 as *mut O, rows * columns),
         )
     };
-    out.par_chunks_mut(columns).enumerate().for_each(|(row, out)| {
+    (0..rows).into_par_iter().for_each(|row| {
+        // SAFETY: the caller's promise; rows do not overlap, and the result is not read through other names meanwhile.
+        let out = unsafe { std::slice::from_raw_parts_mut((out.0 as *mut O).add(row * out_stride), columns) };
         let a = &a[row * a_stride..][..contracted];
         for (column, out) in out.iter_mut().enumerate() {
             let number = |k: usize| match layout {
@@ -170,7 +192,7 @@ unsafe fn multiply_as<A: Element, O: Element>(product: &Product) {
                 Layout::Rows => w[k * w_stride + column].widen(),
             };
             let sum: f32 = a.iter().enumerate().map(|(k, a)| a.widen() * number(k)).sum();
-            let place = row * columns + column;
+            let place = row * out_stride + column;
             let added = match added {
                 Address::NONE => 0.0,
                 // SAFETY: as many numbers as the result has, and this one is not written before it is read.

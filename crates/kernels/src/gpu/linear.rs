@@ -93,8 +93,11 @@ pub(crate) fn product(
             layout,
             dtype,
             out: sum.address,
+            out_stride: columns,
             out_dtype: sum_dtype,
             added,
+            count: 1,
+            steps: [0; 3],
             dims: [rows, columns, contracted],
             usual_rows: w.usual_rows(),
         };

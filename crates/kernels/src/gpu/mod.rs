@@ -10,6 +10,7 @@
     allow(dead_code, unreachable_code, unused_variables, reason = "there is no GPU in this build")
 )]
 
+pub(crate) mod absorbed;
 pub(crate) mod attention;
 #[cfg(feature = "cuda")]
 mod blas;
@@ -70,6 +71,8 @@ unsafe impl Plain for i32 {}
 // SAFETY: a number.
 unsafe impl Plain for u32 {}
 // SAFETY: a number.
+unsafe impl Plain for i64 {}
+// SAFETY: a number.
 unsafe impl Plain for f32 {}
 // SAFETY: numbers alone, all of one size.
 unsafe impl Plain for [i32; 2] {}
@@ -92,7 +95,7 @@ impl Launch {
 }
 
 /// `out = a w^T`, `w` stored `[n, k]` ([`Layout::ColumnsAsRows`]), or `out = a w`, `w` stored `[k, n]` ([`Layout::Rows`]), plus
-/// `added`, all row-major, and the latter two without gaps; summed in f32.
+/// `added`, all row-major; summed in f32.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Product {
     pub(crate) a: Address,
@@ -105,9 +108,14 @@ pub(crate) struct Product {
     /// Of `a` and `w`: bf16 or f32.
     pub(crate) dtype: DType,
     pub(crate) out: Address,
+    /// Numbers from row to row of `out`.
+    pub(crate) out_stride: usize,
     pub(crate) out_dtype: DType,
-    /// Of the type and shape of `out`, and perhaps at its place; none for nothing.
+    /// Laid out as `out`, and perhaps at its place; none for nothing.
     pub(crate) added: Address,
+    /// How many products of these sizes are made, and the numbers from one to the next of `a`, `w` and `out`.
+    pub(crate) count: usize,
+    pub(crate) steps: [usize; 3],
     /// Rows of `a`, columns of the result, and numbers that are contracted.
     pub(crate) dims: [usize; 3],
     /// The number of rows for which the way to make it is chosen. (The emulator has one way.)

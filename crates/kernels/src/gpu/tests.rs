@@ -3,6 +3,7 @@
 //! Each test runs on the emulator, with a kernel's threads in several orders, where the feature `emulator` is on, and on the first
 //! CUDA device where there is one. On the emulator results must not depend on the order, to the bit.
 
+mod absorbed;
 mod attention;
 mod columns;
 

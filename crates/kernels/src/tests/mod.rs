@@ -1,5 +1,6 @@
 //! Tests of all operations on every path that the machine has, against plain f64 code.
 
+mod absorbed;
 mod attention;
 mod elementwise;
 mod gradients;

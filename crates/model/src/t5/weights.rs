@@ -78,7 +78,8 @@ impl T5 {
         let pass = Pass { recompute: false, prompts: prompts.as_ref(), ..self.pass(&encoder_rows) };
         let x = self.embedding(batch, &encoder)?;
         let (memory, encoder_state) = self.encoder.forward(&self.config, x, &pass)?;
-        let memory = Memory { rows: &memory, segments: &encoder_rows, readers: &decoder_rows };
+        let (segments, readers) = (&encoder_rows, &decoder_rows);
+        let memory = Memory { rows: &memory, segments, readers, absorbed: None };
         let pass = Pass { rows: &decoder_rows, prompts: None, ..pass };
         let x = self.embedding(batch, &decoder)?;
         let (_, decoder_state) = self.decoder.forward(&self.config, x, memory, &pass)?;

@@ -1,0 +1,55 @@
+//! Cross-attention of so few rows that no keys and values are made of the encoder's result: see [`absorbed_attention`].
+
+use candle_core::{DType, Tensor};
+use incipit_kernels::{
+    Absorbed, AbsorbedAttended, Readers, absorbed_attention, absorbed_attention_gradient, linear,
+};
+
+use crate::Result;
+use crate::gradients::WeightGradients;
+use crate::layers::{AttentionLayer, Rows};
+
+/// What the backward pass of such a sub-layer needs.
+pub(crate) struct AbsorbedState {
+    pub(crate) x: Tensor,
+    attended: AbsorbedAttended,
+}
+
+impl AttentionLayer {
+    /// Whether all keys and values are made of the encoder's result.
+    pub(crate) fn can_absorb(&self) -> bool {
+        self.prefix.is_none()
+    }
+
+    fn absorbed<'a>(&'a self, readers: &'a Readers) -> Absorbed<'a> {
+        Absorbed { readers, k: &self.k.matrix, v: &self.v.matrix }
+    }
+
+    /// `x + attention(norm(x))` over the encoder's result `memory` `[T, D]`; `x` `[Td, D]` f32.
+    pub(crate) fn forward_absorbed(
+        &self,
+        x: Tensor,
+        (memory, readers): (&Tensor, &Readers),
+        rows: Rows<'_>,
+        dtype: DType,
+    ) -> Result<(Tensor, AbsorbedState)> {
+        let q = linear(&self.norm.forward(&x, dtype)?, &self.q.matrix, dtype)?;
+        let attended = absorbed_attention(&self.absorbed(readers), &q, memory)?;
+        let out = self.end.forward(&x, &attended.output, rows)?;
+        Ok((out, AbsorbedState { x, attended }))
+    }
+
+    /// The gradients to the queries, and to the `memory`: this rank's part, added to the `sum` of other layers'.
+    pub(crate) fn absorbed_backward(
+        &self,
+        (dy, sum): (&Tensor, Option<&Tensor>),
+        state: &AbsorbedState,
+        (memory, readers): (&Tensor, &Readers),
+        rows: Rows<'_>,
+        gradients: &mut WeightGradients,
+    ) -> Result<(Tensor, Tensor)> {
+        let y = || Ok(state.attended.output.clone());
+        let d_attended = self.end.backward(dy, y, memory.dtype(), rows, gradients)?;
+        Ok(absorbed_attention_gradient(&self.absorbed(readers), &state.attended, memory, &d_attended, sum)?)
+    }
+}
