@@ -90,34 +90,41 @@ fn an_example_has_the_same_bits_alone_and_beside_those_with_fewer_or_more_rows()
     Ok(())
 }
 
-/// A pass that trains weights makes keys and values of all rows.
+/// In f32 keys and values are made always. What bf16 makes of them differs from that as much.
 #[test]
-fn losses_are_those_with_keys_and_values() -> Result<()> {
+fn losses_and_gradients_are_as_near_to_those_of_f32_as_with_keys_and_values() -> Result<()> {
     let texts = Texts::new(&[4, FEW, 1])?;
     let examples = texts.examples();
     let batch = Microbatch { prompts: &texts.prompts, examples: &examples };
     let (scale, options) = (vec![1.0; examples.len()], PassOptions::default());
-    for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::BF16, 1e-2)] {
-        let model = model(dtype)?;
-        let mut trained = WeightGradients::of(["decoder.final_layer_norm.weight"]);
-        let expected = model.loss_and_weight_gradients(&batch, &scale, &options, &mut trained)?;
-        let found = model.loss_and_gradient(&batch, &scale, &options)?;
-        for (found, expected) in found.iter().zip(&expected) {
-            let error = (found.loss / expected - 1.0).abs();
-            println!("{dtype:?}: {} and {expected}, apart by {error:.1e}", found.loss);
-            ensure!(error < tolerance, "{dtype:?}: {} and {expected}", found.loss);
-        }
+    let weights = || -> Result<[T5; 2]> { Ok([model(DType::F32)?, model(DType::BF16)?]) };
+    let [exact, rounded] = weights()?;
+    let expected = exact.loss_and_gradient(&batch, &scale, &options)?;
+    let found = rounded.loss_and_gradient(&batch, &scale, &options)?;
+    // A pass that trains weights makes keys and values.
+    let mut trained = WeightGradients::of(["decoder.final_layer_norm.weight"]);
+    let with = rounded.loss_and_weight_gradients(&batch, &scale, &options, &mut trained)?;
+    for ((found, expected), with) in found.iter().zip(&expected).zip(&with) {
+        let [without, with] = [found.loss, *with].map(|loss| (loss / expected.loss - 1.0).abs());
+        let [found, expected] = [found, expected].map(|g| g.prompt_gradient.flatten_all()?.to_vec1::<f32>());
+        let (found, expected) = (found?, expected?);
+        let norm =
+            |values: &mut dyn Iterator<Item = f32>| values.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+        let apart =
+            norm(&mut found.iter().zip(&expected).map(|(a, b)| a - b)) / norm(&mut expected.iter().copied());
+        println!("losses off by {without:.1e}, with keys and values by {with:.1e}; gradient by {apart:.1e}");
+        ensure!(without < 1e-3 && apart < 0.03, "off by {without:.1e}, gradient by {apart:.1e}");
     }
     Ok(())
 }
 
-/// All labels' rows decide together.
+/// All labels' rows decide together; else losses differ as bf16 does, whose numbers have eight bits.
 #[test]
 fn labels_have_the_losses_that_each_has_as_a_target_and_few_of_them_the_same_bits() -> Result<()> {
     let texts = Texts::new(&[1, 1, 1])?;
     let examples = texts.examples();
     let batch = Microbatch { prompts: &texts.prompts, examples: &examples };
-    let model = model(DType::F32)?;
+    let model = model(DType::BF16)?;
     let encoded = model.encoded(&batch)?;
     for (lengths, few) in [(&[2, 5, 3, 6][..], true), (&[2, FEW + 4, 3, FEW], false)] {
         let labels: Vec<Vec<u32>> =
@@ -129,7 +136,7 @@ fn labels_have_the_losses_that_each_has_as_a_target_and_few_of_them_the_same_bit
                 let expected = model.loss(&Microbatch { prompts: &texts.prompts, examples: &alone })?[0];
                 let found = found[e * labels.len() + l];
                 ensure!(
-                    (found / expected - 1.0).abs() < 1e-6,
+                    (found / expected - 1.0).abs() < 1e-2,
                     "label {l} of example {e}: {found} {expected}"
                 );
                 ensure!(!few || found == expected, "label {l} of example {e} has other bits");
@@ -144,7 +151,7 @@ fn the_same_tokens_are_written_with_keys_and_values_and_without() -> Result<()> 
     let texts = Texts::new(&[1, 1, 1, 1])?;
     let examples = texts.examples();
     let batch = Microbatch { prompts: &texts.prompts, examples: &examples };
-    let model = model(DType::F32)?;
+    let model = model(DType::BF16)?;
     let written = |max_new_tokens| {
         model.generate(&batch, &GenerateOptions { max_new_tokens, ..GenerateOptions::default() })
     };
