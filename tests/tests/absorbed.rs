@@ -92,7 +92,7 @@ fn an_example_has_the_same_bits_alone_and_beside_those_with_fewer_or_more_rows()
 
 /// In f32 keys and values are made always. What bf16 makes of them differs from that as much.
 #[test]
-fn losses_and_gradients_are_as_near_to_those_of_f32_as_with_keys_and_values() -> Result<()> {
+fn losses_and_gradients_are_near_to_those_of_f32_which_has_keys_and_values() -> Result<()> {
     let texts = Texts::new(&[4, FEW, 1])?;
     let examples = texts.examples();
     let batch = Microbatch { prompts: &texts.prompts, examples: &examples };

@@ -127,7 +127,7 @@ template <typename T> __device__ inline void absorbed_row_gradients(const Absorb
 
 constexpr int SOFTMAX_THREADS = 256;
 
-// Calls `f(scores, probabilities, example)` for each query of a tile, a warp a query.
+// Calls `f(scores, probabilities, example, query)` for each query of a tile, a warp a query.
 template <typename T, typename F> __device__ inline void each_query(const AbsorbedParams &p, F f) {
   const Tile tile = p.tiles[blockIdx.x];
   const Absorbing e(p, tile.example);

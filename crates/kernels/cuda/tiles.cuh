@@ -88,23 +88,37 @@ __device__ inline void multiply_rows(float (&sums)[N / 8][4], const float *a, in
   }
 }
 
+// sums += left b: 16 columns of a left operand, and as many rows of N numbers; in f32 one column, of which the lane has two numbers.
+template <int N> __device__ inline void add_rows(float (&sums)[N][4], const uint32_t (&left)[4], const bf16 *b, int ldb) {
+  const int l = lane();
+#pragma unroll
+  for (int n = 0; n < 8 * N; n += 16) {
+    uint32_t right[4];
+    load_matrices_transposed(right, b + (l % 8 + l / 8 % 2 * 8) * ldb + n + l / 16 * 8);
+    multiply_add(sums[n / 8], left, right[0], right[1]);
+    multiply_add(sums[n / 8 + 1], left, right[2], right[3]);
+  }
+}
+template <int N> __device__ inline void add_row(float (&sums)[N][4], float upper, float lower, const float *b) {
+  const int column = lane() % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    const float left = b[n * 8 + column], right = b[n * 8 + column + 1];
+    sums[n][0] += upper * left, sums[n][1] += upper * right;
+    sums[n][2] += lower * left, sums[n][3] += lower * right;
+  }
+}
+
 // sums += a b: `a` the warp's own sums, narrowed, `b` K rows of N. The sums have the layout of the matrix instruction's left operand;
 // those in f32 go through `scratch`, 16 rows.
 template <int N, int K, int LDA>
 __device__ inline void multiply_sums(float (&sums)[N / 8][4], const float (&a)[K / 8][4], bf16 *, const bf16 *b, int ldb) {
-  const int l = lane();
 #pragma unroll
   for (int k = 0; k < K; k += 16) {
     const float(&low)[4] = a[k / 8], (&high)[4] = a[k / 8 + 1];
     const uint32_t left[4] = {narrow_pair(low[0], low[1]), narrow_pair(low[2], low[3]), narrow_pair(high[0], high[1]),
                               narrow_pair(high[2], high[3])};
-#pragma unroll
-    for (int n = 0; n < N; n += 16) {
-      uint32_t right[4];
-      load_matrices_transposed(right, b + (k + l % 8 + l / 8 % 2 * 8) * ldb + n + l / 16 * 8);
-      multiply_add(sums[n / 8], left, right[0], right[1]);
-      multiply_add(sums[n / 8 + 1], left, right[2], right[3]);
-    }
+    add_rows(sums, left, b + k * ldb, ldb);
   }
 }
 template <int N, int K, int LDA>
@@ -118,12 +132,7 @@ __device__ inline void multiply_sums(float (&sums)[N / 8][4], const float (&a)[K
   __syncwarp();
   for (int k = 0; k < K; k++) {
     const float upper = scratch[row * LDA + k], lower = scratch[(row + 8) * LDA + k];
-#pragma unroll
-    for (int n = 0; n < N; n += 8) {
-      const float left = b[k * ldb + n + column], right = b[k * ldb + n + column + 1];
-      sums[n / 8][0] += upper * left, sums[n / 8][1] += upper * right;
-      sums[n / 8][2] += lower * left, sums[n / 8][3] += lower * right;
-    }
+    add_row(sums, upper, lower, b + k * ldb);
   }
   __syncwarp(); // the scratch was read
 }
@@ -135,26 +144,15 @@ template <int N, int K> __device__ inline void multiply_columns(float (&sums)[N 
   for (int k = 0; k < K; k += 16) {
     uint32_t left[4];
     load_matrices(left, a + (l % 8 + l / 8 % 2 * 8) * lda + k + l / 16 * 8);
-#pragma unroll
-    for (int n = 0; n < N; n += 16) {
-      uint32_t right[4];
-      load_matrices_transposed(right, b + (k + l % 8 + l / 8 % 2 * 8) * ldb + n + l / 16 * 8);
-      multiply_add(sums[n / 8], left, right[0], right[1]);
-      multiply_add(sums[n / 8 + 1], left, right[2], right[3]);
-    }
+    add_rows(sums, left, b + k * ldb, ldb);
   }
 }
 template <int N, int K>
 __device__ inline void multiply_columns(float (&sums)[N / 8][4], const float *a, int lda, const float *b, int ldb) {
-  const int row = lane() / 4, column = lane() % 4 * 2;
+  const int row = lane() / 4;
   for (int k = 0; k < K; k++) {
     const float upper = a[row * lda + k], lower = a[(row + 8) * lda + k];
-#pragma unroll
-    for (int n = 0; n < N; n += 8) {
-      const float left = b[k * ldb + n + column], right = b[k * ldb + n + column + 1];
-      sums[n / 8][0] += upper * left, sums[n / 8][1] += upper * right;
-      sums[n / 8][2] += lower * left, sums[n / 8][3] += lower * right;
-    }
+    add_row(sums, upper, lower, b + k * ldb);
   }
 }
 
@@ -165,26 +163,15 @@ template <int N, int K> __device__ inline void multiply_turned(float (&sums)[N /
   for (int k = 0; k < K; k += 16) {
     uint32_t left[4];
     load_matrices_transposed(left, a + (k + l % 8 + l / 16 * 8) * lda + l / 8 % 2 * 8);
-#pragma unroll
-    for (int n = 0; n < N; n += 16) {
-      uint32_t right[4];
-      load_matrices_transposed(right, b + (k + l % 8 + l / 8 % 2 * 8) * ldb + n + l / 16 * 8);
-      multiply_add(sums[n / 8], left, right[0], right[1]);
-      multiply_add(sums[n / 8 + 1], left, right[2], right[3]);
-    }
+    add_rows(sums, left, b + k * ldb, ldb);
   }
 }
 template <int N, int K>
 __device__ inline void multiply_turned(float (&sums)[N / 8][4], const float *a, int lda, const float *b, int ldb) {
-  const int row = lane() / 4, column = lane() % 4 * 2;
+  const int row = lane() / 4;
   for (int k = 0; k < K; k++) {
     const float upper = a[k * lda + row], lower = a[k * lda + row + 8];
-#pragma unroll
-    for (int n = 0; n < N; n += 8) {
-      const float left = b[k * ldb + n + column], right = b[k * ldb + n + column + 1];
-      sums[n / 8][0] += upper * left, sums[n / 8][1] += upper * right;
-      sums[n / 8][2] += lower * left, sums[n / 8][3] += lower * right;
-    }
+    add_row(sums, upper, lower, b + k * ldb);
   }
 }
 

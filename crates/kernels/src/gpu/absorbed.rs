@@ -12,7 +12,7 @@ use crate::{Error, Result};
 const OP: &str = "absorbed_attention";
 
 /// `AbsorbedParams` of `absorbed.cuh`.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 #[repr(C)]
 struct AbsorbedParams {
     queries: Address,
@@ -50,24 +50,14 @@ struct Call<'a> {
 impl<'a> Call<'a> {
     /// `x` are the rows.
     fn new(gpu: &'a Gpu, readers: &'a Readers, x: Address, (width, dtype): (usize, DType)) -> Result<Self> {
-        let none = Address::NONE;
         let (places_at, places) = readers.places_on(gpu)?;
         let params = AbsorbedParams {
-            queries: none,
-            gradients: none,
             rows: x,
-            out: none,
-            sum: none,
-            row_gradients: none,
-            scores: none,
-            probabilities: none,
-            score_gradients: none,
             query_offsets: readers.wide().offsets_on(gpu)?,
             row_offsets: readers.rows().offsets_on(gpu)?,
             places: places_at,
-            tiles: none,
             width: width as i32,
-            aligned: 0,
+            ..AbsorbedParams::default()
         };
         Ok(Self { gpu, readers, dtype, places, params })
     }
