@@ -29,6 +29,7 @@ pub(crate) fn check_isa() -> anyhow::Result<()> {
 /// The kernel path in use, in words.
 pub(crate) fn kernel_path() -> String {
     let what = match isa() {
+        Isa::AmxBf16 => "bf16 products in AMX tiles, all else in AVX-512",
         Isa::Avx512Bf16 => "bf16 products in AVX-512 BF16 instructions",
         Isa::Avx512 => "AVX-512, bf16 widened to f32",
         Isa::Avx2 => "AVX2 and FMA, bf16 widened to f32",

@@ -91,7 +91,7 @@ Results go to standard output, all else to standard error. Where a command print
 | 5 | the job that was watched was cancelled |
 | 130 | interrupted; `train` saved a checkpoint first, `--resume` goes on |
 
-`INCIPIT_ISA` (`avx512bf16`, `avx512`, `avx2` or `portable`) chooses the kernels by hand; `INCIPIT_LOG` takes a filter for the log on
+`INCIPIT_ISA` (`amxbf16`, `avx512bf16`, `avx512`, `avx2` or `portable`) chooses the kernels by hand; `INCIPIT_LOG` takes a filter for the log on
 standard error, such as `incipit_tune=debug`. With `--log-format json`, or `INCIPIT_LOG_FORMAT=json`, everything on standard error is a JSON
 object a line, but for refusals of the command line itself. `OTEL_EXPORTER_OTLP_ENDPOINT` names a collector of spans (docs/cluster.md).
 

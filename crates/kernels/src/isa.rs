@@ -7,6 +7,8 @@ use std::sync::OnceLock;
 /// Each path gives the same bits wherever it runs; different paths may differ in the last bits of products.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
+    /// AMX: bf16 operands are multiplied as they are, a tile of rows with a tile of columns; all else as with AVX-512.
+    AmxBf16,
     /// AVX-512 with bf16 dot products: bf16 operands are multiplied as they are.
     Avx512Bf16,
     /// AVX-512: bf16 operands are widened to f32.
@@ -19,13 +21,14 @@ pub enum Isa {
 
 impl Isa {
     /// All of them, fastest first.
-    pub const ALL: [Isa; 4] = [Isa::Avx512Bf16, Isa::Avx512, Isa::Avx2, Isa::Portable];
+    pub const ALL: [Isa; 5] = [Isa::AmxBf16, Isa::Avx512Bf16, Isa::Avx512, Isa::Avx2, Isa::Portable];
 
     /// Whether this machine has the instructions.
     #[must_use]
     pub fn is_available(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         match self {
+            Isa::AmxBf16 => Isa::Avx512Bf16.is_available() && crate::gemm::amx::is_available(),
             Isa::Avx512Bf16 => Isa::Avx512.is_available() && is_x86_feature_detected!("avx512bf16"),
             Isa::Avx512 => {
                 Isa::Avx2.is_available()
@@ -59,7 +62,7 @@ impl Isa {
             }
             match self {
                 // SAFETY: a path is used only where the machine has its instructions (`is_available`).
-                Isa::Avx512Bf16 | Isa::Avx512 => return unsafe { avx512(f) },
+                Isa::AmxBf16 | Isa::Avx512Bf16 | Isa::Avx512 => return unsafe { avx512(f) },
                 // SAFETY: as above.
                 Isa::Avx2 => return unsafe { avx2(f) },
                 Isa::Portable => {}
@@ -72,6 +75,7 @@ impl Isa {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Isa::AmxBf16 => "amxbf16",
             Isa::Avx512Bf16 => "avx512bf16",
             Isa::Avx512 => "avx512",
             Isa::Avx2 => "avx2",

@@ -194,6 +194,8 @@ fn cpu_features() -> Vec<Feature> {
         feature("avx512f", is_x86_feature_detected!("avx512f")),
         feature("avx512bw", is_x86_feature_detected!("avx512bw")),
         feature("avx512_bf16", is_x86_feature_detected!("avx512bf16")),
+        // The standard library's word for AMX is not stable yet.
+        feature("amx_bf16", Isa::AmxBf16.is_available()),
     ]
 }
 
@@ -205,7 +207,7 @@ fn cpu_features() -> Vec<Feature> {
 fn findings(report: &Report) -> Vec<Finding> {
     let mut findings = vec![Finding::new(true, "tuning, evaluation and generation on this machine's CPU")];
     findings.push(match incipit_kernels::isa() {
-        Isa::Avx512Bf16 => Finding::new(true, "bf16 at full speed"),
+        Isa::AmxBf16 | Isa::Avx512Bf16 => Finding::new(true, "bf16 at full speed"),
         Isa::Avx512 | Isa::Avx2 => Finding::new(
             false,
             "bf16 at full speed needs a CPU with avx512_bf16; bf16 works here by widening to f32, at about the speed of f32",

@@ -16,9 +16,9 @@ use crate::element::Element;
 use crate::frozen::Frozen;
 use crate::gemm::micro;
 use crate::gemm::pack::{Layout, Right};
-#[cfg(target_arch = "x86_64")]
-use crate::gemm::x86;
 use crate::gemm::{Block, Operand, Term};
+#[cfg(target_arch = "x86_64")]
+use crate::gemm::{amx, x86};
 use crate::gpu::{self, Address, Gpu, Uploaded};
 use crate::isa::{Isa, isa};
 use crate::segments::{Segments, once};
@@ -188,7 +188,9 @@ type OneHead<'a> = (&'a Attention<'a>, usize, &'a [f32], Option<&'a [f32]>);
 fn gradient_f32<O: Element>(isa: Isa, one: OneHead<'_>, operands: [&[f32]; 3]) -> (Vec<O>, Vec<f32>) {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Bf16 | Isa::Avx512 => backward::to_rows::<x86::Avx512, O>(isa, one, operands),
+        Isa::AmxBf16 | Isa::Avx512Bf16 | Isa::Avx512 => {
+            backward::to_rows::<x86::Avx512, O>(isa, one, operands)
+        }
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => backward::to_rows::<x86::Avx2, O>(isa, one, operands),
         _ => backward::to_rows::<micro::Portable, O>(isa, one, operands),
@@ -197,8 +199,10 @@ fn gradient_f32<O: Element>(isa: Isa, one: OneHead<'_>, operands: [&[f32]; 3]) -
 
 fn gradient_bf16(isa: Isa, one: OneHead<'_>, operands: [&[bf16]; 3]) -> (Vec<bf16>, Vec<f32>) {
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx512Bf16 {
-        return backward::to_rows::<x86::Avx512Bf16, bf16>(isa, one, operands);
+    match isa {
+        Isa::AmxBf16 => return backward::to_rows::<amx::AmxBf16, bf16>(isa, one, operands),
+        Isa::Avx512Bf16 => return backward::to_rows::<x86::Avx512Bf16, bf16>(isa, one, operands),
+        _ => {}
     }
     let wide = operands.map(widened);
     gradient_f32(isa, one, wide.each_ref().map(Vec::as_slice))

@@ -5,11 +5,13 @@
 //! The gradient to the position bias is that to the scores. It is summed by distances within a head of an example, then by
 //! buckets, and then over the examples in their order.
 
+use std::mem::MaybeUninit;
+
 use rayon::prelude::*;
 
 use super::Attention;
 use super::bias::Trained;
-use super::head::{Packed, Part, STRIP, Transposed, bias_row, padded, visible_keys};
+use super::head::{self, Packed, Part, Transposed, bias_row, padded, visible_keys};
 use crate::dropout::Masks;
 use crate::element::Element;
 use crate::gemm::micro::Micro;
@@ -77,8 +79,8 @@ pub(super) fn run<M: Micro, O: Element>(
     let count = bias.map_or(0, |bias| bias.buckets.count);
     let mut by_bucket = vec![0.0; spec.queries.len() * spec.heads * count];
     let buckets = SharedMut::new(&mut by_bucket);
-    let mut gradients = [0, 1, 2].map(|i| vec![O::default(); operands[i].len()]);
-    let [dq, dk, dv] = gradients.each_mut().map(|g| SharedMut::new(g));
+    let mut gradients: [Vec<O>; 3] = [0, 1, 2].map(|i| Vec::with_capacity(operands[i].len()));
+    let [dq, dk, dv] = gradients.each_mut().map(SharedMut::uninit);
     let k = width / spec.heads;
     (0..spec.queries.len() * spec.heads).into_par_iter().for_each_init(Scratch::<M>::new, |scratch, task| {
         let (example, head) = (task / spec.heads, task % spec.heads);
@@ -94,12 +96,12 @@ pub(super) fn run<M: Micro, O: Element>(
             dy: part(3, &queries),
             normalisers: &normalisers[head * total + queries.start..][..queries.len()],
         };
-        let store = |out: SharedMut<O>, row: usize, sums: &[f32]| {
+        let store = |out: SharedMut<MaybeUninit<O>>, row: usize, sums: &[f32]| {
             // SAFETY: a task alone writes its head's part of its example's rows.
             let out = unsafe { out.range(row * width + head * k, k) };
             isa.vectorize(
                 #[inline(always)]
-                || out.iter_mut().zip(sums).for_each(|(o, s)| *o = O::narrow(*s)),
+                || out.iter_mut().zip(sums).for_each(|(o, s)| _ = o.write(O::narrow(*s))),
             );
         };
         scratch.strip.by_distance.clear();
@@ -122,6 +124,10 @@ pub(super) fn run<M: Micro, O: Element>(
             }
         }
     });
+    for (gradient, operand) in gradients.iter_mut().zip(operands) {
+        // SAFETY: the heads' parts of the examples' rows are all of them.
+        unsafe { gradient.set_len(operand.len()) };
+    }
     if let Some((_, table)) = trained {
         for example in by_bucket.chunks_exact((count * spec.heads).max(1)) {
             for (i, x) in example.iter().enumerate() {
@@ -226,13 +232,13 @@ impl<T: Element> Head<'_, T> {
         k.contracted(&self.k);
         q.set(&self.q);
         dy.set(&self.dy);
-        let (n, columns) = (self.k.rows, keys.width());
+        let (n, columns, strip_rows) = (self.k.rows, keys.width(), head::strip::<M>());
         for gradient in [&mut *dk, &mut *dv] {
             gradient.clear();
             gradient.resize(self.k.width * columns, 0.0);
         }
-        for first in (0..self.q.rows).step_by(STRIP) {
-            let rows = STRIP.min(self.q.rows - first);
+        for first in (0..self.q.rows).step_by(strip_rows) {
+            let rows = strip_rows.min(self.q.rows - first);
             keys.multiply(&self.q.values[first * self.q.stride..], self.q.stride, rows, &mut strip.p);
             values.multiply(&self.dy.values[first * self.dy.stride..], self.dy.stride, rows, &mut strip.dp);
             self.score_gradients(isa, strip, columns, first..first + rows);

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::Attention;
-use super::head::{Packed, Part, STRIP, bias_row, padded, visible_keys};
+use super::head::{Packed, Part, bias_row, padded, strip, visible_keys};
 use crate::element::Element;
 use crate::gemm::micro::Micro;
 use crate::isa::Isa;
@@ -20,6 +20,8 @@ struct Scratch<M: Micro> {
     /// Dropout's factors for a row.
     factors: Vec<f32>,
     probabilities: Vec<M::Left>,
+    /// The logarithms of a strip's.
+    normalisers: Vec<f32>,
     sums: Vec<f32>,
 }
 
@@ -31,9 +33,9 @@ pub(super) fn run<M: Micro, O: Element>(
     width: usize,
 ) -> (Vec<O>, Vec<f32>) {
     let total = spec.queries.total();
-    let mut output = vec![O::default(); total * width];
+    let mut output: Vec<O> = Vec::with_capacity(total * width);
     let mut normalisers = vec![0.0; spec.heads * total];
-    let (out, lse) = (SharedMut::new(&mut output), SharedMut::new(&mut normalisers));
+    let (out, lse) = (SharedMut::uninit(&mut output), SharedMut::new(&mut normalisers));
     let tasks = spec.queries.len() * spec.heads;
     let scratch = || Scratch::<M> {
         keys: Packed::empty(),
@@ -42,6 +44,7 @@ pub(super) fn run<M: Micro, O: Element>(
         bias: Vec::new(),
         factors: Vec::new(),
         probabilities: Vec::new(),
+        normalisers: Vec::new(),
         sums: Vec::new(),
     };
     (0..tasks).into_par_iter().for_each_init(scratch, |scratch, task| {
@@ -58,10 +61,12 @@ pub(super) fn run<M: Micro, O: Element>(
             let out = unsafe { out.range((queries.start + row) * width + head * k, k) };
             isa.vectorize(
                 #[inline(always)]
-                || out.iter_mut().zip(sums).for_each(|(o, s)| *o = O::narrow(*s)),
+                || out.iter_mut().zip(sums).for_each(|(o, s)| _ = o.write(O::narrow(*s))),
             );
         });
     });
+    // SAFETY: the heads' parts of the examples' rows are all of them.
+    unsafe { output.set_len(total * width) };
     (output, normalisers)
 }
 
@@ -74,19 +79,19 @@ fn one_head<M: Micro>(
     scratch: &mut Scratch<M>,
     mut store: impl FnMut(usize, &[f32], f32),
 ) {
-    let Scratch { keys, values, scores, bias, factors, probabilities, sums } = scratch;
+    let Scratch { keys, values, scores, bias, factors, probabilities, normalisers, sums } = scratch;
     keys.columns(&k);
     values.contracted(&v);
     let masks = spec.dropout.map(|dropout| dropout.head_masks(example, head));
     let n = k.rows;
     factors.clear();
     factors.resize(padded(n), 1.0);
-    for first in (0..q.rows).step_by(STRIP) {
-        let rows = STRIP.min(q.rows - first);
+    for first in (0..q.rows).step_by(strip::<M>()) {
+        let rows = strip::<M>().min(q.rows - first);
         keys.multiply(&q.values[first * q.stride..], q.stride, rows, scores);
         let columns = keys.width();
         probabilities.resize(probabilities.len().max(rows * columns), M::Left::default());
-        let mut normalisers = [0.0; STRIP];
+        normalisers.clear();
         for row in 0..rows {
             let seen = visible_keys(spec, first + row, n);
             let scores = &mut scores[row * columns..][..padded(seen)];
@@ -103,7 +108,7 @@ fn one_head<M: Micro>(
                         }
                         None => None,
                     };
-                    normalisers[row] = softmax((scores, seen), bias, factors, out);
+                    normalisers.push(softmax((scores, seen), bias, factors, out));
                 },
             );
         }

@@ -7,8 +7,11 @@ use crate::element::Element;
 use crate::gemm::micro::{Micro, Rows, Tile};
 use crate::gemm::pack::{Layout, Right};
 
-/// Rows of a strip of scores.
-pub(crate) const STRIP: usize = 48;
+/// Rows of a strip of scores: 48, or as many more as the path computes at once.
+pub(crate) const fn strip<M: Micro>() -> usize {
+    48usize.next_multiple_of(M::ROWS)
+}
+
 /// Every panel's width is a multiple of it.
 pub(crate) const PADDING: usize = 16;
 

@@ -17,7 +17,7 @@ use crate::dropout::Dropout;
 use crate::element::Element;
 use crate::gemm::micro;
 #[cfg(target_arch = "x86_64")]
-use crate::gemm::x86;
+use crate::gemm::{amx, x86};
 use crate::gpu::{self, Gpu};
 use crate::isa::{Isa, isa};
 use crate::segments::Segments;
@@ -87,14 +87,7 @@ pub(crate) fn attention_on(
         let (out, normalisers) = forward_f32::<f32>(isa, spec, [q, k, v], width);
         return attended(out, dims, normalisers, spec.heads);
     }
-    let [q, k, v] = slices::<bf16, _>(&views)?;
-    #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx512Bf16 {
-        let (out, normalisers) = forward::run::<x86::Avx512Bf16, bf16>(isa, spec, [q, k, v], width);
-        return attended(out, dims, normalisers, spec.heads);
-    }
-    let wide = [q, k, v].map(widened);
-    let (out, normalisers) = forward_f32::<bf16>(isa, spec, wide.each_ref().map(Vec::as_slice), width);
+    let (out, normalisers) = forward_bf16(isa, spec, slices(&views)?, width);
     attended(out, dims, normalisers, spec.heads)
 }
 
@@ -107,6 +100,23 @@ fn attended<O: Element>(
     Ok(Attended { output: tensor(out, &dims)?, normalisers: tensor(normalisers, &[heads, dims[0]])? })
 }
 
+/// Operands in bf16, as they are where the path multiplies such.
+fn forward_bf16(
+    isa: Isa,
+    spec: &Attention<'_>,
+    operands: [&[bf16]; 3],
+    width: usize,
+) -> (Vec<bf16>, Vec<f32>) {
+    #[cfg(target_arch = "x86_64")]
+    match isa {
+        Isa::AmxBf16 => return forward::run::<amx::AmxBf16, bf16>(isa, spec, operands, width),
+        Isa::Avx512Bf16 => return forward::run::<x86::Avx512Bf16, bf16>(isa, spec, operands, width),
+        _ => {}
+    }
+    let wide = operands.map(widened);
+    forward_f32(isa, spec, wide.each_ref().map(Vec::as_slice), width)
+}
+
 /// Operands in f32, on the path's f32 instructions.
 fn forward_f32<O: Element>(
     isa: Isa,
@@ -116,7 +126,9 @@ fn forward_f32<O: Element>(
 ) -> (Vec<O>, Vec<f32>) {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Bf16 | Isa::Avx512 => forward::run::<x86::Avx512, O>(isa, spec, operands, width),
+        Isa::AmxBf16 | Isa::Avx512Bf16 | Isa::Avx512 => {
+            forward::run::<x86::Avx512, O>(isa, spec, operands, width)
+        }
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => forward::run::<x86::Avx2, O>(isa, spec, operands, width),
         _ => forward::run::<micro::Portable, O>(isa, spec, operands, width),
@@ -233,15 +245,34 @@ fn gradients_on(
         let operands = slices::<f32, _>(&views)?;
         return tensors(gradient_f32::<f32>(isa, spec, (operands, width), lse, trained), [q, k, v]);
     }
-    let operands = slices::<bf16, _>(&views)?;
+    tensors(gradient_bf16(isa, spec, (slices(&views)?, width), lse, trained), [q, k, v])
+}
+
+fn gradient_bf16(
+    isa: Isa,
+    spec: &Attention<'_>,
+    (operands, width): ([&[bf16]; 4], usize),
+    normalisers: &[f32],
+    trained: Option<Trained<'_>>,
+) -> [Vec<bf16>; 3] {
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx512Bf16 {
-        let gradients = backward::run::<x86::Avx512Bf16, bf16>(isa, spec, (operands, width), lse, trained);
-        return tensors(gradients, [q, k, v]);
+    match isa {
+        Isa::AmxBf16 => {
+            return backward::run::<amx::AmxBf16, bf16>(isa, spec, (operands, width), normalisers, trained);
+        }
+        Isa::Avx512Bf16 => {
+            return backward::run::<x86::Avx512Bf16, bf16>(
+                isa,
+                spec,
+                (operands, width),
+                normalisers,
+                trained,
+            );
+        }
+        _ => {}
     }
     let wide = operands.map(widened);
-    let operands = wide.each_ref().map(Vec::as_slice);
-    tensors(gradient_f32::<bf16>(isa, spec, (operands, width), lse, trained), [q, k, v])
+    gradient_f32(isa, spec, (wide.each_ref().map(Vec::as_slice), width), normalisers, trained)
 }
 
 fn gradient_f32<O: Element>(
@@ -253,7 +284,7 @@ fn gradient_f32<O: Element>(
 ) -> [Vec<O>; 3] {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Bf16 | Isa::Avx512 => {
+        Isa::AmxBf16 | Isa::Avx512Bf16 | Isa::Avx512 => {
             backward::run::<x86::Avx512, O>(isa, spec, operands, normalisers, trained)
         }
         #[cfg(target_arch = "x86_64")]

@@ -4,6 +4,8 @@
 //! depends on the cut (see [`micro`]). A panel is packed straight from the stored matrix when it is needed, so that a frozen
 //! weight has no second copy.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
 pub(crate) mod micro;
 pub(crate) mod pack;
 #[cfg(target_arch = "x86_64")]
@@ -64,7 +66,7 @@ impl Operand for f32 {
     fn product(isa: Isa, terms: &[Term<'_, f32>], rows: usize, store: &(dyn Fn(&Block<'_>) + Sync)) {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 | Isa::Avx512 => run::<x86::Avx512>(terms, rows, store),
+            Isa::AmxBf16 | Isa::Avx512Bf16 | Isa::Avx512 => run::<x86::Avx512>(terms, rows, store),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => run::<x86::Avx2>(terms, rows, store),
             _ => run::<micro::Portable>(terms, rows, store),
@@ -75,8 +77,10 @@ impl Operand for f32 {
 impl Operand for bf16 {
     fn product(isa: Isa, terms: &[Term<'_, bf16>], rows: usize, store: &(dyn Fn(&Block<'_>) + Sync)) {
         #[cfg(target_arch = "x86_64")]
-        if isa == Isa::Avx512Bf16 {
-            return run::<x86::Avx512Bf16>(terms, rows, store);
+        match isa {
+            Isa::AmxBf16 => return run::<amx::AmxBf16>(terms, rows, store),
+            Isa::Avx512Bf16 => return run::<x86::Avx512Bf16>(terms, rows, store),
+            _ => {}
         }
         let wide: Vec<Vec<f32>> =
             terms.iter().map(|t| t.a.par_iter().with_min_len(1 << 14).map(|x| x.widen()).collect()).collect();

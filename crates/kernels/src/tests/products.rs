@@ -11,7 +11,7 @@ use crate::linear::{linear_add_on, linear_gradient_on, linear_on, linear_weight_
 use crate::{Frozen, Isa};
 
 /// Rows, outputs and inputs.
-const SHAPES: [(usize, usize, usize); 15] = [
+const SHAPES: [(usize, usize, usize); 20] = [
     (1, 1, 1),
     (1, 64, 2),
     (2, 63, 3),
@@ -26,6 +26,11 @@ const SHAPES: [(usize, usize, usize); 15] = [
     (11, 191, 40),
     (12, 5, 97),
     (13, 64, 128),
+    (16, 32, 32),
+    (17, 33, 64),
+    (31, 70, 95),
+    (32, 64, 544),
+    (77, 130, 33),
     (800, 20, 9),
 ];
 
@@ -37,7 +42,7 @@ fn part_of_larger(g: &mut crate::rng::Philox, rows: usize, cols: usize, dtype: D
 
 /// The numbers that a product reads: bf16 rows meet bf16 weights where the instructions take nothing else.
 fn read_weight(isa: Isa, w: &Frozen, x: DType) -> Vec<f64> {
-    let narrow = isa == Isa::Avx512Bf16 && x == DType::BF16;
+    let narrow = matches!(isa, Isa::AmxBf16 | Isa::Avx512Bf16) && x == DType::BF16;
     w.to_f32().iter().map(|w| f64::from(if narrow { held(*w, DType::BF16) } else { *w })).collect()
 }
 
