@@ -32,7 +32,7 @@ case "$* $CUDA_LAUNCH_BLOCKING" in
   *--list*) echo 'gpu::tests::norms: test'; echo 'gpu::tests::sums: test'; echo 'of_the_host: test' ;;
   *norms*1) fail 1 gpu::tests::norms ;;
   *sums*1) echo 'test result: ok. 1 passed; 0 failed;' ;;
-  *) fail 2 'gpu::tests::norms gpu::tests::sums' ;;
+  *) echo CUDA_ERROR_ILLEGAL_ADDRESS; fail 2 'gpu::tests::norms gpu::tests::sums' ;;
 esac"#;
 
 /// A folder as build.sh makes it, and one of programs that the path leads to.
@@ -128,7 +128,9 @@ fn every_part_runs_from_the_carried_file_and_they_end_in_one_table() -> Result<(
     let checked = carried.check("gpu.tar.xz", &[])?;
     ensure!(checked.code == Some(0), "{}\n{}", checked.table, checked.said);
     checked.told("machine", "ok", "1 x Good GPU, 80 GiB, driver 580.1, CUDA of the driver 13.0")?;
-    for part in ["doctor", "kernels against the CPU", "losses at real widths", "training", "G1 xxl", "G2 xxl"]
+    let widths = ["losses at real widths, f32", "losses at real widths, bf16"];
+    for part in
+        ["doctor", "kernels against the CPU", "training", "G1 xxl", "G2 xxl"].into_iter().chain(widths)
     {
         checked.told(part, "ok", "")?;
     }
@@ -158,7 +160,8 @@ fn a_part_that_fails_is_told_with_its_cause_and_costs_no_other() -> Result<()> {
     let nothing = TESTS.replace("test it ... ok", "skipped on CUDA: loading the kernels");
     program(&carried.at("gpu/model-tests"), &nothing)?;
     let mut incipit = INCIPIT.replace("ok  GPU 0", "missing  GPU 0").replace(r#""launches": 900, "#, "");
-    write!(incipit, "\ncase \"$*\" in *cuda*small*|*small*cuda*) exit 7 ;; esac")?;
+    let fault = "case $CUDA_LAUNCH_BLOCKING in 1) echo the third kernel ;; *) echo CUDA_ERROR_ILLEGAL_ADDRESS ;; esac";
+    write!(incipit, "\ncase \"$*\" in *small*cuda*) {fault}; exit 7 ;; esac")?;
     program(&carried.at("gpu/incipit"), &incipit.replace("--device cuda:0", "it is too old"))?;
     program(
         &carried.at("gpu/nccl-tests"),
@@ -186,7 +189,8 @@ fn a_part_that_fails_is_told_with_its_cause_and_costs_no_other() -> Result<()> {
         "FAILED",
         "there is a GPU, but: skipped on CUDA: loading the kernels",
     )?;
-    checked.told("losses at real widths", "FAILED", "cuda: code 7")?;
+    checked.told("losses at real widths, f32", "FAILED", "cuda: code 7: CUDA_ERROR_ILLEGAL_ADDRESS")?;
+    checked.told("losses at real widths, f32, launch by launch", "FAILED", "code 7: the third kernel")?;
     checked.told("G1 xl", "FAILED", "KeyError: 'launches'")?;
     checked.told("training", "ok", "")?;
     checked.told("NCCL: slow", "FAILED", "not done within")?;
