@@ -299,3 +299,35 @@ fn a_paused_job_goes_on_from_its_checkpoint_in_another_group_to_the_same_bytes()
     let left = until_all_left(&mut engine, 1);
     assert!(left["jobs/p"].1 == trained(dir.path(), 3, 25), "the prompt differs");
 }
+
+/// NCCL, for one, says its version and what it warns of on the standard output of its process.
+#[cfg(target_os = "linux")]
+#[test]
+fn what_a_library_prints_on_standard_output_does_not_reach_the_frames() {
+    use std::io::Write as _;
+
+    let mut engine = Engine::start();
+    engine.hear(|notice| matches!(notice, Notice::Alive(_)));
+    let output = format!("/proc/{}/fd/1", engine.child.id());
+    let mut output = std::fs::OpenOptions::new().append(true).open(output).expect("its standard output");
+    writeln!(output, "NCCL version 2.30.1+cuda13.0").expect("a line");
+    engine.join(1, (1, 1));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_job_whose_data_do_not_come_holds_up_no_other() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let pipe = dir.path().join("train.jsonl");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status().expect("mkfifo starts");
+    assert!(made.success(), "{made}");
+    let mut engine = Engine::start();
+    engine.join(1, (1, 1));
+    let silent = LocalTask { train: pipe.display().to_string(), ..files("") };
+    let silent = LocalJob { tasks: vec![silent], ..job("silent", 1, spec(1, 25)) };
+    let jobs = vec![silent.clone(), job("quick", 1, spec(2, 5))];
+    engine.tell(Order::Jobs(Jobs { epoch: 1, jobs }));
+    assert_eq!(until_all_left(&mut engine, 1)["jobs/quick"].0.state(), JobState::Succeeded);
+    engine.tell(Order::Jobs(Jobs { epoch: 1, jobs: vec![wish(silent, JobWish::Cancel)] }));
+    assert_eq!(until_all_left(&mut engine, 1)["jobs/silent"].0.state(), JobState::Cancelled);
+}

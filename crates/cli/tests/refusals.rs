@@ -22,6 +22,21 @@ fn what_a_run_lacks_is_named() {
 }
 
 #[test]
+fn what_could_have_no_effect_is_refused() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (model, data) = (demo("model"), demo("data/train.jsonl"));
+    let out = dir.path().join("run").display().to_string();
+    let unevaluated = ["train", "--model", &model, "--train", &data, "--out", &out];
+    for flags in [["--eval-every", "5"], ["--metrics", "accuracy"], ["--predict", "rank"]] {
+        refused(&incipit(&[&unevaluated[..], &flags].concat()), &[flags[0], "--eval"]);
+    }
+    refused(&incipit(&["train", "--resume", "--out", &out]), &["--resume finds no run", &out, "--out"]);
+    let many = ["generate", "--model", &model, "--input", "x", "--num-beams", "1000000"];
+    refused(&incipit(&many), &["--num-beams is 1000000", "at most 256"]);
+    assert!(!dir.path().join("run").exists(), "a refused run leaves nothing");
+}
+
+#[test]
 fn what_is_not_built_is_refused_and_never_replaced() {
     let dir = tempfile::tempdir().expect("a directory");
     for (flag, value) in [("--device", "cuda:0"), ("--collective", "nccl"), ("--collective", "mpi")] {

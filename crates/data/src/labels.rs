@@ -19,7 +19,7 @@ pub enum LabelMapError {
     /// An entry without `=`, or with nothing on one of its sides.
     #[error(
         "the entry {entry:?} of the label map is not label=text; write entries separated by commas, \
-         as in 0=False,1=True"
+         as in 0=False,1=True (a text cannot have a comma in it)"
     )]
     Entry {
         /// The entry.

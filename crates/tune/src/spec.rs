@@ -266,6 +266,13 @@ impl TrainSpec {
         {
             given = given.over(PartialSpec::read(&run)?);
         }
+        if let Some(out) = given.out.as_ref().filter(|out| resume && !out.join(RUN_FILE).exists())
+            && given.train.is_none()
+            && given.data_dir.is_none()
+        {
+            let problem = format!("finds no run in {}; name the directory of one with --out", out.display());
+            return Err(Error::spec("resume", &problem));
+        }
         let spec = given.whole(resume)?;
         if let (Some(task), Some(dir)) = (spec.task, &spec.data_dir) {
             // Before the backbone, which may take minutes.

@@ -1,6 +1,6 @@
 //! `incipit engine`: what an agent starts. Nobody starts it by hand, so that `--help` does not name it.
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::Args;
 
 use crate::exit::{Exit, bad_input};
@@ -16,13 +16,30 @@ pub(crate) struct EngineArgs {
 /// Runs an engine.
 ///
 /// # Errors
-/// If the agent is gone.
+/// If the agent is gone, or there is no output to answer it on.
 pub(crate) fn run(args: &EngineArgs) -> Result<Exit> {
     end_with(args.parent)?;
     // Launchers signal whole sessions. An engine has to be there still when its agent lets jobs be saved.
     ctrlc::set_handler(|| {})?;
-    incipit_worker::engine::run(std::io::stdin(), std::io::stdout());
+    let frames = take_stdout().context("cannot take the standard output for the agent alone")?;
+    incipit_worker::engine::run(std::io::stdin(), frames);
     Ok(Exit::Ok)
+}
+
+/// The standard output, for frames alone: whatever else is written to it, as NCCL's messages are, goes to the standard error, which the
+/// agent keeps as the engine's log.
+#[cfg(unix)]
+fn take_stdout() -> std::io::Result<std::fs::File> {
+    use std::os::fd::AsFd as _;
+
+    let frames = std::io::stdout().as_fd().try_clone_to_owned()?;
+    rustix::stdio::dup2_stdout(std::io::stderr())?;
+    Ok(frames.into())
+}
+
+#[cfg(not(unix))]
+fn take_stdout() -> std::io::Result<std::io::Stdout> {
+    Ok(std::io::stdout())
 }
 
 /// Lets this process end with the agent, however that ends.

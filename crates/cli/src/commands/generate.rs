@@ -169,10 +169,17 @@ fn named(args: &GenerateArgs, leads: bool) -> Result<Option<TaskSplit>> {
     Ok(Some(found))
 }
 
+/// More would need more memory than they could be worth.
+const MOST_BEAMS: usize = 256;
+
 fn check(args: &GenerateArgs) -> Result<()> {
     match args {
         GenerateArgs { num_beams: 0, .. } => {
             bad_input("--num-beams is 0: give 1 for greedy decoding, or more")
+        }
+        // Each beam has keys and values of its own.
+        GenerateArgs { num_beams, .. } if *num_beams > MOST_BEAMS => {
+            bad_input(format!("--num-beams is {num_beams}: give at most {MOST_BEAMS}"))
         }
         GenerateArgs { max_new_tokens: Some(0), .. } => {
             bad_input("--max-new-tokens is 0: nothing could be written")

@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::args::{Global, NamedTaskArgs, choice, names};
 use crate::commands::training::TrainingArgs;
-use crate::exit::Exit;
+use crate::exit::{Exit, bad_input};
 use crate::interrupt::stop_on_ctrl_c;
 use crate::output::{self, Printed};
 use crate::progress::{Watch, note};
@@ -154,7 +154,19 @@ impl MachineArgs {
 pub(crate) fn run(args: TrainArgs, global: &Global) -> Result<Exit> {
     let options = args.ranks.options();
     let (flags, config, resume) = args.layers(global);
-    carry_out(&TrainSpec::resolve(flags, config.as_deref(), resume)?, &options, global)
+    let of_evaluations = [
+        ("--eval-every", flags.eval_every.is_some()),
+        ("--metrics", flags.metrics.is_some()),
+        ("--predict", flags.predict.is_some()),
+    ];
+    let spec = TrainSpec::resolve(flags, config.as_deref(), resume)?;
+    let given = of_evaluations.into_iter().find(|(_, given)| *given && spec.eval.is_none());
+    if let Some((flag, _)) = given {
+        return bad_input(format!(
+            "{flag} is of evaluations, and there are none; pass a file with --eval as well"
+        ));
+    }
+    carry_out(&spec, &options, global)
 }
 
 /// Carries a run out, then prints what came of it.

@@ -127,7 +127,7 @@ pub(crate) struct OptimizationArgs {
     /// Steps over which the learning rate rises from 0 [default: 0]
     #[arg(long, value_name = "N")]
     warmup_steps: Option<u64>,
-    /// Weight decay of Adafactor and AdamW [default: by method, prompt: 1e-5]
+    /// Weight decay of Adafactor, AdamW and SGD [default: by method, prompt: 1e-5]
     #[arg(long, value_name = "RATE")]
     weight_decay: Option<f64>,
     /// Examples a step [default: 32]

@@ -28,9 +28,23 @@ pub(super) struct Loss<'a> {
     pub(super) reason: BackboneReason,
     /// One readable line.
     pub(super) message: &'a str,
-    /// Whether it is the engines' own doing, and so counts towards a crash loop.
-    pub(super) counts: bool,
+    /// What it means for the next time.
+    pub(super) charge: Charge,
 }
+
+/// What a loss means for the next time that the backbone is placed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Charge {
+    /// It is none of the engines' doing: at once.
+    Nothing,
+    /// It is, and counts towards a crash loop: after a pause that grows.
+    CrashLoop,
+    /// A model that was loaded before cannot be read now, as on a file system that is away: after [`RELOAD_PAUSE_MS`], as often as it takes.
+    Reload,
+}
+
+/// Milliseconds before a model that was loaded before is read again.
+const RELOAD_PAUSE_MS: u64 = 10_000;
 
 impl Core {
     pub(super) fn create_backbone(
@@ -200,7 +214,7 @@ impl Core {
             return;
         }
         backbone.last_loss = cut(loss.message);
-        if loss.counts {
+        if loss.charge == Charge::CrashLoop {
             let settled = |ready| self.now.since(ready) >= self.config.settled_ms;
             let was_ready = backbone.state == BackboneState::Ready;
             let first = was_ready && backbone.ready_time.is_some_and(settled);
@@ -215,7 +229,11 @@ impl Core {
             }
         }
         self.throw_off(name, loss.message);
-        let delay = if loss.counts { backoff(backbone.num_losses) } else { 0 };
+        let delay = match loss.charge {
+            Charge::Nothing => 0,
+            Charge::CrashLoop => backoff(backbone.num_losses),
+            Charge::Reload => RELOAD_PAUSE_MS,
+        };
         backbone.place_at = Some(self.now.after(delay));
         enter(&mut backbone, BackboneCause::Lost(loss.reason));
         backbone.message.clone_from(&backbone.last_loss);
@@ -272,7 +290,16 @@ impl Core {
             }
             EngineEvent::Lost { cause, message, alive } => {
                 let message = format!("rank {rank} on {worker}: {message}");
+                let lost = |placement: &RankPlacement| !alive && ranks.contains(&placement.rank);
                 let reason = match cause {
+                    EngineLossCause::BadModel if backbone.ready_time.is_some() => {
+                        let pause = RELOAD_PAUSE_MS / 1000;
+                        let message =
+                            format!("{message} (it was loaded before, so this is tried every {pause} s)");
+                        let (reason, charge) = (BackboneReason::BadModel, Charge::Reload);
+                        self.lose_ranks(name, lost, &Loss { reason, message: &message, charge });
+                        return;
+                    }
                     EngineLossCause::BadModel => {
                         let backbone = backbone.clone();
                         self.fail_backbone(backbone, BackboneCause::BadModel, &message);
@@ -282,8 +309,7 @@ impl Core {
                     EngineLossCause::GroupFailed => BackboneReason::GroupFailed,
                     EngineLossCause::Exited | EngineLossCause::Unspecified => BackboneReason::EngineExited,
                 };
-                let lost = |placement: &RankPlacement| !alive && ranks.contains(&placement.rank);
-                self.lose_ranks(name, lost, &Loss { reason, message: &message, counts: true });
+                self.lose_ranks(name, lost, &Loss { reason, message: &message, charge: Charge::CrashLoop });
             }
         }
     }

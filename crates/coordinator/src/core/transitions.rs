@@ -103,6 +103,7 @@ pub const BACKBONE_TRANSITIONS: &[(Option<Bs>, BackboneCause, Bs, Br)] = &[
     (Some(Bs::Loading), BackboneCause::Lost(Br::WorkerLost), Bs::Degraded, Br::WorkerLost),
     (Some(Bs::Loading), BackboneCause::Lost(Br::GroupFailed), Bs::Degraded, Br::GroupFailed),
     (Some(Bs::Loading), BackboneCause::Lost(Br::WorkerDrained), Bs::Degraded, Br::WorkerDrained),
+    (Some(Bs::Loading), BackboneCause::Lost(Br::BadModel), Bs::Degraded, Br::BadModel),
     (Some(Bs::Loading), BackboneCause::BadModel, Bs::Failed, Br::BadModel),
     (Some(Bs::Loading), BackboneCause::CrashLoop, Bs::Failed, Br::CrashLoop),
     (Some(Bs::Ready), BackboneCause::Lost(Br::EngineExited), Bs::Degraded, Br::EngineExited),
@@ -110,6 +111,7 @@ pub const BACKBONE_TRANSITIONS: &[(Option<Bs>, BackboneCause, Bs, Br)] = &[
     (Some(Bs::Ready), BackboneCause::Lost(Br::WorkerLost), Bs::Degraded, Br::WorkerLost),
     (Some(Bs::Ready), BackboneCause::Lost(Br::GroupFailed), Bs::Degraded, Br::GroupFailed),
     (Some(Bs::Ready), BackboneCause::Lost(Br::WorkerDrained), Bs::Degraded, Br::WorkerDrained),
+    (Some(Bs::Ready), BackboneCause::Lost(Br::BadModel), Bs::Degraded, Br::BadModel),
     (Some(Bs::Ready), BackboneCause::BadModel, Bs::Failed, Br::BadModel),
     (Some(Bs::Ready), BackboneCause::CrashLoop, Bs::Failed, Br::CrashLoop),
     (Some(Bs::Degraded), BackboneCause::Loaded, Bs::Ready, Br::Loaded),
@@ -118,6 +120,7 @@ pub const BACKBONE_TRANSITIONS: &[(Option<Bs>, BackboneCause, Bs, Br)] = &[
     (Some(Bs::Degraded), BackboneCause::Lost(Br::WorkerLost), Bs::Degraded, Br::WorkerLost),
     (Some(Bs::Degraded), BackboneCause::Lost(Br::GroupFailed), Bs::Degraded, Br::GroupFailed),
     (Some(Bs::Degraded), BackboneCause::Lost(Br::WorkerDrained), Bs::Degraded, Br::WorkerDrained),
+    (Some(Bs::Degraded), BackboneCause::Lost(Br::BadModel), Bs::Degraded, Br::BadModel),
     (Some(Bs::Degraded), BackboneCause::BadModel, Bs::Failed, Br::BadModel),
     (Some(Bs::Degraded), BackboneCause::CrashLoop, Bs::Failed, Br::CrashLoop),
 ];

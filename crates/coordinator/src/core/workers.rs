@@ -12,7 +12,7 @@ use tonic::Code;
 use super::{
     Config, Core,
     backbone::{Collective, RankPlacement},
-    backbones::Loss,
+    backbones::{Charge, Loss},
     effects::{Change, Resource, Send, ToAgent},
     input::{AgentMessage, EngineStatus, Hello},
     presence::Presence,
@@ -45,8 +45,9 @@ impl Core {
         if let Some(old) = &old
             && old.past.contains(&hello.incarnation)
         {
-            let what =
-                format!("another process has taken the name {name}; give every machine a name of its own");
+            let what = format!(
+                "another process has taken the name {name}; give every worker a name of its own with --name"
+            );
             let problem = Problem::state("WORKER_REPLACED", what).with("worker", &name);
             self.effects.sends.push(Send { worker: name, connection, message: ToAgent::Close(problem) });
             return;
@@ -132,7 +133,8 @@ impl Core {
         }
         for (name, ranks) in missing {
             let message = format!("{worker} came back without rank {}", ranks[0]);
-            let loss = Loss { reason: BackboneReason::EngineExited, message: &message, counts: true };
+            let loss =
+                Loss { reason: BackboneReason::EngineExited, message: &message, charge: Charge::CrashLoop };
             self.lose_ranks(&name, |placement| ranks.contains(&placement.rank), &loss);
         }
     }
@@ -210,7 +212,10 @@ impl Core {
         let mut worker = worker.clone();
         (worker.state, worker.lost_time) = (WorkerState::Lost, Some(self.now));
         self.put(Resource::Worker(Box::new(worker)));
-        self.clear_worker(name, &Loss { reason: BackboneReason::WorkerLost, message, counts: false });
+        self.clear_worker(
+            name,
+            &Loss { reason: BackboneReason::WorkerLost, message, charge: Charge::Nothing },
+        );
     }
 
     /// Gives a worker nothing more. What it has moves as soon as the jobs on it are saved.
@@ -235,7 +240,7 @@ impl Core {
         let there = |rank: &RankPlacement| draining.contains(&rank.worker) && !rank.lost;
         let names: Vec<&str> = draining.iter().map(WorkerName::as_str).collect();
         let message = format!("{} is being drained", names.join(", "));
-        let loss = Loss { reason: BackboneReason::WorkerDrained, message: &message, counts: false };
+        let loss = Loss { reason: BackboneReason::WorkerDrained, message: &message, charge: Charge::Nothing };
         self.lose_ranks(backbone, there, &loss);
     }
 

@@ -209,6 +209,7 @@ fn impossible_values_are_refused_with_the_flag_and_the_mend() {
         (PartialSpec { z_loss: Some(-0.1), ..none() }, "--z-loss -0.1"),
         (PartialSpec { weight_decay: Some(f64::INFINITY), ..none() }, "--weight-decay inf"),
         (PartialSpec { patience: Some(2), ..none() }, "--patience counts evaluations"),
+        (PartialSpec { max_target_length: Some(20_000), ..none() }, "--max-target-length 20000 is more"),
         (PartialSpec { prompt_length: Some(20_000), ..none() }, "--prompt-length 20000 does not fit"),
         (PartialSpec { max_input_length: Some(usize::MAX), ..none() }, "--max-input-length"),
         (PartialSpec { metrics: Some(Vec::new()), ..none() }, "--metrics is empty"),

@@ -241,6 +241,10 @@ fn check_counts(spec: &TrainSpec) -> Result<()> {
         );
         return refused("prompt-length", problem, "pass a smaller --prompt-length or --max-input-length");
     }
+    if spec.max_target_length > MAX_SEQUENCE {
+        let problem = format!("{} is more than {MAX_SEQUENCE}", spec.max_target_length);
+        return refused("max-target-length", problem, "pass a smaller one");
+    }
     if spec.patience.is_some() && spec.eval.is_none() {
         return refused(
             "patience",

@@ -180,7 +180,7 @@ impl Group<'_> {
             ranks,
             voice: self.voice,
             saver: Saver::start(PathBuf::from(&self.join.outbox), self.voice.clone()),
-            loader: Loader::start(backbone, settings.machine.clone(), self.loaded.clone()),
+            loader: Loader::new(backbone, settings.machine.clone(), self.loaded.clone()),
             name: settings.options.job.clone(),
             epoch,
             state: State::default(),

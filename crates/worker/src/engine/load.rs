@@ -1,10 +1,12 @@
-//! Reads and tokenizes the data of jobs ahead, so that the backbone never waits for them.
+//! Reads and tokenizes the data of jobs ahead, so that the backbone never waits for them, nor one job for another's.
 
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use incipit_proto::v1::JobAssignment;
+use incipit_proto::v1::{JobAssignment, JobReason};
 use incipit_tune::backbone::Backbone;
 use incipit_tune::checkpoint;
 use incipit_tune::init::PromptInit;
@@ -14,7 +16,7 @@ use incipit_tune::task::Task;
 use tokenizers::Tokenizer;
 
 use crate::engine::Mail;
-use crate::engine::failure::Result;
+use crate::engine::failure::{Failure, Result};
 use crate::engine::machine::Machine;
 use crate::engine::resident::{Begin, dir_of, of_task};
 use crate::frames::{LocalJob, LocalTask};
@@ -29,51 +31,57 @@ pub(crate) struct Loaded {
     pub(crate) begin: Result<Vec<Begin>>,
 }
 
-/// The way to the thread that loads.
-#[derive(Clone)]
+/// Loads data for the jobs of one backbone.
 pub(crate) struct Loader {
-    requests: Sender<LocalJob>,
+    shelf: Arc<Shelf>,
+    inbox: Sender<Mail>,
 }
 
 impl Loader {
-    /// Loads for `backbone`, and sends what it has loaded to `inbox`. Ends when it is dropped.
-    pub(crate) fn start(backbone: &Backbone, machine: Machine, inbox: Sender<Mail>) -> Self {
-        let (requests, queue) = channel();
+    /// A loader for `backbone` that sends what it has loaded to `inbox`.
+    pub(crate) fn new(backbone: &Backbone, machine: Machine, inbox: Sender<Mail>) -> Self {
         let tokenizer = backbone.tokenizer.clone();
         let vocab_size = backbone.config().vocab_size;
-        let mut shelf = Shelf { machine, tokenizer, vocab_size, tasks: VecDeque::new() };
-        std::thread::spawn(move || shelf.serve(&queue, &inbox));
-        Self { requests }
+        let shelf = Shelf { machine, tokenizer, vocab_size, tasks: Mutex::default() };
+        Self { shelf: Arc::new(shelf), inbox }
     }
 
-    /// Has a job loaded.
+    /// Has a job loaded, on a thread of its own: a file that nobody serves holds up nobody else.
     pub(crate) fn load(&self, job: LocalJob) {
-        // The thread ends with this, not before.
-        let _ = self.requests.send(job);
+        let (shelf, inbox) = (self.shelf.clone(), self.inbox.clone());
+        std::thread::spawn(move || {
+            if let Some(loaded) = shelf.load(&job) {
+                // Without an inbox the engine has ended.
+                let _ = inbox.send(Mail::Loaded(Box::new(loaded)));
+            }
+        });
     }
 }
+
+/// The examples of one data set, once somebody has read them. Whoever wants the same ones waits until they are read.
+type Slot = Arc<Mutex<Option<Task>>>;
 
 struct Shelf {
     machine: Machine,
     tokenizer: Tokenizer,
     vocab_size: usize,
     /// By what decides them, the last used in front.
-    tasks: VecDeque<(PartialSpec, Task)>,
+    tasks: Mutex<VecDeque<(PartialSpec, Slot)>>,
 }
 
 impl Shelf {
-    fn serve(&mut self, queue: &Receiver<LocalJob>, inbox: &Sender<Mail>) {
-        for local in queue {
-            let Some(assignment) = &local.assignment else { continue };
-            let (job, attempt) = (assignment.job.clone(), assignment.attempt);
-            let begin = self.begin(assignment, &local);
-            if inbox.send(Mail::Loaded(Box::new(Loaded { job, attempt, begin }))).is_err() {
-                return;
-            }
-        }
+    fn load(&self, local: &LocalJob) -> Option<Loaded> {
+        let assignment = local.assignment.as_ref()?;
+        let (job, attempt) = (assignment.job.clone(), assignment.attempt);
+        let begin = catch_unwind(AssertUnwindSafe(|| self.begin(assignment, local)));
+        let begin = begin.unwrap_or_else(|_| {
+            let message = "its data made the loader panic; the engine's log has the place".to_owned();
+            Err(Failure { reason: JobReason::Internal, message, of_group: false })
+        });
+        Some(Loaded { job, attempt, begin })
     }
 
-    fn begin(&mut self, assignment: &JobAssignment, local: &LocalJob) -> Result<Vec<Begin>> {
+    fn begin(&self, assignment: &JobAssignment, local: &LocalJob) -> Result<Vec<Begin>> {
         let specs = self.machine.specs(&assignment.spec.clone().unwrap_or_default(), &local.tasks)?;
         let begin = |((name, spec), files): ((String, TrainSpec), &LocalTask)| {
             let named = |error| of_task(&name, error);
@@ -91,21 +99,26 @@ impl Shelf {
         specs.into_iter().zip(&local.tasks).map(begin).collect()
     }
 
-    fn task(&mut self, spec: &TrainSpec) -> Result<Task> {
-        let key = decides_data(spec);
-        let kept =
-            self.tasks.iter().position(|(known, _)| *known == key).and_then(|place| self.tasks.remove(place));
-        let task = match kept {
-            Some((_, task)) => task,
-            // A prompt to start as is no part of what jobs share, and its name is no path.
-            None => {
-                let spec = TrainSpec { prompt_init: PromptInit::Vocab, ..spec.clone() };
-                Task::load(&spec, &self.tokenizer, self.vocab_size)?
-            }
-        };
-        self.tasks.push_front((key, task.clone()));
-        self.tasks.truncate(KEPT);
-        Ok(task)
+    fn task(&self, spec: &TrainSpec) -> Result<Task> {
+        let slot = self.slot(decides_data(spec));
+        let mut kept = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(task) = &*kept {
+            return Ok(task.clone());
+        }
+        // A prompt to start as is no part of what jobs share, and its name is no path.
+        let spec = TrainSpec { prompt_init: PromptInit::Vocab, ..spec.clone() };
+        let task = Task::load(&spec, &self.tokenizer, self.vocab_size)?;
+        Ok(kept.insert(task).clone())
+    }
+
+    /// The place of the examples that `key` decides.
+    fn slot(&self, key: PartialSpec) -> Slot {
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = tasks.iter().position(|(known, _)| *known == key);
+        let slot = place.and_then(|place| tasks.remove(place)).map(|(_, slot)| slot).unwrap_or_default();
+        tasks.push_front((key, slot.clone()));
+        tasks.truncate(KEPT);
+        slot
     }
 }
 

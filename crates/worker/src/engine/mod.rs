@@ -34,7 +34,7 @@ use crate::frames::{Failed, Join, Notice, Order};
 pub(crate) enum Mail {
     /// From the agent.
     Order(Order),
-    /// From the thread that loads data.
+    /// From a thread that loads data.
     Loaded(Box<Loaded>),
 }
 

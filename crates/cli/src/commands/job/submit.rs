@@ -158,7 +158,12 @@ fn draft(args: SubmitArgs) -> Result<Draft> {
         shared_length: args.shared_length,
         ..args.training.into_spec()
     };
-    let file = args.config.as_deref().map(PartialSpec::read).transpose()?.unwrap_or_default();
+    let mut file = args.config.as_deref().map(PartialSpec::read).transpose()?.unwrap_or_default();
+    let evaluated = |spec: &PartialSpec| spec.eval.is_some() || spec.task.is_some();
+    if args.tasks.is_none() && !evaluated(&flags) && !evaluated(&file) {
+        // A run writes all of its settings down, those of evaluations that it does not make too.
+        (file.eval_every, file.metrics) = (None, None);
+    }
     if let Some(path) = &args.config {
         draft::tell_ignored(&path.display().to_string(), &file);
     }
@@ -254,6 +259,8 @@ fn is_same_model(one: &str, other: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
+
     use super::*;
 
     fn backbone(id: &str, model: &str, state: BackboneState) -> Backbone {
@@ -291,5 +298,30 @@ mod tests {
             assert!(message.contains(part), "no {part:?} in {message:?}");
         }
         assert!(is_same_model("/tmp/../tmp", "/tmp") && !is_same_model("/tmp/no/a", "/tmp/no/b"));
+    }
+
+    #[derive(clap::Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: SubmitArgs,
+    }
+
+    #[test]
+    fn the_file_of_a_run_without_evaluations_is_taken_and_flags_for_them_are_not() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = dir.path().join("run.toml");
+        let settings = "train = \"x.jsonl\"\neval-every = 500\nmetrics = [\"accuracy\"]\nsteps = 7\n";
+        std::fs::write(&file, settings).expect("a file");
+        let submit = |flags: &[&str]| {
+            let file = file.display().to_string();
+            let given = ["submit", "--data-on-workers", "--config", &file];
+            let args = Cli::parse_from(given.into_iter().chain(flags.iter().copied())).args;
+            draft(args).and_then(|draft| draft.wire()).expect("a specification")
+        };
+        let spec = submit(&[]);
+        assert_eq!((spec.steps, spec.eval_every, spec.metrics.len()), (Some(7), None, 0));
+        assert_eq!(submit(&["--eval-every", "9"]).eval_every, Some(9), "the coordinator refuses it");
+        let spec = submit(&["--eval", "y.jsonl"]);
+        assert_eq!((spec.eval_every, spec.metrics.len()), (Some(500), 1));
     }
 }

@@ -155,11 +155,34 @@ fn a_loss_after_long_peace_is_the_first_of_a_row() {
 }
 
 #[test]
-fn a_model_that_cannot_be_loaded_or_is_another_one_fails_for_good() {
+fn a_model_that_was_loaded_before_is_loaded_again_as_often_as_it_takes() {
     let mut world = World::running();
+    world.engine_lost("w", "b", 0, EngineLossCause::Exited);
+    for _ in 0..12 {
+        world.engine_lost("w", "b", 0, EngineLossCause::BadModel);
+        assert_eq!(stands(&world), (BackboneState::Degraded, BackboneReason::BadModel));
+        assert!(world.backbone("b").message.contains("tried every 10 s"), "{:?}", world.backbone("b"));
+        assert_eq!(world.state("j"), (JobState::Queued, JobReason::BackboneRecovering));
+        world.wait_with(9_500, &["w"]);
+        assert!(world.backbone("b").place_at.is_some());
+        world.wait_with(500, &["w"]);
+        assert!(world.backbone("b").place_at.is_none());
+    }
+    assert_eq!(world.backbone("b").num_losses, 1);
+    world.load("w");
+    assert_eq!(stands(&world).0, BackboneState::Ready);
+    assert_eq!(world.state("j").0, JobState::Running);
+}
+
+#[test]
+fn a_model_that_cannot_be_loaded_the_first_time_or_is_another_one_fails_for_good() {
+    let mut world = World::new();
+    world.connect("w", 1, true);
+    world.create_backbone("b", spec(Collective::Local, 1, 1, 2));
+    world.create_job("j", "b");
     world.engine_lost("w", "b", 0, EngineLossCause::BadModel);
-    assert_eq!(stands(&world), (BackboneState::Failed, BackboneReason::BadModel));
     assert_eq!(world.state("j"), (JobState::Queued, JobReason::BackboneNotReady));
+    assert_eq!(stands(&world), (BackboneState::Failed, BackboneReason::BadModel));
     let mut world = World::ready();
     world.engine_lost("w", "b", 0, EngineLossCause::Exited);
     let event = EngineEvent::Ready {

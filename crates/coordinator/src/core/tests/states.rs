@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, env, fmt::Write as _, fs, path::Path};
 
-use incipit_proto::v1::{BackboneState, JobReason, JobState};
+use incipit_proto::v1::{BackboneReason, BackboneState, JobReason, JobState};
 
 use crate::core::{
     job::is_final,
@@ -39,8 +39,11 @@ fn backbone_cause(cause: BackboneCause) -> &'static str {
         BackboneCause::Created => "it is asked for",
         BackboneCause::Placed => "there are workers with room for all its ranks",
         BackboneCause::Loaded => "all its ranks have loaded",
+        BackboneCause::Lost(BackboneReason::BadModel) => {
+            "its model was loaded before, and cannot be loaded now"
+        }
         BackboneCause::Lost(_) => "a rank is lost, or has to move, for this reason",
-        BackboneCause::BadModel => "its model cannot be loaded, or is not the same everywhere",
+        BackboneCause::BadModel => "its model cannot be loaded the first time, or is not the same everywhere",
         BackboneCause::CrashLoop => "it was lost too often in a row, with no step between",
     }
 }
