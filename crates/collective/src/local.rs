@@ -28,7 +28,8 @@ pub fn ranks(mesh: Mesh, options: &Options) -> Vec<Ranks> {
     };
     (0..mesh.world())
         .map(|rank| {
-            Ranks::new(mesh, rank, groups(mesh, rank).map(|(name, members)| member(name, members, rank)))
+            let joined = groups(mesh, rank).map(|(name, members)| member(name, members, rank));
+            Ranks::new(mesh, rank, joined).on_machine(options.local_rank.map(|first| first + rank))
         })
         .collect()
 }

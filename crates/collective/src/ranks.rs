@@ -18,7 +18,8 @@ pub struct Options {
     pub epoch: u64,
     /// Name of the job, for messages; ranks of different jobs refuse each other.
     pub job: String,
-    /// This process's number among the ranks of its machine, if its launcher told; otherwise its rank is taken for it.
+    /// This process's number among the ranks of its machine, if its launcher told; otherwise its rank is taken for it. Of ranks that are
+    /// threads of one process it is the first one's.
     pub local_rank: Option<usize>,
 }
 
@@ -86,7 +87,6 @@ impl Ranks {
     }
 
     /// The same rank, known as the `local_rank`-th of its machine.
-    #[cfg(any(feature = "gloo", feature = "nccl", test))]
     pub(crate) fn on_machine(self, local_rank: Option<usize>) -> Self {
         // What has a destructor cannot be taken apart.
         let mut ranks = self;

@@ -2,7 +2,7 @@
 
 mod suite;
 
-use incipit_collective::{Mesh, Ranks, local};
+use incipit_collective::{Mesh, Options, Ranks, local};
 use suite::CHECKS;
 
 #[test]
@@ -38,4 +38,14 @@ fn a_rank_alone_refuses_what_a_group_would() {
     assert!(error.contains("the tensor is of u32"), "{error}");
     alone.abort("enough");
     assert!(alone.world().barrier().unwrap_err().is_echo());
+}
+
+#[test]
+fn threads_of_a_process_are_numbered_on_their_machine_from_its_own_number_on() {
+    let numbers = |local_rank| {
+        let options = Options { local_rank, ..Options::default() };
+        let ranks = local::ranks(Mesh::new(2, 1, 2).unwrap(), &options);
+        ranks.iter().map(Ranks::local_rank).collect::<Vec<_>>()
+    };
+    assert_eq!((numbers(None), numbers(Some(3))), (vec![0, 1], vec![3, 4]));
 }

@@ -2,10 +2,11 @@
 //! flushed, and have the hash that they were announced with.
 
 use std::{
+    collections::BTreeSet,
     error::Error as _,
     fmt, io,
     path::{Path as FilePath, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::SystemTime,
 };
 
@@ -70,6 +71,11 @@ pub enum Error {
     /// There is no such blob.
     #[error("there is no blob {0}; upload it")]
     Missing(Digest),
+    /// The store has other bytes than were stored.
+    #[error(
+        "blob {0} is damaged: the store has other bytes of it by now; it is whole once it is uploaded again"
+    )]
+    Damaged(Digest),
     /// Other bytes than announced.
     #[error(
         "blob {announced} was sent with bytes whose BLAKE3 is {found}; nothing of it was kept: send it again"
@@ -129,6 +135,9 @@ impl From<Error> for Problem {
             Error::Missing(digest) => {
                 Self::new(Code::NotFound, "BLOB_MISSING", message).with("digest", digest)
             }
+            Error::Damaged(digest) => {
+                Self::new(Code::DataLoss, "BLOB_DAMAGED", message).with("digest", digest)
+            }
             Error::Hash { announced, found } => Self::new(Code::InvalidArgument, "BLOB_HASH", message)
                 .with("digest", announced)
                 .with("found", found),
@@ -174,6 +183,8 @@ pub struct Blobs {
     limit: u64,
     /// Read by whoever has the core name blobs, from looking for them until they are named; written by who deletes some.
     naming: Arc<RwLock<()>>,
+    /// Blobs that were read and had another hash, and were not stored again since.
+    damaged: Arc<Mutex<BTreeSet<Digest>>>,
 }
 
 impl Blobs {
@@ -185,7 +196,14 @@ impl Blobs {
     pub fn open(place: &str, limit: u64) -> Result<Self> {
         let (store, prefix) =
             if place.contains("://") { remote(place)? } else { local(FilePath::new(place))? };
-        Ok(Self { store, prefix, place: place.to_owned(), limit, naming: Arc::default() })
+        Ok(Self {
+            store,
+            prefix,
+            place: place.to_owned(),
+            limit,
+            naming: Arc::default(),
+            damaged: Arc::default(),
+        })
     }
 
     /// While this is held no blob is deleted: look for blobs, and have them named.
@@ -217,6 +235,22 @@ impl Blobs {
         found.buffered(16).try_filter_map(|missing| async move { Ok(missing) }).try_collect().await
     }
 
+    /// Which of `digests` are missing, or are known to be damaged: those are to be uploaded.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn wanting(&self, digests: Vec<Digest>) -> Result<Vec<Digest>> {
+        let damaged = self.damaged().clone();
+        let (mut wanting, others): (Vec<_>, Vec<_>) =
+            digests.into_iter().partition(|digest| damaged.contains(digest));
+        wanting.extend(self.missing(others).await?);
+        Ok(wanting)
+    }
+
+    fn damaged(&self) -> MutexGuard<'_, BTreeSet<Digest>> {
+        self.damaged.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Begins to store a blob of `size` bytes.
     ///
     /// # Errors
@@ -228,7 +262,8 @@ impl Blobs {
         Ok(Upload::new(self.clone(), digest, size))
     }
 
-    /// The bytes of a blob from `offset` on, in chunks. Past the end there are none.
+    /// The bytes of a blob from `offset` on, in chunks. Past the end there are none. Who reads all of a blob that is damaged is told so at
+    /// the end.
     ///
     /// # Errors
     /// If there is no such blob, or the store fails.
@@ -246,7 +281,41 @@ impl Blobs {
         } else {
             futures::stream::empty().right_stream()
         };
-        Ok(chunks.map_err(move |error| blobs.failed(&error)))
+        let chunks = chunks.map_err(move |error| blobs.failed(&error));
+        let hasher = (offset == 0).then(blake3::Hasher::new);
+        Ok(futures::stream::try_unfold((Box::pin(chunks), hasher), {
+            let (blobs, digest) = (self.clone(), digest.clone());
+            move |(mut chunks, mut hasher)| {
+                let (blobs, digest) = (blobs.clone(), digest.clone());
+                async move {
+                    if let Some(chunk) = chunks.try_next().await? {
+                        if let Some(hasher) = &mut hasher {
+                            hasher.update(&chunk);
+                        }
+                        return Ok(Some((chunk, (chunks, hasher))));
+                    }
+                    match hasher {
+                        Some(hasher) => blobs.check(&digest, &hasher).map(|()| None),
+                        None => Ok(None),
+                    }
+                }
+            }
+        }))
+    }
+
+    /// Remembers whether a blob that was read is what it is called.
+    fn check(&self, digest: &Digest, hasher: &blake3::Hasher) -> Result<()> {
+        if hasher.finalize().to_hex().as_str() == digest.as_str() {
+            self.damaged().remove(digest);
+            return Ok(());
+        }
+        if self.damaged().insert(digest.clone()) {
+            tracing::error!(
+                "blob {digest} at {} is damaged: it has other bytes than were stored",
+                self.place
+            );
+        }
+        Err(Error::Damaged(digest.clone()))
     }
 
     /// All blobs, in no order. What else lies there is left out.
@@ -290,9 +359,16 @@ impl Blobs {
             Err(error) => return Err(error),
         };
         let (mut hasher, mut found) = (blake3::Hasher::new(), 0);
-        while let Some(chunk) = chunks.try_next().await? {
-            hasher.update(&chunk);
-            found += chunk.len() as u64;
+        loop {
+            match chunks.try_next().await {
+                Ok(Some(chunk)) => {
+                    hasher.update(&chunk);
+                    found += chunk.len() as u64;
+                }
+                // Below it is said what it is instead.
+                Ok(None) | Err(Error::Damaged(_)) => break,
+                Err(error) => return Err(error),
+            }
         }
         let hash = hasher.finalize().to_hex();
         let wrong = if hash.as_str() != digest.as_str() {

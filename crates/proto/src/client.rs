@@ -29,6 +29,9 @@ pub const PROTOCOL: u32 = 1;
 /// The metadata in which a caller says which protocol it speaks.
 pub const PROTOCOL_KEY: &str = "incipit-protocol";
 
+/// The metadata in which an agent says which worker it is, on every call.
+pub const WORKER_KEY: &str = "incipit-worker";
+
 /// Largest message that a client takes; a page of 1000 jobs fits.
 const MESSAGE_LIMIT: usize = 32 << 20;
 
@@ -53,8 +56,10 @@ pub struct ClientConfig {
     pub connect_timeout: Duration,
     /// How long a call may take that is no stream, retries not counted.
     pub timeout: Duration,
-    /// How often a call is made at most, if the coordinator cannot be reached.
+    /// How often a call is made at most, if the coordinator cannot be reached, or turns it away for now.
     pub attempts: u32,
+    /// `workers/{worker}`, where a worker asks: calls of one do not count as another's.
+    pub worker: Option<String>,
 }
 
 impl ClientConfig {
@@ -69,6 +74,7 @@ impl ClientConfig {
             connect_timeout: Duration::from_secs(5),
             timeout: Duration::from_secs(30),
             attempts: 5,
+            worker: None,
         }
     }
 
@@ -134,10 +140,11 @@ fn read(path: &std::path::Path) -> Result<Vec<u8>, Problem> {
     })
 }
 
-/// Puts the token, the protocol, the deadline and the trace on every call.
+/// Puts the token, the worker, the protocol, the deadline and the trace on every call.
 #[derive(Clone, Debug)]
 pub struct Credentials {
     token: Option<AsciiMetadataValue>,
+    worker: Option<AsciiMetadataValue>,
     timeout: Duration,
 }
 
@@ -154,7 +161,12 @@ impl Credentials {
             value.set_sensitive(true);
             Ok(value)
         };
-        Ok(Self { token: config.token.as_ref().map(parse).transpose()?, timeout: config.timeout })
+        let worker = config.worker.as_ref().map(|worker| {
+            let what = format!("{worker:?} is no worker's name");
+            worker.parse().map_err(|_| Problem::new(Code::InvalidArgument, "BAD_FIELD", what))
+        });
+        let (token, worker) = (config.token.as_ref().map(parse).transpose()?, worker.transpose()?);
+        Ok(Self { token, worker, timeout: config.timeout })
     }
 }
 
@@ -167,6 +179,9 @@ impl Interceptor for Credentials {
         }
         if let Some(token) = &self.token {
             request.metadata_mut().insert("authorization", token.clone());
+        }
+        if let Some(worker) = &self.worker {
+            request.metadata_mut().insert(WORKER_KEY, worker.clone());
         }
         request.metadata_mut().insert(PROTOCOL_KEY, MetadataValue::from(PROTOCOL));
         trace::name_caller(request.metadata_mut());
@@ -229,7 +244,7 @@ impl Client {
     }
 
     /// Makes a call, and makes it again (with growing, random pauses) while the coordinator cannot be reached, if `request` may be
-    /// sent twice:
+    /// sent twice, and while it turns the call away for now, having done nothing:
     /// `client.unary(request, async |request| client.jobs().get_job(request).await)`.
     ///
     /// # Errors
@@ -245,11 +260,11 @@ impl Client {
                 Ok(response) => return Ok(response.into_inner()),
                 Err(status) => problem_of(&status),
             };
-            let again = problem.code == Code::Unavailable && request.is_repeatable();
-            if !again || attempt >= self.config.attempts {
+            let unreachable = problem.code == Code::Unavailable && request.is_repeatable();
+            if !(unreachable || problem.is_for_now()) || attempt >= self.config.attempts {
                 return Err(problem);
             }
-            tokio::time::sleep(retry::pause(attempt)).await;
+            tokio::time::sleep(retry::pause(attempt, problem.retry_after)).await;
             attempt += 1;
         }
     }
@@ -282,7 +297,7 @@ pub fn problem_of(status: &Status) -> Problem {
     let late = problem.code == Code::DeadlineExceeded
         || (problem.code == Code::Cancelled && problem.message.to_lowercase().contains("timeout expired"));
     if late {
-        let what = "the coordinator did not answer in time; try again, or give a longer timeout";
+        let what = "the coordinator did not answer in time; try again";
         return Problem::new(Code::DeadlineExceeded, "DEADLINE", what);
     }
     // What a coordinator says has no source; what was made up here, of an error on the way, has one.

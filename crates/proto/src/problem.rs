@@ -1,6 +1,6 @@
 //! Errors as they cross the wire, in one place: a [`Problem`] becomes a [`Status`] with `google.rpc` details, and back.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
@@ -22,6 +22,8 @@ pub struct Problem {
     pub metadata: BTreeMap<String, String>,
     /// Fields of the request that are wrong, each with what is.
     pub fields: Vec<(String, String)>,
+    /// When to come again, where the other side says so.
+    pub retry_after: Option<Duration>,
 }
 
 impl Problem {
@@ -29,7 +31,7 @@ impl Problem {
     #[must_use]
     pub fn new(code: Code, reason: &str, message: impl Into<String>) -> Self {
         let (reason, message) = (reason.to_owned(), message.into());
-        Self { code, reason, message, metadata: BTreeMap::new(), fields: Vec::new() }
+        Self { code, reason, message, metadata: BTreeMap::new(), fields: Vec::new(), retry_after: None }
     }
 
     /// A field of the request that is wrong.
@@ -60,6 +62,19 @@ impl Problem {
         self.metadata.insert(key.to_owned(), value.to_string());
         self
     }
+
+    /// A call that is turned away for now, and may be made again after `wait`.
+    #[must_use]
+    pub fn later(reason: &str, message: impl Into<String>, wait: Duration) -> Self {
+        Self { retry_after: Some(wait), ..Self::new(Code::ResourceExhausted, reason, message) }
+    }
+
+    /// Whether a call was turned away because there are too many just now: nothing was done, and later it is. A full disk and a message
+    /// that is too large have the same code, and stay.
+    #[must_use]
+    pub fn is_for_now(&self) -> bool {
+        self.code == Code::ResourceExhausted && matches!(&*self.reason, "RATE_LIMIT" | "OVERLOADED")
+    }
 }
 
 impl From<Problem> for Status {
@@ -72,6 +87,9 @@ impl From<Problem> for Status {
         for (field, what) in problem.fields {
             details.add_bad_request_violation(field, what);
         }
+        if problem.retry_after.is_some() {
+            details.set_retry_info(problem.retry_after);
+        }
         Status::with_error_details(problem.code, problem.message, details)
     }
 }
@@ -81,6 +99,7 @@ impl From<&Status> for Problem {
     fn from(status: &Status) -> Self {
         let details = status.get_error_details();
         let info = details.error_info();
+        let retry_after = details.retry_info().and_then(|info| info.retry_delay);
         let violations = details.bad_request().map(|bad| bad.field_violations.clone()).unwrap_or_default();
         Self {
             code: status.code(),
@@ -91,6 +110,7 @@ impl From<&Status> for Problem {
                 .into_iter()
                 .map(|violation| (violation.field, violation.description))
                 .collect(),
+            retry_after,
         }
     }
 }
@@ -105,6 +125,15 @@ mod tests {
         let status = Status::from(problem.clone());
         assert_eq!(status.code(), Code::InvalidArgument);
         assert_eq!(Problem::from(&status), problem);
+        let problem = Problem::later("RATE_LIMIT", "too often", Duration::from_millis(70));
+        assert_eq!(Problem::from(&Status::from(problem.clone())), problem);
+    }
+
+    #[test]
+    fn too_many_calls_pass_and_a_full_disk_does_not() {
+        let of = |reason| Problem::new(Code::ResourceExhausted, reason, "no").is_for_now();
+        assert!(of("RATE_LIMIT") && of("OVERLOADED"));
+        assert!(!of("NO_SPACE") && !of("WATCHER_TOO_SLOW") && !of("UNKNOWN"));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use incipit_proto::v1;
 use incipit_worker::agent::Key;
-use incipit_worker::agent::core::{Action, Config, Core, Input};
+use incipit_worker::agent::core::{Action, Config, Core, Delay, Input};
 use incipit_worker::frames::LocalJob;
 
 use crate::simulation::engine::Pid;
@@ -31,16 +31,24 @@ pub(crate) struct Agent {
     pub(crate) trouble: Time,
     pub(crate) processes: BTreeMap<Key, Pid>,
     pub(crate) exiting: bool,
-    /// Sequence of its last report, as far as one was seen, and of the last that was acknowledged.
+    /// Sequence of its last report, and of the last that was acknowledged.
     pub(crate) reported: u64,
     pub(crate) acknowledged: u64,
 }
 
 /// Files on their way.
 #[derive(Clone)]
-pub(crate) enum Carry {
+pub(crate) struct Carry {
+    what: Carried,
+    /// The coordinator's disk may be away for longer than a lease.
+    stuck_until: Time,
+}
+
+/// What files they are.
+#[derive(Clone)]
+enum Carried {
     Fetch(Box<v1::JobAssignment>),
-    Store(u64, Vec<v1::CheckpointFile>),
+    Store { ticket: u64, files: Vec<v1::CheckpointFile>, of: Box<v1::JobReport> },
 }
 
 impl World {
@@ -163,7 +171,7 @@ impl World {
                 self.check_report(&request);
                 self.send_up(machine, request);
             }
-            Action::Disconnect(why) => self.broken("a sound protocol", || why),
+            Action::GiveUp(why) => self.broken("a sound protocol", || why),
             Action::Start(key) => self.start_engine(machine, key),
             Action::Tell(key, order) => self.order(machine, &key, *order),
             Action::Kill(key) => {
@@ -171,13 +179,12 @@ impl World {
                     self.soon(0, 20, Event::EngineDies(pid));
                 }
             }
-            Action::Fetch(job) => self.carry(machine, Carry::Fetch(job)),
-            Action::Store { sequence, files, .. } => {
-                let agent = &mut self.agents[machine];
-                agent.reported = agent.reported.max(sequence);
-                self.carry(machine, Carry::Store(sequence, files));
+            Action::Fetch(job) => self.carry(machine, Carried::Fetch(job)),
+            Action::Store { ticket, files, of, .. } => {
+                self.carry(machine, Carried::Store { ticket, files, of });
             }
-            Action::Remove(_) => {}
+            // Files that come all the same do no harm.
+            Action::Remove(_) | Action::Forget(_) => {}
             Action::Exit => self.agents[machine].exiting = true,
         }
     }
@@ -192,9 +199,11 @@ impl World {
         }
     }
 
-    fn carry(&mut self, machine: Machine, carry: Carry) {
+    fn carry(&mut self, machine: Machine, what: Carried) {
         let id = self.id();
-        self.carries.insert(id, carry);
+        let stuck = self.faulty && self.chance.one_in(20);
+        let stuck_until = if stuck { self.now + self.chance.below(40_000) } else { 0 };
+        self.carries.insert(id, Carry { what, stuck_until });
         let incarnation = self.agents[machine].incarnation;
         self.soon(5, 300, Event::Carries(machine, incarnation, id));
     }
@@ -211,10 +220,20 @@ impl World {
         if away || (self.faulty && self.chance.one_in(10)) {
             return self.soon(100, 2_000, Event::Carries(machine, incarnation, id));
         }
-        match self.carries.remove(&id) {
-            Some(Carry::Fetch(job)) => self.fetched(machine, *job),
-            Some(Carry::Store(sequence, files)) => self.stored(machine, sequence, files),
-            None => {}
+        let Some(carry) = self.carries.remove(&id) else { return };
+        if carry.stuck_until > self.now {
+            let (job, unsaved) = match &carry.what {
+                Carried::Fetch(job) => ((job.job.clone(), job.attempt), false),
+                Carried::Store { of, .. } => ((of.job.clone(), of.attempt), true),
+            };
+            self.carries.insert(id, carry);
+            self.soon(100, 2_000, Event::Carries(machine, incarnation, id));
+            let text = "the disk is away".to_owned();
+            return self.tell_agent(machine, Input::Delayed(job, Delay { unsaved, text }));
+        }
+        match carry.what {
+            Carried::Fetch(job) => self.fetched(machine, *job),
+            Carried::Store { ticket, files, .. } => self.stored(machine, ticket, files),
         }
     }
 
@@ -229,7 +248,7 @@ impl World {
         self.tell_agent(machine, Input::Fetched(key, Ok(local)));
     }
 
-    fn stored(&mut self, machine: Machine, sequence: u64, files: Vec<v1::CheckpointFile>) {
+    fn stored(&mut self, machine: Machine, ticket: u64, files: Vec<v1::CheckpointFile>) {
         // The coordinator's disk is full, or this machine's is damaged.
         let refused = self.faulty && self.chance.one_in(100);
         if refused {
@@ -237,9 +256,9 @@ impl World {
                 self.oracle.refused.extend(self.made.get(&file.digest).map(|(seed, ..)| *seed));
             }
             let why = Err("no space left on the device".to_owned());
-            return self.tell_agent(machine, Input::Stored(sequence, why));
+            return self.tell_agent(machine, Input::Stored(ticket, why));
         }
         self.blobs.extend(files.into_iter().map(|file| file.digest));
-        self.tell_agent(machine, Input::Stored(sequence, Ok(())));
+        self.tell_agent(machine, Input::Stored(ticket, Ok(())));
     }
 }

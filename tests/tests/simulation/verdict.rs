@@ -60,6 +60,9 @@ impl World {
         if self.coordinator.core.is_none() || !agents.into_iter().all(|machine| self.is_there(machine)) {
             return Some("a process is not there".to_owned());
         }
+        if !self.carries.is_empty() {
+            return Some("files are on their way".to_owned());
+        }
         let online =
             self.coordinator.rows.workers.values().filter(|worker| worker.state == WorkerState::Online);
         if online.count() < self.agents.len() {

@@ -62,7 +62,7 @@ impl Patience {
 fn passes(problem: &Problem) -> bool {
     match problem.code {
         Code::Unavailable => true,
-        Code::ResourceExhausted => problem.reason == "WATCHER_TOO_SLOW",
+        Code::ResourceExhausted => problem.reason == "WATCHER_TOO_SLOW" || problem.is_for_now(),
         // How a connection that breaks within an answer looks.
         Code::Unknown | Code::Internal | Code::Cancelled => problem.reason == "UNKNOWN",
         _ => false,
@@ -83,7 +83,9 @@ mod tests {
         for code in [Code::Unavailable, Code::Unknown, Code::Internal, Code::Cancelled] {
             assert!(passes(&unknown(code)), "{code:?}");
         }
-        assert!(passes(&Problem::new(Code::ResourceExhausted, "WATCHER_TOO_SLOW", "slow")));
+        for reason in ["WATCHER_TOO_SLOW", "RATE_LIMIT", "OVERLOADED"] {
+            assert!(passes(&Problem::new(Code::ResourceExhausted, reason, "slow")), "{reason}");
+        }
         assert!(!passes(&Problem::new(Code::Internal, "DISK", "the disk is full")));
         assert!(!passes(&Problem::not_found("jobs/j")));
     }

@@ -83,6 +83,7 @@ impl Upload {
                 writer.finish().await.map_err(|error| self.blobs.failed(&error))?;
             }
         }
+        self.blobs.damaged().remove(&self.digest);
         Ok(self.size)
     }
 

@@ -9,8 +9,9 @@ use std::{
 };
 
 use incipit_proto::{
-    DOMAIN, Problem,
-    client::{PROTOCOL, PROTOCOL_KEY},
+    Problem,
+    client::{PROTOCOL, PROTOCOL_KEY, WORKER_KEY},
+    names::WorkerName,
     trace,
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -18,7 +19,6 @@ use tonic::{
     Code, Status,
     transport::server::{TcpConnectInfo, TlsConnectInfo},
 };
-use tonic_types::{ErrorDetails, StatusExt as _};
 use tower::{Layer, Service};
 use tracing::{Instrument as _, Span, field};
 
@@ -59,7 +59,7 @@ impl Guard {
             Ok(actor) => actor,
             Err(problem) => return (nobody(), Err(problem.into())),
         };
-        let admitted = self.check(&actor, request.uri().path(), method);
+        let admitted = self.check(&actor, &caller(&actor, request), request.uri().path(), method);
         (actor, admitted)
     }
 
@@ -85,6 +85,7 @@ impl Guard {
     fn check(
         &self,
         actor: &Actor,
+        caller: &str,
         path: &str,
         method: Method,
     ) -> Result<Option<OwnedSemaphorePermit>, Status> {
@@ -95,17 +96,17 @@ impl Guard {
             return Err(problem.with("actor", &actor.name).with("method", path).with("scope", needed).into());
         }
         if let Some(rate) = &self.rate
-            && let Err(wait) = rate.take(&actor.name, Instant::now())
+            && let Err(wait) = rate.take(caller, Instant::now())
         {
-            let what = format!("{} calls too often; try again in {} ms", actor.name, wait.as_millis());
-            return Err(later("RATE_LIMIT", what, wait));
+            let what = format!("{caller} calls too often; try again in {} ms", wait.as_millis());
+            return Err(Problem::later("RATE_LIMIT", what, wait).into());
         }
         if method.lasts {
             return Ok(None);
         }
         Arc::clone(&self.calls).try_acquire_owned().map(Some).map_err(|_| {
             let what = format!("{} calls are under way, and no more are taken; try again", self.limit);
-            later("OVERLOADED", what, Duration::from_millis(500))
+            Problem::later("OVERLOADED", what, Duration::from_millis(500)).into()
         })
     }
 
@@ -175,11 +176,15 @@ fn protocol<B>(request: &http::Request<B>) -> Result<(), Problem> {
     Err(Problem::state("PROTOCOL", what).with("protocol_min", PROTOCOL).with("protocol_max", PROTOCOL))
 }
 
-/// A refusal that says when to come again.
-fn later(reason: &str, message: String, wait: Duration) -> Status {
-    let mut details = ErrorDetails::with_retry_info(Some(wait));
-    details.set_error_info(reason, DOMAIN, std::collections::HashMap::new());
-    Status::with_error_details(Code::ResourceExhausted, message, details)
+/// Whose calls are counted together: an actor's, and of workers, which often share a certificate or a token, each one's own. A worker says
+/// itself which one it is; whoever may be one is trusted with that.
+fn caller<B>(actor: &Actor, request: &http::Request<B>) -> String {
+    let worker = request.headers().get(WORKER_KEY).and_then(|value| value.to_str().ok());
+    let worker = worker.filter(|_| actor.may(Scope::Worker));
+    match worker.and_then(|worker| WorkerName::parse("worker", worker).ok()) {
+        Some(worker) => format!("{worker} ({})", actor.name),
+        None => actor.name.clone(),
+    }
 }
 
 /// Puts a [`Guard`] before services.

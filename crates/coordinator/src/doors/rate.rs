@@ -6,6 +6,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// So many buckets, and those that are full again are forgotten: a new one is as full.
+const MANY: usize = 1024;
+
 /// Calls a second that each caller may make on average, with bursts.
 #[derive(Debug)]
 pub struct Rate {
@@ -35,17 +38,24 @@ impl Rate {
     pub fn take(&self, name: &str, now: Instant) -> Result<(), Duration> {
         let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
         if !buckets.contains_key(name) {
+            if buckets.len() >= MANY {
+                buckets.retain(|_, bucket| self.level(bucket, now) < self.burst);
+            }
             buckets.insert(name.to_owned(), Bucket { level: self.burst, at: now });
         }
         let Some(bucket) = buckets.get_mut(name) else { return Ok(()) };
-        let passed = now.saturating_duration_since(bucket.at).as_secs_f64();
-        bucket.level = (bucket.level + passed * self.per_second).min(self.burst);
-        bucket.at = now;
+        (bucket.level, bucket.at) = (self.level(bucket, now), now);
         if bucket.level >= 1.0 {
             bucket.level -= 1.0;
             return Ok(());
         }
         Err(Duration::from_secs_f64((1.0 - bucket.level) / self.per_second))
+    }
+
+    /// What is in a bucket by now.
+    fn level(&self, bucket: &Bucket, now: Instant) -> f64 {
+        let passed = now.saturating_duration_since(bucket.at).as_secs_f64();
+        (bucket.level + passed * self.per_second).min(self.burst)
     }
 }
 
@@ -62,5 +72,15 @@ mod tests {
         assert!(rate.take("b", start).is_ok(), "another caller has a bucket of its own");
         let later = start + Duration::from_secs(1);
         assert_eq!((0..100).filter(|_| rate.take("a", later).is_ok()).count(), 5);
+    }
+
+    #[test]
+    fn buckets_that_are_full_again_are_forgotten() {
+        let (rate, start) = (Rate::new(10, 5), Instant::now());
+        for number in 0..10 * MANY {
+            let now = start + Duration::from_millis(number as u64);
+            assert!(rate.take(&number.to_string(), now).is_ok());
+        }
+        assert!(rate.buckets.lock().unwrap().len() <= MANY);
     }
 }

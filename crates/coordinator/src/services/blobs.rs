@@ -1,6 +1,6 @@
 //! The blobs' service.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, TryStreamExt as _};
 use incipit_proto::{
@@ -28,6 +28,9 @@ const PART: usize = 1 << 20;
 /// Uploads at once; others wait. Each holds up to three parts of 8 MiB.
 const UPLOADS: usize = 32;
 
+/// How long an upload may say nothing.
+const SILENCE: Duration = Duration::from_secs(30);
+
 /// Implements the service.
 #[derive(Clone, Debug)]
 pub(crate) struct Blobs {
@@ -54,7 +57,7 @@ impl BlobService for Blobs {
         }
         let digests = digests.iter().map(|digest| Digest::parse("digests", digest));
         let digests = digests.collect::<Result<Vec<_>, _>>()?;
-        let missing = self.context.blobs.missing(digests).await.map_err(Problem::from)?;
+        let missing = self.context.blobs.wanting(digests).await.map_err(Problem::from)?;
         let missing = missing.into_iter().map(|digest| digest.to_string()).collect();
         Ok(Response::new(FindBlobsResponse { missing }))
     }
@@ -104,7 +107,7 @@ async fn receive(
     mut messages: Streaming<WriteBlobRequest>,
     subject: Subject,
 ) -> Result<u64, Status> {
-    let Some(first) = messages.message().await? else {
+    let Some(first) = soon(SILENCE, messages.message()).await? else {
         return Err(Problem::field("digest", "is missing; the first message says which blob it is").into());
     };
     let digest = Digest::parse("digest", &first.digest)?;
@@ -116,7 +119,7 @@ async fn receive(
             upload.abort().await;
             return Err(status);
         }
-        next = match messages.message().await {
+        next = match soon(SILENCE, messages.message()).await {
             Ok(message) => message,
             Err(status) => {
                 upload.abort().await;
@@ -127,10 +130,36 @@ async fn receive(
     upload.finish().await.map_err(|error| Problem::from(error).into())
 }
 
+/// What comes next of an upload, unless that takes too long: it holds a place that others wait for.
+async fn soon<T>(
+    silence: Duration,
+    message: impl Future<Output = Result<T, Status>> + Send,
+) -> Result<T, Status> {
+    tokio::time::timeout(silence, message).await.unwrap_or_else(|_| {
+        let what = format!("nothing of the upload came for {} s; send it again", silence.as_secs_f32());
+        Err(Problem::new(Code::DeadlineExceeded, "UPLOAD_SILENT", what).into())
+    })
+}
+
 async fn take(upload: &mut Upload, message: WriteBlobRequest) -> Result<(), Status> {
     if message.data.len() > PART {
         let what = format!("has {} bytes; send {PART} at once, at most", message.data.len());
         return Err(Problem::field("data", what).into());
     }
     upload.put(message.data).await.map_err(|error| Problem::from(error).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_upload_that_says_nothing_gives_its_place_up() {
+        let silence = Duration::from_millis(5);
+        let silent = std::future::pending::<Result<Option<WriteBlobRequest>, Status>>();
+        let status = soon(silence, silent).await.unwrap_err();
+        assert!(status.message().contains("send it again"), "{status}");
+        assert_eq!(Problem::from(&status).reason, "UPLOAD_SILENT");
+        assert_eq!(soon(silence, std::future::ready(Ok(7))).await.unwrap(), 7);
+    }
 }

@@ -39,7 +39,7 @@ pub fn hello(message: v1::Hello, cluster_id: &str) -> Result<Hello, Problem> {
     }
     if !message.cluster_id.is_empty() && message.cluster_id != cluster_id {
         let what = format!(
-            "the agent belongs to the cluster {}, and this is {cluster_id}; give it another state directory",
+            "the agent belongs to the cluster {}, and this is {cluster_id}; start it again, and it belongs to this one",
             message.cluster_id
         );
         return Err(Problem::state("OTHER_CLUSTER", what).with("cluster_id", cluster_id));

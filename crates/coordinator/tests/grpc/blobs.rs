@@ -129,7 +129,18 @@ async fn a_damaged_blob_is_healed_by_another_upload() {
     let digest = upload(&client, b"right").await.unwrap();
     let path = dir.path().join("blobs").join(&digest[..2]).join(&digest[2..]);
     fs::write(&path, b"wrong").unwrap();
+    let find = async || {
+        let request = FindBlobsRequest { digests: vec![digest.clone()] };
+        client.blobs().find_blobs(request).await.unwrap().into_inner().missing
+    };
+    assert_eq!(find().await, [""; 0], "nobody has read it");
+    let refused = read(&client, &digest, 0).await.unwrap_err();
+    assert_eq!(reason(&refused), (Code::DataLoss, "BLOB_DAMAGED".to_owned()));
+    assert!(refused.message().contains(&digest) && refused.message().contains("upload"), "{refused}");
+    // Whoever has the file uploads what is not there.
+    assert_eq!(find().await, [&*digest]);
     upload(&client, b"right").await.unwrap();
+    assert_eq!(find().await, [""; 0]);
     assert_eq!(read(&client, &digest, 0).await.unwrap(), b"right");
 }
 

@@ -250,6 +250,46 @@ async fn who_calls_too_often_is_told_when_to_come_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_came_too_often_is_made_again_when_it_may() {
+    let dir = tempfile::tempdir().unwrap();
+    let limits = Limits { calls_per_second: 2, call_burst: 1, ..Limits::default() };
+    let secured = secured(dir.path(), limits).await;
+    let client = secured.client(&secured.made.token).await;
+    for _ in 0..4 {
+        let request = GetServerInfoRequest {};
+        client.unary(request, async |request| client.events().get_server_info(request).await).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_that_share_a_certificate_or_a_token_have_a_rate_each() {
+    let dir = tempfile::tempdir().unwrap();
+    let limits = Limits { calls_per_second: 1, call_burst: 3, ..Limits::default() };
+    let secured = secured(dir.path(), limits).await;
+    let (shared, reader) = (token(dir.path(), "w", &["worker"], ""), token(dir.path(), "r", &["read"], ""));
+    tokio::time::sleep(Duration::from_secs(1)).await; // The file is looked at twice a second.
+    let certificate =
+        || ClientConfig { token: None, identity: Some(secured.made.worker.clone()), ..secured.config("") };
+    let calls = async |config: ClientConfig, worker: &str| {
+        let config = ClientConfig { worker: Some(format!("workers/{worker}")), ..config };
+        let client = Client::connect(&config).await.unwrap();
+        let mut done = 0;
+        while client.events().get_server_info(GetServerInfoRequest {}).await.is_ok() {
+            done += 1;
+        }
+        done
+    };
+    for config in [certificate(), secured.config(&shared)] {
+        for worker in ["a", "b"] {
+            let done = calls(config.clone(), worker).await;
+            assert!(done >= 3, "{worker} made {done} calls");
+        }
+    }
+    assert!(calls(secured.config(&reader), "a").await >= 3);
+    assert!(calls(secured.config(&reader), "b").await < 3, "who is no worker has one rate under every name");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn reflection_lists_every_service_and_health_knows_them() {
     use tonic_reflection::pb::v1::{
         ServerReflectionRequest, server_reflection_client::ServerReflectionClient,

@@ -10,6 +10,7 @@ use crate::agent::engines::{Engine, Engines, Key};
 use crate::agent::jobs::Jobs;
 use crate::agent::outbox::Outbox;
 use crate::agent::rendezvous::Rendezvous;
+pub use crate::agent::words::{Action, Config, Delay, FileKey, Input, Refused};
 use crate::frames::{LocalJob, Notice, Order};
 
 /// Milliseconds on a clock that only goes forward.
@@ -24,95 +25,6 @@ pub const STUCK_AFTER: Time = 10_000;
 const ASLEEP: Time = 1_500;
 /// How long engines have to save their jobs when the agent is to end.
 const DRAIN: Time = 25_000;
-
-/// What an agent is.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// `workers/{worker}`.
-    pub worker: String,
-    /// Made up for this process.
-    pub incarnation: String,
-    /// Version of the program.
-    pub version: String,
-    /// The machine.
-    pub machine: v1::Machine,
-    /// Ranks that it can hold.
-    pub slots: u32,
-    /// Directory for checkpoints on their way to the coordinator.
-    pub outbox: String,
-    /// An address of this machine that other ranks can reach; empty if it is not known.
-    pub address: String,
-}
-
-/// What the agent hears.
-#[derive(Clone, Debug)]
-#[expect(clippy::large_enum_variant, reason = "there is one at a time")]
-pub enum Input {
-    /// There is a connection to the coordinator.
-    Connected,
-    /// It is gone.
-    Disconnected,
-    /// The coordinator said something.
-    Received(AttachResponse),
-    /// An engine said something.
-    Notice(Key, Notice),
-    /// An engine wrote a line to its standard error.
-    Line(Key, v1::LogLine),
-    /// An engine's process has ended: how.
-    Ended(Key, String),
-    /// A job's files are here, or why they cannot be.
-    Fetched(FileKey, Result<LocalJob, Refused>),
-    /// A checkpoint's files are at the coordinator, or why they cannot be.
-    Stored(u64, Result<(), String>),
-    /// Time has passed.
-    Tick,
-    /// The agent is to end.
-    Terminate,
-}
-
-/// A job and an attempt of it.
-pub type FileKey = (String, u32);
-
-/// Why a job cannot be trained here.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refused {
-    /// The kind of it.
-    pub reason: v1::JobReason,
-    /// One readable line.
-    pub message: String,
-}
-
-/// What the agent wants done.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Action {
-    /// Say something to the coordinator.
-    Send(AttachRequest),
-    /// Break the connection: what it says makes no sense.
-    Disconnect(String),
-    /// Start an engine's process.
-    Start(Key),
-    /// Say something to an engine.
-    Tell(Key, Box<Order>),
-    /// Kill an engine's process, and whatever it has started.
-    Kill(Key),
-    /// Have a job's files here.
-    Fetch(Box<v1::JobAssignment>),
-    /// Have a checkpoint's files stored at the coordinator: those of the report with this sequence, in this directory.
-    Store {
-        /// The report's sequence.
-        sequence: u64,
-        /// The files.
-        files: Vec<v1::CheckpointFile>,
-        /// Where they are.
-        dir: String,
-        /// Whose they are: the report, without what it reports.
-        of: Box<v1::JobReport>,
-    },
-    /// A directory is not needed any more.
-    Remove(String),
-    /// The agent is done.
-    Exit,
-}
 
 /// An agent.
 #[derive(Debug)]
@@ -131,6 +43,8 @@ pub struct Core {
     rendezvous: Rendezvous,
     /// Since when it is to end.
     ending: Option<Time>,
+    /// Whether it ends now.
+    over: bool,
     actions: Vec<Action>,
 }
 
@@ -150,6 +64,7 @@ impl Core {
             outbox: Outbox::default(),
             rendezvous: Rendezvous::default(),
             ending: None,
+            over: false,
             actions: Vec::new(),
             config,
         }
@@ -158,7 +73,8 @@ impl Core {
     /// Whether so much waits to be told to the coordinator that engines are not to be listened to for now.
     #[must_use]
     pub fn is_full(&self) -> bool {
-        self.outbox.is_full()
+        // Once it ends, nothing is left but to hear that engines have.
+        !self.over && self.outbox.is_full()
     }
 
     /// The engines, for whoever looks.
@@ -175,12 +91,16 @@ impl Core {
                 self.connected = false;
                 self.welcomed = false;
             }
+            // What came before that was known.
+            Input::Received(_) if self.over => {}
             Input::Received(response) => self.received(response, now),
+            Input::TurnedAway(why) => self.give_up(why),
             Input::Notice(key, notice) => self.noticed(&key, notice, now),
             Input::Line(key, line) => self.line(&key, line),
             Input::Ended(key, how) => self.ended(&key, &how, now),
             Input::Fetched(job, fetched) => self.fetched(&job, fetched),
-            Input::Stored(sequence, stored) => self.stored(sequence, stored),
+            Input::Stored(ticket, stored) => self.stored(ticket, stored),
+            Input::Delayed(job, delay) => self.delayed(&job, delay),
             Input::Tick => self.tick(now),
             Input::Terminate => self.terminate(now),
         }
@@ -223,10 +143,14 @@ impl Core {
             Some(Message::Acknowledged(sequence)) => self.acknowledged(sequence),
             Some(Message::Engines(assignments)) => {
                 self.rendezvous.forget_old(&assignments);
+                self.jobs.forget_old(&assignments, &mut self.actions);
                 self.engines.assign(assignments, now, &mut self.actions);
             }
             Some(Message::Jobs(assignments)) => {
-                self.jobs.assign(assignments, &mut self.actions);
+                for left in self.jobs.assign(assignments, &mut self.actions) {
+                    self.outbox.report(attach_request::Message::Job(left));
+                }
+                self.outbox.cancel(self.jobs.cancelled());
                 self.hand_on();
             }
             Some(Message::Rendezvous(value)) => {
@@ -245,10 +169,10 @@ impl Core {
     fn welcome(&mut self, welcome: v1::Welcome, now: Time) {
         if !self.cluster_id.is_empty() && self.cluster_id != welcome.cluster_id {
             let other = format!(
-                "the coordinator is of the cluster {}, and this worker of {}",
+                "the coordinator is of the cluster {}, and this worker of {}; start it again, and it belongs to that one",
                 welcome.cluster_id, self.cluster_id
             );
-            return self.act(Action::Disconnect(other));
+            return self.give_up(other);
         }
         self.cluster_id = welcome.cluster_id;
         self.heartbeat = Time::from(welcome.heartbeat_interval_ms.max(50));
@@ -326,15 +250,30 @@ impl Core {
         let (backbone, job) = (report.backbone.clone(), report.job.clone());
         let (epoch, attempt) = (report.epoch, report.attempt);
         let of = Box::new(v1::JobReport { backbone, epoch, job, attempt, report: None });
-        let sequence = self.outbox.hold(attach_request::Message::Job(report), saved.dir.clone());
-        self.act(Action::Store { sequence, files, dir: saved.dir, of });
+        let key = (of.job.clone(), attempt);
+        let ticket = self.outbox.hold(key, attach_request::Message::Job(report), saved.dir.clone());
+        self.act(Action::Store { ticket, files, dir: saved.dir, of });
     }
 
-    fn stored(&mut self, sequence: u64, stored: Result<(), String>) {
+    fn stored(&mut self, ticket: u64, stored: Result<(), String>) {
         match stored {
-            Ok(()) => self.outbox.release(sequence),
-            Err(why) => self.outbox.replace(sequence, &why),
+            Ok(()) => self.outbox.release(ticket),
+            Err(why) => self.outbox.replace(ticket, &why),
         }
+    }
+
+    /// Says in a job's log why it does not get on.
+    fn delayed(&mut self, job: &FileKey, Delay { unsaved, text }: Delay) {
+        if unsaved {
+            self.outbox.fails(job);
+        }
+        let Some(backbone) = self.jobs.backbone_of(job) else { return };
+        let key = Key { backbone: backbone.to_owned(), rank: 0 };
+        self.log(
+            &key,
+            job.0.clone(),
+            v1::LogLine { level: "WARN".to_owned(), text, ..v1::LogLine::default() },
+        );
     }
 
     fn line(&mut self, key: &Key, line: v1::LogLine) {
@@ -463,7 +402,7 @@ impl Core {
     /// The coordinator has the jobs of this machine's engines saved, wherever they are led from, and then takes the engines away. If it
     /// cannot be reached, there is no need to wait for it but to tell of jobs.
     fn end_if_done(&mut self, now: Time) {
-        let Some(since) = self.ending else { return };
+        let Some(since) = self.ending.filter(|_| !self.over) else { return };
         let idle = self.engines.all().is_empty() || (!self.welcomed && self.jobs.are_none());
         let done = idle && self.outbox.is_empty();
         if done || now >= since + DRAIN {
@@ -472,11 +411,21 @@ impl Core {
     }
 
     fn exit(&mut self) {
-        let keys: Vec<Key> = self.engines.all().keys().cloned().collect();
-        for key in keys {
-            self.act(Action::Kill(key));
-        }
+        self.end_engines();
         self.act(Action::Exit);
+    }
+
+    /// The coordinator takes nothing from this agent any more. What its engines do counts for nobody, and others may want their devices.
+    fn give_up(&mut self, why: String) {
+        if !self.over {
+            self.end_engines();
+            self.act(Action::GiveUp(why));
+        }
+    }
+
+    fn end_engines(&mut self) {
+        self.over = true;
+        self.engines.end(&mut self.actions);
     }
 
     /// Sends what can be sent.

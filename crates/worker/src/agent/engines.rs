@@ -1,6 +1,7 @@
 //! The engines of a machine: those that it is to have, and those that it has.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use incipit_proto::v1::{EngineAssignment, EngineAssignments, EngineStatus};
 
@@ -21,7 +22,7 @@ pub struct Key {
 pub struct Engine {
     /// What it was told last.
     pub assignment: EngineAssignment,
-    /// Its number among this machine's engines.
+    /// The number of its GPU, or of the first of several; of no meaning on CPUs.
     pub local_rank: u32,
     /// Whether it has loaded and met the others of its group.
     pub ready: bool,
@@ -125,8 +126,7 @@ impl Engines {
     }
 
     fn start(&mut self, key: &Key, assignment: &EngineAssignment, now: Time, actions: &mut Vec<Action>) {
-        let used: BTreeSet<u32> = self.running.values().map(|engine| engine.local_rank).collect();
-        let local_rank = (0..).find(|number| !used.contains(number)).unwrap_or_default();
+        let Some(local_rank) = self.free_gpus(assignment) else { return };
         let engine = Engine {
             assignment: assignment.clone(),
             local_rank,
@@ -145,6 +145,20 @@ impl Engines {
         self.join(key, assignment.clone(), now, actions);
     }
 
+    /// The first of as many GPUs in a row as the assignment needs and no engine has. Nothing while an engine is dying that has one: it holds
+    /// the GPU's memory until it has ended.
+    fn free_gpus(&self, assignment: &EngineAssignment) -> Option<u32> {
+        if gpus(assignment, 0).is_empty() {
+            return Some(0);
+        }
+        let of = |engine: &Engine| gpus(&engine.assignment, engine.local_rank);
+        if self.running.values().any(|engine| engine.dying && !of(engine).is_empty()) {
+            return None;
+        }
+        let used: BTreeSet<u32> = self.running.values().flat_map(of).collect();
+        (0..).find(|first| gpus(assignment, *first).all(|gpu| !used.contains(&gpu)))
+    }
+
     fn join(&mut self, key: &Key, assignment: EngineAssignment, now: Time, actions: &mut Vec<Action>) {
         let neighbours = self.wanted.len() as u32;
         let (address, outbox) = (self.address.clone(), self.outbox.clone());
@@ -161,6 +175,14 @@ impl Engines {
             local_rank: engine.local_rank,
         };
         actions.push(Action::Tell(key.clone(), Box::new(Order::Join(join))));
+    }
+
+    /// Kills all engines, and starts none any more.
+    pub(crate) fn end(&mut self, actions: &mut Vec<Action>) {
+        self.wanted.clear();
+        for key in self.running.keys().cloned().collect::<Vec<_>>() {
+            self.kill(&key, actions);
+        }
     }
 
     /// Kills an engine. It is there until its process has ended.
@@ -222,6 +244,15 @@ impl Engines {
             progress: engine.progress,
         };
         self.running.iter().filter(|(_, engine)| !engine.dying).map(status).collect()
+    }
+}
+
+/// The numbers of the GPUs of an engine that has them from `first` on. One that was named (`cuda:3`) is its own place, whoever has it too.
+fn gpus(assignment: &EngineAssignment, first: u32) -> Range<u32> {
+    match &*assignment.device {
+        "cuda" if assignment.collective == "local" => first..first + assignment.ranks.len() as u32,
+        "cuda" => first..first + 1,
+        _ => 0..0,
     }
 }
 

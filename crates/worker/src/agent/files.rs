@@ -3,11 +3,11 @@
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use incipit_proto::Problem;
-use incipit_proto::client::{Client, problem_of};
+use incipit_proto::client::Client;
 use incipit_proto::v1::{self, data_source::Source};
 use incipit_tune::atomic;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -15,7 +15,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 
-use crate::agent::core::Refused;
+use crate::agent::persist::Stopped;
 use crate::frames::{LocalJob, LocalTask};
 use crate::spec;
 
@@ -31,35 +31,6 @@ const KEPT: u64 = 32 << 30;
 pub(crate) struct Files {
     dir: PathBuf,
     travelling: Arc<Semaphore>,
-}
-
-/// Why a file did not travel.
-#[derive(Debug)]
-pub(crate) enum Stopped {
-    /// The connection broke: trying again may help.
-    Broken(Problem),
-    /// It was refused.
-    Refused(Problem),
-    /// This machine's disk is the reason.
-    Local(String),
-}
-
-impl From<&tonic::Status> for Stopped {
-    fn from(status: &tonic::Status) -> Self {
-        let problem = problem_of(status);
-        let broken =
-            [Code::Unavailable, Code::Cancelled, Code::DeadlineExceeded, Code::Unknown, Code::Aborted];
-        if broken.contains(&problem.code) { Self::Broken(problem) } else { Self::Refused(problem) }
-    }
-}
-
-impl std::fmt::Display for Stopped {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Broken(problem) | Self::Refused(problem) => problem.fmt(f),
-            Self::Local(what) => f.write_str(what),
-        }
-    }
 }
 
 impl Files {
@@ -118,9 +89,12 @@ impl Files {
         if tokio::fs::try_exists(&path).await.unwrap_or(false) {
             touch(&path);
         } else {
-            let part = self.dir.join("data").join(format!(".{digest}-{name}.part"));
-            download(client, digest, &part).await?;
-            place(&part, &path).await.map_err(|error| local("write", &path, &error))?;
+            // A name of its own: jobs that begin together may want the same file.
+            let part = format!(".{digest}-{name}-{}.part", uuid::Uuid::new_v4().simple());
+            let part = Part(self.dir.join("data").join(part));
+            let mend = "hand the job in again with the same file, which repairs it";
+            download(client, digest, &part.0).await.map_err(|stopped| stopped.mended_by(mend))?;
+            place(&part.0, &path).await.map_err(|error| local("write", &path, &error))?;
         }
         Ok(path.to_string_lossy().into_owned())
     }
@@ -139,7 +113,11 @@ impl Files {
             let path = dir.join(&file.name);
             let of_task = path.parent().unwrap_or(&dir);
             tokio::fs::create_dir_all(of_task).await.map_err(|error| local("create", of_task, &error))?;
-            download(client, &file.digest, &path).await?;
+            let mend = format!(
+                "its checkpoint of step {} is lost by that (`incipit checkpoint verify` says what of it): hand the job in again",
+                checkpoint.step
+            );
+            download(client, &file.digest, &path).await.map_err(|stopped| stopped.mended_by(&mend))?;
         }
         Ok(dir.to_string_lossy().into_owned())
     }
@@ -212,6 +190,16 @@ fn touch(path: &Path) {
     let _ = std::fs::File::open(path).and_then(|file| file.set_modified(SystemTime::now()));
 }
 
+/// A file that is not whole yet, and goes where it does not become so.
+struct Part(PathBuf);
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        // In its place by now, mostly.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
 async fn place(part: &Path, path: &Path) -> std::io::Result<()> {
     if let Some(dir) = path.parent() {
         tokio::fs::create_dir_all(dir).await?;
@@ -240,7 +228,7 @@ async fn download(client: &Client, digest: &str, path: &Path) -> Result<(), Stop
     }
     // A stream that ended early looks like this as well.
     let what = format!("what came of the blob {digest} has another hash");
-    Err(Stopped::Broken(Problem::new(Code::DataLoss, "BLOB_DAMAGED", what)))
+    Err(Stopped::Damaged(Problem::new(Code::DataLoss, "BLOB_DAMAGED", what)))
 }
 
 async fn upload(client: &Client, file: &v1::CheckpointFile, path: &Path) -> Result<(), Stopped> {
@@ -267,29 +255,4 @@ async fn upload(client: &Client, file: &v1::CheckpointFile, path: &Path) -> Resu
     read.map_err(|error: std::io::Error| local("read", path, &error))?;
     written.map_err(|status| Stopped::from(&status))?;
     Ok(())
-}
-
-impl From<Stopped> for Refused {
-    fn from(stopped: Stopped) -> Self {
-        let reason = match &stopped {
-            Stopped::Refused(problem) if problem.code == Code::NotFound => v1::JobReason::BadData,
-            _ => v1::JobReason::Internal,
-        };
-        Self { reason, message: format!("its files cannot be had: {stopped}") }
-    }
-}
-
-/// Tries until it works, or trying does not help.
-pub(crate) async fn persist<T, F: Future<Output = Result<T, Stopped>>>(
-    attempt: impl Fn() -> F,
-) -> Result<T, Stopped> {
-    let mut pause = Duration::from_millis(100);
-    loop {
-        match attempt().await {
-            Err(Stopped::Broken(problem)) => tracing::debug!("will try again: {problem}"),
-            done => return done,
-        }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(Duration::from_secs(2));
-    }
 }

@@ -11,6 +11,9 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 /// The first pause before the line is made again, and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 
+/// Reasons for which a coordinator turns an agent away that are no others the next time.
+const FOR_GOOD: [&str; 3] = ["WORKER_REPLACED", "OTHER_CLUSTER", "PROTOCOL"];
+
 /// What happens on the line.
 pub(crate) enum Event {
     /// It is there: whatever is sent here goes out.
@@ -19,15 +22,22 @@ pub(crate) enum Event {
     Received(AttachResponse),
     /// It is broken.
     Down,
+    /// The coordinator will never take this agent: why.
+    TurnedAway(Problem),
 }
 
-/// Keeps the line up for as long as somebody listens.
+/// Keeps the line up for as long as somebody listens, and the coordinator wants it.
 pub(crate) async fn keep(config: ClientConfig, events: Sender<Event>) {
     let mut pause = PAUSES.0;
     let mut told = String::new();
     while !events.is_closed() {
         let (heard, problem) = talk(&config, &events).await;
         if events.send(Event::Down).await.is_err() {
+            return;
+        }
+        if FOR_GOOD.contains(&&*problem.reason) {
+            // Nobody listens any more if this is not heard.
+            let _ = events.send(Event::TurnedAway(problem)).await;
             return;
         }
         // The same complaint is told once.

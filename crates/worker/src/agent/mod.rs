@@ -6,9 +6,13 @@ mod files;
 mod jobs;
 mod line;
 mod outbox;
+mod persist;
 mod process;
 mod rendezvous;
 mod shell;
+#[cfg(test)]
+mod tests;
+mod words;
 
 use std::path::PathBuf;
 
@@ -50,6 +54,9 @@ pub enum Error {
     /// Another agent has the directory.
     #[error("another agent works in {}; end it, or pass another --state-dir", .0.display())]
     InUse(PathBuf),
+    /// The coordinator will never take this agent.
+    #[error("the coordinator turns it away for good, and its engines were ended: {0}")]
+    TurnedAway(String),
     /// The worker's name cannot be one.
     #[error(transparent)]
     Name(#[from] incipit_proto::Problem),

@@ -1,6 +1,9 @@
 //! Reports on their way to the coordinator: each is said until it is acknowledged, in order.
+//!
+//! A report is numbered once it can be said. A checkpoint's waits until its files are stored, and only what must come after it waits with it:
+//! the job's next checkpoints, and its leave. All else (news of engines, other jobs, metrics, lines) goes before.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use incipit_proto::v1::{self, AttachRequest, attach_request::Message, job_report::Report};
 
@@ -14,34 +17,62 @@ const LINES: usize = 200;
 /// The reports.
 #[derive(Debug, Default)]
 pub(crate) struct Outbox {
+    /// Those with a number, without gaps, that are not acknowledged.
     reports: VecDeque<Entry>,
+    /// Those that wait for files, in the order in which they were made.
+    waiting: VecDeque<Waiting>,
     /// Sequence of the last report.
     last: u64,
     /// Sequence of the last report that this connection has carried.
     sent: u64,
+    /// The last ticket.
+    tickets: u64,
     /// Attempts of jobs whose last checkpoint could not be stored, and why.
     unsaved: BTreeMap<FileKey, String>,
+    /// Attempts of jobs that are to be cancelled.
+    cancelled: BTreeSet<FileKey>,
 }
 
 #[derive(Debug)]
 struct Entry {
     sequence: u64,
     message: Message,
-    /// Whether its files are at the coordinator.
-    ready: bool,
     /// A directory that is needed until it is acknowledged.
     dir: Option<String>,
 }
 
+/// A checkpoint, or a leave behind one.
+#[derive(Debug)]
+struct Waiting {
+    job: FileKey,
+    message: Message,
+    dir: Option<String>,
+    /// Of a checkpoint, as long as its files are on their way.
+    ticket: Option<u64>,
+    /// Whether its files could not be stored, and are tried again.
+    failing: bool,
+}
+
 impl Outbox {
     /// A report.
-    pub(crate) fn report(&mut self, message: Message) {
-        self.push(message, true, None);
+    pub(crate) fn report(&mut self, mut message: Message) {
+        let Message::Job(report) = &mut message else { return self.number(message, None) };
+        let job = key(report);
+        let Some(Report::Left(left)) = &mut report.report else { return self.number(message, None) };
+        if let Some(why) = self.unsaved.remove(&job) {
+            without_checkpoint(left, &why);
+        }
+        self.waiting.push_back(Waiting { job, message, dir: None, ticket: None, failing: false });
+        self.advance();
     }
 
-    /// A report whose files in `dir` have to be stored first. Returns its sequence.
-    pub(crate) fn hold(&mut self, message: Message, dir: String) -> u64 {
-        self.push(message, false, Some(dir))
+    /// The report of a checkpoint, whose files in `dir` have to be stored first. Returns the ticket under which that is told.
+    pub(crate) fn hold(&mut self, job: FileKey, message: Message, dir: String) -> u64 {
+        self.unsaved.remove(&job);
+        self.tickets += 1;
+        let ticket = Some(self.tickets);
+        self.waiting.push_back(Waiting { job, message, dir: Some(dir), ticket, failing: false });
+        self.tickets
     }
 
     /// A line, in one report with those before it where that has not been sent.
@@ -57,56 +88,77 @@ impl Outbox {
         self.report(Message::Logs(v1::LogReport { backbone: backbone.to_owned(), job, lines: vec![line] }));
     }
 
-    fn push(&mut self, mut message: Message, ready: bool, dir: Option<String>) -> u64 {
-        if let Message::Job(report) = &mut message {
-            let job = key(report);
-            match &mut report.report {
-                Some(Report::Saved(_)) => drop(self.unsaved.remove(&job)),
-                Some(Report::Left(left)) => {
-                    if let Some(why) = self.unsaved.remove(&job) {
-                        without_checkpoint(left, &why);
-                    }
-                }
-                _ => {}
-            }
-        }
+    fn number(&mut self, message: Message, dir: Option<String>) {
         self.last += 1;
-        self.reports.push_back(Entry { sequence: self.last, message, ready, dir });
-        self.last
+        self.reports.push_back(Entry { sequence: self.last, message, dir });
+    }
+
+    /// Numbers what waits for nothing any more.
+    fn advance(&mut self) {
+        // Jobs that have a checkpoint on its way, and whether that fails.
+        let mut held: BTreeMap<FileKey, bool> = BTreeMap::new();
+        for mut entry in std::mem::take(&mut self.waiting) {
+            let before = held.get(&entry.job).copied();
+            // Nobody needs the checkpoint of a job that is to be cancelled, so that its leave does not wait for one that cannot be stored.
+            let gives_up = before == Some(true) && self.cancelled.contains(&entry.job) && entry.give_up();
+            if entry.ticket.is_none() && (before.is_none() || gives_up) {
+                self.number(entry.message, entry.dir);
+                continue;
+            }
+            *held.entry(entry.job.clone()).or_default() |= entry.failing;
+            self.waiting.push_back(entry);
+        }
+    }
+
+    fn find(&mut self, ticket: u64) -> Option<usize> {
+        self.waiting.iter().position(|entry| entry.ticket == Some(ticket))
     }
 
     /// The files of a report are stored.
-    pub(crate) fn release(&mut self, sequence: u64) {
-        if let Some(entry) = self.reports.iter_mut().find(|entry| entry.sequence == sequence) {
-            entry.ready = true;
-        }
+    pub(crate) fn release(&mut self, ticket: u64) {
+        let Some(place) = self.find(ticket) else { return };
+        (self.waiting[place].ticket, self.waiting[place].failing) = (None, false);
+        self.advance();
+    }
+
+    /// The files of a job's checkpoint could not be stored yet, and are tried again.
+    pub(crate) fn fails(&mut self, job: &FileKey) {
+        let stuck = |entry: &&mut Waiting| entry.job == *job && entry.ticket.is_some();
+        self.waiting.iter_mut().filter(stuck).for_each(|entry| entry.failing = true);
+        self.advance();
+    }
+
+    /// These attempts of jobs, and no others, are to be cancelled.
+    pub(crate) fn cancel(&mut self, jobs: BTreeSet<FileKey>) {
+        self.cancelled = jobs;
+        self.advance();
     }
 
     /// The files of a report cannot be stored: the log is told in its place. If the job leaves without another checkpoint, it has not
     /// succeeded: nobody would have its prompt. Its leave waits behind the report, and so is not said yet.
-    pub(crate) fn replace(&mut self, sequence: u64, why: &str) {
-        let mut behind = self.reports.iter_mut().skip_while(|entry| entry.sequence != sequence);
-        let Some(entry) = behind.next() else { return };
-        entry.ready = true;
-        let Message::Job(report) = &entry.message else { return };
-        let (Some(Report::Saved(saved)), job) = (&report.report, key(report)) else { return };
-        let text =
-            format!("the checkpoint of step {} was not stored, and training goes on: {why}", saved.step);
-        let line = v1::LogLine { level: "ERROR".to_owned(), text, ..v1::LogLine::default() };
-        let (backbone, name) = (report.backbone.clone(), report.job.clone());
-        entry.message = Message::Logs(v1::LogReport { backbone, job: name, lines: vec![line] });
-        for later in behind {
-            let Message::Job(report) = &mut later.message else { continue };
-            if key(report) != job {
-                continue;
-            }
-            match &mut report.report {
-                Some(Report::Saved(_)) => return,
-                Some(Report::Left(left)) => return without_checkpoint(left, why),
-                _ => {}
-            }
+    pub(crate) fn replace(&mut self, ticket: u64, why: &str) {
+        let Some(place) = self.find(ticket) else { return };
+        let entry = &mut self.waiting[place];
+        (entry.ticket, entry.failing) = (None, false);
+        let job = entry.job.clone();
+        if let Message::Job(report) = &entry.message
+            && let Some(Report::Saved(saved)) = &report.report
+        {
+            let text =
+                format!("the checkpoint of step {} was not stored, and training goes on: {why}", saved.step);
+            let line = v1::LogLine { level: "ERROR".to_owned(), text, ..v1::LogLine::default() };
+            let (backbone, name) = (report.backbone.clone(), report.job.clone());
+            entry.message = Message::Logs(v1::LogReport { backbone, job: name, lines: vec![line] });
         }
-        self.unsaved.insert(job, why.to_owned());
+        let next = self.waiting.iter_mut().skip(place + 1).find(|entry| entry.job == job);
+        match next.map(|next| &mut next.message) {
+            Some(Message::Job(v1::JobReport { report: Some(Report::Left(left)), .. })) => {
+                without_checkpoint(left, why);
+            }
+            Some(_) => {}
+            None => drop(self.unsaved.insert(job, why.to_owned())),
+        }
+        self.advance();
     }
 
     /// All up to `sequence` is stored at the coordinator. Returns directories that are not needed any more.
@@ -127,26 +179,36 @@ impl Outbox {
     pub(crate) fn take_unsent(&mut self) -> VecDeque<AttachRequest> {
         // Sequences have no gaps: the place follows from the first.
         let first = self.reports.front().map_or(self.last + 1, |entry| entry.sequence);
-        let sent = (self.sent + 1).saturating_sub(first) as usize;
-        let ready: VecDeque<AttachRequest> = self
-            .reports
-            .iter()
-            .skip(sent)
-            .take_while(|entry| entry.ready)
+        let unsent = self.reports.iter().skip((self.sent + 1).saturating_sub(first) as usize);
+        self.sent = self.last;
+        unsent
             .map(|entry| AttachRequest { sequence: entry.sequence, message: Some(entry.message.clone()) })
-            .collect();
-        self.sent += ready.len() as u64;
-        ready
+            .collect()
     }
 
     /// Whether engines should wait.
     pub(crate) fn is_full(&self) -> bool {
-        self.reports.len() >= FULL
+        self.reports.len() + self.waiting.len() >= FULL
     }
 
     /// Whether all is acknowledged.
     pub(crate) fn is_empty(&self) -> bool {
-        self.reports.is_empty()
+        self.reports.is_empty() && self.waiting.is_empty()
+    }
+}
+
+impl Waiting {
+    /// Makes the leave of a job that was to be cancelled one that is; whether it is a leave.
+    fn give_up(&mut self) -> bool {
+        let Message::Job(v1::JobReport { report: Some(Report::Left(left)), .. }) = &mut self.message else {
+            return false;
+        };
+        if left.state() != v1::JobState::Cancelled {
+            left.message = "cancelled as asked, before its last checkpoint could be stored".to_owned();
+            left.set_state(v1::JobState::Cancelled);
+            left.set_reason(v1::JobReason::Requested);
+        }
+        true
     }
 }
 
@@ -168,8 +230,12 @@ mod tests {
     use super::*;
 
     fn of_job(report: Report) -> Message {
+        of("jobs/j", report)
+    }
+
+    fn of(job: &str, report: Report) -> Message {
         Message::Job(v1::JobReport {
-            job: "jobs/j".to_owned(),
+            job: job.to_owned(),
             attempt: 1,
             report: Some(report),
             ..v1::JobReport::default()
@@ -180,9 +246,42 @@ mod tests {
         of_job(Report::Saved(v1::CheckpointSaved { step, ..v1::CheckpointSaved::default() }))
     }
 
+    fn hold(outbox: &mut Outbox, step: u64) -> u64 {
+        outbox.hold(attempt(), saved(step), "dir".to_owned())
+    }
+
+    fn attempt() -> FileKey {
+        ("jobs/j".to_owned(), 1)
+    }
+
     fn succeeded() -> Message {
-        let (state, reason) = (v1::JobState::Succeeded.into(), v1::JobReason::StepsDone.into());
+        left(v1::JobState::Succeeded, v1::JobReason::StepsDone)
+    }
+
+    fn left(state: v1::JobState, reason: v1::JobReason) -> Message {
+        let (state, reason) = (state.into(), reason.into());
         of_job(Report::Left(v1::JobLeft { state, reason, ..v1::JobLeft::default() }))
+    }
+
+    /// Kinds of what can be said now; sequences have no gaps.
+    fn said(outbox: &mut Outbox) -> Vec<&'static str> {
+        let first = outbox.sent + 1;
+        let unsent = outbox.take_unsent();
+        let sequences: Vec<u64> = unsent.iter().map(|request| request.sequence).collect();
+        assert!(sequences.iter().copied().eq(first..first + unsent.len() as u64), "{sequences:?}");
+        let kind = |request: AttachRequest| match request.message.unwrap() {
+            Message::Engine(_) => "engine",
+            Message::Logs(_) => "logs",
+            Message::Job(report) if report.job != "jobs/j" => "other job",
+            Message::Job(report) => match report.report.unwrap() {
+                Report::Started(_) => "started",
+                Report::Measured(_) => "measured",
+                Report::Saved(_) => "saved",
+                Report::Left(_) => "left",
+            },
+            other => panic!("{other:?}"),
+        };
+        unsent.into_iter().map(kind).collect()
     }
 
     fn state_at_the_end(outbox: &mut Outbox) -> v1::JobState {
@@ -195,13 +294,13 @@ mod tests {
     #[test]
     fn a_job_whose_last_checkpoint_cannot_be_stored_has_not_succeeded() {
         let mut outbox = Outbox::default();
-        let sequence = outbox.hold(saved(7), "dir".to_owned());
+        let ticket = hold(&mut outbox, 7);
         outbox.report(succeeded());
-        outbox.replace(sequence, "no space");
+        outbox.replace(ticket, "no space");
         assert_eq!(state_at_the_end(&mut outbox), v1::JobState::Failed, "it had left already");
         let mut outbox = Outbox::default();
-        let sequence = outbox.hold(saved(7), "dir".to_owned());
-        outbox.replace(sequence, "no space");
+        let ticket = hold(&mut outbox, 7);
+        outbox.replace(ticket, "no space");
         outbox.report(succeeded());
         assert_eq!(state_at_the_end(&mut outbox), v1::JobState::Failed, "it left later");
     }
@@ -209,11 +308,55 @@ mod tests {
     #[test]
     fn a_checkpoint_that_is_stored_makes_up_for_an_earlier_one_that_is_not() {
         let mut outbox = Outbox::default();
-        let first = outbox.hold(saved(5), "first".to_owned());
-        let second = outbox.hold(saved(7), "second".to_owned());
+        let first = hold(&mut outbox, 5);
+        let second = hold(&mut outbox, 7);
         outbox.report(succeeded());
         outbox.replace(first, "no space");
         outbox.release(second);
         assert_eq!(state_at_the_end(&mut outbox), v1::JobState::Succeeded);
+    }
+
+    #[test]
+    fn a_checkpoint_on_its_way_holds_back_its_jobs_checkpoints_and_leave_and_nothing_else() {
+        let mut outbox = Outbox::default();
+        let first = hold(&mut outbox, 5);
+        outbox.report(Message::Engine(v1::EngineReport::default()));
+        outbox.report(of("jobs/k", Report::Left(v1::JobLeft::default())));
+        outbox.report(of_job(Report::Measured(v1::JobMeasured::default())));
+        let second = hold(&mut outbox, 7);
+        outbox.report(succeeded());
+        outbox.log("backbones/b", "jobs/j".to_owned(), v1::LogLine::default());
+        assert_eq!(said(&mut outbox), ["engine", "other job", "measured", "logs"]);
+        outbox.release(second);
+        assert_eq!(said(&mut outbox), [""; 0], "checkpoints come in their order");
+        outbox.release(first);
+        assert_eq!(said(&mut outbox), ["saved", "saved", "left"]);
+        outbox.say_again();
+        assert_eq!(outbox.take_unsent().len(), 7);
+        assert_eq!(outbox.acknowledge(6), ["dir", "dir"]);
+        assert!(!outbox.is_empty() && outbox.acknowledge(7).is_empty() && outbox.is_empty());
+    }
+
+    #[test]
+    fn a_job_is_cancelled_although_its_checkpoint_cannot_be_stored() {
+        let wishes = || BTreeSet::from([attempt()]);
+        // Put aside, and cancelled while its checkpoint is on its way.
+        let mut outbox = Outbox::default();
+        let ticket = hold(&mut outbox, 5);
+        outbox.report(left(v1::JobState::Paused, v1::JobReason::Requested));
+        outbox.fails(&attempt());
+        assert_eq!(said(&mut outbox), [""; 0], "the pause waits for its checkpoint");
+        outbox.cancel(wishes());
+        assert_eq!(state_at_the_end(&mut outbox), v1::JobState::Cancelled);
+        outbox.release(ticket);
+        assert_eq!(said(&mut outbox), ["saved"], "late, and of no effect");
+        // Cancelled first.
+        let mut outbox = Outbox::default();
+        hold(&mut outbox, 5);
+        outbox.cancel(wishes());
+        outbox.report(left(v1::JobState::Cancelled, v1::JobReason::Requested));
+        assert_eq!(said(&mut outbox), [""; 0], "the checkpoint is well on its way");
+        outbox.fails(&attempt());
+        assert_eq!(state_at_the_end(&mut outbox), v1::JobState::Cancelled);
     }
 }

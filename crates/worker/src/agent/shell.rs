@@ -9,11 +9,13 @@ use incipit_proto::client::Client;
 use incipit_proto::names::WorkerName;
 use incipit_proto::v1::{self, AttachRequest};
 use tokio::sync::{mpsc, watch};
+use tokio::task::AbortHandle;
 use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{Instrument as _, Span, field};
 
-use crate::agent::core::{Action, Config, Core, Input, Time};
-use crate::agent::files::{Files, Stopped, persist};
+use crate::agent::core::{Action, Config, Core, Delay, FileKey, Input, Time};
+use crate::agent::files::Files;
+use crate::agent::persist::{Stopped, Word, persist};
 use crate::agent::process::Process;
 use crate::agent::{AgentConfig, Error, Key, line};
 use crate::frames::{Join, Notice, Order};
@@ -27,7 +29,7 @@ const WAITING: usize = 256;
 /// run on the main thread of the process: the system ends engines with the thread that has started them.
 ///
 /// # Errors
-/// If its directory cannot be used.
+/// If its directory cannot be used, or the coordinator will never take it.
 pub async fn run(config: AgentConfig, mut signals: mpsc::Receiver<()>) -> Result<(), Error> {
     let _lock = lock(&config.state_dir)?;
     let mut shell = Shell::new(config)?;
@@ -46,7 +48,10 @@ pub async fn run(config: AgentConfig, mut signals: mpsc::Receiver<()>) -> Result
         shell.handle(input);
     }
     line.abort();
-    Ok(())
+    match shell.given_up {
+        Some(why) => Err(Error::TurnedAway(why)),
+        None => Ok(()),
+    }
 }
 
 struct Shell {
@@ -57,6 +62,8 @@ struct Shell {
     processes: BTreeMap<Key, Process>,
     /// The spans of engines that are not ready.
     joining: BTreeMap<Key, Span>,
+    /// Files of jobs that are on their way to here.
+    fetching: BTreeMap<FileKey, AbortHandle>,
     outgoing: Option<mpsc::UnboundedSender<AttachRequest>>,
     /// The newest connection, for those who carry files.
     client: watch::Sender<Option<Client>>,
@@ -66,11 +73,14 @@ struct Shell {
     done: mpsc::Receiver<Input>,
     done_sender: mpsc::Sender<Input>,
     exiting: bool,
+    /// Why the agent ends, if nobody asked it to.
+    given_up: Option<String>,
 }
 
 impl Shell {
-    fn new(config: AgentConfig) -> Result<Self, Error> {
+    fn new(mut config: AgentConfig) -> Result<Self, Error> {
         let worker = WorkerName::of_id("worker", &config.worker_id)?;
+        config.coordinator.worker = Some(worker.to_string());
         let files = Files::open(&config.state_dir).map_err(|error| {
             let source = std::io::Error::other(error.to_string());
             Error::StateDir { action: "use", path: config.state_dir.clone(), source }
@@ -97,6 +107,7 @@ impl Shell {
             files,
             processes: BTreeMap::new(),
             joining: BTreeMap::new(),
+            fetching: BTreeMap::new(),
             outgoing: None,
             client: watch::Sender::new(None),
             engines,
@@ -104,6 +115,7 @@ impl Shell {
             done,
             done_sender,
             exiting: false,
+            given_up: None,
         })
     }
 
@@ -124,6 +136,7 @@ impl Shell {
                 self.outgoing = None;
                 Input::Disconnected
             }
+            line::Event::TurnedAway(problem) => Input::TurnedAway(problem.to_string()),
         }
     }
 
@@ -137,6 +150,7 @@ impl Shell {
             }
             Input::Notice(key, Notice::Ready(_)) => self.joined(key, true),
             Input::Notice(key, Notice::Failed(_)) => self.joined(key, false),
+            Input::Fetched(job, _) => drop(self.fetching.remove(job)),
             _ => {}
         }
         let now = self.began.elapsed().as_millis() as Time;
@@ -153,10 +167,6 @@ impl Shell {
                     drop(outgoing.send(request));
                 }
             }
-            Action::Disconnect(why) => {
-                tracing::error!("{why}");
-                self.outgoing = None;
-            }
             Action::Start(key) => self.start(key),
             Action::Tell(key, order) => {
                 if let Order::Join(join) = &*order {
@@ -172,24 +182,21 @@ impl Shell {
                 }
             }
             Action::Fetch(job) => self.fetch(*job),
-            Action::Store { sequence, files, dir, of } => {
-                let v1::JobReport { backbone, epoch, job, attempt, .. } = *of;
-                let failed = field::Empty;
-                let span = tracing::info_span!(
-                    "store checkpoint",
-                    job,
-                    attempt,
-                    backbone,
-                    epoch,
-                    otel.status_code = failed
-                );
-                self.store(sequence, files, dir, span);
+            Action::Forget(job) => {
+                if let Some(task) = self.fetching.remove(&job) {
+                    task.abort();
+                }
             }
+            Action::Store { ticket, files, dir, of } => self.store(ticket, files, dir, &of),
             Action::Remove(dir) => {
                 let files = self.files.clone();
                 tokio::spawn(async move { files.remove(&dir).await });
             }
             Action::Exit => self.exiting = true,
+            Action::GiveUp(why) => {
+                self.outgoing = None;
+                (self.exiting, self.given_up) = (true, Some(why));
+            }
         }
     }
 
@@ -222,36 +229,73 @@ impl Shell {
         }
     }
 
-    fn fetch(&self, job: v1::JobAssignment) {
+    fn fetch(&mut self, job: v1::JobAssignment) {
         let (files, client, sender) = (self.files.clone(), self.client.subscribe(), self.done_sender.clone());
+        let key = (job.job.clone(), job.attempt);
         let span = tracing::info_span!(
             "fetch files",
             job = job.job,
             attempt = job.attempt,
             otel.status_code = field::Empty
         );
+        let tell = self.teller(&key, false);
+        let of = key.clone();
         let fetched = async move {
             let once = || async {
                 let client = connected(client.clone()).await?;
                 files.fetch(&client, &job).await
             };
-            let fetched = marked(persist(once).await).map_err(Into::into);
-            sender.send(Input::Fetched((job.job, job.attempt), fetched)).await
+            let fetched = marked(persist(once, tell).await).map_err(Into::into);
+            sender.send(Input::Fetched(of, fetched)).await
         };
-        tokio::spawn(fetched.instrument(span));
+        let task = tokio::spawn(fetched.instrument(span));
+        self.fetching.insert(key, task.abort_handle());
     }
 
-    fn store(&self, sequence: u64, list: Vec<v1::CheckpointFile>, dir: String, span: Span) {
+    fn store(&self, ticket: u64, list: Vec<v1::CheckpointFile>, dir: String, of: &v1::JobReport) {
         let (files, client, sender) = (self.files.clone(), self.client.subscribe(), self.done_sender.clone());
+        let v1::JobReport { backbone, epoch, job, attempt, .. } = of;
+        let span = tracing::info_span!(
+            "store checkpoint",
+            job,
+            attempt,
+            backbone,
+            epoch,
+            otel.status_code = field::Empty
+        );
+        let tell = self.teller(&(job.clone(), *attempt), true);
         let stored = async move {
             let once = || async {
                 let client = connected(client.clone()).await?;
                 files.store(&client, &list, &dir).await
             };
-            let stored = marked(persist(once).await).map_err(|stopped| stopped.to_string());
-            sender.send(Input::Stored(sequence, stored)).await
+            let stored = marked(persist(once, tell).await).map_err(|stopped| stopped.to_string());
+            sender.send(Input::Stored(ticket, stored)).await
         };
         tokio::spawn(stored.instrument(span));
+    }
+
+    /// Says here and in the job's log that a job's files do not travel, or do again.
+    fn teller(&self, job: &FileKey, is_checkpoint: bool) -> impl Fn(Word) + use<> {
+        let (job, sender) = (job.clone(), self.done_sender.clone());
+        let (fails, works) = if is_checkpoint {
+            ("its checkpoint cannot be stored", "its checkpoint is stored")
+        } else {
+            ("its files cannot be had", "its files are here")
+        };
+        move |word| {
+            let (unsaved, text) = match word {
+                Word::Fails(lasts, problem) => {
+                    let text =
+                        format!("{fails} (tried for {} s by now, and again): {problem}", lasts.as_secs());
+                    (is_checkpoint, text)
+                }
+                Word::Works(lasts) => (false, format!("{works}, after {} s", lasts.as_secs())),
+            };
+            tracing::warn!("{}: {text}", job.0);
+            // Where there is no room, it is said again later.
+            drop(sender.try_send(Input::Delayed(job.clone(), Delay { unsaved, text })));
+        }
     }
 }
 
