@@ -69,7 +69,7 @@ pub(crate) struct GenerateArgs {
     /// Longest answer in tokens [default: the longest target of the run that made the prompt, else 32]
     #[arg(long, value_name = "N", help_heading = "Decoding")]
     max_new_tokens: Option<usize>,
-    /// Beams; 1 is greedy decoding
+    /// Beams, up to 256; 1 is greedy decoding
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Decoding")]
     num_beams: usize,
     /// Exponent of the length by which a beam's score is divided

@@ -200,9 +200,10 @@ impl Core {
                 (rank.lost, rank.pid) = (true, 0);
             }
         }
-        // Ranks whose peer is gone notice that long before the worker's lease runs out: it was not their group that failed.
-        let explains =
-            (loss.reason, backbone.reason) == (BackboneReason::WorkerLost, BackboneReason::GroupFailed);
+        // Ranks whose peer is gone notice that long before the worker's lease runs out, or in the moment in which it says that it cannot load:
+        // it was not their group that failed.
+        let explains = backbone.reason == BackboneReason::GroupFailed
+            && matches!(loss.reason, BackboneReason::WorkerLost | BackboneReason::BadModel);
         if explains {
             backbone.num_losses = backbone.num_losses.saturating_sub(1);
         }

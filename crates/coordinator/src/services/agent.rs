@@ -173,7 +173,15 @@ impl Inbound {
         let (held, missing) = loop {
             // A slow object store is not the agent's fault.
             match tokio::time::timeout(ALIVE, &mut look).await {
-                Ok(found) => break found?,
+                Ok(Ok(found)) => break found,
+                Ok(Err(problem)) => {
+                    // An agent that was hung up on could tell of nothing else, lost engines among it.
+                    tracing::warn!(
+                        "{} has stored a checkpoint of {job}, and is believed: {problem}",
+                        self.worker
+                    );
+                    return Ok(None);
+                }
                 Err(_) => self.tell(AgentMessage::Heartbeat { draining: false }).await?,
             }
         };

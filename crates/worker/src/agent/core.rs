@@ -23,6 +23,8 @@ pub const HUNG_AFTER: Time = 3_000;
 pub const STUCK_AFTER: Time = 10_000;
 /// The agent itself was asleep if its clock ticked so late: then nobody else is to blame.
 const ASLEEP: Time = 1_500;
+/// The ticket of files that are stored again; reports have others.
+const AGAIN: u64 = 0;
 /// How long engines have to save their jobs when the agent is to end.
 const DRAIN: Time = 25_000;
 
@@ -41,6 +43,8 @@ pub struct Core {
     jobs: Jobs,
     outbox: Outbox,
     rendezvous: Rendezvous,
+    /// Whether files that were stored once are on their way again.
+    storing_again: bool,
     /// Since when it is to end.
     ending: Option<Time>,
     /// Whether it ends now.
@@ -63,6 +67,7 @@ impl Core {
             jobs: Jobs::default(),
             outbox: Outbox::default(),
             rendezvous: Rendezvous::default(),
+            storing_again: false,
             ending: None,
             over: false,
             actions: Vec::new(),
@@ -98,12 +103,14 @@ impl Core {
             Input::Notice(key, notice) => self.noticed(&key, notice, now),
             Input::Line(key, line) => self.line(&key, line),
             Input::Ended(key, how) => self.ended(&key, &how, now),
+            Input::Missing => self.store_again(),
             Input::Fetched(job, fetched) => self.fetched(&job, fetched),
             Input::Stored(ticket, stored) => self.stored(ticket, stored),
             Input::Delayed(job, delay) => self.delayed(&job, delay),
             Input::Tick => self.tick(now),
             Input::Terminate => self.terminate(now),
         }
+        self.outbox.settle(now);
         self.flush();
         std::mem::take(&mut self.actions)
     }
@@ -208,7 +215,7 @@ impl Core {
             Notice::Ready(ready) if ready.epoch == engine.epoch() => {
                 engine.ready = true;
                 let report = engine_report::Report::Ready(ready.engine.unwrap_or_default());
-                self.report_engine(key, report);
+                self.outbox.report(attach_request::Message::Engine(of_engine(key, ready.epoch, report)));
                 self.hand_on();
             }
             Notice::Failed(failed) if failed.epoch == engine.epoch() => {
@@ -216,7 +223,8 @@ impl Core {
                 engine.ready = false;
                 // Most go on in another group. One that ends says why, and is to be told of no group any more.
                 let ends = cause == EngineLossCause::Exited;
-                self.lost(key, cause, failed.message, !ends);
+                let (cause, message) = (cause.into(), failed.message);
+                self.lost(key, v1::EngineLost { cause, message, alive: !ends }, now);
                 if ends {
                     self.engines.kill(key, &mut self.actions);
                 }
@@ -243,20 +251,31 @@ impl Core {
 
     fn saved(&mut self, saved: crate::frames::Saved) {
         let Some(report) = saved.report else { return };
-        let files = match &report.report {
-            Some(v1::job_report::Report::Saved(saved)) => saved.files.clone(),
-            _ => return,
-        };
-        let (backbone, job) = (report.backbone.clone(), report.job.clone());
-        let (epoch, attempt) = (report.epoch, report.attempt);
-        let of = Box::new(v1::JobReport { backbone, epoch, job, attempt, report: None });
-        let key = (of.job.clone(), attempt);
+        let Some(files) = files_of(&report) else { return };
+        let of = Box::new(v1::JobReport { report: None, ..report.clone() });
+        let key = (of.job.clone(), of.attempt);
         let ticket = self.outbox.hold(key, attach_request::Message::Job(report), saved.dir.clone());
         self.act(Action::Store { ticket, files, dir: saved.dir, of });
     }
 
+    /// Has the files of the first checkpoint that the coordinator has not acknowledged stored again: its store has lost one since.
+    fn store_again(&mut self) {
+        let Some((report, dir)) = self.outbox.first_checkpoint().filter(|_| !self.storing_again) else {
+            return;
+        };
+        let Some(files) = files_of(&report) else { return };
+        self.storing_again = true;
+        self.act(Action::Store {
+            ticket: AGAIN,
+            files,
+            dir,
+            of: Box::new(v1::JobReport { report: None, ..report }),
+        });
+    }
+
     fn stored(&mut self, ticket: u64, stored: Result<(), String>) {
         match stored {
+            _ if ticket == AGAIN => self.storing_again = false,
             Ok(()) => self.outbox.release(ticket),
             Err(why) => self.outbox.replace(ticket, &why),
         }
@@ -298,30 +317,20 @@ impl Core {
             };
             let message = format!("the engine of rank {} ended: {how}{last}", key.rank);
             let lost = v1::EngineLost { cause: EngineLossCause::Exited.into(), message, alive: false };
-            self.report_of(key, engine.epoch(), engine_report::Report::Lost(lost));
+            self.report_lost(key, engine.epoch(), lost, now);
         }
         self.engines.reconcile(now, &mut self.actions);
     }
 
-    fn lost(&mut self, key: &Key, cause: EngineLossCause, message: String, alive: bool) {
-        if let Some(engine) = self.engines.get_mut(key) {
-            engine.lost = true;
-        }
-        self.report_engine(
-            key,
-            engine_report::Report::Lost(v1::EngineLost { cause: cause.into(), message, alive }),
-        );
+    fn lost(&mut self, key: &Key, lost: v1::EngineLost, now: Time) {
+        let Some(engine) = self.engines.get_mut(key) else { return };
+        engine.lost = true;
+        let epoch = engine.epoch();
+        self.report_lost(key, epoch, lost, now);
     }
 
-    fn report_engine(&mut self, key: &Key, report: engine_report::Report) {
-        let Some(engine) = self.engines.all().get(key) else { return };
-        self.report_of(key, engine.epoch(), report);
-    }
-
-    fn report_of(&mut self, key: &Key, epoch: u64, report: engine_report::Report) {
-        let (backbone, rank) = (key.backbone.clone(), key.rank);
-        let report = v1::EngineReport { backbone, epoch, rank, report: Some(report) };
-        self.outbox.report(attach_request::Message::Engine(report));
+    fn report_lost(&mut self, key: &Key, epoch: u64, lost: v1::EngineLost, now: Time) {
+        self.outbox.lose(of_engine(key, epoch, engine_report::Report::Lost(lost)), now);
     }
 
     fn fetched(&mut self, job: &FileKey, fetched: Result<LocalJob, Refused>) {
@@ -355,7 +364,7 @@ impl Core {
             let silent = HUNG_AFTER as f64 / 1e3;
             let message =
                 format!("the engine of rank {} gave no sign of life for {silent} s and was killed", key.rank);
-            self.lost(&key, EngineLossCause::Hung, message, false);
+            self.lost(&key, hung(message), now);
             self.engines.kill(&key, &mut self.actions);
         }
         for (key, begun) in self.engines.stuck(now) {
@@ -363,7 +372,7 @@ impl Core {
             if !begun {
                 let message =
                     format!("the engine of rank {} did not begin for {silent} s and was killed", key.rank);
-                self.lost(&key, EngineLossCause::Hung, message, false);
+                self.lost(&key, hung(message), now);
                 self.engines.kill(&key, &mut self.actions);
                 continue;
             }
@@ -434,5 +443,21 @@ impl Core {
             let ready: VecDeque<AttachRequest> = self.outbox.take_unsent();
             self.actions.extend(ready.into_iter().map(Action::Send));
         }
+    }
+}
+
+fn hung(message: String) -> v1::EngineLost {
+    v1::EngineLost { cause: EngineLossCause::Hung.into(), message, alive: false }
+}
+
+fn of_engine(key: &Key, epoch: u64, report: engine_report::Report) -> v1::EngineReport {
+    v1::EngineReport { backbone: key.backbone.clone(), epoch, rank: key.rank, report: Some(report) }
+}
+
+/// The files of a checkpoint that is reported.
+fn files_of(report: &v1::JobReport) -> Option<Vec<v1::CheckpointFile>> {
+    match &report.report {
+        Some(v1::job_report::Report::Saved(saved)) => Some(saved.files.clone()),
+        _ => None,
     }
 }

@@ -247,7 +247,7 @@ impl Engines {
     }
 }
 
-/// The numbers of the GPUs of an engine that has them from `first` on. One that was named (`cuda:3`) is its own place, whoever has it too.
+/// The numbers of the GPUs of an engine that has them from `first` on.
 fn gpus(assignment: &EngineAssignment, first: u32) -> Range<u32> {
     match &*assignment.device {
         "cuda" if assignment.collective == "local" => first..first + assignment.ranks.len() as u32,

@@ -24,6 +24,8 @@ pub(crate) enum Event {
     Down,
     /// The coordinator will never take this agent: why.
     TurnedAway(Problem),
+    /// It does not find a file of a checkpoint that was reported to it.
+    Missing,
 }
 
 /// Keeps the line up for as long as somebody listens, and the coordinator wants it.
@@ -38,6 +40,9 @@ pub(crate) async fn keep(config: ClientConfig, events: Sender<Event>) {
         if FOR_GOOD.contains(&&*problem.reason) {
             // Nobody listens any more if this is not heard.
             let _ = events.send(Event::TurnedAway(problem)).await;
+            return;
+        }
+        if problem.reason == "BLOB_MISSING" && events.send(Event::Missing).await.is_err() {
             return;
         }
         // The same complaint is told once.

@@ -1,18 +1,23 @@
 //! Reports on their way to the coordinator: each is said until it is acknowledged, in order.
 //!
 //! A report is numbered once it can be said. A checkpoint's waits until its files are stored, and only what must come after it waits with it:
-//! the job's next checkpoints, and its leave. All else (news of engines, other jobs, metrics, lines) goes before.
+//! the job's next checkpoints, and its leave. All else (other jobs, metrics, lines) goes before; so does the loss of an engine, unless all goes
+//! well with the files, which it then waits for, for a moment.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use incipit_proto::v1::{self, AttachRequest, attach_request::Message, job_report::Report};
 
-use crate::agent::core::FileKey;
+use crate::agent::core::{FileKey, Time};
 
 /// More than this, and engines are not listened to until the coordinator has caught up.
 const FULL: usize = 20_000;
 /// Lines of one report, at most.
 const LINES: usize = 200;
+
+/// How long the loss of an engine waits for checkpoints of its backbone whose files are being stored just then, in milliseconds: behind the
+/// loss, which begins another epoch, they would count for nothing.
+const PATIENCE: Time = 1_000;
 
 /// The reports.
 #[derive(Debug, Default)]
@@ -27,6 +32,8 @@ pub(crate) struct Outbox {
     sent: u64,
     /// The last ticket.
     tickets: u64,
+    /// Losses of engines, and how long each may wait.
+    losses: VecDeque<(v1::EngineReport, Time)>,
     /// Attempts of jobs whose last checkpoint could not be stored, and why.
     unsaved: BTreeMap<FileKey, String>,
     /// Attempts of jobs that are to be cancelled.
@@ -73,6 +80,40 @@ impl Outbox {
         let ticket = Some(self.tickets);
         self.waiting.push_back(Waiting { job, message, dir: Some(dir), ticket, failing: false });
         self.tickets
+    }
+
+    /// The loss of an engine.
+    pub(crate) fn lose(&mut self, report: v1::EngineReport, now: Time) {
+        self.losses.push_back((report, now + PATIENCE));
+        self.settle(now);
+    }
+
+    /// Reports the losses that wait for nothing any more.
+    pub(crate) fn settle(&mut self, now: Time) {
+        for (report, until) in std::mem::take(&mut self.losses) {
+            if now < until && self.is_storing(&report.backbone) {
+                self.losses.push_back((report, until));
+            } else {
+                self.number(Message::Engine(report), None);
+            }
+        }
+    }
+
+    /// Whether a checkpoint of the backbone is being stored, and nothing is wrong with that.
+    fn is_storing(&self, backbone: &str) -> bool {
+        let storing = |entry: &Waiting| {
+            let of = matches!(&entry.message, Message::Job(report) if report.backbone == backbone);
+            of && entry.ticket.is_some() && !entry.failing
+        };
+        self.waiting.iter().any(storing)
+    }
+
+    /// The report of the first checkpoint that is not acknowledged, and where its files are.
+    pub(crate) fn first_checkpoint(&self) -> Option<(v1::JobReport, String)> {
+        self.reports.iter().find_map(|entry| match (&entry.message, &entry.dir) {
+            (Message::Job(report), Some(dir)) => Some((report.clone(), dir.clone())),
+            _ => None,
+        })
     }
 
     /// A line, in one report with those before it where that has not been sent.
@@ -193,7 +234,7 @@ impl Outbox {
 
     /// Whether all is acknowledged.
     pub(crate) fn is_empty(&self) -> bool {
-        self.reports.is_empty() && self.waiting.is_empty()
+        self.reports.is_empty() && self.waiting.is_empty() && self.losses.is_empty()
     }
 }
 

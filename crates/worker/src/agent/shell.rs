@@ -137,6 +137,7 @@ impl Shell {
                 Input::Disconnected
             }
             line::Event::TurnedAway(problem) => Input::TurnedAway(problem.to_string()),
+            line::Event::Missing => Input::Missing,
         }
     }
 

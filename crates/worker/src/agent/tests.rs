@@ -135,6 +135,42 @@ fn an_engine_that_is_dead_is_told_although_a_checkpoint_cannot_be_stored() {
 }
 
 #[test]
+fn a_checkpoint_that_is_just_being_stored_goes_before_the_loss_of_its_engine() {
+    let is_loss = |message: &&Message| matches!(message, Message::Engine(_));
+    for stored in [true, false] {
+        let mut world = World::new();
+        world.handle(jobs(&[("jobs/j", JobWish::Unspecified)]));
+        world.handle(saved("jobs/j"));
+        assert!(said(&world.handle(Input::Ended(key(), "signal 9".to_owned()))).is_empty());
+        if stored {
+            let actions = world.handle(Input::Stored(1, Ok(())));
+            assert!(matches!(said(&actions)[..], [Message::Job(_), Message::Engine(_)]), "{actions:?}");
+            continue;
+        }
+        // Not for ever.
+        world.now += 980;
+        assert!(!said(&world.handle(Input::Tick)).iter().any(is_loss));
+        world.now += 10;
+        assert!(said(&world.handle(Input::Tick)).iter().any(is_loss));
+    }
+}
+
+#[test]
+fn files_that_the_coordinator_does_not_find_any_more_are_stored_again() {
+    let mut world = World::new();
+    world.handle(saved("jobs/j"));
+    assert!(world.handle(Input::Missing).is_empty(), "nothing was reported");
+    world.handle(Input::Stored(1, Ok(())));
+    world.handle(Input::Disconnected);
+    let actions = world.handle(Input::Missing);
+    let [Action::Store { ticket, dir, .. }] = &actions[..] else { panic!("{actions:?}") };
+    assert_eq!((*ticket, &**dir), (0, "dir"));
+    assert!(world.handle(Input::Missing).is_empty(), "they are on their way");
+    world.handle(Input::Stored(0, Ok(())));
+    assert!(matches!(world.handle(Input::Missing)[..], [Action::Store { ticket: 0, .. }]));
+}
+
+#[test]
 fn a_job_whose_files_are_still_coming_gets_what_is_wished_at_once() {
     let answers = [
         (JobWish::Cancel, JobState::Cancelled),

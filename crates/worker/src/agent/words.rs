@@ -42,6 +42,8 @@ pub enum Input {
     Ended(Key, String),
     /// The coordinator will never take this agent: why, and what to do.
     TurnedAway(String),
+    /// The coordinator does not find a file of a checkpoint that was reported to it.
+    Missing,
     /// A job's files are here, or why they cannot be.
     Fetched(FileKey, Result<LocalJob, Refused>),
     /// A checkpoint's files are at the coordinator, or why they cannot be.

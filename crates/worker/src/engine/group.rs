@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::str::FromStr as _;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -25,7 +26,7 @@ use crate::engine::residents::Residents;
 use crate::engine::saver::Saver;
 use crate::engine::voice::Voice;
 use crate::engine::{Inbox, Loss, Mail, Next};
-use crate::frames::{Join, Notice, Ready};
+use crate::frames::{Failed, Join, Notice, Ready};
 
 /// How long a rank waits for the others: as long as the slowest disk takes to load a model. A rank that is gone is found by its agent or
 /// by the coordinator long before, and one that waits for it in vain is killed when there is a new group.
@@ -44,6 +45,8 @@ pub(crate) struct Group<'a> {
     pub(crate) answers: &'a Arc<Answers>,
     /// The inbox's other end.
     pub(crate) loaded: &'a Sender<Mail>,
+    /// Whether the agent was told why this process left the group.
+    pub(crate) told: AtomicBool,
 }
 
 /// What an assignment says, read.
@@ -56,6 +59,16 @@ struct Settings {
 }
 
 impl Group<'_> {
+    /// Tells the agent why this process leaves the group, unless it knows.
+    pub(crate) fn tell(&self, (cause, message): &Loss) {
+        if !self.told.swap(true, Ordering::Relaxed) {
+            let epoch = self.join.assignment.as_ref().map_or(0, |assignment| assignment.epoch);
+            self.voice.log("", "ERROR", format!("epoch {epoch} ends: {message}"));
+            let (cause, message) = ((*cause).into(), message.clone());
+            self.voice.say(Notice::Failed(Failed { epoch, cause, message }));
+        }
+    }
+
     /// Meets the other ranks, loads what is not loaded, and works until the agent wants something else.
     ///
     /// # Errors
@@ -124,12 +137,19 @@ impl Group<'_> {
             let Some(backbone) = &*held else { unreachable!("it is loaded") };
             self.serve(settings, &ranks, backbone, inbox).map_err(Loss::from)
         });
+        let works = || held.as_ref().is_none_or(|backbone| backbone.engine.device_works());
+        let worked = worked.map_err(|loss| {
+            if loss.0 == EngineLossCause::Exited || works() { loss } else { device_failed(&loss.1) }
+        });
+        if let Err(loss) = &worked
+            && settings.backend != Backend::Local
+        {
+            // Before the others lose this rank, which is all that they could tell. Of threads the weightiest cause is told.
+            self.tell(loss);
+        }
         // Those that wait for this rank learn that it comes no more: the backbone keeps the group from being dropped.
         ranks.abort(worked.as_ref().err().map_or("the group has come to its end", |(_, message)| message));
-        let works = || held.as_ref().is_none_or(|backbone| backbone.engine.device_works());
-        worked.map_err(|loss| {
-            if loss.0 == EngineLossCause::Exited || works() { loss } else { device_failed(&loss.1) }
-        })
+        worked
     }
 
     /// Loads the backbone, or has the one that is loaded join the new group.

@@ -49,12 +49,21 @@ impl Loader {
     /// Has a job loaded, on a thread of its own: a file that nobody serves holds up nobody else.
     pub(crate) fn load(&self, job: LocalJob) {
         let (shelf, inbox) = (self.shelf.clone(), self.inbox.clone());
-        std::thread::spawn(move || {
+        let Some((name, attempt)) = job.assignment.as_ref().map(|job| (job.job.clone(), job.attempt)) else {
+            return;
+        };
+        let load = move || {
             if let Some(loaded) = shelf.load(&job) {
                 // Without an inbox the engine has ended.
                 let _ = inbox.send(Mail::Loaded(Box::new(loaded)));
             }
-        });
+        };
+        if let Err(error) = std::thread::Builder::new().spawn(load) {
+            let message = format!("its data cannot be read, for the system gives no more threads: {error}");
+            let failure = Failure { reason: JobReason::Internal, message, of_group: false };
+            let loaded = Loaded { job: name, attempt, begin: Err(failure) };
+            let _ = self.inbox.send(Mail::Loaded(Box::new(loaded)));
+        }
     }
 }
 

@@ -18,6 +18,7 @@ mod share;
 mod voice;
 
 use std::io::{Read, Write};
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -27,7 +28,7 @@ use crate::engine::group::{Group, Held};
 use crate::engine::load::Loaded;
 use crate::engine::rendezvous::Answers;
 use crate::engine::voice::Voice;
-use crate::frames::{Failed, Join, Notice, Order};
+use crate::frames::{Join, Notice, Order};
 
 /// What comes to the engine's main thread.
 #[expect(clippy::large_enum_variant, reason = "few are on their way at once")]
@@ -61,13 +62,13 @@ pub fn run(input: impl Read + Send + 'static, output: impl Write + Send + 'stati
     while let Next::Join(join) = next {
         let epoch = join.assignment.as_ref().map_or(0, |assignment| assignment.epoch);
         voice.say(Notice::Joining(epoch));
-        let group = Group { join: &join, voice: &voice, answers: &answers, loaded: &sender };
+        let told = AtomicBool::new(false);
+        let group = Group { join: &join, voice: &voice, answers: &answers, loaded: &sender, told };
         next = match group.stay(&mut held, &inbox) {
             Ok(next) => next,
-            Err((cause, message)) => {
-                voice.log("", "ERROR", format!("epoch {epoch} ends: {message}"));
-                voice.say(Notice::Failed(Failed { epoch, cause: cause.into(), message }));
-                if cause == EngineLossCause::Exited { Next::End } else { await_join(&inbox) }
+            Err(loss) => {
+                group.tell(&loss);
+                if loss.0 == EngineLossCause::Exited { Next::End } else { await_join(&inbox) }
             }
         };
     }

@@ -175,6 +175,22 @@ fn a_model_that_was_loaded_before_is_loaded_again_as_often_as_it_takes() {
 }
 
 #[test]
+fn ranks_that_lost_the_one_that_cannot_load_do_not_make_it_a_crash_loop() {
+    let mut world = two_ranks_on_two_workers();
+    world.engine_lost("w1", "b", 0, EngineLossCause::Exited);
+    for _ in 0..7 {
+        world.load("w2");
+        world.engine_lost("w2", "b", 1, EngineLossCause::GroupFailed);
+        assert!(world.backbone("b").place_at.is_some(), "it waits, for it was lost before");
+        world.engine_lost("w1", "b", 0, EngineLossCause::BadModel);
+        assert_eq!(stands(&world), (BackboneState::Degraded, BackboneReason::BadModel));
+        assert_eq!(world.backbone("b").num_losses, 1);
+        world.wait_with(10_000, &["w1", "w2"]);
+        assert!(world.backbone("b").place_at.is_none());
+    }
+}
+
+#[test]
 fn a_model_that_cannot_be_loaded_the_first_time_or_is_another_one_fails_for_good() {
     let mut world = World::new();
     world.connect("w", 1, true);
