@@ -240,9 +240,10 @@ impl Blobs {
     /// # Errors
     /// If the store fails.
     pub async fn wanting(&self, digests: Vec<Digest>) -> Result<Vec<Digest>> {
-        let damaged = self.damaged().clone();
-        let (mut wanting, others): (Vec<_>, Vec<_>) =
-            digests.into_iter().partition(|digest| damaged.contains(digest));
+        let (mut wanting, others): (Vec<_>, Vec<_>) = {
+            let damaged = self.damaged();
+            digests.into_iter().partition(|digest| damaged.contains(digest))
+        };
         wanting.extend(self.missing(others).await?);
         Ok(wanting)
     }
@@ -272,6 +273,26 @@ impl Blobs {
         digest: &Digest,
         offset: u64,
     ) -> Result<impl Stream<Item = Result<Bytes>> + Send + use<>> {
+        let chunks = Box::pin(self.chunks(digest, offset).await?);
+        let hasher = (offset == 0).then(blake3::Hasher::new);
+        let state = (chunks, hasher, self.clone(), digest.clone());
+        Ok(futures::stream::try_unfold(state, |(mut chunks, mut hasher, blobs, digest)| async move {
+            let Some(chunk) = chunks.try_next().await? else {
+                return hasher.map_or(Ok(None), |hasher| blobs.check(&digest, &hasher).map(|()| None));
+            };
+            if let Some(hasher) = &mut hasher {
+                hasher.update(&chunk);
+            }
+            Ok(Some((chunk, (chunks, hasher, blobs, digest))))
+        }))
+    }
+
+    /// What the store has of a blob from `offset` on, whatever it is.
+    async fn chunks(
+        &self,
+        digest: &Digest,
+        offset: u64,
+    ) -> Result<impl Stream<Item = Result<Bytes>> + Send + use<>> {
         let size = self.find(digest).await?.ok_or_else(|| Error::Missing(digest.clone()))?;
         let blobs = self.clone();
         let chunks = if offset < size {
@@ -281,26 +302,7 @@ impl Blobs {
         } else {
             futures::stream::empty().right_stream()
         };
-        let chunks = chunks.map_err(move |error| blobs.failed(&error));
-        let hasher = (offset == 0).then(blake3::Hasher::new);
-        Ok(futures::stream::try_unfold((Box::pin(chunks), hasher), {
-            let (blobs, digest) = (self.clone(), digest.clone());
-            move |(mut chunks, mut hasher)| {
-                let (blobs, digest) = (blobs.clone(), digest.clone());
-                async move {
-                    if let Some(chunk) = chunks.try_next().await? {
-                        if let Some(hasher) = &mut hasher {
-                            hasher.update(&chunk);
-                        }
-                        return Ok(Some((chunk, (chunks, hasher))));
-                    }
-                    match hasher {
-                        Some(hasher) => blobs.check(&digest, &hasher).map(|()| None),
-                        None => Ok(None),
-                    }
-                }
-            }
-        }))
+        Ok(chunks.map_err(move |error| blobs.failed(&error)))
     }
 
     /// Remembers whether a blob that was read is what it is called.
@@ -353,26 +355,18 @@ impl Blobs {
     /// # Errors
     /// If the store fails otherwise than by not having it.
     pub async fn verify(&self, digest: &Digest, size: u64) -> Result<(Option<String>, u64)> {
-        let mut chunks = match self.read(digest, 0).await {
+        let mut chunks = match self.chunks(digest, 0).await {
             Ok(chunks) => Box::pin(chunks),
             Err(Error::Missing(digest)) => return Ok((Some(format!("blob {digest} is missing")), 0)),
             Err(error) => return Err(error),
         };
         let (mut hasher, mut found) = (blake3::Hasher::new(), 0);
-        loop {
-            match chunks.try_next().await {
-                Ok(Some(chunk)) => {
-                    hasher.update(&chunk);
-                    found += chunk.len() as u64;
-                }
-                // Below it is said what it is instead.
-                Ok(None) | Err(Error::Damaged(_)) => break,
-                Err(error) => return Err(error),
-            }
+        while let Some(chunk) = chunks.try_next().await? {
+            hasher.update(&chunk);
+            found += chunk.len() as u64;
         }
-        let hash = hasher.finalize().to_hex();
-        let wrong = if hash.as_str() != digest.as_str() {
-            Some(format!("blob {digest} has bytes whose BLAKE3 is {hash}"))
+        let wrong = if self.check(digest, &hasher).is_err() {
+            Some(format!("blob {digest} has bytes whose BLAKE3 is {}", hasher.finalize().to_hex()))
         } else if found != size {
             Some(format!("blob {digest} has {found} bytes instead of {size}"))
         } else {

@@ -264,7 +264,7 @@ impl Client {
             if !(unreachable || problem.is_for_now()) || attempt >= self.config.attempts {
                 return Err(problem);
             }
-            tokio::time::sleep(retry::pause(attempt, problem.retry_after)).await;
+            tokio::time::sleep(retry::pause(attempt, problem.pause_wanted())).await;
             attempt += 1;
         }
     }

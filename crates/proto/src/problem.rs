@@ -8,6 +8,9 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 /// Who gives the reasons.
 pub const DOMAIN: &str = "incipit";
 
+/// Longest that another side's wish for a pause is followed.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
 /// Why a request was refused: a code for programs that know gRPC, a reason for those that know Incipit, and a sentence for people.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error("{message}")]
@@ -67,6 +70,12 @@ impl Problem {
     #[must_use]
     pub fn later(reason: &str, message: impl Into<String>, wait: Duration) -> Self {
         Self { retry_after: Some(wait), ..Self::new(Code::ResourceExhausted, reason, message) }
+    }
+
+    /// How long the other side wants the pause to be before the call is made again, as long as one would wait.
+    #[must_use]
+    pub fn pause_wanted(&self) -> Duration {
+        self.retry_after.unwrap_or_default().min(LONGEST_PAUSE)
     }
 
     /// Whether a call was turned away because there are too many just now: nothing was done, and later it is. A full disk and a message

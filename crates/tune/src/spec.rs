@@ -261,17 +261,14 @@ impl TrainSpec {
         if let Some(path) = config {
             given = given.over(PartialSpec::read(path)?);
         }
-        if let Some(run) =
-            given.out.as_ref().map(|out| out.join(RUN_FILE)).filter(|run| resume && run.exists())
-        {
-            given = given.over(PartialSpec::read(&run)?);
-        }
-        if let Some(out) = given.out.as_ref().filter(|out| resume && !out.join(RUN_FILE).exists())
-            && given.train.is_none()
-            && given.data_dir.is_none()
-        {
-            let problem = format!("finds no run in {}; name the directory of one with --out", out.display());
-            return Err(Error::spec("resume", &problem));
+        if let Some(out) = given.out.clone().filter(|_| resume) {
+            let run = out.join(RUN_FILE);
+            if run.exists() {
+                given = given.over(PartialSpec::read(&run)?);
+            } else if given.train.is_none() && given.data_dir.is_none() {
+                let what = format!("finds no run in {}; name the directory of one with --out", out.display());
+                return Err(Error::spec("resume", &what));
+            }
         }
         let spec = given.whole(resume)?;
         if let (Some(task), Some(dir)) = (spec.task, &spec.data_dir) {

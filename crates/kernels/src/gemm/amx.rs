@@ -19,7 +19,7 @@ use super::{pack, turn};
 /// Rows of a tile, and sums in its row.
 const SIDE: usize = 16;
 /// Contracted numbers that an instruction takes.
-const DEPTH: usize = 32;
+const STEP: usize = 32;
 /// Columns of a panel.
 const WIDTH: usize = 64;
 /// Columns that are computed at once: two tiles.
@@ -63,7 +63,7 @@ impl Micro for AmxBf16 {
     const DEPTH: usize = 2;
 
     fn units(k: usize) -> usize {
-        k.next_multiple_of(DEPTH) / 2
+        k.next_multiple_of(STEP) / 2
     }
 
     fn pack(b: &pack::Right<'_>, from: usize, panel: &mut [u32]) {
@@ -82,7 +82,7 @@ impl Micro for AmxBf16 {
     }
 
     unsafe fn multiply_add(a: Rows<bf16>, k: usize, panel: *const u32, c: Tile) {
-        let whole = k - k % DEPTH;
+        let whole = k - k % STEP;
         // SAFETY: the caller's promise on the ranges of `a`, the panel and the tile.
         unsafe {
             tiles_for(a.rows);
@@ -108,7 +108,8 @@ struct Sizes {
     rows: [u8; 16],
 }
 
-/// Gives the thread's tiles the sizes for `rows` rows, if they have others: it takes as long as a hundred rows of products.
+/// Gives the thread's tiles the sizes for `rows` rows, if they have others: it takes 50 ns, a quarter of the
+/// products of 32 rows, 32 columns and 64 numbers.
 ///
 /// Tiles 0 to 3 hold sums, 4 and 5 rows of the left operand, 6 and 7 columns of the panel. With at most 16 rows the second row of
 /// tiles has the size of the first.
@@ -160,7 +161,7 @@ unsafe fn short_product(a: Rows<bf16>, k: usize, panel: *const u32, c: Tile) {
         for (row, to) in copy[..a.rows].iter_mut().enumerate() {
             to.write(_mm512_maskz_loadu_epi16(there, a.data.add(row * a.stride).cast()));
         }
-        product(Rows { data: copy.as_ptr().cast(), stride: DEPTH, rows: a.rows }, DEPTH, panel, c);
+        product(Rows { data: copy.as_ptr().cast(), stride: STEP, rows: a.rows }, STEP, panel, c);
     }
 }
 
@@ -209,7 +210,7 @@ unsafe fn two_by_two(a: Rows<bf16>, k: usize, panel: *const u32, c: Tile) {
             c0 = in(reg) c.data,
             c1 = in(reg) c.data.add(SIDE * c.stride),
             c_step = in(reg) 4 * c.stride,
-            steps = inout(reg) k / DEPTH => _,
+            steps = inout(reg) k / STEP => _,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack)
@@ -250,7 +251,7 @@ unsafe fn one_by_two(a: Rows<bf16>, k: usize, panel: *const u32, c: Tile) {
             b_next = const 4 * WIDTH * SIDE,
             c = in(reg) c.data,
             c_step = in(reg) 4 * c.stride,
-            steps = inout(reg) k / DEPTH => _,
+            steps = inout(reg) k / STEP => _,
             out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
             options(nostack)
         );

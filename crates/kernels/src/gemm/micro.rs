@@ -22,7 +22,7 @@ pub(crate) trait Micro: 'static {
     /// Contracted numbers in a unit.
     const DEPTH: usize;
 
-    /// Units in a column of `k` numbers.
+    /// Units in a column of `k` numbers, those among them that are zeros behind the last one.
     fn units(k: usize) -> usize {
         k.div_ceil(Self::DEPTH)
     }

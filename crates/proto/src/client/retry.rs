@@ -51,22 +51,20 @@ writes! {
     DrainWorkerRequest
 }
 
-/// Longest that another side's wish is followed.
-const LONGEST: Duration = Duration::from_secs(30);
-
 /// How long to wait after the `attempt`-th attempt, from 1: 0.2 s, 0.4 s, ... 5 s, less a random part of at most half, so that
 /// clients that were cut off together do not come back together, and a number of attempts lasts for a time that one can count on. And
-/// never less than the other side wants, as long as that is a time that one would wait.
-pub(super) fn pause(attempt: u32, wanted: Option<Duration>) -> Duration {
+/// never less than the other side wants.
+pub(super) fn pause(attempt: u32, wanted: Duration) -> Duration {
     let most = 200u64.saturating_mul(1 << attempt.saturating_sub(1).min(10)).min(5000);
     let random = RandomState::new().hash_one(attempt); // Seeded by the system: no dependency for a jitter.
     let own = Duration::from_millis(most - random % (most / 2 + 1));
-    own.max(wanted.unwrap_or_default().min(LONGEST))
+    own.max(wanted)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Problem;
 
     #[test]
     fn a_write_without_an_id_is_not_repeated() {
@@ -81,14 +79,16 @@ mod tests {
     fn pauses_grow_to_five_seconds_and_are_never_less_than_half() {
         for attempt in 1..64 {
             let most = Duration::from_millis((100u64 << attempt.min(20)).min(5000));
-            assert!((most / 2..=most).contains(&pause(attempt, None)), "{attempt}");
+            assert!((most / 2..=most).contains(&pause(attempt, Duration::ZERO)), "{attempt}");
         }
     }
 
     #[test]
     fn a_pause_is_as_long_as_the_other_side_wants_within_reason() {
-        assert_eq!(pause(1, Some(Duration::from_secs(3))), Duration::from_secs(3));
-        assert_eq!(pause(1, Some(Duration::from_secs(3600))), LONGEST);
-        assert!(pause(1, Some(Duration::from_millis(1))) >= Duration::from_millis(100));
+        let wanted =
+            |seconds| Problem::later("RATE_LIMIT", "no", Duration::from_secs(seconds)).pause_wanted();
+        assert_eq!(pause(1, wanted(3)), Duration::from_secs(3));
+        assert_eq!(pause(1, wanted(3600)), Duration::from_secs(30));
+        assert!(pause(1, Duration::from_millis(1)) >= Duration::from_millis(100));
     }
 }

@@ -251,26 +251,27 @@ impl Core {
 
     fn saved(&mut self, saved: crate::frames::Saved) {
         let Some(report) = saved.report else { return };
-        let Some(files) = files_of(&report) else { return };
-        let of = Box::new(v1::JobReport { report: None, ..report.clone() });
-        let key = (of.job.clone(), of.attempt);
-        let ticket = self.outbox.hold(key, attach_request::Message::Job(report), saved.dir.clone());
-        self.act(Action::Store { ticket, files, dir: saved.dir, of });
+        let key = (report.job.clone(), report.attempt);
+        let ticket = self.outbox.hold(key, attach_request::Message::Job(report.clone()), saved.dir.clone());
+        self.store(ticket, report, saved.dir);
+    }
+
+    /// Has the files of a checkpoint stored whose report this is.
+    fn store(&mut self, ticket: u64, report: v1::JobReport, dir: String) {
+        let files = match &report.report {
+            Some(v1::job_report::Report::Saved(saved)) => saved.files.clone(),
+            _ => Vec::new(),
+        };
+        let of = Box::new(v1::JobReport { report: None, ..report });
+        self.act(Action::Store { ticket, files, dir, of });
     }
 
     /// Has the files of the first checkpoint that the coordinator has not acknowledged stored again: its store has lost one since.
     fn store_again(&mut self) {
-        let Some((report, dir)) = self.outbox.first_checkpoint().filter(|_| !self.storing_again) else {
-            return;
-        };
-        let Some(files) = files_of(&report) else { return };
-        self.storing_again = true;
-        self.act(Action::Store {
-            ticket: AGAIN,
-            files,
-            dir,
-            of: Box::new(v1::JobReport { report: None, ..report }),
-        });
+        if let Some((report, dir)) = self.outbox.first_checkpoint().filter(|_| !self.storing_again) {
+            self.storing_again = true;
+            self.store(AGAIN, report, dir);
+        }
     }
 
     fn stored(&mut self, ticket: u64, stored: Result<(), String>) {
@@ -452,12 +453,4 @@ fn hung(message: String) -> v1::EngineLost {
 
 fn of_engine(key: &Key, epoch: u64, report: engine_report::Report) -> v1::EngineReport {
     v1::EngineReport { backbone: key.backbone.clone(), epoch, rank: key.rank, report: Some(report) }
-}
-
-/// The files of a checkpoint that is reported.
-fn files_of(report: &v1::JobReport) -> Option<Vec<v1::CheckpointFile>> {
-    match &report.report {
-        Some(v1::job_report::Report::Saved(saved)) => Some(saved.files.clone()),
-        _ => None,
-    }
 }

@@ -12,8 +12,6 @@ use crate::agent::core::Refused;
 
 /// The first pause before another try, and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
-/// Longest that the coordinator's wish for a pause is followed.
-const LONGEST: Duration = Duration::from_secs(30);
 /// Tries, at most, of what comes damaged.
 const TRIES: u32 = 5;
 /// From one word about what does not travel to the next: the first pause, which doubles, and the longest.
@@ -113,7 +111,7 @@ pub(crate) async fn persist<T, F: Future<Output = Result<T, Stopped>>>(
             }
         };
         began = began.or_else(|| Some(Instant::now()));
-        let wanted = problem.retry_after.unwrap_or_default().min(LONGEST);
+        let wanted = problem.pause_wanted();
         if trouble.is_to_be_told(lasts, &problem) {
             tell(Word::Fails(lasts, problem));
         }
