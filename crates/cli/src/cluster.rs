@@ -2,6 +2,8 @@
 
 pub(crate) mod blobs;
 pub(crate) mod follow;
+pub(crate) mod labels;
+pub(crate) mod logs;
 pub(crate) mod names;
 pub(crate) mod show;
 

@@ -3,11 +3,16 @@
 mod common;
 #[path = "common/fake.rs"]
 mod fake;
+#[path = "cluster/fixtures.rs"]
+mod fixtures;
+#[path = "cluster/updates.rs"]
+mod updates;
 
 use std::path::Path;
 
-use common::{Ran, command, incipit};
+use common::incipit;
 use fake::{Fake, State};
+use fixtures::{ask, backbone, job, with_job};
 use incipit_proto::v1::Optimizer as WireOptimizer;
 use incipit_proto::v1::data_source::Source;
 use incipit_proto::v1::metric_point::Point;
@@ -16,32 +21,6 @@ use incipit_tune::checkpoint::{self, TrainState};
 use incipit_tune::optimizer::{Optimizer, OptimizerKind};
 use incipit_tune::prompt::Prompt;
 use incipit_tune::trained::Trained;
-
-/// The program, with a coordinator.
-fn ask(fake: &Fake, args: &[&str]) -> Ran {
-    command(args).env("INCIPIT_COORDINATOR", &fake.url).output().expect("the program starts").into()
-}
-
-fn backbone(id: &str, model: &str) -> Backbone {
-    let mut backbone =
-        Backbone { name: format!("backbones/{id}"), model: model.into(), d_model: 64, ..Backbone::default() };
-    backbone.set_state(BackboneState::Ready);
-    backbone.tokens_per_second = 1000.0;
-    backbone.max_running_jobs = 32;
-    backbone
-}
-
-fn job(id: &str, state: JobState, reason: JobReason) -> Job {
-    let mut job = Job { name: format!("jobs/{id}"), backbone: "backbones/base".into(), ..Job::default() };
-    job.set_state(state);
-    job.set_reason(reason);
-    job.progress = Some(JobProgress { step: 5, num_steps: 30, loss: Some(0.25), ..JobProgress::default() });
-    job
-}
-
-fn with_job(job: Job) -> State {
-    State { jobs: [(job.name.clone(), job)].into(), ..State::default() }
-}
 
 fn hash(bytes: &[u8]) -> String {
     blake3::hash(bytes).to_hex().to_string()

@@ -5,6 +5,7 @@ mod check;
 mod requests;
 mod show;
 mod spec;
+mod updates;
 
 use std::path::PathBuf;
 
@@ -22,6 +23,7 @@ pub use self::{
         delete_prompt_version, drain_worker, pause_job, pin_checkpoint, promote_prompt, resume_job,
     },
     show::{backbone, checkpoint, event, job, prompt_version, timestamp, worker},
+    updates::{update_backbone, update_job},
 };
 use crate::core::{
     input::{CheckpointRef, RequestKey, StepRef},

@@ -9,14 +9,17 @@ use clap::{Args, Subcommand};
 use incipit_proto::client::Client;
 use incipit_proto::v1::{
     Backbone, BackboneState, CreateBackboneRequest, DeleteBackboneRequest, GetBackboneRequest,
-    ListBackbonesRequest, RankPlacement,
+    ListBackbonesRequest, RankPlacement, UpdateBackboneRequest,
 };
 use incipit_tune::spec::Precision;
+use pbjson_types::FieldMask;
 
 use crate::args::{Global, choice, names as flag_names};
+use crate::cluster::labels::LabelArgs;
+use crate::cluster::logs::{self, LogsArgs};
 use crate::cluster::names::{self, short};
 use crate::cluster::{ConnectArgs, block_on, call, list, request_id, show};
-use crate::exit::Exit;
+use crate::exit::{Exit, bad_input};
 use crate::output;
 use crate::progress::{self, note};
 use crate::units;
@@ -42,6 +45,10 @@ enum BackboneCommand {
     List,
     /// Show a backbone, and who has its ranks
     Get(OneArgs),
+    /// Print what its engines logged, but for lines of a single job
+    Logs(BackboneLogsArgs),
+    /// Change how many jobs are on it at once, or its labels
+    Update(UpdateArgs),
     /// Let a model go
     Delete(DeleteArgs),
 }
@@ -95,6 +102,27 @@ struct OneArgs {
     backbone: String,
 }
 
+/// Flags of `backbone logs`.
+#[derive(Args)]
+struct BackboneLogsArgs {
+    #[command(flatten)]
+    one: OneArgs,
+    #[command(flatten)]
+    logs: LogsArgs,
+}
+
+/// Flags of `backbone update`.
+#[derive(Args)]
+struct UpdateArgs {
+    #[command(flatten)]
+    one: OneArgs,
+    /// Jobs that are on it at once, at most; those that run stay
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_running_jobs: Option<u32>,
+    #[command(flatten)]
+    labels: LabelArgs,
+}
+
 /// Flags of `backbone delete`.
 #[derive(Args)]
 struct DeleteArgs {
@@ -131,6 +159,16 @@ pub(crate) fn run(args: BackboneArgs, global: &Global) -> Result<Exit> {
                 show::print(&backbone, || facts(&backbone), global)?;
                 Ok(Exit::Ok)
             }
+            BackboneCommand::Logs(args) => {
+                let (client, name) = (connect.connect().await?, args.one.backbone);
+                // It has no end but its deletion.
+                logs::logs(&args.logs, &name, &client, global, async || Ok(false)).await
+            }
+            BackboneCommand::Update(args) => {
+                let backbone = update(args, &connect).await?;
+                show::print(&backbone, || facts(&backbone), global)?;
+                Ok(Exit::Ok)
+            }
             BackboneCommand::Delete(args) => {
                 let client = connect.connect().await?;
                 let (name, force) = (args.backbone, args.force);
@@ -150,6 +188,23 @@ pub(crate) fn run(args: BackboneArgs, global: &Global) -> Result<Exit> {
 
 async fn get(client: &Client, name: &str) -> Result<Backbone> {
     call!(client, backbones.get_backbone(GetBackboneRequest { name: name.to_owned() }))
+}
+
+async fn update(args: UpdateArgs, connect: &ConnectArgs) -> Result<Backbone> {
+    let mut paths = Vec::new();
+    let labels = args.labels.changes(&mut paths);
+    let mut backbone = Backbone { name: args.one.backbone, labels, ..Backbone::default() };
+    if let Some(places) = args.max_running_jobs {
+        backbone.max_running_jobs = places;
+        paths.push("max_running_jobs".to_owned());
+    }
+    if paths.is_empty() {
+        return bad_input("nothing is to change; give --max-running-jobs, --label or --remove-label");
+    }
+    let (update_mask, request_id) = (Some(FieldMask { paths }), request_id(None)?);
+    let request = UpdateBackboneRequest { backbone: Some(backbone), update_mask, request_id };
+    let client = connect.connect().await?;
+    call!(client, backbones.update_backbone(request))
 }
 
 async fn create(args: CreateArgs, connect: &ConnectArgs, global: &Global) -> Result<Exit> {

@@ -3,11 +3,11 @@
 mod control;
 mod draft;
 mod list;
-mod logs;
 mod plan;
 mod plot;
 mod start;
 mod submit;
+mod update;
 mod view;
 mod watch;
 mod words;
@@ -17,6 +17,7 @@ use clap::{Args, Subcommand};
 use incipit_proto::v1::JobState;
 
 use crate::args::Global;
+use crate::cluster::logs::{self, LogsArgs};
 use crate::cluster::{ConnectArgs, block_on, names};
 use crate::exit::Exit;
 
@@ -42,7 +43,9 @@ enum JobCommand {
     #[command(after_help = WATCH_HELP)]
     Watch(OneArgs),
     /// Print what was logged of a job
-    Logs(logs::LogsArgs),
+    Logs(JobLogsArgs),
+    /// Change jobs: their priority, retries or labels
+    Update(update::UpdateArgs),
     /// Take jobs off their backbones, behind a checkpoint
     Pause(ManyArgs),
     /// Put paused jobs into the queue again
@@ -78,6 +81,16 @@ struct ManyArgs {
     wait: bool,
 }
 
+/// A job whose logs are wanted.
+#[derive(Args)]
+struct JobLogsArgs {
+    /// The job
+    #[arg(value_name = "JOB", value_parser = names::job)]
+    job: String,
+    #[command(flatten)]
+    logs: LogsArgs,
+}
+
 /// Jobs to be forgotten.
 #[derive(Args)]
 struct DeleteArgs {
@@ -99,7 +112,12 @@ pub(crate) fn run(args: JobArgs, global: &Global) -> Result<Exit> {
             JobCommand::List(args) => list::list(&args, &connect.connect().await?, global).await,
             JobCommand::Get(args) => list::get(&args.job, &connect.connect().await?, global).await,
             JobCommand::Watch(args) => watch::watch(&connect.connect().await?, &args.job, global).await,
-            JobCommand::Logs(args) => logs::logs(&args, &connect.connect().await?, global).await,
+            JobCommand::Logs(JobLogsArgs { job, logs: args }) => {
+                let client = connect.connect().await?;
+                let ended = async || Ok(words::has_ended(&list::one(&job, &client).await?));
+                logs::logs(&args, &job, &client, global, ended).await
+            }
+            JobCommand::Update(args) => update::update(&args, &connect, global).await,
             JobCommand::Pause(args) => control::change(&args, JobState::Paused, &connect, global).await,
             JobCommand::Resume(args) => control::change(&args, JobState::Running, &connect, global).await,
             JobCommand::Cancel(args) => control::change(&args, JobState::Cancelled, &connect, global).await,

@@ -37,6 +37,9 @@ pub(crate) struct State {
     pub(crate) breaks: usize,
     /// Requests to create a job, each with its token.
     pub(crate) created: Vec<(CreateJobRequest, Option<String>)>,
+    /// Requests to change a job, and to change a backbone.
+    pub(crate) updates: Vec<UpdateJobRequest>,
+    pub(crate) backbone_updates: Vec<UpdateBackboneRequest>,
     /// Offsets that metrics were asked from.
     pub(crate) offsets: Vec<u64>,
     /// Digests of what was uploaded.
@@ -165,6 +168,13 @@ impl JobService for Services {
         Ok(Response::new(ListJobsResponse { jobs, next_page_token }))
     }
 
+    async fn update_job(&self, request: Request<UpdateJobRequest>) -> Answer<Job> {
+        let request = request.into_inner();
+        let name = request.job.as_ref().map(|job| job.name.clone()).unwrap_or_default();
+        self.state().updates.push(request);
+        self.job(&name)
+    }
+
     async fn delete_job(&self, request: Request<DeleteJobRequest>) -> Answer<Empty> {
         let name = request.into_inner().name;
         self.job(&name)?;
@@ -266,6 +276,14 @@ impl BackboneService for Services {
     async fn list_backbones(&self, _: Request<ListBackbonesRequest>) -> Answer<ListBackbonesResponse> {
         let backbones = self.state().backbones.clone();
         Ok(Response::new(ListBackbonesResponse { backbones, next_page_token: String::new() }))
+    }
+
+    async fn update_backbone(&self, request: Request<UpdateBackboneRequest>) -> Answer<Backbone> {
+        let request = request.into_inner();
+        let name = request.backbone.as_ref().map(|backbone| backbone.name.clone()).unwrap_or_default();
+        self.state().backbone_updates.push(request);
+        let found = self.state().backbones.iter().find(|backbone| backbone.name == name).cloned();
+        found.map(Response::new).ok_or_else(|| Status::not_found(name))
     }
 
     async fn delete_backbone(&self, _: Request<DeleteBackboneRequest>) -> Answer<Empty> {

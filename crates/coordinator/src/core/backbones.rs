@@ -206,6 +206,7 @@ impl Core {
             && matches!(loss.reason, BackboneReason::WorkerLost | BackboneReason::BadModel);
         if explains {
             backbone.num_losses = backbone.num_losses.saturating_sub(1);
+            self.excuse(name);
         }
         if (backbone.place_at.is_some() && !explains) || backbone.state == BackboneState::Failed {
             // What else goes while it waits only says who is not there any more.
@@ -229,7 +230,8 @@ impl Core {
                 return;
             }
         }
-        self.throw_off(name, loss.message);
+        let cause = if loss.charge == Charge::CrashLoop { JobCause::EngineLost } else { JobCause::RankLost };
+        self.throw_off(name, cause, loss.message);
         let delay = match loss.charge {
             Charge::Nothing => 0,
             Charge::CrashLoop => backoff(backbone.num_losses),
@@ -242,7 +244,7 @@ impl Core {
     }
 
     fn fail_backbone(&mut self, mut backbone: Backbone, cause: BackboneCause, message: &str) {
-        self.throw_off(&backbone.name, message);
+        self.throw_off(&backbone.name, JobCause::RankLost, message);
         enter(&mut backbone, cause);
         backbone.message = cut(message);
         backbone.ranks.clear();

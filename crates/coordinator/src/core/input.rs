@@ -72,6 +72,13 @@ pub enum Request {
         /// Answer with what the job would be, and do nothing.
         validate_only: bool,
     },
+    /// Change what can be changed of a job.
+    UpdateJob {
+        /// The job.
+        target: JobTarget,
+        /// What becomes of it.
+        patch: Box<JobPatch>,
+    },
     /// Forget a job that has ended.
     DeleteJob(JobTarget),
     /// Pause a job.
@@ -86,6 +93,15 @@ pub enum Request {
         backbone: Box<NewBackbone>,
         /// Answer with what the backbone would be, and do nothing.
         validate_only: bool,
+    },
+    /// Change what can be changed of a backbone.
+    UpdateBackbone {
+        /// The backbone.
+        name: BackboneName,
+        /// Its revision, if the caller knows it.
+        etag: Option<u64>,
+        /// What becomes of it.
+        patch: Box<BackbonePatch>,
     },
     /// Let a model go.
     DeleteBackbone {
@@ -149,6 +165,35 @@ pub struct NewJob {
     pub retry_policy: RetryPolicy,
     /// Whatever helps to find it again.
     pub labels: BTreeMap<String, String>,
+}
+
+/// What is to change of a job; checked.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct JobPatch {
+    /// 1 to 100.
+    pub priority: Option<u32>,
+    /// What happens when it fails.
+    pub retry_policy: Option<RetryPolicy>,
+    /// Whatever helps to find it again.
+    pub labels: Relabel,
+}
+
+/// What is to change of a backbone; checked.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BackbonePatch {
+    /// Jobs that are on it at once, at most.
+    pub max_running_jobs: Option<u32>,
+    /// Whatever helps to find it again.
+    pub labels: Relabel,
+}
+
+/// What is to change of labels: first all of them, then some.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Relabel {
+    /// All labels, if all are to change.
+    pub whole: Option<BTreeMap<String, String>>,
+    /// The value of each that is to change, or nothing for one that is to go.
+    pub changed: BTreeMap<String, Option<String>>,
 }
 
 /// A backbone to load; checked.

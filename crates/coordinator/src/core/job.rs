@@ -8,12 +8,15 @@ use incipit_proto::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::time::Time;
+use super::{suspects::Suspicion, time::Time};
 
 /// Attempts that a job remembers.
 pub const KEPT_ATTEMPTS: usize = 20;
 /// Checkpoints that a job keeps where its specification does not say.
 pub const DEFAULT_KEEP: u32 = 3;
+
+/// Labels of a job or backbone, at most.
+pub const MAX_LABELS: usize = 64;
 
 /// Steps that a job makes where its specification does not say: as `incipit train` does, whose crates are not the coordinator's.
 pub const DEFAULT_STEPS: u64 = 30_000;
@@ -47,6 +50,9 @@ pub struct Job {
     pub attempts_before: u32,
     /// Failures that were charged to the retry policy.
     pub num_failures: u32,
+    /// What speaks against it, where engines were lost with it there.
+    #[serde(default)]
+    pub suspicion: Suspicion,
     /// Steps of the newest checkpoint that was ever committed. Never goes back.
     pub committed_step: u64,
     /// The best checkpoint.
@@ -68,7 +74,7 @@ pub struct Job {
 }
 
 /// What happens when a job itself fails.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RetryPolicy {
     /// Attempts after the first that failed, 0 to 10.
     pub max_retries: u32,
@@ -124,6 +130,12 @@ impl Job {
     #[must_use]
     pub fn open_attempt(&self) -> Option<&Attempt> {
         self.attempts.last().filter(|attempt| attempt.end.is_none())
+    }
+
+    /// Whether its retry policy allows another attempt after a failure.
+    #[must_use]
+    pub fn may_retry(&self, reason: JobReason) -> bool {
+        self.retry_policy.reasons.contains(&reason) && self.num_failures < self.retry_policy.max_retries
     }
 
     /// Number of the last attempt; 0 before the first.

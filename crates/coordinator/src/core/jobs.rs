@@ -15,6 +15,7 @@ use super::{
     read::JobView,
     requests::{Outcome, check_etag},
     rows::{Counter, Target},
+    suspects::Suspicion,
     transitions::{JobCause, job_transition},
 };
 
@@ -66,6 +67,7 @@ impl Core {
             attempts: Vec::new(),
             attempts_before: u32::try_from(before).unwrap_or(u32::MAX),
             num_failures: 0,
+            suspicion: Suspicion::default(),
             committed_step: 0,
             best: None,
             warnings: Vec::new(),
@@ -154,7 +156,7 @@ impl Core {
         self.change(Change::PutCounter(Counter { name: name.to_owned(), value, expire_time }));
     }
 
-    fn target(&self, target: &JobTarget) -> Result<Job, Problem> {
+    pub(super) fn target(&self, target: &JobTarget) -> Result<Job, Problem> {
         let job = self.job(&target.name)?;
         check_etag(job.name.as_str(), target.etag, job.revision)?;
         Ok(job.clone())
@@ -231,6 +233,7 @@ impl Core {
                 job.enqueue_time = self.now;
             }
             JobCause::Failed(_) => job.num_failures += 1,
+            JobCause::EngineLost => self.suspect(&mut job),
             _ => {}
         }
         self.put_job(job);
@@ -238,13 +241,13 @@ impl Core {
     }
 
     /// Takes all running jobs off a backbone that cannot go on: they wait for it in front of the queue, or get what was wished.
-    pub(super) fn throw_off(&mut self, backbone: &BackboneName, message: &str) {
+    pub(super) fn throw_off(&mut self, backbone: &BackboneName, otherwise: JobCause, message: &str) {
         for name in self.names_of(backbone, JobState::Running) {
             let wish = self.rows.jobs.get(&name).map(|job| job.wish);
             let cause = match wish {
                 Some(JobWish::Pause) => JobCause::PauseDone,
                 Some(JobWish::Cancel) => JobCause::CancelDone,
-                _ => JobCause::RankLost,
+                _ => otherwise,
             };
             self.end_attempt(&name, cause, JobReason::RankLost, message, None);
         }
@@ -265,7 +268,7 @@ pub(super) fn cut(message: &str) -> String {
     }
 }
 
-fn state_word(state: JobState) -> &'static str {
+pub(super) fn state_word(state: JobState) -> &'static str {
     match state {
         JobState::Unspecified => "nowhere",
         JobState::Queued => "queued",

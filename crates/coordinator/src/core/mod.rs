@@ -10,6 +10,7 @@ pub mod page;
 pub mod placement;
 pub mod read;
 pub mod rows;
+pub mod suspects;
 pub mod time;
 pub mod transitions;
 pub mod worker;
@@ -24,6 +25,7 @@ mod reports;
 mod requests;
 mod retention;
 mod sends;
+mod updates;
 mod workers;
 
 use std::{

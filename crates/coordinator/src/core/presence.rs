@@ -28,7 +28,8 @@ pub(super) struct Presence {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ToldJobs {
     pub(super) epoch: u64,
-    pub(super) jobs: Vec<(JobName, u32, JobWish)>,
+    /// Name, attempt, wish and priority.
+    pub(super) jobs: Vec<(JobName, u32, JobWish, u32)>,
 }
 
 /// How far a job has come since its last checkpoint.

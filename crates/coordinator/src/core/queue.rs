@@ -22,23 +22,29 @@ impl Core {
         let Some(backbone) = self.rows.backbones.get(name) else { return };
         let (state, epoch, places) =
             (backbone.state, backbone.epoch, backbone.spec.max_running_jobs as usize);
-        let queue: Vec<(JobName, JobReason)> =
-            self.queue(name).iter().map(|job| (job.name.clone(), job.reason)).collect();
+        if state == BackboneState::Ready {
+            self.judge(name);
+        }
+        let queue: Vec<(JobName, JobReason, bool)> =
+            self.queue(name).iter().map(|job| (job.name.clone(), job.reason, job.is_suspect())).collect();
         if queue.is_empty() {
             return;
         }
-        let free = match state {
+        let mut free = match state {
             BackboneState::Ready if !self.is_to_move(name) => {
                 places.saturating_sub(self.names_of(name, JobState::Running).len())
             }
             _ => 0,
         };
-        for (place, (job, reason)) in queue.into_iter().enumerate() {
-            if place < free {
+        let suspect = self.next_suspect(name);
+        for (job, reason, is_suspect) in queue {
+            if free > 0 && (!is_suspect || suspect.as_ref() == Some(&job)) {
                 self.start_attempt(&job, epoch);
+                free -= 1;
             } else if let Some(cause) = waiting_for(state, reason) {
                 let Some(mut job) = self.rows.jobs.get(&job).cloned() else { continue };
-                self.step(&mut job, cause, "");
+                let message = if is_suspect { job.suspicion.to_string() } else { String::new() };
+                self.step(&mut job, cause, &message);
                 self.put_job(job);
             }
         }

@@ -14,6 +14,7 @@ use super::{
     input::{JobEvent, Report, Saved},
     job::{Best, Job},
     jobs::cut,
+    suspects::Suspicion,
     transitions::JobCause,
     worker::WorkerReports,
 };
@@ -130,14 +131,15 @@ impl Core {
         }
         self.change(Change::AppendMetrics(name.clone(), points));
         self.forgive_losses(&backbone);
-        self.begun(name);
+        self.got_on(name);
     }
 
-    fn begun(&mut self, name: &JobName) {
-        if let Some(job) = self.rows.jobs.get(name)
-            && job.start_time.is_none()
-        {
-            self.put_job(Job { start_time: Some(self.now), ..job.clone() });
+    /// A job measured something new.
+    fn got_on(&mut self, name: &JobName) {
+        let Some(job) = self.rows.jobs.get(name) else { return };
+        if job.start_time.is_none() || job.suspicion != Suspicion::default() {
+            let start_time = job.start_time.or(Some(self.now));
+            self.put_job(Job { start_time, suspicion: Suspicion::default(), ..job.clone() });
         }
     }
 
@@ -183,6 +185,7 @@ impl Core {
         }
         job.committed_step = step;
         job.start_time = job.start_time.or(Some(self.now));
+        job.suspicion = Suspicion::default();
         let backbone = job.backbone.clone();
         self.put(Resource::Checkpoint(Box::new(checkpoint)));
         self.put_job(job);
@@ -236,8 +239,7 @@ impl Core {
             (JobState::Queued, _) => (wish.unwrap_or(JobCause::Yielded), JobReason::Requested),
             (_, reason) => {
                 let reason = failure(reason);
-                let again = job.retry_policy.reasons.contains(&reason)
-                    && job.num_failures < job.retry_policy.max_retries;
+                let again = job.may_retry(reason);
                 let cause = if again { wish.unwrap_or(JobCause::Retried) } else { JobCause::Failed(reason) };
                 (cause, reason)
             }

@@ -45,10 +45,12 @@ impl Core {
             Request::CreateBackbone { backbone, validate_only } => {
                 return self.create_backbone(*backbone, validate_only);
             }
+            Request::UpdateJob { target, patch } => self.update_job(&target, *patch)?,
             Request::DeleteJob(target) => self.delete_job(&target)?,
             Request::PauseJob(target) => self.pause_job(&target)?,
             Request::ResumeJob(target) => self.resume_job(&target)?,
             Request::CancelJob(target) => self.cancel_job(&target)?,
+            Request::UpdateBackbone { name, etag, patch } => self.update_backbone(name, etag, *patch)?,
             Request::DeleteBackbone { name, etag, force } => self.delete_backbone(&name, etag, force)?,
             Request::DrainWorker(name) => self.drain_worker(name)?,
             Request::DeleteCheckpoint(checkpoint) => self.delete_checkpoint(&checkpoint)?,

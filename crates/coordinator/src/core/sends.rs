@@ -92,7 +92,8 @@ impl Core {
         let moves = self.is_to_move(name);
         let wish =
             |job: &Job| if moves && job.wish == JobWish::Unspecified { JobWish::Yield } else { job.wish };
-        let key = jobs.iter().map(|job| (job.name.clone(), job.last_attempt(), wish(job))).collect();
+        let key = jobs.iter().map(|job| (job.name.clone(), job.last_attempt(), wish(job), job.priority));
+        let key = key.collect();
         let told = ToldJobs { epoch, jobs: key };
         let Some(presence) = self.presences.get(&leader) else { return };
         let Some(connection) = presence.connection else { return };

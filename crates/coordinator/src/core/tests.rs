@@ -7,5 +7,7 @@ mod placement;
 mod reports;
 mod requests;
 mod states;
+mod suspects;
+mod updates;
 mod workers;
 mod world;

@@ -23,8 +23,10 @@ pub enum JobCause {
     ResumedEarly,
     /// Someone asked to end it.
     CancelRequested,
-    /// Its backbone lost a rank.
+    /// Its backbone lost a rank, and no job's doing.
     RankLost,
+    /// An engine of its backbone ended or hung, maybe by its doing.
+    EngineLost,
     /// It left its backbone, or was thrown off, while a pause was wished.
     PauseDone,
     /// It left its backbone, or was thrown off, while a cancellation was wished.
@@ -37,9 +39,9 @@ pub enum JobCause {
     StepsDone,
     /// It left because nothing got better.
     PatienceExhausted,
-    /// It left with a failure of this kind, for good.
+    /// It failed in this way, for good.
     Failed(Jr),
-    /// It left with a failure that its retry policy covers.
+    /// It failed in a way that its retry policy covers.
     Retried,
     /// Its backbone was deleted.
     BackboneDeleted,
@@ -54,8 +56,11 @@ pub const JOB_TRANSITIONS: &[(Option<Js>, JobCause, Js, Jr)] = &[
     (Some(Js::Queued), JobCause::Admitted, Js::Running, Jr::Started),
     (Some(Js::Queued), JobCause::PauseRequested, Js::Paused, Jr::Requested),
     (Some(Js::Queued), JobCause::CancelRequested, Js::Cancelled, Jr::Requested),
+    (Some(Js::Queued), JobCause::Retried, Js::Queued, Jr::Retrying),
+    (Some(Js::Queued), JobCause::Failed(Jr::EngineCrashed), Js::Failed, Jr::EngineCrashed),
     (Some(Js::Queued), JobCause::BackboneDeleted, Js::Cancelled, Jr::BackboneGone),
     (Some(Js::Running), JobCause::RankLost, Js::Queued, Jr::BackboneRecovering),
+    (Some(Js::Running), JobCause::EngineLost, Js::Queued, Jr::BackboneRecovering),
     (Some(Js::Running), JobCause::Retried, Js::Queued, Jr::Retrying),
     (Some(Js::Running), JobCause::PauseTakenBack, Js::Queued, Jr::WaitingForPlace),
     (Some(Js::Running), JobCause::Yielded, Js::Queued, Jr::BackboneRecovering),

@@ -4,7 +4,7 @@ use incipit_proto::{
     names::BackboneName,
     v1::{
         Backbone, CreateBackboneRequest, DeleteBackboneRequest, GetBackboneRequest, ListBackbonesRequest,
-        ListBackbonesResponse, backbone_service_server::BackboneService,
+        ListBackbonesResponse, UpdateBackboneRequest, backbone_service_server::BackboneService,
     },
 };
 use pbjson_types::Empty;
@@ -23,6 +23,13 @@ use crate::{
 #[derive(Clone, Debug)]
 pub(crate) struct Backbones(pub(crate) Context);
 
+fn backbone_of(reply: Reply) -> Result<Response<Backbone>, Status> {
+    match reply {
+        Reply::Backbone(view) => Ok(Response::new(wire::backbone(&view))),
+        other => Err(unexpected(&other).into()),
+    }
+}
+
 #[tonic::async_trait]
 impl BackboneService for Backbones {
     async fn create_backbone(
@@ -31,10 +38,7 @@ impl BackboneService for Backbones {
     ) -> Result<Response<Backbone>, Status> {
         let asked = wire::create_backbone(request.get_ref(), &self.0.roots)?;
         let name = format!("backbones/{}", request.get_ref().backbone_id);
-        match ask(&self.0, &request, &name, asked).await? {
-            Reply::Backbone(view) => Ok(Response::new(wire::backbone(&view))),
-            other => Err(unexpected(&other).into()),
-        }
+        backbone_of(ask(&self.0, &request, &name, asked).await?)
     }
 
     async fn get_backbone(&self, request: Request<GetBackboneRequest>) -> Result<Response<Backbone>, Status> {
@@ -52,6 +56,15 @@ impl BackboneService for Backbones {
         let page = self.0.handle.read(list).await??;
         let backbones = page.items.iter().map(wire::backbone).collect();
         Ok(Response::new(ListBackbonesResponse { backbones, next_page_token: page.next_page_token }))
+    }
+
+    async fn update_backbone(
+        &self,
+        request: Request<UpdateBackboneRequest>,
+    ) -> Result<Response<Backbone>, Status> {
+        let asked = wire::update_backbone(request.get_ref())?;
+        let name = request.get_ref().backbone.as_ref().map_or("", |backbone| &backbone.name);
+        backbone_of(ask(&self.0, &request, name, asked).await?)
     }
 
     async fn delete_backbone(

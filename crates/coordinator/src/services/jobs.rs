@@ -6,7 +6,7 @@ use incipit_proto::{
     v1::{
         CancelJobRequest, CreateJobRequest, DeleteJobRequest, GetJobRequest, Job, ListJobsRequest,
         ListJobsResponse, Method, PauseJobRequest, ResumeJobRequest, StreamLogsRequest, StreamLogsResponse,
-        StreamMetricsRequest, StreamMetricsResponse, job_service_server::JobService,
+        StreamMetricsRequest, StreamMetricsResponse, UpdateJobRequest, job_service_server::JobService,
     },
 };
 use pbjson_types::Empty;
@@ -104,6 +104,12 @@ impl JobService for Jobs {
         let page = self.0.handle.read(list).await??;
         let jobs = page.items.iter().map(wire::job).collect();
         Ok(Response::new(ListJobsResponse { jobs, next_page_token: page.next_page_token }))
+    }
+
+    async fn update_job(&self, request: Request<UpdateJobRequest>) -> Result<Response<Job>, Status> {
+        let asked = wire::update_job(request.get_ref())?;
+        let name = request.get_ref().job.as_ref().map_or("", |job| &job.name);
+        job_of(ask(&self.0, &request, name, asked).await?)
     }
 
     async fn delete_job(&self, request: Request<DeleteJobRequest>) -> Result<Response<Empty>, Status> {

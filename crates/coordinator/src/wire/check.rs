@@ -9,10 +9,10 @@ use std::{
 
 use incipit_proto::Problem;
 
+use crate::core::job::MAX_LABELS;
+
 /// Bytes of a text, at most.
 pub(super) const MAX_TEXT: usize = 16 * 1024;
-/// Labels of a resource, at most.
-const MAX_LABELS: usize = 64;
 /// Bytes of a label's key or value, at most.
 const MAX_LABEL: usize = 256;
 

@@ -37,7 +37,12 @@ impl Asked {
     }
 }
 
-fn asked(method: &str, id: &str, message: &impl Message, request: Request) -> Result<Asked, Problem> {
+pub(super) fn asked(
+    method: &str,
+    id: &str,
+    message: &impl Message,
+    request: Request,
+) -> Result<Asked, Problem> {
     Ok(Asked { key: request_key(method, id, message)?, request })
 }
 
@@ -55,8 +60,7 @@ pub fn create_job(message: &v1::CreateJobRequest, made_up: &str, roots: &Roots) 
     let backbone = checks.take(BackboneName::parse("job.backbone", &job.backbone));
     let spec = job.spec.clone().unwrap_or_default();
     check_spec(&mut checks, &spec, roots);
-    let priority = if job.priority == 0 { 10 } else { job.priority };
-    checks.range("job.priority", Some(priority), 1..=100);
+    let priority = priority(&mut checks, job);
     checks.labels("job.labels", &job.labels);
     let retry_policy = retry_policy(&mut checks, job.retry_policy.as_ref());
     let key = checks.take(request_key("CreateJob", &message.request_id, message));
@@ -70,21 +74,28 @@ pub fn create_job(message: &v1::CreateJobRequest, made_up: &str, roots: &Roots) 
     Ok(Asked { key: key.flatten(), request })
 }
 
-fn retry_policy(checks: &mut Checks, policy: Option<&v1::RetryPolicy>) -> RetryPolicy {
-    use v1::JobReason::{BadData, BadSpec, Internal, NonFinite, OutOfMemory};
+pub(super) fn priority(checks: &mut Checks, job: &v1::Job) -> u32 {
+    let priority = if job.priority == 0 { 10 } else { job.priority };
+    checks.range("job.priority", Some(priority), 1..=100);
+    priority
+}
+
+pub(super) fn retry_policy(checks: &mut Checks, policy: Option<&v1::RetryPolicy>) -> RetryPolicy {
+    use v1::JobReason::{BadData, BadSpec, EngineCrashed, Internal, NonFinite, OutOfMemory};
     let Some(policy) = policy else { return RetryPolicy::default() };
     checks.range("job.retry_policy.max_retries", Some(policy.max_retries), 0..=10);
     let mut reasons = Vec::new();
     for number in &policy.reasons {
         match v1::JobReason::try_from(*number) {
-            Ok(reason @ (NonFinite | BadData | BadSpec | OutOfMemory | Internal)) => {
+            Ok(reason @ (NonFinite | BadData | BadSpec | OutOfMemory | Internal | EngineCrashed)) => {
                 if !reasons.contains(&reason) {
                     reasons.push(reason);
                 }
             }
             _ => {
-                let what =
-                    format!("has {number}; give NON_FINITE, BAD_DATA, BAD_SPEC, OUT_OF_MEMORY or INTERNAL");
+                let what = format!(
+                    "has {number}; give NON_FINITE, BAD_DATA, BAD_SPEC, OUT_OF_MEMORY, INTERNAL or ENGINE_CRASHED"
+                );
                 checks.wrong("job.retry_policy.reasons", what);
             }
         }
@@ -92,14 +103,12 @@ fn retry_policy(checks: &mut Checks, policy: Option<&v1::RetryPolicy>) -> RetryP
     RetryPolicy { max_retries: policy.max_retries, reasons }
 }
 
-fn etag(text: &str) -> Result<Option<u64>, Problem> {
+pub(super) fn etag(field: &str, text: &str) -> Result<Option<u64>, Problem> {
     match text {
         "" => Ok(None),
         text => match super::number(text) {
             Some(number) => Ok(Some(number)),
-            None => {
-                Err(Problem::field("etag", format!("is {text:.80?}; give one that the coordinator gave")))
-            }
+            None => Err(Problem::field(field, format!("is {text:.80?}; give one that the coordinator gave"))),
         },
     }
 }
@@ -109,8 +118,8 @@ macro_rules! of_a_job {
         $(
             #[doc = concat!("`", $method, "`.\n\n# Errors\nIf a field is wrong.")]
             pub fn $function(message: &v1::$message) -> Result<Asked, Problem> {
-                let target =
-                    JobTarget { name: JobName::parse("name", &message.name)?, etag: etag(&message.etag)? };
+                let (name, etag) = (JobName::parse("name", &message.name)?, etag("etag", &message.etag)?);
+                let target = JobTarget { name, etag };
                 asked($method, &message.request_id, message, Request::$variant(target))
             }
         )+
@@ -162,7 +171,7 @@ fn backbone_spec(checks: &mut Checks, backbone: &v1::Backbone, roots: &Roots) ->
             Collective::as_str,
         ),
         microbatch_tokens: backbone.microbatch_tokens,
-        max_running_jobs: or(backbone.max_running_jobs, 32),
+        max_running_jobs: max_running_jobs(checks, backbone),
     };
     if spec.model.starts_with('/') {
         checks.path("backbone.model", &spec.model, &roots.models, "model");
@@ -177,11 +186,16 @@ fn backbone_spec(checks: &mut Checks, backbone: &v1::Backbone, roots: &Roots) ->
     checks.range("backbone.tp", Some(spec.tp), 1..=64);
     checks.range("backbone.dp", Some(spec.dp), 1..=256);
     checks.range("backbone.microbatch_tokens", Some(spec.microbatch_tokens), 0..=1 << 24);
-    checks.range("backbone.max_running_jobs", Some(spec.max_running_jobs), 1..=1024);
     if spec.collective == Collective::Nccl && spec.device != Device::Cuda {
         checks.wrong("backbone.collective", "is nccl, which joins GPUs alone; give the device cuda, or gloo");
     }
     spec
+}
+
+pub(super) fn max_running_jobs(checks: &mut Checks, backbone: &v1::Backbone) -> u32 {
+    let places = if backbone.max_running_jobs == 0 { 32 } else { backbone.max_running_jobs };
+    checks.range("backbone.max_running_jobs", Some(places), 1..=1024);
+    places
 }
 
 fn choice<T: Copy>(
@@ -216,7 +230,7 @@ fn is_hub_id(text: &str) -> bool {
 /// If a field is wrong.
 pub fn delete_backbone(message: &v1::DeleteBackboneRequest) -> Result<Asked, Problem> {
     let name = BackboneName::parse("name", &message.name)?;
-    let request = Request::DeleteBackbone { name, etag: etag(&message.etag)?, force: message.force };
+    let request = Request::DeleteBackbone { name, etag: etag("etag", &message.etag)?, force: message.force };
     asked("DeleteBackbone", &message.request_id, message, request)
 }
 

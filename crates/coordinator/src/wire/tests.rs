@@ -4,7 +4,7 @@ use incipit_proto::v1::{self, DataSource, TrainingSpec, TrainingTask, data_sourc
 use tonic::Code;
 
 use super::*;
-use crate::core::input::{AgentMessage, Request};
+use crate::core::input::{AgentMessage, Relabel, Request};
 
 fn roots() -> Roots {
     Roots { data: vec!["/data".into()], models: vec!["/models".into()], hub: false }
@@ -205,6 +205,41 @@ fn all_that_is_wrong_is_said_at_once() {
         "job.retry_policy.reasons",
     ];
     assert_eq!(fields, expected);
+}
+
+#[test]
+fn an_update_changes_the_fields_that_its_mask_names_and_no_others() {
+    let labels = BTreeMap::from([("a.b".to_owned(), "1".to_owned())]);
+    let job =
+        v1::Job { name: "jobs/j".to_owned(), priority: 7, labels: labels.clone(), ..v1::Job::default() };
+    let asked = |job: &v1::Job, paths: &[&str]| {
+        let mask = pbjson_types::FieldMask { paths: paths.iter().map(|&path| path.to_owned()).collect() };
+        update_job(&v1::UpdateJobRequest {
+            job: Some(job.clone()),
+            update_mask: Some(mask),
+            ..Default::default()
+        })
+    };
+    let patch = |paths: &[&str]| match asked(&job, paths).unwrap().request {
+        Request::UpdateJob { patch, .. } => *patch,
+        other => panic!("{other:?}"),
+    };
+    let one = patch(&["priority"]);
+    assert_eq!((one.priority, one.retry_policy, one.labels), (Some(7), None, Relabel::default()));
+    let some = patch(&["labels.a.b", "labels.gone"]).labels;
+    let changed = BTreeMap::from([("a.b".to_owned(), Some("1".to_owned())), ("gone".to_owned(), None)]);
+    assert_eq!((some.whole, some.changed), (None, changed));
+    let all = patch(&["*"]);
+    assert_eq!((all.priority, all.retry_policy.is_some(), all.labels.whole), (Some(7), true, Some(labels)));
+    for paths in [&[][..], &["spec"], &["labels."], &["priority", "state"]] {
+        assert_eq!(asked(&job, paths).unwrap_err().fields[0].0, "update_mask", "{paths:?}");
+    }
+    let wrong = v1::Job { name: "j".to_owned(), etag: "x".to_owned(), priority: 101, ..job.clone() };
+    let fields: Vec<_> =
+        asked(&wrong, &["priority"]).unwrap_err().fields.into_iter().map(|field| field.0).collect();
+    assert_eq!(fields, ["job.name", "job.etag", "job.priority"]);
+    // What the mask does not name is not looked at.
+    assert!(asked(&v1::Job { priority: 101, ..job.clone() }, &["labels"]).is_ok());
 }
 
 #[test]

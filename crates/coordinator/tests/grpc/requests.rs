@@ -6,11 +6,12 @@ use incipit_proto::{
     Problem,
     client::{Client, ClientConfig},
     v1::{
-        AttachRequest, CancelJobRequest, CreateJobRequest, DeleteJobRequest, GetJobRequest,
-        GetServerInfoRequest, JobState, ListJobsRequest, ListWorkersRequest, Method, attach_request,
-        attach_response, job_report,
+        AttachRequest, Backbone, CancelJobRequest, CreateJobRequest, DeleteJobRequest, GetBackboneRequest,
+        GetJobRequest, GetServerInfoRequest, Job, JobState, ListJobsRequest, ListWorkersRequest, Method,
+        UpdateBackboneRequest, UpdateJobRequest, attach_request, attach_response, job_report,
     },
 };
+use pbjson_types::FieldMask;
 use std::time::Duration;
 use tonic::{Code, Status};
 
@@ -83,6 +84,37 @@ async fn a_path_that_is_under_no_root_and_data_that_was_not_uploaded_are_refused
     assert_eq!((missing.code(), &*reason(&missing)), (Code::FailedPrecondition, "BLOB_MISSING"));
     let digest = upload(&client, b"{}").await.unwrap();
     client.jobs().create_job(with(Source::Digest(digest))).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_changed_of_a_job_and_a_backbone_is_there_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(config(dir.path())).await;
+    let client = with_backbone(&running).await;
+    let job = submit(&client, "j").await;
+    let mask =
+        |paths: &[&str]| Some(FieldMask { paths: paths.iter().map(|&path| path.to_owned()).collect() });
+    let new = Job { name: job.name.clone(), priority: 77, etag: job.etag.clone(), ..Job::default() };
+    let request = UpdateJobRequest { job: Some(new), update_mask: mask(&["priority"]), request_id: uuid() };
+    let changed = client.jobs().update_job(request.clone()).await.unwrap().into_inner();
+    assert_eq!((changed.priority, &changed.spec), (77, &job.spec));
+    // The same request has no second effect; as another one it is refused, for the job has changed.
+    assert_eq!(client.jobs().update_job(request.clone()).await.unwrap().into_inner(), changed);
+    let other = UpdateJobRequest { request_id: uuid(), ..request };
+    assert_eq!(reason(&client.jobs().update_job(other).await.unwrap_err()), "ETAG_MISMATCH");
+    let labels = [("team".to_owned(), "nlp".to_owned())].into();
+    let new = Backbone { name: "backbones/b".to_owned(), max_running_jobs: 3, labels, ..Backbone::default() };
+    let update_mask = mask(&["max_running_jobs", "labels.team"]);
+    let request = UpdateBackboneRequest { backbone: Some(new), update_mask, request_id: uuid() };
+    client.backbones().update_backbone(request).await.unwrap();
+    drop(running); // Without a farewell.
+    let running = start(config(dir.path())).await;
+    let client = connect(&running).await;
+    let job = client.jobs().get_job(GetJobRequest { name: job.name }).await.unwrap().into_inner();
+    assert_eq!(job.priority, 77);
+    let request = GetBackboneRequest { name: "backbones/b".to_owned() };
+    let backbone = client.backbones().get_backbone(request).await.unwrap().into_inner();
+    assert_eq!((backbone.max_running_jobs, &*backbone.labels["team"]), (3, "nlp"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -44,8 +44,8 @@ reads! {
 }
 
 writes! {
-    CreateJobRequest DeleteJobRequest PauseJobRequest ResumeJobRequest CancelJobRequest
-    CreateBackboneRequest DeleteBackboneRequest
+    CreateJobRequest UpdateJobRequest DeleteJobRequest PauseJobRequest ResumeJobRequest CancelJobRequest
+    CreateBackboneRequest UpdateBackboneRequest DeleteBackboneRequest
     DeleteCheckpointRequest PinCheckpointRequest
     PromotePromptRequest DeletePromptVersionRequest
     DrainWorkerRequest

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Result;
 use incipit_proto::client::Client;
 use incipit_proto::v1::{
-    CancelJobRequest, DeleteJobRequest, GetJobRequest, Job, JobState, PauseJobRequest, ResumeJobRequest,
+    CancelJobRequest, DeleteJobRequest, Job, JobState, PauseJobRequest, ResumeJobRequest,
 };
 
 use super::{ManyArgs, list, words};
@@ -60,7 +60,7 @@ async fn ask(client: &Client, name: &str, to: JobState) -> Result<Job> {
 async fn wait(client: &Client, name: &str, to: JobState) -> Result<Job> {
     let mut told = false;
     loop {
-        let job = call!(client, jobs.get_job(GetJobRequest { name: name.to_owned() }))?;
+        let job = list::one(name, client).await?;
         if job.state() == to || words::has_ended(&job) {
             return Ok(job);
         }
@@ -80,7 +80,7 @@ fn arrived(job: &Job, to: JobState) -> Exit {
     Exit::Failure
 }
 
-fn worse(one: Exit, other: Exit) -> Exit {
+pub(super) fn worse(one: Exit, other: Exit) -> Exit {
     if other == Exit::Ok { one } else { other }
 }
 

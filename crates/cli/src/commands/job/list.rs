@@ -92,9 +92,17 @@ pub(super) fn table(jobs: &[Job]) -> String {
 /// # Errors
 /// What the coordinator says.
 pub(super) async fn get(name: &str, client: &Client, global: &Global) -> Result<Exit> {
-    let job = call!(client, jobs.get_job(GetJobRequest { name: name.to_owned() }))?;
+    let job = one(name, client).await?;
     show::print(&job, || facts(&job), global)?;
     Ok(Exit::Ok)
+}
+
+/// A job, as it is now.
+///
+/// # Errors
+/// What the coordinator says.
+pub(super) async fn one(name: &str, client: &Client) -> Result<Job> {
+    call!(client, jobs.get_job(GetJobRequest { name: name.to_owned() }))
 }
 
 /// All there is to know of a job.

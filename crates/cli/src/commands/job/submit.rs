@@ -80,8 +80,8 @@ pub(super) struct SubmitArgs {
     /// Whatever helps to find the job again; may be given several times
     #[arg(long, value_name = "KEY=VALUE", help_heading = "Job", value_parser = names::label)]
     label: Vec<(String, String)>,
-    /// Attempts after one that failed for want of memory or within the program (lost workers are not counted: from
-    /// those a job always goes on) [default: 0]
+    /// Attempts after one that failed for want of memory, within the program, or with its engine (lost workers are not
+    /// counted: from those a job always goes on) [default: 0]
     #[arg(long, value_name = "N", help_heading = "Job", value_parser = clap::value_parser!(u32).range(0..=10))]
     retries: Option<u32>,
     /// The files are on the workers' machines, under these paths; nothing is read here, or uploaded
@@ -171,8 +171,9 @@ fn draft(args: SubmitArgs) -> Result<Draft> {
 }
 
 /// Failures that may not come again with the same numbers.
-fn retry_policy(max_retries: u32) -> RetryPolicy {
-    let reasons = [JobReason::OutOfMemory, JobReason::Internal].map(Into::into).to_vec();
+pub(super) fn retry_policy(max_retries: u32) -> RetryPolicy {
+    let reasons =
+        [JobReason::OutOfMemory, JobReason::Internal, JobReason::EngineCrashed].map(Into::into).to_vec();
     RetryPolicy { max_retries, reasons }
 }
 

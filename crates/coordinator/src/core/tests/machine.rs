@@ -24,7 +24,10 @@ use crate::core::{
     AgentMessage, Change, Effects, Input, Request, RequestKey, Resource, Rows, Time,
     backbone::Collective,
     checkpoint::{CheckpointFile, TaskScore},
-    input::{CheckpointRef, EngineEvent, JobEvent, NewBackbone, Report, Saved, StepRef},
+    input::{
+        BackbonePatch, CheckpointRef, EngineEvent, JobEvent, JobPatch, NewBackbone, Relabel, Report, Saved,
+        StepRef,
+    },
     job::KEPT_ATTEMPTS,
     transitions::{BACKBONE_TRANSITIONS, JOB_TRANSITIONS},
 };
@@ -46,17 +49,19 @@ struct Machine {
     attempts: BTreeMap<JobName, (Time, u32)>,
     epochs: BTreeMap<String, (Time, u64)>,
     marks: BTreeMap<JobName, (u64, [Option<u64>; 2])>,
+    /// Whether engines are lost time and again, and come back.
+    rough: bool,
 }
 
 impl Machine {
-    fn new() -> Self {
+    fn new(rough: bool) -> Self {
         let mut world = World::new();
         world.config.request_ttl_ms = REQUEST_TTL;
         world.config.worker_ttl_ms = REQUEST_TTL;
         world.restart();
         let before = world.rows.clone();
         let (attempts, epochs, marks) = Default::default();
-        Self { world, before, sent: Vec::new(), attempts, epochs, marks }
+        Self { world, before, sent: Vec::new(), attempts, epochs, marks, rough }
     }
 
     fn tell(&mut self, word: Word) {
@@ -88,6 +93,7 @@ impl Machine {
                 self.hold_changes(&effects);
             }
             21..24 => self.beat(worker.0, b % 32 == 31),
+            60 => self.update(job, backbone, (b, c)),
             24 if b % 4 == 0 => self.ask(Request::DrainWorker(worker_name(worker.0)), c),
             25..33 => self.load(worker.0, b, c),
             33 => self.lose(worker.0, b, c),
@@ -97,6 +103,7 @@ impl Machine {
             50 => self.gap(worker.0),
             51 => self.world.restart(),
             52..54 => self.tick(1 + u64::from(c) * 7),
+            54..60 if self.rough => self.crash(worker.0, b),
             _ => self.everybody_beats(c),
         }
         self.hold_other();
@@ -128,6 +135,20 @@ impl Machine {
         let spec = spec(collective, tp, dp, 1 + u32::from(c % 3));
         let backbone = NewBackbone { name: backbone_name(id), spec, labels: BTreeMap::new() };
         self.ask(Request::CreateBackbone { backbone: Box::new(backbone), validate_only: c == 1 }, c);
+    }
+
+    fn update(&mut self, job: &str, backbone: &str, (b, c): (u8, u8)) {
+        let label = BTreeMap::from([("k".to_owned(), b.is_multiple_of(2).then(|| format!("v{}", c % 2)))]);
+        let labels = Relabel { whole: None, changed: label };
+        let request = if b % 4 < 2 {
+            let patch = JobPatch { priority: Some(1 + u32::from(c % 20)), retry_policy: None, labels };
+            Request::UpdateJob { target: target(job), patch: Box::new(patch) }
+        } else {
+            let patch = BackbonePatch { max_running_jobs: Some(1 + u32::from(c % 3)), labels };
+            let name = backbone_name(backbone);
+            Request::UpdateBackbone { name, etag: None, patch: Box::new(patch) }
+        };
+        self.ask(request, c);
     }
 
     fn of_checkpoint(&mut self, job: &str, b: u8, c: u8) {
@@ -245,6 +266,20 @@ impl Machine {
         self.report(id, Report::Engine { backbone, epoch, rank, event });
     }
 
+    /// An engine dies, and all that are to be there are loaded again.
+    fn crash(&mut self, id: &str, b: u8) {
+        self.lose(id, b, 15);
+        for _ in 0..9 {
+            self.everybody_beats(255);
+        }
+        for (id, _) in WORKERS {
+            let engines = self.world.agents.get(&worker_name(id)).map_or(0, |agent| agent.engines.len());
+            for engine in 0..engines {
+                self.load(id, engine as u8, 0);
+            }
+        }
+    }
+
     fn job_event(&mut self, id: &str, (b, c): (u8, u8)) {
         let Some(agent) = self.world.agents.get(&worker_name(id)) else { return };
         let jobs: Vec<_> =
@@ -336,7 +371,12 @@ impl Machine {
     }
 }
 
-fn tell_stories(cases: u32, seed: u8) {
+/// States, with reasons or without, that some of the stories must end in: else they prove nothing.
+const ENDS: [&str; 7] =
+    ["Running", "Paused", "Succeeded", "Failed", "Cancelled", "backbone Ready", "backbone Degraded"];
+const ROUGH_ENDS: [&str; 2] = ["Failed EngineCrashed", "backbone Failed CrashLoop"];
+
+fn tell_stories(cases: u32, seed: u8, rough: bool) {
     println!("{cases} stories from seed {seed}");
     let config =
         TestConfig { cases, failure_persistence: None, max_shrink_iters: 20_000, ..TestConfig::default() };
@@ -345,7 +385,7 @@ fn tell_stories(cases: u32, seed: u8) {
     let mut counts = BTreeMap::new();
     let counts_cell = std::cell::RefCell::new(&mut counts);
     let result = TestRunner::new_with_rng(config, rng).run(&vec(word, 300), |story| {
-        let mut machine = Machine::new();
+        let mut machine = Machine::new(rough);
         for word in story {
             machine.tell(word);
         }
@@ -362,23 +402,26 @@ fn tell_stories(cases: u32, seed: u8) {
     if let Err(error) = result {
         panic!("{error}");
     }
-    // The stories must go somewhere, or they prove nothing.
-    for state in
-        ["Running", "Paused", "Succeeded", "Failed", "Cancelled", "backbone Ready", "backbone Degraded"]
-    {
+    for state in if rough { &ROUGH_ENDS[..] } else { &ENDS } {
         assert!(counts.keys().any(|key| key.starts_with(state)), "no story ended in {state}");
     }
 }
 
 #[test]
 fn whatever_happens_in_whatever_order_the_invariants_hold() {
-    tell_stories(256, 7);
+    tell_stories(256, 7, false);
+}
+
+#[test]
+fn the_invariants_hold_where_engines_are_lost_time_and_again() {
+    tell_stories(128, 7, true);
 }
 
 #[test]
 #[ignore = "long: 20,000 stories"]
 fn the_invariants_hold_in_very_many_stories() {
-    tell_stories(20_000, 11);
+    tell_stories(10_000, 11, false);
+    tell_stories(10_000, 13, true);
 }
 
 /// A checkpoint, for better or worse, of one task or of two.

@@ -3,7 +3,7 @@
 use incipit_proto::v1::JobWish;
 
 use super::*;
-use crate::core::{Checkpoint, Job};
+use crate::core::{Backbone, Checkpoint, Job};
 
 impl Machine {
     /// What must hold of what was just written.
@@ -15,7 +15,15 @@ impl Machine {
             }
             match change {
                 Change::Put(stamp, Resource::Job(job)) => {
-                    if let Some(old) = rows.jobs.get(&job.name) {
+                    let old = rows.jobs.get(&job.name);
+                    if job.state == JobState::Running && old.is_none_or(|old| old.state != JobState::Running)
+                    {
+                        let all = rows.jobs.values().filter(|other| other.backbone == job.backbone);
+                        let running = all.filter(|other| other.state == JobState::Running).count();
+                        let places = rows.backbones[&job.backbone].spec.max_running_jobs as usize;
+                        assert!(running < places, "I5: too many jobs");
+                    }
+                    if let Some(old) = old {
                         assert_ne!(stamp.kind, EventKind::Created);
                         assert!(!old.is_final() || old.state == job.state, "I2: a final state changed");
                         assert!(old.committed_step <= job.committed_step, "I6: a committed step went back");
@@ -117,14 +125,10 @@ impl Machine {
             assert!(allowed, "I8: {:?} for {:?}", backbone.state, backbone.reason);
             let (state, places) = (backbone.state, backbone.spec.max_running_jobs as usize);
             let running = core.names_of(&backbone.name, JobState::Running).len();
-            assert!(running <= places, "I5: too many jobs");
             let moves = core.is_to_move(&backbone.name);
             assert!(!moves || running > 0, "I13: nothing keeps it where it is not to be");
             if state == BackboneState::Ready && !moves {
-                assert!(
-                    running == places || core.queue(&backbone.name).is_empty(),
-                    "I5: a job waits for nothing"
-                );
+                self.hold_queue(backbone, places.saturating_sub(running));
             }
             if backbone.place_at.is_none() && state != BackboneState::Failed {
                 assert_eq!(backbone.ranks.len(), backbone.spec.num_ranks() as usize, "{backbone:?}");
@@ -135,6 +139,22 @@ impl Machine {
             assert!(core.used(&worker.name, None).0 <= worker.slots, "I12: a slot is used twice");
         }
         assert!(rows.requests.len() <= 48, "I11");
+    }
+
+    /// Jobs wait for a place, and suspects also for each other, or for others to get on.
+    fn hold_queue(&self, backbone: &Backbone, free: usize) {
+        let core = &self.world.core;
+        let queue = core.queue(&backbone.name);
+        assert!(queue.iter().all(|job| !job.suspicion.proven), "I15: a job was not judged");
+        let running = core.names_of(&backbone.name, JobState::Running);
+        let suspects = running.iter().filter(|name| core.rows().jobs[*name].is_suspect()).count();
+        assert!(suspects <= 1, "I15: two suspects at once");
+        if queue.is_empty() || free == 0 {
+            return;
+        }
+        assert!(queue.iter().all(|job| job.is_suspect()), "I5: a job waits for nothing");
+        let others = running.len() > suspects;
+        assert!(suspects == 1 || (others && backbone.num_losses > 0), "I5: a suspect waits for nothing");
     }
 
     /// A job, and each of its tasks, has one best checkpoint at most.
@@ -174,8 +194,11 @@ impl Machine {
             {
                 let told = agent.jobs.get(&backbone.name).expect("a leader that was not told its jobs");
                 assert_eq!(told.epoch, backbone.epoch);
-                let told: Vec<_> =
-                    told.jobs.iter().map(|job| (&job.job, job.attempt.number, job.wish)).collect();
+                let told: Vec<_> = told
+                    .jobs
+                    .iter()
+                    .map(|job| (&job.job, job.attempt.number, job.wish, job.priority))
+                    .collect();
                 let running = rows.jobs.values();
                 let running =
                     running.filter(|job| job.state == JobState::Running && job.backbone == backbone.name);
@@ -184,7 +207,8 @@ impl Machine {
                     JobWish::Unspecified if moves => JobWish::Yield,
                     wish => wish,
                 };
-                let running: Vec<_> = running.map(|job| (&job.name, job.last_attempt(), wish(job))).collect();
+                let running: Vec<_> =
+                    running.map(|job| (&job.name, job.last_attempt(), wish(job), job.priority)).collect();
                 assert_eq!(told, running, "a leader has other jobs than it should");
             }
         }

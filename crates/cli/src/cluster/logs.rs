@@ -1,26 +1,22 @@
-//! `incipit job logs`.
+//! What was logged of a job or a backbone.
 
 use anyhow::Result;
 use clap::Args;
-use incipit_proto::client::Client;
-use incipit_proto::v1::{GetJobRequest, LogLine, StreamLogsRequest};
-use tonic::Status;
+use incipit_proto::client::{Client, problem_of};
+use incipit_proto::v1::{LogLine, StreamLogsRequest};
+use tonic::{Code, Status};
 
-use super::words;
+use super::follow::Patience;
+use super::names::short;
+use super::show;
 use crate::args::Global;
-use crate::cluster::follow::Patience;
-use crate::cluster::names::{self, short};
-use crate::cluster::{call, show};
 use crate::exit::Exit;
 use crate::output;
 
-/// Flags of `job logs`.
+/// Flags for logs.
 #[derive(Args)]
-pub(super) struct LogsArgs {
-    /// The job
-    #[arg(value_name = "JOB", value_parser = names::job)]
-    job: String,
-    /// Go on until the job has ended
+pub(crate) struct LogsArgs {
+    /// Go on as lines come, until nothing more can
     #[arg(short, long)]
     follow: bool,
     /// Lines of this rank alone
@@ -28,20 +24,31 @@ pub(super) struct LogsArgs {
     rank: Option<u32>,
 }
 
-/// Prints lines; with `--follow` it goes on where it was when the connection breaks.
+/// Prints the lines of the job or backbone `name`; with `--follow` it goes on where it was when the connection breaks, until `ended` is true.
 ///
 /// # Errors
 /// What the coordinator says, or if it stays away.
-pub(super) async fn logs(args: &LogsArgs, client: &Client, global: &Global) -> Result<Exit> {
+pub(crate) async fn logs(
+    args: &LogsArgs,
+    name: &str,
+    client: &Client,
+    global: &Global,
+    ended: impl AsyncFn() -> Result<bool>,
+) -> Result<Exit> {
     let mut request =
-        StreamLogsRequest { name: args.job.clone(), offset: 0, follow: args.follow, rank: args.rank };
-    let mut patience = Patience::default();
+        StreamLogsRequest { name: name.to_owned(), offset: 0, follow: args.follow, rank: args.rank };
+    let (mut patience, mut known) = (Patience::default(), false);
     loop {
         match pages(client, &mut request, &mut patience, global).await? {
+            // It was there, and is deleted.
+            Some(status) if known && problem_of(&status).code == Code::NotFound => return Ok(Exit::Ok),
             Some(status) => patience.after(&status).await?,
             // A coordinator that is about to end ends its streams, too.
-            None if !args.follow || ended(client, &args.job).await? => return Ok(Exit::Ok),
-            None => patience.after(&Status::unavailable("the coordinator ended the stream")).await?,
+            None if !args.follow || ended().await? => return Ok(Exit::Ok),
+            None => {
+                known = true;
+                patience.after(&Status::unavailable("the coordinator ended the stream")).await?;
+            }
         }
     }
 }
@@ -70,11 +77,6 @@ async fn pages(
             Err(status) => return Ok(Some(status)),
         }
     }
-}
-
-async fn ended(client: &Client, job: &str) -> Result<bool> {
-    let job = call!(client, jobs.get_job(GetJobRequest { name: job.to_owned() }))?;
-    Ok(words::has_ended(&job))
 }
 
 fn text(line: &LogLine) -> String {

@@ -1,0 +1,58 @@
+//! `job update`, `backbone update` and `backbone logs`.
+
+use incipit_proto::v1::*;
+
+use super::fake::{Fake, State};
+use super::fixtures::{ask, backbone, job, with_job};
+
+#[test]
+fn an_update_names_what_is_to_change_and_nothing_else() {
+    let fake = Fake::start(with_job(job("on", JobState::Running, JobReason::Started)));
+    let args = ["job", "update", "on", "--priority", "30", "--label", "a.b=c=d", "--remove-label", "old"];
+    let ran = ask(&fake, &args).ok();
+    assert!(ran.stdout.contains("on ") && ran.stdout.contains("running"), "{}", ran.stdout);
+    let mut sent = fake.state().updates.remove(0);
+    let mut paths = sent.update_mask.take().expect("a mask").paths;
+    paths.sort();
+    assert_eq!(paths, ["labels.a.b", "labels.old", "priority"]);
+    let new = sent.job.expect("a job");
+    assert_eq!(
+        (&*new.name, new.priority, new.labels),
+        ("jobs/on", 30, [("a.b".into(), "c=d".into())].into())
+    );
+    assert!(!sent.request_id.is_empty());
+    let ran = ask(&fake, &["job", "update", "on", "absent", "--retries", "2"]);
+    assert_eq!(ran.code, 2);
+    assert!(ran.stderr.contains("there is no jobs/absent") && ran.stdout.contains("on "), "{}", ran.stderr);
+    let sent = fake.state().updates.remove(0);
+    assert_eq!(sent.update_mask.expect("a mask").paths, ["retry_policy"]);
+    assert_eq!(sent.job.expect("a job").retry_policy.expect("a policy").max_retries, 2);
+}
+
+#[test]
+fn the_places_of_a_backbone_can_be_changed() {
+    let fake = Fake::start(State { backbones: vec![backbone("base", "google/t5")], ..State::default() });
+    ask(&fake, &["backbone", "update", "base", "--max-running-jobs", "64", "--label", "gpu=h100"]).ok();
+    let sent = fake.state().backbone_updates.remove(0);
+    assert_eq!(sent.update_mask.expect("a mask").paths, ["labels.gpu", "max_running_jobs"]);
+    let new = sent.backbone.expect("a backbone");
+    assert_eq!((new.max_running_jobs, &*new.labels["gpu"]), (64, "h100"));
+}
+
+#[test]
+fn an_update_of_nothing_is_refused() {
+    for (args, flag) in
+        [(["job", "update", "on"], "--priority"), (["backbone", "update", "b"], "--max-running-jobs")]
+    {
+        let ran = super::common::incipit(&args);
+        super::common::refused(&ran, &["nothing is to change", flag]);
+    }
+}
+
+#[test]
+fn the_logs_of_a_backbone_are_printed_a_line_each() {
+    let line = |text: &str| LogLine { worker: "workers/w".into(), text: text.into(), ..LogLine::default() };
+    let fake = Fake::start(State { lines: vec![line("loading"), line("ready")], ..State::default() });
+    let ran = ask(&fake, &["backbone", "logs", "base"]).ok();
+    assert_eq!(ran.stdout.lines().collect::<Vec<_>>(), ["w/0 loading", "w/0 ready"]);
+}

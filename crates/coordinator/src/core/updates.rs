@@ -1,0 +1,71 @@
+//! What can be changed of a job or a backbone that is there.
+
+use std::collections::BTreeMap;
+
+use incipit_proto::{Problem, names::BackboneName};
+
+use super::{
+    Core,
+    input::{BackbonePatch, JobPatch, JobTarget, Relabel},
+    job::MAX_LABELS,
+    jobs::state_word,
+    requests::check_etag,
+    rows::Target,
+};
+
+impl Core {
+    pub(super) fn update_job(&mut self, target: &JobTarget, patch: JobPatch) -> Result<Target, Problem> {
+        let mut job = self.target(target)?;
+        let JobPatch { priority, retry_policy, labels } = patch;
+        if job.is_final() && (priority.is_some() || retry_policy.is_some()) {
+            let what = format!(
+                "{} is {}: its labels can be changed, and nothing else",
+                job.name,
+                state_word(job.state)
+            );
+            return Err(Problem::state("JOB_STATE", what).with("name", &job.name));
+        }
+        job.priority = priority.unwrap_or(job.priority);
+        job.retry_policy = retry_policy.unwrap_or(job.retry_policy);
+        relabel("job.labels", &mut job.labels, labels)?;
+        if self.rows.jobs.get(&job.name) != Some(&job) {
+            self.put_job(job);
+        }
+        Ok(Target::Job(target.name.clone()))
+    }
+
+    pub(super) fn update_backbone(
+        &mut self,
+        name: BackboneName,
+        etag: Option<u64>,
+        patch: BackbonePatch,
+    ) -> Result<Target, Problem> {
+        let old = self.rows.backbones.get(&name).ok_or_else(|| Problem::not_found(name.as_str()))?;
+        check_etag(name.as_str(), etag, old.revision)?;
+        let mut backbone = old.clone();
+        let BackbonePatch { max_running_jobs, labels } = patch;
+        backbone.spec.max_running_jobs = max_running_jobs.unwrap_or(backbone.spec.max_running_jobs);
+        relabel("backbone.labels", &mut backbone.labels, labels)?;
+        if *old != backbone {
+            self.put_backbone(backbone);
+        }
+        Ok(Target::Backbone(name))
+    }
+}
+
+fn relabel(field: &str, labels: &mut BTreeMap<String, String>, patch: Relabel) -> Result<(), Problem> {
+    if let Some(whole) = patch.whole {
+        *labels = whole;
+    }
+    for (key, value) in patch.changed {
+        match value {
+            Some(value) => drop(labels.insert(key, value)),
+            None => drop(labels.remove(&key)),
+        }
+    }
+    if labels.len() > MAX_LABELS {
+        let what = format!("would have {} entries; {MAX_LABELS} are allowed", labels.len());
+        return Err(Problem::field(field, what));
+    }
+    Ok(())
+}
