@@ -56,6 +56,16 @@ fn a_dead_engine_is_noticed_and_a_job_cancelled_while_checkpoints_cannot_be_stor
     let told = std::fs::read_to_string(dir.path().join("w1.log"))?;
     ensure!(told.contains("jobs/j: its checkpoint cannot be stored"), "{told}");
 
+    // They train on, and few of the checkpoints that they save stay on the worker's disk.
+    wait_for_line(&cluster, "j", "was dropped before it was stored")?;
+    wait_for_line(&cluster, "k", "was dropped before it was stored")?;
+    for job in ["jobs-j-", "jobs-k-"] {
+        let names = std::fs::read_dir(dir.path().join("w1/outbox"))?.filter_map(Result::ok);
+        let wait = names.filter(|entry| entry.file_name().to_string_lossy().starts_with(job)).count();
+        println!("{job} {wait} checkpoints wait");
+        ensure!((1..=8).contains(&wait));
+    }
+
     // While the engine lives, its jobs can be cancelled.
     cluster.cancel("k")?;
     let job = cluster.wait_end("k")?;

@@ -8,7 +8,7 @@ use incipit_proto::v1::{
 
 use crate::agent::engines::{Engine, Engines, Key};
 use crate::agent::jobs::Jobs;
-use crate::agent::outbox::Outbox;
+use crate::agent::outbox::{Outbox, ToStore};
 use crate::agent::rendezvous::Rendezvous;
 pub use crate::agent::words::{Action, Config, Delay, FileKey, Input, Refused};
 use crate::frames::{LocalJob, Notice, Order};
@@ -102,6 +102,7 @@ impl Core {
             Input::TurnedAway(why) => self.give_up(why),
             Input::Notice(key, notice) => self.noticed(&key, notice, now),
             Input::Line(key, line) => self.line(&key, line),
+            Input::Started(key, pid) => self.engines.started(&key, pid),
             Input::Ended(key, how) => self.ended(&key, &how, now),
             Input::Missing => self.store_again(),
             Input::Fetched(job, fetched) => self.fetched(&job, fetched),
@@ -234,7 +235,7 @@ impl Core {
                 self.jobs.heard(&report);
                 self.outbox.report(attach_request::Message::Job(report));
             }
-            Notice::Saved(saved) => self.saved(saved),
+            Notice::Saved(saved) => self.saved(key, saved),
             Notice::Log(log) => self.log(key, log.job, log.line.unwrap_or_default()),
             Notice::Put(put) => {
                 self.rendezvous.puts.push(put.clone());
@@ -249,11 +250,25 @@ impl Core {
         }
     }
 
-    fn saved(&mut self, saved: crate::frames::Saved) {
+    fn saved(&mut self, key: &Key, saved: crate::frames::Saved) {
         let Some(report) = saved.report else { return };
-        let key = (report.job.clone(), report.attempt);
-        let ticket = self.outbox.hold(key, attach_request::Message::Job(report.clone()), saved.dir.clone());
-        self.store(ticket, report, saved.dir);
+        let job = (report.job.clone(), report.attempt);
+        self.outbox.hold(job.clone(), attach_request::Message::Job(report), saved.dir);
+        for (step, dir) in self.outbox.drop_old(&job, self.jobs.keep(&job)) {
+            let text = format!(
+                "the checkpoint of step {step} was dropped before it was stored, for newer ones wait as well: have the job save less often, or see why storing takes so long"
+            );
+            self.warn(key, job.0.clone(), text);
+            self.act(Action::Remove(dir));
+        }
+        self.store_next();
+    }
+
+    /// Has the files of checkpoints stored whose turn it is.
+    fn store_next(&mut self) {
+        for ToStore { ticket, report, dir } in self.outbox.begin() {
+            self.store(ticket, report, dir);
+        }
     }
 
     /// Has the files of a checkpoint stored whose report this is.
@@ -280,6 +295,7 @@ impl Core {
             Ok(()) => self.outbox.release(ticket),
             Err(why) => self.outbox.replace(ticket, &why),
         }
+        self.store_next();
     }
 
     /// Says in a job's log why it does not get on.
@@ -289,11 +305,12 @@ impl Core {
         }
         let Some(backbone) = self.jobs.backbone_of(job) else { return };
         let key = Key { backbone: backbone.to_owned(), rank: 0 };
-        self.log(
-            &key,
-            job.0.clone(),
-            v1::LogLine { level: "WARN".to_owned(), text, ..v1::LogLine::default() },
-        );
+        self.warn(&key, job.0.clone(), text);
+    }
+
+    /// Says something in the log of a job, or of an engine's backbone.
+    fn warn(&mut self, key: &Key, job: String, text: String) {
+        self.log(key, job, v1::LogLine { level: "WARN".to_owned(), text, ..v1::LogLine::default() });
     }
 
     fn line(&mut self, key: &Key, line: v1::LogLine) {
@@ -380,12 +397,12 @@ impl Core {
             let text = format!(
                 "the engine did not leave its old group for {silent} s and is started again: it waits for ranks that are gone"
             );
-            self.log(
-                &key,
-                String::new(),
-                v1::LogLine { level: "WARN".to_owned(), text, ..v1::LogLine::default() },
-            );
+            self.warn(&key, String::new(), text);
             self.engines.restart(&key, &mut self.actions);
+        }
+        for (key, text) in self.engines.overdue(now) {
+            tracing::warn!("{}: {text}", key.backbone);
+            self.warn(&key, String::new(), text);
         }
         if self.welcomed && now >= self.last_heartbeat + self.heartbeat {
             self.beat(now);

@@ -8,6 +8,11 @@ use incipit_proto::v1::{EngineAssignment, EngineAssignments, EngineStatus};
 use crate::agent::core::{Action, Config, HUNG_AFTER, STUCK_AFTER, Time};
 use crate::frames::{Join, Order};
 
+/// From the kill of an engine that does not end to the first word about it, in milliseconds; later ones come at growing intervals.
+const OVERDUE: Time = 5_000;
+/// The longest such interval.
+const LONGEST: Time = 600_000;
+
 /// Names an engine's process.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Key {
@@ -30,6 +35,10 @@ pub struct Engine {
     pub lost: bool,
     /// Whether it was killed, and will end.
     pub dying: bool,
+    /// The number of its process, once it is known; 0 until then.
+    pub pid: u32,
+    /// Of one that is dying: since when, and when that is to be told.
+    overdue: Option<(Time, Time)>,
     /// Plans carried out.
     pub progress: u64,
     /// When it last said that it is alive.
@@ -50,6 +59,17 @@ impl Engine {
     pub fn epoch(&self) -> u64 {
         self.assignment.epoch
     }
+
+    /// What is to be said where it has not ended so many seconds after it was killed.
+    fn outlasts(&self, rank: u32, seconds: u64) -> String {
+        let gpus: Vec<String> = gpus(&self.assignment, self.local_rank).map(|gpu| gpu.to_string()).collect();
+        let held = if gpus.is_empty() { String::new() } else { format!(" (of GPU {})", gpus.join(", ")) };
+        format!(
+            "kill -9 was sent to the engine of rank {rank} {seconds} s ago, and process {} has not ended: its place{held} is held back; \
+             see what the process waits for (`cat /proc/{0}/stack`, `nvidia-smi`), or restart the machine",
+            self.pid
+        )
+    }
 }
 
 /// The engines.
@@ -61,6 +81,8 @@ pub(crate) struct Engines {
     running: BTreeMap<Key, Engine>,
     /// Engines that have ended in this epoch: started again under a new one only.
     ended: BTreeSet<(Key, u64)>,
+    /// GPUs of the machine.
+    gpus: u32,
 }
 
 impl Engines {
@@ -71,6 +93,7 @@ impl Engines {
             wanted: BTreeMap::new(),
             running: BTreeMap::new(),
             ended: BTreeSet::new(),
+            gpus: config.machine.gpus.len() as u32,
         }
     }
 
@@ -133,6 +156,8 @@ impl Engines {
             ready: false,
             lost: false,
             dying: false,
+            pid: 0,
+            overdue: None,
             progress: 0,
             alive_at: now,
             told_at: None,
@@ -145,18 +170,25 @@ impl Engines {
         self.join(key, assignment.clone(), now, actions);
     }
 
-    /// The first of as many GPUs in a row as the assignment needs and no engine has. Nothing while an engine is dying that has one: it holds
-    /// the GPU's memory until it has ended.
+    /// The first of as many GPUs in a row as the assignment needs and no engine has. One that is dying has its own, and their memory, until it
+    /// has ended: where the machine has no others, nothing.
     fn free_gpus(&self, assignment: &EngineAssignment) -> Option<u32> {
         if gpus(assignment, 0).is_empty() {
             return Some(0);
         }
         let of = |engine: &Engine| gpus(&engine.assignment, engine.local_rank);
-        if self.running.values().any(|engine| engine.dying && !of(engine).is_empty()) {
-            return None;
-        }
         let used: BTreeSet<u32> = self.running.values().flat_map(of).collect();
-        (0..).find(|first| gpus(assignment, *first).all(|gpu| !used.contains(&gpu)))
+        let first = (0..).find(|first| gpus(assignment, *first).all(|gpu| !used.contains(&gpu)))?;
+        let some_come_free = self.running.values().any(|engine| engine.dying && !of(engine).is_empty());
+        let is_beyond = gpus(assignment, first).end > self.gpus;
+        (!(is_beyond && some_come_free)).then_some(first)
+    }
+
+    /// An engine's process was started.
+    pub(crate) fn started(&mut self, key: &Key, pid: u32) {
+        if let Some(engine) = self.running.get_mut(key) {
+            engine.pid = pid;
+        }
     }
 
     fn join(&mut self, key: &Key, assignment: EngineAssignment, now: Time, actions: &mut Vec<Action>) {
@@ -211,6 +243,20 @@ impl Engines {
             self.ended.insert((key.clone(), engine.epoch()));
         }
         Some(engine)
+    }
+
+    /// What is to be said of engines that were killed long ago and have not ended, each time that their wait has doubled.
+    pub(crate) fn overdue(&mut self, now: Time) -> Vec<(Key, String)> {
+        let mut told = Vec::new();
+        for (key, engine) in self.running.iter_mut().filter(|(_, engine)| engine.dying) {
+            let (since, due) = *engine.overdue.get_or_insert((now, now + OVERDUE));
+            if now >= due {
+                let lasts = now - since;
+                engine.overdue = Some((since, now + lasts.min(LONGEST)));
+                told.push((key.clone(), engine.outlasts(key.rank, lasts / 1000)));
+            }
+        }
+        told
     }
 
     /// Engines that gave no sign of life for too long.

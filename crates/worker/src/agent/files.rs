@@ -3,7 +3,7 @@
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use incipit_proto::Problem;
@@ -23,6 +23,10 @@ use crate::spec;
 const PART: usize = 256 << 10;
 /// Files that travel at once.
 const AT_ONCE: usize = 4;
+/// How long nothing of a file may move before it is given up, to be tried again: it holds a place that others wait for.
+const SILENCE: Duration = Duration::from_secs(30);
+/// Bytes that a store has on its disk in a second, at least: that a file is there may be said so much later.
+const SYNCED: u64 = 16 << 20;
 /// Data that are kept for later jobs, in bytes: the least recently used go beyond.
 const KEPT: u64 = 32 << 30;
 
@@ -31,6 +35,7 @@ const KEPT: u64 = 32 << 30;
 pub(crate) struct Files {
     dir: PathBuf,
     travelling: Arc<Semaphore>,
+    silence: Duration,
 }
 
 impl Files {
@@ -48,7 +53,8 @@ impl Files {
             atomic::remove_dir(&dir.join(part))?;
             atomic::create_dir(&dir.join(part))?;
         }
-        Ok(Self { dir: dir.to_owned(), travelling: Arc::new(Semaphore::new(AT_ONCE)) })
+        let travelling = Arc::new(Semaphore::new(AT_ONCE));
+        Ok(Self { dir: dir.to_owned(), travelling, silence: SILENCE })
     }
 
     /// Where engines leave checkpoints.
@@ -93,7 +99,7 @@ impl Files {
             let part = format!(".{digest}-{name}-{}.part", uuid::Uuid::new_v4().simple());
             let part = Part(self.dir.join("data").join(part));
             let mend = "hand the job in again with the same file, which repairs it";
-            download(client, digest, &part.0).await.map_err(|stopped| stopped.mended_by(mend))?;
+            self.download(client, digest, &part.0).await.map_err(|stopped| stopped.mended_by(mend))?;
             place(&part.0, &path).await.map_err(|error| local("write", &path, &error))?;
         }
         Ok(path.to_string_lossy().into_owned())
@@ -117,7 +123,7 @@ impl Files {
                 "its checkpoint of step {} is lost by that (`incipit checkpoint verify` says what of it): hand the job in again",
                 checkpoint.step
             );
-            download(client, &file.digest, &path).await.map_err(|stopped| stopped.mended_by(&mend))?;
+            self.download(client, &file.digest, &path).await.map_err(|stopped| stopped.mended_by(&mend))?;
         }
         Ok(dir.to_string_lossy().into_owned())
     }
@@ -138,9 +144,62 @@ impl Files {
             .map_err(|status| Stopped::from(&status))?;
         let missing = found.into_inner().missing;
         for file in files.iter().filter(|file| missing.contains(&file.digest)) {
-            upload(client, file, &Path::new(dir).join(&file.name)).await?;
+            self.upload(client, file, &Path::new(dir).join(&file.name)).await?;
         }
         Ok(())
+    }
+
+    async fn download(&self, client: &Client, digest: &str, path: &Path) -> Result<(), Stopped> {
+        let told = |error: std::io::Error| local("write", path, &error);
+        let request = v1::ReadBlobRequest { digest: digest.to_owned(), offset: 0 };
+        let mut parts = moves(self.silence, digest, client.blobs().read_blob(request)).await?.into_inner();
+        let mut file = tokio::fs::File::create(path).await.map_err(told)?;
+        let mut hasher = blake3::Hasher::new();
+        while let Some(part) = moves(self.silence, digest, parts.message()).await? {
+            hasher.update(&part.data);
+            file.write_all(&part.data).await.map_err(told)?;
+        }
+        file.sync_all().await.map_err(told)?;
+        if hasher.finalize().to_hex().as_str() == digest {
+            return Ok(());
+        }
+        // A stream that ended early looks like this as well.
+        let what = format!("what came of the blob {digest} has another hash");
+        Err(Stopped::Damaged(Problem::new(Code::DataLoss, "BLOB_DAMAGED", what)))
+    }
+
+    async fn upload(&self, client: &Client, file: &v1::CheckpointFile, path: &Path) -> Result<(), Stopped> {
+        let told = |error: std::io::Error| local("read", path, &error);
+        let mut reader = tokio::fs::File::open(path).await.map_err(told)?;
+        // One part waits at most: where it is taken, the file moves indeed.
+        let (sender, parts) = mpsc::channel(1);
+        let first = v1::WriteBlobRequest { digest: file.digest.clone(), size: file.size, data: Bytes::new() };
+        let (silence, digest) = (self.silence, &*file.digest);
+        let reading = async move {
+            let mut part = first;
+            loop {
+                // A call that takes nothing any more says why.
+                let taken = moves(silence, digest, async { Ok(sender.send(part).await.is_ok()) }).await?;
+                let mut data = vec![0; PART];
+                let length = if taken { reader.read(&mut data).await.map_err(told)? } else { 0 };
+                if length == 0 {
+                    return Ok::<_, Stopped>(());
+                }
+                data.truncate(length);
+                part = v1::WriteBlobRequest { data: data.into(), ..v1::WriteBlobRequest::default() };
+            }
+        };
+        let mut blobs = client.blobs();
+        let written = blobs.write_blob(ReceiverStream::new(parts));
+        tokio::pin!(written);
+        tokio::select! {
+            done = &mut written => done.map(drop).map_err(|status| Stopped::from(&status)),
+            read = reading => {
+                read?;
+                let silence = silence + Duration::from_secs(file.size / SYNCED);
+                moves(silence, digest, written).await.map(drop)
+            }
+        }
     }
 
     /// Removes a checkpoint that is stored.
@@ -211,48 +270,176 @@ fn local(action: &str, path: &Path, error: &std::io::Error) -> Stopped {
     Stopped::Local(format!("cannot {action} {}: {error}", path.display()))
 }
 
-async fn download(client: &Client, digest: &str, path: &Path) -> Result<(), Stopped> {
-    let told = |error: std::io::Error| local("write", path, &error);
-    let request = v1::ReadBlobRequest { digest: digest.to_owned(), offset: 0 };
-    let response = client.blobs().read_blob(request).await.map_err(|status| Stopped::from(&status))?;
-    let mut parts = response.into_inner();
-    let mut file = tokio::fs::File::create(path).await.map_err(told)?;
-    let mut hasher = blake3::Hasher::new();
-    while let Some(part) = parts.message().await.map_err(|status| Stopped::from(&status))? {
-        hasher.update(&part.data);
-        file.write_all(&part.data).await.map_err(told)?;
+/// What comes next of a blob on its way.
+///
+/// # Errors
+/// What the coordinator says; or that nothing comes for too long.
+async fn moves<T>(
+    silence: Duration,
+    digest: &str,
+    next: impl Future<Output = Result<T, tonic::Status>>,
+) -> Result<T, Stopped> {
+    match tokio::time::timeout(silence, next).await {
+        Ok(done) => done.map_err(|status| Stopped::from(&status)),
+        Err(_) => {
+            let what = format!(
+                "nothing of the blob {digest} moved for {} s; look at the coordinator's store, and at the way to it",
+                silence.as_secs_f32()
+            );
+            Err(Stopped::Broken(Problem::new(Code::DeadlineExceeded, "DEADLINE", what)))
+        }
     }
-    file.sync_all().await.map_err(told)?;
-    if hasher.finalize().to_hex().as_str() == digest {
-        return Ok(());
-    }
-    // A stream that ended early looks like this as well.
-    let what = format!("what came of the blob {digest} has another hash");
-    Err(Stopped::Damaged(Problem::new(Code::DataLoss, "BLOB_DAMAGED", what)))
 }
 
-async fn upload(client: &Client, file: &v1::CheckpointFile, path: &Path) -> Result<(), Stopped> {
-    let mut reader = tokio::fs::File::open(path).await.map_err(|error| local("read", path, &error))?;
-    let (sender, parts) = mpsc::channel(4);
-    let first = v1::WriteBlobRequest { digest: file.digest.clone(), size: file.size, data: Bytes::new() };
-    let reading = async move {
-        let mut part = first;
-        loop {
-            if sender.send(part).await.is_err() {
-                return Ok(());
-            }
-            let mut data = vec![0; PART];
-            let length = reader.read(&mut data).await?;
-            if length == 0 {
-                return Ok(());
-            }
-            data.truncate(length);
-            part = v1::WriteBlobRequest { data: data.into(), ..v1::WriteBlobRequest::default() };
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use incipit_proto::client::ClientConfig;
+    use incipit_proto::v1::blob_service_server::{BlobService, BlobServiceServer};
+    use tokio_stream::StreamExt as _;
+    use tonic::{Request, Response, Status, Streaming};
+
+    use super::*;
+    use crate::agent::persist::{Word, persist};
+
+    /// What blobs hold.
+    const TEXT: &[u8] = b"an example";
+
+    type Parts = tokio_stream::Iter<std::vec::IntoIter<Result<v1::ReadBlobResponse, Status>>>;
+
+    /// Blobs in a store some of which hangs: it answers for the digest of [`TEXT`] alone, and takes of others a few parts, or none.
+    #[derive(Default)]
+    struct Store {
+        reads: Arc<AtomicUsize>,
+    }
+
+    fn digest() -> String {
+        blake3::hash(TEXT).to_hex().to_string()
+    }
+
+    #[tonic::async_trait]
+    impl BlobService for Store {
+        type ReadBlobStream = Parts;
+
+        async fn find_blobs(
+            &self,
+            request: Request<v1::FindBlobsRequest>,
+        ) -> Result<Response<v1::FindBlobsResponse>, Status> {
+            Ok(Response::new(v1::FindBlobsResponse { missing: request.into_inner().digests }))
         }
-    };
-    let mut blobs = client.blobs();
-    let (read, written) = tokio::join!(reading, blobs.write_blob(ReceiverStream::new(parts)));
-    read.map_err(|error: std::io::Error| local("read", path, &error))?;
-    written.map_err(|status| Stopped::from(&status))?;
-    Ok(())
+
+        async fn read_blob(&self, request: Request<v1::ReadBlobRequest>) -> Result<Response<Parts>, Status> {
+            self.reads.fetch_add(1, Ordering::Relaxed);
+            if request.into_inner().digest != digest() {
+                std::future::pending::<()>().await;
+            }
+            let part = v1::ReadBlobResponse { data: Bytes::from_static(TEXT) };
+            Ok(Response::new(tokio_stream::iter(vec![Ok(part)])))
+        }
+
+        async fn write_blob(
+            &self,
+            request: Request<Streaming<v1::WriteBlobRequest>>,
+        ) -> Result<Response<v1::WriteBlobResponse>, Status> {
+            let mut parts = request.into_inner();
+            let first = parts.next().await.transpose()?.unwrap_or_default();
+            if first.digest == "takes nothing" {
+                std::future::pending::<()>().await;
+            }
+            while let Some(part) = parts.next().await {
+                part?;
+            }
+            if first.digest != digest() {
+                std::future::pending::<()>().await;
+            }
+            Ok(Response::new(v1::WriteBlobResponse { size: first.size }))
+        }
+    }
+
+    /// Files of this machine, and a client of a store.
+    async fn world(dir: &Path, silence: Duration) -> (Files, Client, Arc<AtomicUsize>) {
+        let listener = tokio::net::TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let store = Store::default();
+        let reads = store.reads.clone();
+        let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+        let server = tonic::transport::Server::builder().add_service(BlobServiceServer::new(store));
+        tokio::spawn(server.serve_with_incoming(incoming));
+        let client = Client::connect(&ClientConfig::new(format!("http://{address}"))).await.unwrap();
+        (Files { silence, ..Files::open(dir).unwrap() }, client, reads)
+    }
+
+    fn job(digest: &str) -> v1::JobAssignment {
+        let source = Some(Source::Digest(digest.to_owned()));
+        let train = Some(v1::DataSource { source, ..v1::DataSource::default() });
+        let spec = Some(v1::TrainingSpec { train, ..v1::TrainingSpec::default() });
+        v1::JobAssignment { job: "jobs/j".to_owned(), spec, ..v1::JobAssignment::default() }
+    }
+
+    #[tokio::test]
+    async fn downloads_that_hang_are_told_and_tried_again_and_hold_no_other_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let (files, client, reads) = world(dir.path(), Duration::from_millis(50)).await;
+        let told = Arc::<Mutex<Vec<Problem>>>::default();
+        let mut hanging = Vec::new();
+        for number in 0..AT_ONCE {
+            let (files, client, told) = (files.clone(), client.clone(), told.clone());
+            hanging.push(tokio::spawn(async move {
+                let job = job(&format!("{number}"));
+                let tell = |word| match word {
+                    Word::Fails(_, problem) => told.lock().unwrap().push(problem),
+                    Word::Works(_) => {}
+                };
+                persist(|| files.fetch(&client, &job), tell).await
+            }));
+        }
+        while reads.load(Ordering::Relaxed) < AT_ONCE {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let good = job(&digest());
+        let fetched = persist(|| files.fetch(&client, &good), |_| ()).await.unwrap();
+        assert_eq!(std::fs::read(&fetched.tasks[0].train).unwrap(), TEXT);
+        while reads.load(Ordering::Relaxed) < 3 * AT_ONCE {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        for task in hanging {
+            assert!(!task.is_finished(), "one gave up for good");
+            task.abort();
+        }
+        let told = told.lock().unwrap();
+        assert_eq!(told.len(), AT_ONCE, "{told:?}");
+        assert!(
+            told.iter().all(|problem| problem.reason == "DEADLINE" && problem.message.contains("moved")),
+            "{told:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn an_upload_that_hangs_is_given_up_whether_it_is_taken_or_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let (files, client, _) = world(dir.path(), Duration::from_millis(50)).await;
+        std::fs::write(dir.path().join("small"), TEXT).unwrap();
+        std::fs::write(dir.path().join("large"), vec![7; 8 << 20]).unwrap();
+        let file = |name: &str, digest: &str, size| v1::CheckpointFile {
+            name: name.to_owned(),
+            digest: digest.to_owned(),
+            size,
+        };
+        let at = dir.path().to_string_lossy().into_owned();
+        for digest in ["takes nothing", "does not answer"] {
+            for (name, size) in [("small", TEXT.len()), ("large", 8 << 20)] {
+                let list = [file(name, digest, size as u64)];
+                match files.store(&client, &list, &at).await {
+                    Err(Stopped::Broken(problem)) => assert_eq!(problem.reason, "DEADLINE", "{problem}"),
+                    other => panic!("{name}, {digest}: {other:?}"),
+                }
+            }
+        }
+        assert_eq!(files.travelling.available_permits(), AT_ONCE);
+        let list = [file("small", &digest(), TEXT.len() as u64)];
+        persist(|| files.store(&client, &list, &at), |_| ()).await.unwrap();
+    }
 }

@@ -10,6 +10,9 @@ use crate::agent::core::{Action, FileKey, Refused};
 use crate::agent::engines::{Engines, Key};
 use crate::frames::{self, LocalJob};
 
+/// Newest checkpoints of a job that the coordinator keeps where the job does not say how many.
+const KEEP: u32 = 3;
+
 /// The jobs.
 #[derive(Debug, Default)]
 pub(crate) struct Jobs {
@@ -105,6 +108,12 @@ impl Jobs {
     pub(crate) fn backbone_of(&self, job: &FileKey) -> Option<&str> {
         let mut backbones = self.backbones.iter();
         backbones.find(|(_, backbone)| backbone.jobs.contains_key(job)).map(|(name, _)| &**name)
+    }
+
+    /// How many of its newest checkpoints are kept of a job.
+    pub(crate) fn keep(&self, job: &FileKey) -> usize {
+        let job = self.backbones.values().find_map(|backbone| backbone.jobs.get(job));
+        job.and_then(|job| job.assignment.spec.as_ref()?.keep).unwrap_or(KEEP) as usize
     }
 
     fn find(&mut self, job: &FileKey) -> Option<(&String, &mut Backbone)> {

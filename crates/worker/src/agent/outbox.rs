@@ -3,6 +3,9 @@
 //! A report is numbered once it can be said. A checkpoint's waits until its files are stored, and only what must come after it waits with it:
 //! the job's next checkpoints, and its leave. All else (other jobs, metrics, lines) goes before; so does the loss of an engine, unless all goes
 //! well with the files, which it then waits for, for a moment.
+//!
+//! The files of a job's checkpoints are stored one after the other. So those behind the first can still be dropped: of them stay the few that
+//! the coordinator would keep, however long its store is away.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -18,6 +21,8 @@ const LINES: usize = 200;
 /// How long the loss of an engine waits for checkpoints of its backbone whose files are being stored just then, in milliseconds: behind the
 /// loss, which begins another epoch, they would count for nothing.
 const PATIENCE: Time = 1_000;
+/// Checkpoints of a job that wait, at most, besides the best ones and the one whose files are being stored. They fill this machine's disk.
+const BEHIND: usize = 16;
 
 /// The reports.
 #[derive(Debug, Default)]
@@ -36,6 +41,8 @@ pub(crate) struct Outbox {
     losses: VecDeque<(v1::EngineReport, Time)>,
     /// Attempts of jobs whose last checkpoint could not be stored, and why.
     unsaved: BTreeMap<FileKey, String>,
+    /// Attempts of jobs whose checkpoint could not be stored, and is tried again.
+    failing: BTreeSet<FileKey>,
     /// Attempts of jobs that are to be cancelled.
     cancelled: BTreeSet<FileKey>,
 }
@@ -54,10 +61,18 @@ struct Waiting {
     job: FileKey,
     message: Message,
     dir: Option<String>,
-    /// Of a checkpoint, as long as its files are on their way.
+    /// Of a checkpoint, as long as its files are not stored.
     ticket: Option<u64>,
-    /// Whether its files could not be stored, and are tried again.
-    failing: bool,
+    /// Whether its files are on their way.
+    begun: bool,
+}
+
+/// A checkpoint whose files are to be stored.
+pub(crate) struct ToStore {
+    pub(crate) ticket: u64,
+    pub(crate) report: v1::JobReport,
+    /// Where the files are.
+    pub(crate) dir: String,
 }
 
 impl Outbox {
@@ -69,7 +84,7 @@ impl Outbox {
         if let Some(why) = self.unsaved.remove(&job) {
             without_checkpoint(left, &why);
         }
-        self.waiting.push_back(Waiting { job, message, dir: None, ticket: None, failing: false });
+        self.waiting.push_back(Waiting { job, message, dir: None, ticket: None, begun: false });
         self.advance();
     }
 
@@ -78,8 +93,49 @@ impl Outbox {
         self.unsaved.remove(&job);
         self.tickets += 1;
         let ticket = Some(self.tickets);
-        self.waiting.push_back(Waiting { job, message, dir: Some(dir), ticket, failing: false });
+        self.waiting.push_back(Waiting { job, message, dir: Some(dir), ticket, begun: false });
         self.tickets
+    }
+
+    /// The checkpoints whose files are to be stored from now on: of each job the first that waits.
+    pub(crate) fn begin(&mut self) -> Vec<ToStore> {
+        let (mut jobs, mut begun) = (BTreeSet::new(), Vec::new());
+        for entry in &mut self.waiting {
+            let (Some(ticket), Some(dir)) = (entry.ticket, &entry.dir) else { continue };
+            if jobs.insert(&entry.job)
+                && !entry.begun
+                && let Message::Job(report) = &entry.message
+            {
+                entry.begun = true;
+                begun.push(ToStore { ticket, report: report.clone(), dir: dir.clone() });
+            }
+        }
+        begun
+    }
+
+    /// Drops those checkpoints of a job that wait behind another's files, and that the coordinator, which keeps the `keep` newest and the best,
+    /// would not keep either once all were stored (and more, where `keep` is beyond what this machine's disk is to carry). The job's last one
+    /// stays. Returns the steps of the others, and where their files are.
+    pub(crate) fn drop_old(&mut self, job: &FileKey, keep: usize) -> Vec<(u64, String)> {
+        let (mut newer, mut bests, mut dropped) = (0, BTreeSet::new(), Vec::new());
+        let mut stay = VecDeque::new();
+        for entry in std::mem::take(&mut self.waiting).into_iter().rev() {
+            if entry.job == *job
+                && let Some(dir) = &entry.dir
+                && let Message::Job(v1::JobReport { report: Some(Report::Saved(saved)), .. }) = &entry.message
+            {
+                let is_best = best_of(saved).filter(|task| bests.insert((*task).to_owned())).count() > 0;
+                if newer >= keep.clamp(1, BEHIND) && !is_best && !entry.begun {
+                    dropped.push((saved.step, dir.clone()));
+                    continue;
+                }
+                newer += 1;
+            }
+            stay.push_front(entry);
+        }
+        self.waiting = stay;
+        dropped.reverse();
+        dropped
     }
 
     /// The loss of an engine.
@@ -103,7 +159,7 @@ impl Outbox {
     fn is_storing(&self, backbone: &str) -> bool {
         let storing = |entry: &Waiting| {
             let of = matches!(&entry.message, Message::Job(report) if report.backbone == backbone);
-            of && entry.ticket.is_some() && !entry.failing
+            of && entry.ticket.is_some() && !self.failing.contains(&entry.job)
         };
         self.waiting.iter().any(storing)
     }
@@ -136,17 +192,18 @@ impl Outbox {
 
     /// Numbers what waits for nothing any more.
     fn advance(&mut self) {
-        // Jobs that have a checkpoint on its way, and whether that fails.
-        let mut held: BTreeMap<FileKey, bool> = BTreeMap::new();
+        // Jobs that have a checkpoint that is not stored.
+        let mut held = BTreeSet::new();
         for mut entry in std::mem::take(&mut self.waiting) {
-            let before = held.get(&entry.job).copied();
+            let is_held = held.contains(&entry.job);
             // Nobody needs the checkpoint of a job that is to be cancelled, so that its leave does not wait for one that cannot be stored.
-            let gives_up = before == Some(true) && self.cancelled.contains(&entry.job) && entry.give_up();
-            if entry.ticket.is_none() && (before.is_none() || gives_up) {
+            let is_vain = self.failing.contains(&entry.job) && self.cancelled.contains(&entry.job);
+            let gives_up = is_held && is_vain && entry.give_up();
+            if entry.ticket.is_none() && (!is_held || gives_up) {
                 self.number(entry.message, entry.dir);
                 continue;
             }
-            *held.entry(entry.job.clone()).or_default() |= entry.failing;
+            held.insert(entry.job.clone());
             self.waiting.push_back(entry);
         }
     }
@@ -158,14 +215,16 @@ impl Outbox {
     /// The files of a report are stored.
     pub(crate) fn release(&mut self, ticket: u64) {
         let Some(place) = self.find(ticket) else { return };
-        (self.waiting[place].ticket, self.waiting[place].failing) = (None, false);
+        self.waiting[place].ticket = None;
+        self.failing.remove(&self.waiting[place].job);
         self.advance();
     }
 
     /// The files of a job's checkpoint could not be stored yet, and are tried again.
     pub(crate) fn fails(&mut self, job: &FileKey) {
-        let stuck = |entry: &&mut Waiting| entry.job == *job && entry.ticket.is_some();
-        self.waiting.iter_mut().filter(stuck).for_each(|entry| entry.failing = true);
+        if self.waiting.iter().any(|entry| entry.job == *job && entry.begun && entry.ticket.is_some()) {
+            self.failing.insert(job.clone());
+        }
         self.advance();
     }
 
@@ -180,8 +239,9 @@ impl Outbox {
     pub(crate) fn replace(&mut self, ticket: u64, why: &str) {
         let Some(place) = self.find(ticket) else { return };
         let entry = &mut self.waiting[place];
-        (entry.ticket, entry.failing) = (None, false);
+        entry.ticket = None;
         let job = entry.job.clone();
+        self.failing.remove(&job);
         if let Message::Job(report) = &entry.message
             && let Some(Report::Saved(saved)) = &report.report
         {
@@ -253,6 +313,12 @@ impl Waiting {
     }
 }
 
+/// The tasks whose best a checkpoint is, by their names; the only task of a job has none.
+fn best_of(saved: &v1::CheckpointSaved) -> impl Iterator<Item = &str> {
+    let tasks = saved.tasks.iter().filter(|task| task.best).map(|task| &*task.name);
+    saved.best.then_some("").into_iter().chain(tasks)
+}
+
 fn key(report: &v1::JobReport) -> FileKey {
     (report.job.clone(), report.attempt)
 }
@@ -288,7 +354,29 @@ mod tests {
     }
 
     fn hold(outbox: &mut Outbox, step: u64) -> u64 {
-        outbox.hold(attempt(), saved(step), "dir".to_owned())
+        let ticket = outbox.hold(attempt(), saved(step), "dir".to_owned());
+        outbox.begin();
+        ticket
+    }
+
+    /// A checkpoint whose tasks are at their best so far: `u`, `v`, or both.
+    fn of_tasks(step: u64, bests: [bool; 2]) -> Message {
+        let task = |(name, best): (&str, bool)| v1::CheckpointTask {
+            name: name.to_owned(),
+            best,
+            ..v1::CheckpointTask::default()
+        };
+        let tasks = ["u", "v"].into_iter().zip(bests).map(task).collect();
+        of_job(Report::Saved(v1::CheckpointSaved { step, tasks, ..v1::CheckpointSaved::default() }))
+    }
+
+    /// Steps of the job's checkpoints that wait.
+    fn waits(outbox: &Outbox) -> Vec<u64> {
+        let step = |entry: &Waiting| match &entry.message {
+            Message::Job(v1::JobReport { report: Some(Report::Saved(saved)), .. }) => Some(saved.step),
+            _ => None,
+        };
+        outbox.waiting.iter().filter_map(step).collect()
     }
 
     fn attempt() -> FileKey {
@@ -376,6 +464,116 @@ mod tests {
         assert_eq!(outbox.take_unsent().len(), 7);
         assert_eq!(outbox.acknowledge(6), ["dir", "dir"]);
         assert!(!outbox.is_empty() && outbox.acknowledge(7).is_empty() && outbox.is_empty());
+    }
+
+    #[test]
+    fn the_files_of_a_job_are_stored_one_after_the_other_and_other_jobs_do_not_wait() {
+        let mut outbox = Outbox::default();
+        let begun = |outbox: &mut Outbox| -> Vec<u64> {
+            outbox.begin().into_iter().map(|ToStore { ticket, .. }| ticket).collect()
+        };
+        for step in 1..=3 {
+            outbox.hold(attempt(), saved(step), format!("{step}"));
+        }
+        outbox.hold(
+            ("jobs/k".to_owned(), 1),
+            of("jobs/k", Report::Saved(v1::CheckpointSaved::default())),
+            String::new(),
+        );
+        assert_eq!(begun(&mut outbox), [1, 4]);
+        assert_eq!(begun(&mut outbox), [0; 0], "they are on their way");
+        outbox.release(1);
+        assert_eq!(begun(&mut outbox), [2]);
+        outbox.replace(2, "no space");
+        assert_eq!(begun(&mut outbox), [3]);
+        assert_eq!(said(&mut outbox), ["saved", "logs"]);
+    }
+
+    #[test]
+    fn of_many_that_wait_the_one_on_its_way_the_best_ones_and_the_newest_stay() {
+        let mut outbox = Outbox::default();
+        let (mut dropped, mut most) = (Vec::new(), 0);
+        for step in 1..=40 {
+            // Task `u` is at its best at first, and task `v` once in a while.
+            outbox.hold(attempt(), of_tasks(step, [step == 4, step % 10 == 2]), format!("step {step}"));
+            outbox.begin();
+            dropped.extend(outbox.drop_old(&attempt(), 3));
+            most = most.max(outbox.waiting.len());
+        }
+        outbox.report(succeeded());
+        assert_eq!(waits(&outbox), [1, 4, 32, 38, 39, 40]);
+        assert_eq!((dropped.len(), most), (34, 6));
+        assert_eq!(dropped[0], (3, "step 3".to_owned()));
+        assert!(dropped.contains(&(2, "step 2".to_owned())), "it was the best until step 12 alone");
+        outbox.release(1);
+        while let Some(ToStore { ticket, .. }) = outbox.begin().pop() {
+            outbox.release(ticket);
+        }
+        assert_eq!(said(&mut outbox), ["saved", "saved", "saved", "saved", "saved", "saved", "left"]);
+
+        // Another job's, and those of one that keeps all.
+        let mut outbox = Outbox::default();
+        for step in 1..=40 {
+            hold(&mut outbox, step);
+            outbox.drop_old(&("jobs/k".to_owned(), 1), 1);
+        }
+        assert_eq!(waits(&outbox).len(), 40);
+        outbox.drop_old(&attempt(), usize::MAX);
+        assert_eq!(waits(&outbox).len(), BEHIND + 1);
+    }
+
+    /// Checkpoints as the coordinator keeps them: the newest, and the best one of each task.
+    #[derive(Debug, Default, PartialEq)]
+    struct Kept {
+        steps: BTreeSet<u64>,
+        bests: BTreeMap<String, u64>,
+    }
+
+    impl Kept {
+        fn take(&mut self, message: &Message, keep: usize) {
+            let Message::Job(v1::JobReport { report: Some(Report::Saved(saved)), .. }) = message else {
+                return;
+            };
+            self.steps.insert(saved.step);
+            self.bests.extend(best_of(saved).map(|task| (task.to_owned(), saved.step)));
+            let old: Vec<u64> = self.steps.iter().rev().skip(keep).copied().collect();
+            let bests: Vec<u64> = self.bests.values().copied().collect();
+            self.steps.retain(|step| !old.contains(step) || bests.contains(step));
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn what_is_dropped_the_coordinator_would_not_have_kept(
+            keep in 1..6_usize,
+            saves in proptest::collection::vec((proptest::bool::weighted(0.2), proptest::bool::weighted(0.2), 0..4_u8), 1..60),
+        ) {
+            let (mut outbox, mut with, mut without) = (Outbox::default(), Kept::default(), Kept::default());
+            let mut on_its_way = None;
+            let take = |outbox: &mut Outbox, with: &mut Kept| {
+                for request in outbox.take_unsent() {
+                    with.take(&request.message.unwrap(), keep);
+                }
+            };
+            for (step, (u, v, stored)) in (1..).zip(saves) {
+                let message = of_tasks(step, [u, v]);
+                without.take(&message, keep);
+                outbox.hold(attempt(), message, String::new());
+                outbox.drop_old(&attempt(), keep);
+                on_its_way = on_its_way.or_else(|| outbox.begin().pop());
+                if stored == 0 && let Some(stored) = on_its_way.take() {
+                    outbox.release(stored.ticket);
+                    on_its_way = outbox.begin().pop();
+                }
+                proptest::prop_assert!(outbox.waiting.len() <= keep + 3, "{}", outbox.waiting.len());
+                take(&mut outbox, &mut with);
+            }
+            while let Some(stored) = on_its_way.take().or_else(|| outbox.begin().pop()) {
+                outbox.release(stored.ticket);
+            }
+            take(&mut outbox, &mut with);
+            proptest::prop_assert_eq!(with, without);
+        }
     }
 
     #[test]

@@ -44,6 +44,11 @@ impl Process {
         Ok(Self { orders, group })
     }
 
+    /// The number of the process; 0 of one that has ended already.
+    pub(crate) fn id(&self) -> u32 {
+        self.group.map_or(0, |group| group.as_raw_nonzero().get().unsigned_abs())
+    }
+
     /// Says something to the engine. One that is gone does not hear it.
     pub(crate) fn tell(&self, order: Order) {
         if let Ok(bytes) = frames::encode(&ToEngine { order: Some(order) }) {

@@ -218,16 +218,19 @@ impl Shell {
     }
 
     fn start(&mut self, key: Key) {
-        match Process::start(&self.config, &key, self.engines_sender.clone()) {
+        let input = match Process::start(&self.config, &key, self.engines_sender.clone()) {
             Ok(process) => {
+                let started = Input::Started(key.clone(), process.id());
                 self.processes.insert(key, process);
+                started
             }
             Err(error) => {
                 let how = format!("{} cannot be started: {error}", self.config.engine.0.display());
-                let sender = self.done_sender.clone();
-                tokio::spawn(async move { sender.send(Input::Ended(key, how)).await });
+                Input::Ended(key, how)
             }
-        }
+        };
+        let sender = self.done_sender.clone();
+        tokio::spawn(async move { sender.send(input).await });
     }
 
     fn fetch(&mut self, job: v1::JobAssignment) {

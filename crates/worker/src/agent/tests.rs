@@ -58,18 +58,26 @@ fn report(job: &str, report: job_report::Report) -> v1::JobReport {
 }
 
 fn saved(job: &str) -> Input {
-    let saved = v1::CheckpointSaved { step: 40, ..v1::CheckpointSaved::default() };
+    saved_at(job, 40, "dir")
+}
+
+fn saved_at(job: &str, step: u64, dir: &str) -> Input {
+    let saved = v1::CheckpointSaved { step, ..v1::CheckpointSaved::default() };
     let report = Some(report(job, job_report::Report::Saved(saved)));
-    Input::Notice(key(), Notice::Saved(Saved { report, dir: "dir".to_owned() }))
+    Input::Notice(key(), Notice::Saved(Saved { report, dir: dir.to_owned() }))
 }
 
 impl World {
     fn new() -> Self {
+        Self::with_gpus(0)
+    }
+
+    fn with_gpus(gpus: usize) -> Self {
         let core = Core::new(Config {
             worker: "workers/w".to_owned(),
             incarnation: "i".to_owned(),
             version: "1".to_owned(),
-            machine: v1::Machine::default(),
+            machine: v1::Machine { gpus: vec!["GPU".to_owned(); gpus], ..v1::Machine::default() },
             slots: 1,
             outbox: "outbox".to_owned(),
             address: String::new(),
@@ -264,23 +272,28 @@ fn joins(actions: &[Action]) -> Vec<(String, u32)> {
     actions.iter().filter_map(join).collect()
 }
 
-#[test]
-fn engines_have_gpus_of_their_own_and_wait_for_those_that_are_dying() {
-    let engine = |backbone: &str, device: &str, collective: &str, ranks: u32| v1::EngineAssignment {
+fn engine(backbone: &str, device: &str, collective: &str, ranks: u32) -> v1::EngineAssignment {
+    v1::EngineAssignment {
         backbone: backbone.to_owned(),
         epoch: 1,
         ranks: (0..ranks).collect(),
         device: device.to_owned(),
         collective: collective.to_owned(),
         ..v1::EngineAssignment::default()
-    };
-    let list = |engines: &[v1::EngineAssignment]| {
-        let engines = engines.to_vec();
-        hears(attach_response::Message::Engines(v1::EngineAssignments { engines }))
-    };
-    let named = |pairs: &[(&str, u32)]| -> Vec<(String, u32)> {
-        pairs.iter().map(|(name, number)| ((*name).to_owned(), *number)).collect()
-    };
+    }
+}
+
+fn list(engines: &[v1::EngineAssignment]) -> Input {
+    let engines = engines.to_vec();
+    hears(attach_response::Message::Engines(v1::EngineAssignments { engines }))
+}
+
+fn named(pairs: &[(&str, u32)]) -> Vec<(String, u32)> {
+    pairs.iter().map(|(name, number)| ((*name).to_owned(), *number)).collect()
+}
+
+#[test]
+fn engines_have_gpus_of_their_own_and_wait_for_those_that_are_dying() {
     let threads = engine("a", "cuda", "local", 2);
     let (on_cpu, processes) = (engine("b", "cpu", "local", 4), engine("c", "cuda", "nccl", 2));
     let mut world = World::new();
@@ -292,4 +305,85 @@ fn engines_have_gpus_of_their_own_and_wait_for_those_that_are_dying() {
     assert_eq!(joins(&world.handle(list(&next))), named(&[("e", 0)]));
     let ended = Key { backbone: "a".to_owned(), rank: 0 };
     assert_eq!(joins(&world.handle(Input::Ended(ended, "killed".to_owned()))), named(&[("d", 0)]));
+}
+
+#[test]
+fn an_engine_that_does_not_end_holds_back_its_own_gpus_alone() {
+    let (threads, processes) = (engine("a", "cuda", "local", 2), engine("c", "cuda", "nccl", 2));
+    let mut world = World::with_gpus(5);
+    let actions = world.handle(list(&[threads, processes.clone()]));
+    assert_eq!(joins(&actions), named(&[("a", 0), ("c", 2), ("c", 3)]));
+    let next = [processes, engine("d", "cuda", "nccl", 1), engine("e", "cuda", "nccl", 1)];
+    assert_eq!(joins(&world.handle(list(&next))), named(&[("d", 4)]), "the fifth GPU is free");
+    let ended = Key { backbone: "a".to_owned(), rank: 0 };
+    assert_eq!(joins(&world.handle(Input::Ended(ended, "killed".to_owned()))), named(&[("e", 0)]));
+    // With none dying, one that the machine has no GPU for is started, and says so itself.
+    let mut world = World::with_gpus(1);
+    assert_eq!(joins(&world.handle(list(&[engine("a", "cuda", "local", 2)]))), named(&[("a", 0)]));
+}
+
+#[test]
+fn an_engine_that_does_not_end_is_told_with_its_process_at_growing_intervals() {
+    let mut world = World::with_gpus(4);
+    world.handle(list(&[engine("a", "cuda", "local", 2)]));
+    world.handle(Input::Started(Key { backbone: "a".to_owned(), rank: 0 }, 4711));
+    world.handle(list(&[]));
+    let start = world.now;
+    let mut told = Vec::new();
+    for _ in 0..1000 {
+        world.now += 90;
+        for message in said(&world.handle(Input::Tick)) {
+            if let Message::Logs(logs) = message
+                && logs.backbone == "a"
+            {
+                told.push(((world.now - start) / 1000, logs.lines[0].text.clone()));
+            }
+        }
+    }
+    let times: Vec<u64> = told.iter().map(|(at, _)| *at).collect();
+    assert_eq!(times, [5, 10, 20, 40, 80]);
+    let text = &told[1].1;
+    for part in ["kill -9", "rank 0", "10 s ago", "process 4711", "GPU 0, 1", "/proc/4711/stack"] {
+        assert!(text.contains(part), "{text}");
+    }
+}
+
+#[test]
+fn checkpoints_that_wait_for_a_store_that_is_away_are_few_and_those_that_go_are_told() {
+    let mut world = World::new();
+    let mut assignments =
+        vec![assignment("jobs/j", JobWish::Unspecified), assignment("jobs/k", JobWish::Unspecified)];
+    assignments[1].spec = Some(v1::TrainingSpec { keep: Some(1), ..v1::TrainingSpec::default() });
+    let assignments = v1::JobAssignments { backbone: BACKBONE.to_owned(), epoch: 1, jobs: assignments };
+    world.handle(hears(attach_response::Message::Jobs(assignments)));
+    for (job, ticket) in [("jobs/j", 1), ("jobs/k", 2)] {
+        let actions = world.handle(saved_at(job, 1, "first"));
+        assert!(
+            matches!(actions[..], [Action::Store { ticket: given, .. }] if given == ticket),
+            "{actions:?}"
+        );
+    }
+    let mut removed = Vec::new();
+    for step in 2..=6 {
+        for job in ["jobs/j", "jobs/k"] {
+            let actions = world.handle(saved_at(job, step, &format!("{job} {step}")));
+            let gone = actions.iter().filter_map(|action| match action {
+                Action::Remove(dir) => Some(dir.clone()),
+                _ => None,
+            });
+            let gone: Vec<String> = gone.collect();
+            let is_told = said(&actions).iter().any(|message| {
+                matches!(message, Message::Logs(logs) if logs.job == job && logs.lines[0].text.contains("was dropped"))
+            });
+            assert_eq!(is_told, !gone.is_empty(), "{actions:?}");
+            assert!(!actions.iter().any(|action| matches!(action, Action::Store { .. })), "{actions:?}");
+            removed.extend(gone);
+        }
+    }
+    removed.sort();
+    assert_eq!(removed, ["jobs/j 2", "jobs/j 3", "jobs/k 2", "jobs/k 3", "jobs/k 4", "jobs/k 5"]);
+    let actions = world.handle(Input::Stored(2, Ok(())));
+    assert!(matches!(said(&actions)[..], [Message::Job(_)]), "{actions:?}");
+    let next = |action: &Action| matches!(action, Action::Store { dir, .. } if dir == "jobs/k 6");
+    assert!(actions.iter().any(next), "{actions:?}");
 }

@@ -38,6 +38,8 @@ pub enum Input {
     Notice(Key, Notice),
     /// An engine wrote a line to its standard error.
     Line(Key, v1::LogLine),
+    /// An engine's process was started: its number.
+    Started(Key, u32),
     /// An engine's process has ended: how.
     Ended(Key, String),
     /// The coordinator will never take this agent: why, and what to do.
