@@ -10,7 +10,7 @@ mod updates;
 
 use std::path::Path;
 
-use common::incipit;
+use common::{Ran, incipit};
 use fake::{Fake, State};
 use fixtures::{ask, backbone, job, with_job};
 use incipit_proto::v1::Optimizer as WireOptimizer;

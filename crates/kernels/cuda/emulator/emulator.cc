@@ -1,6 +1,8 @@
-// Runs kernels on the CPU, block after block. Each thread of a block is a fiber that runs until it waits for others, so that a
-// missing barrier shows as soon as the order changes: tests run every kernel in several orders. Memory of a block is filled with
-// NaN before it begins, and what is copied into it meanwhile comes at once in one order, and in the others as late as it may.
+// Runs kernels on the CPU, block after block. Each thread of a block is a fiber that runs until it waits for others. Between two
+// barriers a GPU may run any warp far ahead of the others, so a warp here runs through all its exchanges up to the next barrier of
+// the block before another warp begins: of any two accesses that no barrier divides, each comes first in one of the orders, and as
+// tests run every kernel in all of them, a missing barrier shows as another number. Memory that a launch asks for is filled with NaN
+// before each block.
 #include "emulator.h"
 
 #include <csetjmp>
@@ -22,6 +24,8 @@ namespace {
 constexpr size_t STACK = 256 * 1024;
 constexpr size_t LARGEST_EXCHANGE = 32;
 
+constexpr unsigned WARP = 32;
+
 struct Kernel {
   Body body;
   unsigned threads;
@@ -31,6 +35,22 @@ std::unordered_map<std::string, Kernel> &kernels() {
   static std::unordered_map<std::string, Kernel> all;
   return all;
 }
+
+// In which order a block's threads run. Warp by warp, or, mixed, all of them from wait to wait, each round from another thread on.
+// Numbers that are copied into shared memory come at once, or when they are waited for; in a mixed order some so and some so.
+struct Order {
+  bool descending, copies_at_once, mixed;
+  uint64_t random;
+
+  explicit Order(uint64_t number = 0)
+      : descending(number % 2 == 1), copies_at_once(number / 2 % 2 == 1), mixed(number >= 4),
+        random(number * 0x9E3779B97F4A7C15ull + 1) {}
+
+  unsigned draw() {
+    random = random * 6364136223846793005ull + 1442695040888963407ull;
+    return static_cast<unsigned>(random >> 33);
+  }
+};
 
 enum class State { New, Ready, AtBlock, AtWarp, Done };
 
@@ -51,7 +71,7 @@ jmp_buf scheduler;
 Body body;
 const void *params;
 std::string failure;
-bool copies_at_once;
+Order order;
 
 void start_fiber() {
   body(params);
@@ -85,50 +105,54 @@ void resume(unsigned i) {
   setcontext(&context);
 }
 
-// Lets those go on for whom all others came. Returns whether there were any.
-bool release(unsigned threads) {
-  bool any = false;
-  unsigned at_block = 0, done = 0;
-  for (unsigned i = 0; i < threads; i++) {
-    at_block += fibers[i]->state == State::AtBlock;
-    done += fibers[i]->state == State::Done;
-  }
-  // Threads that have ended are not waited for.
-  if (at_block > 0 && at_block + done == threads) {
-    for (unsigned i = 0; i < threads; i++)
-      if (fibers[i]->state == State::AtBlock) fibers[i]->state = State::Ready, any = true;
-  }
-  for (unsigned first = 0; first < threads; first += 32) {
+// Lets the lanes of those warps go on that all wait for each other.
+void release_warps(unsigned begin, unsigned end) {
+  for (unsigned first = begin; first < end; first += WARP) {
     bool all = true;
-    for (unsigned i = first; i < first + 32; i++) all &= fibers[i]->state == State::AtWarp;
-    if (!all) continue;
-    for (unsigned i = first; i < first + 32; i++) fibers[i]->state = State::Ready;
-    any = true;
+    for (unsigned i = first; i < first + WARP; i++) all &= fibers[i]->state == State::AtWarp;
+    for (unsigned i = first; all && i < first + WARP; i++) fibers[i]->state = State::Ready;
   }
-  return any;
 }
 
-bool run_block(unsigned threads, uint64_t order) {
+// Lets threads `begin ...` before `end` run as far as they can without others, in rounds: in each all of them run to their next wait.
+void run_alone(unsigned begin, unsigned end) {
+  const unsigned count = end - begin;
+  for (bool ran = true; ran;) {
+    ran = false;
+    const unsigned shift = order.mixed ? order.draw() % count : 0;
+    if (order.mixed) order.descending = order.draw() % 2 == 1;
+    for (unsigned n = 0; n < count; n++) {
+      const unsigned i = (n + shift) % count, place = order.descending ? end - 1 - i : begin + i;
+      if (fibers[place]->state != State::New && fibers[place]->state != State::Ready) continue;
+      resume(place), ran = true;
+      if (!failure.empty()) return;
+    }
+    release_warps(begin, end);
+  }
+}
+
+bool run_block(unsigned threads) {
   for (unsigned i = 0; i < threads; i++) fibers[i]->state = State::New, fibers[i]->turn = 0, fibers[i]->copies.clear();
-  copies_at_once = order == 1;
-  uint64_t random = order * 0x9E3779B97F4A7C15ull + 1;
   for (;;) {
-    bool ran = false;
-    unsigned done = 0;
-    random = random * 6364136223846793005ull + 1442695040888963407ull;
-    const unsigned shift = order < 2 ? 0 : static_cast<unsigned>(random >> 33) % threads;
-    for (unsigned n = 0; n < threads; n++) {
-      unsigned i = order == 1 ? threads - 1 - n : (n + shift) % threads;
-      if (order >= 2 && (random >> 20 & 1)) i = threads - 1 - i;
-      if (fibers[i]->state == State::New || fibers[i]->state == State::Ready) resume(i), ran = true;
-      if (!failure.empty()) return false;
+    const unsigned count = order.mixed ? threads : WARP;
+    for (unsigned n = 0; n < threads && failure.empty(); n += count) {
+      const unsigned begin = order.descending ? threads - count - n : n;
+      run_alone(begin, begin + count);
+    }
+    if (!failure.empty()) return false;
+    // Those at the barrier go on when nobody is left who may come. Threads that have ended are not waited for.
+    unsigned at_block = 0, done = 0;
+    for (unsigned i = 0; i < threads; i++) {
+      at_block += fibers[i]->state == State::AtBlock;
       done += fibers[i]->state == State::Done;
     }
     if (done == threads) return true;
-    if (!release(threads) && !ran) {
+    if (at_block + done < threads) {
       failure = "threads wait for each other at different places";
       return false;
     }
+    for (unsigned i = 0; i < threads; i++)
+      if (fibers[i]->state == State::AtBlock) fibers[i]->state = State::Ready;
   }
 }
 
@@ -146,9 +170,8 @@ void carry_out(const Copy &copy) {
   else std::memcpy(copy.to, copy.from, copy.size);
 }
 
-// At once in one of the orders, and in the others as late as it may be.
 void begin_copy(const Copy &copy) {
-  if (copies_at_once) carry_out(copy);
+  if (order.mixed ? order.draw() % 2 == 1 : order.copies_at_once) carry_out(copy);
   else fibers[current]->copies.push_back(copy);
 }
 
@@ -162,7 +185,7 @@ void exchange(const void *mine, size_t size) {
 }
 
 const void *of_lane(int lane) {
-  const unsigned first = current / 32 * 32;
+  const unsigned first = current / WARP * WARP;
   return fibers[first + static_cast<unsigned>(lane)]->given[fibers[current]->turn];
 }
 
@@ -217,9 +240,10 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   }
 }
 
-// Runs a kernel; 0, or 1 with a message. `order` is the order in which threads run: 0 ascending, 1 descending, else mixed.
+// Runs a kernel; 0, or 1 with a message. `number` is that of the order in which threads run: below 4 warp by warp, odd ones
+// descending, 2 and 3 with copies at once; from 4 on a mixed one each.
 extern "C" int incipit_emulate(const char *name, const unsigned grid[3], unsigned threads, unsigned shared_bytes, const void *params,
-                               uint64_t order, char *message, size_t message_size) {
+                               uint64_t number, char *message, size_t message_size) {
   using namespace emulator;
   const auto say = [&](const std::string &what) {
     std::snprintf(message, message_size, "%s: %s", name, what.c_str());
@@ -227,7 +251,7 @@ extern "C" int incipit_emulate(const char *name, const unsigned grid[3], unsigne
   };
   const auto found = kernels().find(name);
   if (found == kernels().end()) return say("there is no such kernel");
-  if (threads == 0 || threads % 32 != 0 || threads > found->second.threads) return say("a block of a wrong size");
+  if (threads == 0 || threads % WARP != 0 || threads > found->second.threads) return say("a block of a wrong size");
   if (shared_bytes > 227 * 1024) return say("more shared memory than a block can have");
   while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
   std::vector<uint32_t> memory(shared_bytes / 4 + 8);
@@ -237,12 +261,13 @@ extern "C" int incipit_emulate(const char *name, const unsigned grid[3], unsigne
   grid_size = {grid[0], grid[1], grid[2]};
   block_size = {threads, 1, 1};
   failure.clear();
+  order = Order(number);
   for (unsigned z = 0; z < grid[2]; z++)
     for (unsigned y = 0; y < grid[1]; y++)
       for (unsigned x = 0; x < grid[0]; x++) {
         std::fill(memory.begin(), memory.end(), 0x7fc0ffc0u);
         block_index = {x, y, z};
-        if (!run_block(threads, order)) return say(failure);
+        if (!run_block(threads)) return say(failure);
       }
   return 0;
 }

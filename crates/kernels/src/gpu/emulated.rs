@@ -19,8 +19,9 @@ thread_local! {
     static ROOM: Cell<usize> = const { Cell::new(usize::MAX) };
 }
 
-/// Runs `f` with all operations of this thread on the emulated GPU. A kernel's threads run in the given order: 0 is ascending, 1
-/// descending, every other number a mixed one of its own.
+/// Runs `f` with all operations of this thread on the emulated GPU. A kernel's threads run in the given order: in 0 to 3 each warp as
+/// far as it can before the next one, ascending in 0 and 2 and descending in 1 and 3, where 2 and 3 copy into shared memory at once
+/// and 0 and 1 as late as may be; every other number is a mixed order of its own, in which all warps go from wait to wait together.
 pub fn on<R>(order: u64, f: impl FnOnce() -> R) -> R {
     let before = ORDER.replace(Some(order));
     let result = f();

@@ -6,6 +6,8 @@
 mod absorbed;
 mod attention;
 mod columns;
+#[cfg(feature = "emulator")]
+mod orders;
 
 use candle_core::{DType, Device, Tensor};
 
@@ -32,7 +34,7 @@ fn places() -> Vec<Place> {
     #[allow(unused_mut)]
     let mut places = Vec::new();
     #[cfg(feature = "emulator")]
-    places.extend([0, 1, 5].map(Place::Emulated));
+    places.extend([0, 1, 2, 3, 5].map(Place::Emulated));
     #[cfg(feature = "cuda")]
     match crate::open_gpu(0) {
         Ok(device) => places.push(Place::Cuda(device)),

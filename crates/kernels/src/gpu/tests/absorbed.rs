@@ -8,11 +8,12 @@ use crate::{Absorbed, Readers, Segments, absorbed_attention, absorbed_attention_
 
 /// Queries and rows of each example, heads, numbers of a head, and width of the rows.
 type Shape = (&'static [(usize, usize)], usize, usize, usize);
-/// No rows, no queries, whole tiles and one row more; widths that are no multiples of anything.
-const SHAPES: [Shape; 3] = [
+/// No rows, no queries, whole tiles and one row more; widths that are no multiples of anything; three tiles of everything.
+const SHAPES: [Shape; 4] = [
     (&[(4, 90), (1, 3), (0, 5), (3, 0), (2, 128)], 3, 8, 40),
     (&[(4, 65), (11, 64)], 6, 64, 128),
     (&[(1, 1), (30, 7)], 2, 5, 21),
+    (&[(33, 130)], 4, 8, 136),
 ];
 /// T5-XL's heads and width, which only a GPU takes in a moment.
 const LARGE: Shape = (&[(4, 612), (2, 130)], 32, 64, 2048);

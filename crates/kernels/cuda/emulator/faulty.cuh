@@ -1,0 +1,37 @@
+// A kernel with a fault, for the emulator alone: a test holds the emulator to showing each in those orders that can show it.
+#pragma once
+#include "common.cuh"
+
+// What is left out or comes too early.
+enum class Fault { None, Wait, WarpBarrier, BarrierBeforeReading, BarrierBeforeWriting, EarlyCopy };
+
+struct FaultyParams {
+  const float *in; // [2, threads]
+  float *out;      // [threads]: first numbers of the thread, the next lane and the next warp, and a second one of the next warp
+  Fault fault;
+};
+
+constexpr int FAULTY_THREADS = 128;
+
+// Numbers go up alone, from a thread to those before it, so that a fault shows in one direction. What lies between two accesses that
+// want a barrier is an exchange: warps that went from wait to wait together would never meet a fault between warps.
+KERNEL(faulty, FaultyParams, FAULTY_THREADS) {
+  SHARED_MEMORY(memory);
+  float *const numbers = reinterpret_cast<float *>(memory);
+  const int own = static_cast<int>(threadIdx.x), count = static_cast<int>(blockDim.x);
+  const int next_lane = lane() < 31 ? own + 1 : own, next_warp = own + 32 < count ? own + 32 : own;
+  copy_async<4>(numbers + own, p.in + own, true);
+  if (p.fault != Fault::Wait) wait_for_copies();
+  if (p.fault != Fault::WarpBarrier) __syncwarp();
+  float sum = numbers[own] + numbers[next_lane];
+  from_lane_xor(sum, 1);
+  if (p.fault != Fault::BarrierBeforeReading) __syncthreads();
+  sum += numbers[next_warp];
+  from_lane_xor(sum, 1);
+  if (p.fault == Fault::EarlyCopy) copy_async<4>(numbers + own, p.in + count + own, true);
+  if (p.fault != Fault::BarrierBeforeWriting) __syncthreads();
+  if (p.fault != Fault::EarlyCopy) copy_async<4>(numbers + own, p.in + count + own, true);
+  wait_for_copies();
+  __syncthreads();
+  p.out[own] = sum + numbers[next_warp];
+}
