@@ -221,7 +221,8 @@ impl Core {
         step: Option<u64>,
     ) {
         let Some(mut job) = self.rows.jobs.get(name).cloned() else { return };
-        let seen = self.progress.remove(name).map_or(0, |progress| progress.step);
+        let progress = self.progress.remove(name);
+        let seen = progress.as_ref().map_or(0, |progress| progress.step);
         if let Some(attempt) = job.attempts.last_mut() {
             attempt.end_step = step.unwrap_or(seen).max(attempt.end_step);
             attempt.end = Some(AttemptEnd { time: self.now, reason, message: cut(message) });
@@ -233,7 +234,8 @@ impl Core {
                 job.enqueue_time = self.now;
             }
             JobCause::Failed(_) => job.num_failures += 1,
-            JobCause::EngineLost => self.suspect(&mut job),
+            // One whose data are on their way still has no part in it.
+            JobCause::EngineLost if progress.is_some() => self.suspect(&mut job),
             _ => {}
         }
         self.put_job(job);

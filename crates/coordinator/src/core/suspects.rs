@@ -1,6 +1,6 @@
 //! Jobs that may bring their engines down. An engine that dies does not say of which of its jobs, so that one job could keep all others of a
-//! backbone from getting on. A job that was there at two losses, with no new step of its own between, is a suspect: suspects go back to
-//! their backbone one at a time. If an engine is lost again, although jobs without suspicion got on, it is the suspect's doing.
+//! backbone from getting on. A job that took part at two losses, with no new step of its own between, is a suspect: suspects go back to
+//! their backbone one at a time. If an engine is lost again and again, although jobs without suspicion got on, it is the suspect's doing.
 //!
 //! Where no other job gets on there is no proof, and the losses go on to be the backbone's: it fails as a crash loop.
 
@@ -16,15 +16,25 @@ use super::{Core, job::Job, transitions::JobCause};
 
 /// Losses after which a job is a suspect. Not one: an engine may be lost for many reasons, and suspects wait.
 const SUSPECT: u32 = 2;
+/// Losses that speak against a suspect alone, after which it is judged. Not one: engines are also killed by chance, and that is not to be
+/// charged to a job.
+const PROOFS: u32 = 2;
 
 /// What speaks against a job.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Suspicion {
-    /// Engines lost in a row with the job there, and no new step of its own between.
+    /// Engines lost in a row with the job taking part, and no new step of its own between.
     pub num_losses: u32,
-    /// Whether the last was with no other suspect there, while other jobs got on. Jobs are judged when their backbone is ready again: until
-    /// then it may turn out that a worker was lost.
-    pub proven: bool,
+    /// Of these, the losses with no other suspect there, while other jobs got on.
+    pub num_proofs: u32,
+}
+
+impl Suspicion {
+    /// Whether the job is to end. Jobs are judged when their backbone is ready again: until then it may turn out that a worker was lost.
+    #[must_use]
+    pub fn is_proven(&self) -> bool {
+        self.num_proofs >= PROOFS
+    }
 }
 
 impl fmt::Display for Suspicion {
@@ -47,12 +57,12 @@ impl Job {
 }
 
 impl Core {
-    /// An engine was lost by its own doing, with the job there.
+    /// An engine was lost by its own doing, with the job taking part.
     pub(super) fn suspect(&self, job: &mut Job) {
         // As it was before the loss: nothing was lost since somebody's last new step, which was not this job's.
         let others_get_on =
             self.rows.backbones.get(&job.backbone).is_some_and(|backbone| backbone.num_losses == 0);
-        job.suspicion.proven = job.is_suspect() && others_get_on;
+        job.suspicion.num_proofs += u32::from(job.is_suspect() && others_get_on);
         job.suspicion.num_losses += 1;
     }
 
@@ -61,7 +71,7 @@ impl Core {
         for name in self.names_of(backbone, JobState::Queued) {
             let Some(mut job) = self.rows.jobs.get(&name).cloned() else { continue };
             if job.reason == JobReason::BackboneRecovering && job.suspicion.num_losses > 0 {
-                job.suspicion = Suspicion { num_losses: job.suspicion.num_losses - 1, proven: false };
+                job.suspicion = Suspicion { num_losses: job.suspicion.num_losses - 1, num_proofs: 0 };
                 self.put_job(job);
             }
         }
@@ -92,7 +102,7 @@ impl Core {
     pub(super) fn judge(&mut self, backbone: &BackboneName) {
         for name in self.names_of(backbone, JobState::Queued) {
             let Some(mut job) = self.rows.jobs.get(&name).cloned() else { continue };
-            if !job.suspicion.proven {
+            if !job.suspicion.is_proven() {
                 continue;
             }
             let last = job.attempts.last().and_then(|attempt| attempt.end.as_ref());
@@ -103,7 +113,7 @@ impl Core {
                 last.map_or("", |end| &end.message)
             );
             if job.may_retry(JobReason::EngineCrashed) {
-                job.suspicion.proven = false;
+                job.suspicion.num_proofs = 0;
                 self.step(&mut job, JobCause::Retried, &message);
             } else {
                 self.step(&mut job, JobCause::Failed(JobReason::EngineCrashed), &message);

@@ -266,8 +266,21 @@ impl Machine {
         self.report(id, Report::Engine { backbone, epoch, rank, event });
     }
 
-    /// An engine dies, and all that are to be there are loaded again.
+    /// All jobs of a leader take part, all but one get on, one of its engines dies, and all that are to be there are loaded again.
     fn crash(&mut self, id: &str, b: u8) {
+        let groups = self.world.agents.get(&worker_name(id)).map(|agent| agent.jobs.clone());
+        for group in groups.into_iter().flat_map(BTreeMap::into_values) {
+            for (place, job) in group.jobs.into_iter().enumerate() {
+                let started = JobEvent::Started { step: job.attempt.start_step, warnings: Vec::new() };
+                let last = self.marks.get(&job.job).and_then(|(_, last)| last[0]).unwrap_or(0);
+                let got_on = JobEvent::Measured(vec![training(last + 1)]);
+                for event in [started].into_iter().chain((place > 0).then_some(got_on)) {
+                    let (backbone, epoch) = (group.backbone.clone(), group.epoch);
+                    let (job, attempt) = (job.job.clone(), job.attempt.number);
+                    self.report(id, Report::Job { backbone, epoch, job, attempt, event });
+                }
+            }
+        }
         self.lose(id, b, 15);
         for _ in 0..9 {
             self.everybody_beats(255);
@@ -414,7 +427,7 @@ fn whatever_happens_in_whatever_order_the_invariants_hold() {
 
 #[test]
 fn the_invariants_hold_where_engines_are_lost_time_and_again() {
-    tell_stories(128, 7, true);
+    tell_stories(256, 7, true);
 }
 
 #[test]

@@ -145,7 +145,7 @@ impl Machine {
     fn hold_queue(&self, backbone: &Backbone, free: usize) {
         let core = &self.world.core;
         let queue = core.queue(&backbone.name);
-        assert!(queue.iter().all(|job| !job.suspicion.proven), "I15: a job was not judged");
+        assert!(queue.iter().all(|job| !job.suspicion.is_proven()), "I15: a job was not judged");
         let running = core.names_of(&backbone.name, JobState::Running);
         let suspects = running.iter().filter(|name| core.rows().jobs[*name].is_suspect()).count();
         assert!(suspects <= 1, "I15: two suspects at once");
