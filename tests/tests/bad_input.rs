@@ -240,6 +240,29 @@ fn a_malformed_record_is_named_with_its_line() -> Result<()> {
 }
 
 #[test]
+fn what_is_wrong_with_examples_is_said_before_the_weights_are_read() -> Result<()> {
+    let spoilt = Spoilt::new()?;
+    spoilt.change_config(|config| config["num_decoder_layers"] = json!(4))?;
+    let (model, data) = (arg(spoilt.path("model")), arg(spoilt.path("train.jsonl")));
+    let out = arg(spoilt.path("out"));
+    let training = ["--model", &model, "--train", &data, "--out", &out, "--prompt-length", "8"];
+    let commands = [
+        [&["train"][..], &training].concat(),
+        [&["ensemble", "train"][..], &training].concat(),
+        vec!["eval", "--model", &model, "--data", &data],
+        vec!["generate", "--model", &model, "--data", &data],
+    ];
+    for command in &commands {
+        incipit(command)?.refused(UNUSABLE, &["no tensor decoder.block.3."])?;
+    }
+    spoilt.write("train.jsonl", "{\"inputs\": 1\n")?;
+    for command in &commands {
+        incipit(command)?.refused(UNUSABLE, &["train.jsonl, line 1"])?;
+    }
+    Ok(())
+}
+
+#[test]
 fn a_label_outside_of_the_label_set_is_named_with_the_set() -> Result<()> {
     let spoilt = Spoilt::new()?;
     spoilt.write("train.jsonl", "{\"text\": \"a\", \"label\": 0}\n{\"text\": \"b\", \"label\": 2}\n")?;

@@ -174,6 +174,16 @@ impl Bar {
         self.0.inc(count);
     }
 
+    /// How many are done.
+    pub(crate) fn position(&self) -> u64 {
+        self.0.position()
+    }
+
+    /// So many are done, and no more.
+    pub(crate) fn set_position(&self, count: u64) {
+        self.0.set_position(count);
+    }
+
     /// This is to be read.
     pub(crate) fn say(&self, text: String) {
         self.0.set_message(text);

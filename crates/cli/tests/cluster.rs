@@ -95,6 +95,17 @@ fn submit_sends_what_a_training_file_says_and_uploads_what_is_missing() {
 }
 
 #[test]
+fn a_file_is_uploaded_again_where_that_broke_off_or_was_turned_away_for_now() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let config = run_file(dir.path());
+    let backbones = vec![backbone("base", "google/t5")];
+    let fake = Fake::start(State { backbones, turned_away: 1, cut_off: 1, ..State::default() });
+    ask(&fake, &["job", "submit", "--config", &config]).ok();
+    let state = fake.state();
+    assert_eq!((state.turned_away, state.cut_off, state.uploads.len(), state.created.len()), (0, 0, 2, 1));
+}
+
+#[test]
 fn what_is_there_is_not_uploaded_again_and_a_given_request_id_is_kept() {
     let dir = tempfile::tempdir().expect("a directory");
     let config = run_file(dir.path());

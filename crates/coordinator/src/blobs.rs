@@ -112,6 +112,21 @@ pub enum Error {
         /// Where.
         place: String,
     },
+    /// The disk would be too full.
+    #[error(
+        "there is no room at {place} for {size} bytes: {free} are free, of which limits.min_free_bytes keeps {kept} for the coordinator \
+         itself; make room (`incipit checkpoint gc`), or move the blobs"
+    )]
+    Reserved {
+        /// Where.
+        place: String,
+        /// What was to be stored.
+        size: u64,
+        /// What is free.
+        free: u64,
+        /// What uploads leave free.
+        kept: u64,
+    },
     /// The store failed.
     #[error("the blob store at {place} failed: {why}")]
     Store {
@@ -153,7 +168,7 @@ impl From<Error> for Problem {
                     .with("size", size)
                     .with("limit", limit)
             }
-            Error::Full { place } => {
+            Error::Full { place } | Error::Reserved { place, .. } => {
                 Self::new(Code::ResourceExhausted, "NO_SPACE", message).with("path", place)
             }
             Error::Store { place, .. } => {
@@ -181,6 +196,8 @@ pub struct Blobs {
     prefix: Path,
     place: String,
     limit: u64,
+    /// Where blobs are files and some of the disk is kept: the directory, and the bytes that uploads leave free.
+    reserve: Option<(PathBuf, u64)>,
     /// Read by whoever has the core name blobs, from looking for them until they are named; written by who deletes some.
     naming: Arc<RwLock<()>>,
     /// Blobs that were read and had another hash, and were not stored again since.
@@ -188,19 +205,20 @@ pub struct Blobs {
 }
 
 impl Blobs {
-    /// Opens the blobs at `place`, a directory (which is made) or a URL, each `limit` bytes at most. What uploads that were
-    /// interrupted left in a directory is removed.
+    /// Opens the blobs at `place`, a directory (which is made) or a URL, each `limit` bytes at most. Of a directory's disk uploads leave
+    /// `min_free` bytes free, which are the coordinator's own. What uploads that were interrupted left in a directory is removed.
     ///
     /// # Errors
     /// If `place` is no place for blobs, or the directory cannot be made.
-    pub fn open(place: &str, limit: u64) -> Result<Self> {
-        let (store, prefix) =
-            if place.contains("://") { remote(place)? } else { local(FilePath::new(place))? };
+    pub fn open(place: &str, limit: u64, min_free: u64) -> Result<Self> {
+        let is_remote = place.contains("://");
+        let (store, prefix) = if is_remote { remote(place)? } else { local(FilePath::new(place))? };
         Ok(Self {
             store,
             prefix,
             place: place.to_owned(),
             limit,
+            reserve: (!is_remote && min_free > 0).then(|| (PathBuf::from(place), min_free)),
             naming: Arc::default(),
             damaged: Arc::default(),
         })
@@ -255,12 +273,29 @@ impl Blobs {
     /// Begins to store a blob of `size` bytes.
     ///
     /// # Errors
-    /// If it is too large.
+    /// If it is too large, or there is no room.
     pub fn write(&self, digest: Digest, size: u64) -> Result<Upload> {
         if size > self.limit {
             return Err(Error::TooLarge { digest, size, limit: self.limit });
         }
+        self.check_room(size)?;
         Ok(Upload::new(self.clone(), digest, size))
+    }
+
+    /// Checks that there is room for `size` more bytes. Uploads that fill the disk would stop the coordinator, which could write down
+    /// nothing any more.
+    fn check_room(&self, size: u64) -> Result<()> {
+        let Some((dir, kept)) = &self.reserve else { return Ok(()) };
+        let place = self.place.clone();
+        let disk = match rustix::fs::statvfs(dir) {
+            Ok(disk) => disk,
+            Err(error) => return Err(Error::Store { place, why: error.to_string() }),
+        };
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        if free < size.saturating_add(*kept) {
+            return Err(Error::Reserved { place, size, free, kept: *kept });
+        }
+        Ok(())
     }
 
     /// The bytes of a blob from `offset` on, in chunks. Past the end there are none. Who reads all of a blob that is damaged is told so at

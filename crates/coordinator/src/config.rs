@@ -78,6 +78,8 @@ pub struct Config {
 pub struct Limits {
     /// Bytes of a blob.
     pub max_blob_bytes: u64,
+    /// Bytes of the disk of blobs that uploads leave free, for the coordinator itself.
+    pub min_free_bytes: u64,
     /// Bytes of a message that comes in.
     pub max_message_bytes: usize,
     /// Calls under way at once that are no streams.
@@ -104,6 +106,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             max_blob_bytes: 4 << 30,
+            min_free_bytes: 1 << 30,
             max_message_bytes: 4 << 20,
             calls: 512,
             watchers: 1024,

@@ -232,7 +232,7 @@ impl Opened {
         Ok(Context {
             handle: self.handle.clone(),
             reader: self.reader.clone(),
-            blobs: Blobs::open(&config.blobs(), config.limits.max_blob_bytes)?,
+            blobs: Blobs::open(&config.blobs(), config.limits.max_blob_bytes, config.limits.min_free_bytes)?,
             cluster: Arc::clone(&self.cluster),
             limits: Arc::new(config.limits.clone()),
             roots: Arc::new(Roots {

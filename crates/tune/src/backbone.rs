@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 use half::bf16;
 use incipit_collective::{Axis, Ranks, gather_bytes};
 use incipit_kernels::Frozen;
@@ -47,6 +47,56 @@ pub struct Backbone {
     pub name: String,
 }
 
+/// A model of which the configuration and the tokenizer were read, and no weight. Examples can be read with it, so that what is wrong with
+/// them is said before the weights, which may take minutes.
+pub struct Opened {
+    /// The model's tokenizer.
+    pub tokenizer: Tokenizer,
+    /// The model's shape.
+    pub config: Config,
+    checkpoint: Checkpoint,
+    device: Device,
+    dtype: DType,
+    name: String,
+}
+
+impl Opened {
+    /// Opens a directory, or a model of the Hugging Face hub, for this rank.
+    ///
+    /// # Errors
+    /// If there is no such model, one of its files is missing, damaged or of an unknown kind, or the device cannot be used.
+    pub fn open(model: &str, dtype: Precision, device: DeviceChoice, ranks: &Ranks) -> Result<Self> {
+        let device = device.open(ranks)?;
+        let checkpoint = Checkpoint::open(&directory(model, ranks)?, dtype.into())?;
+        let config = Config::from_json(&checkpoint.config_json()?).map_err(|source| Error::ModelConfig {
+            dir: checkpoint.dir().to_owned(),
+            source: Box::new(source),
+        })?;
+        let tokenizer = incipit_weights::load_tokenizer(checkpoint.dir())?;
+        Ok(Self { tokenizer, config, checkpoint, device, dtype: dtype.into(), name: model.to_owned() })
+    }
+
+    /// Loads what is this rank's of the weights.
+    ///
+    /// # Errors
+    /// As [`Backbone::load_on`].
+    pub fn load(self, options: EngineOptions, ranks: &Arc<Ranks>) -> Result<Backbone> {
+        let Self { tokenizer, config, checkpoint, device, dtype, name } = self;
+        let t5 = T5::load_on(config, &checkpoint, dtype, &TensorAxis::of(ranks), &device)?;
+        let engine = Engine::on(Arc::new(t5), options, ranks.clone())?;
+        let digests = own_digests(&checkpoint, ranks);
+        Ok(Backbone {
+            engine,
+            tokenizer,
+            fingerprint: fingerprint(&checkpoint, ranks, &digests)?,
+            digests,
+            num_parameters: checkpoint.num_parameters(),
+            name,
+            source: Arc::new(checkpoint),
+        })
+    }
+}
+
 impl Backbone {
     /// Loads a directory, or a model of the Hugging Face hub, on one rank and the CPU.
     ///
@@ -68,25 +118,7 @@ impl Backbone {
         options: EngineOptions,
         ranks: &Arc<Ranks>,
     ) -> Result<Self> {
-        let device = device.open(ranks)?;
-        let checkpoint = Checkpoint::open(&directory(model, ranks)?, dtype.into())?;
-        let config = Config::from_json(&checkpoint.config_json()?).map_err(|source| Error::ModelConfig {
-            dir: checkpoint.dir().to_owned(),
-            source: Box::new(source),
-        })?;
-        let tokenizer = incipit_weights::load_tokenizer(checkpoint.dir())?;
-        let t5 = T5::load_on(config, &checkpoint, dtype.into(), &TensorAxis::of(ranks), &device)?;
-        let engine = Engine::on(Arc::new(t5), options, ranks.clone())?;
-        let digests = own_digests(&checkpoint, ranks);
-        Ok(Self {
-            engine,
-            tokenizer,
-            fingerprint: fingerprint(&checkpoint, ranks, &digests)?,
-            digests,
-            num_parameters: checkpoint.num_parameters(),
-            name: model.to_owned(),
-            source: Arc::new(checkpoint),
-        })
+        Opened::open(model, dtype, device, ranks)?.load(options, ranks)
     }
 
     /// An engine over the model with these weights in the place of its own, or besides them. What they do not name stays frozen where it

@@ -10,10 +10,11 @@ use std::{
 
 use incipit_collective::{Options, Ranks};
 use serde::{Deserialize, Serialize};
+use tokenizers::Tokenizer;
 
 use crate::{
     Error, Result, atomic,
-    backbone::Backbone,
+    backbone::{Backbone, Opened},
     checkpoint::{self, Best},
     control::Control,
     engine::{JobFault, JobGradient},
@@ -22,7 +23,7 @@ use crate::{
     spec::TrainSpec,
     task::Task,
     tenant::Due,
-    train::{Observer, Outcome, Run, as_threads, load, telling},
+    train::{Observer, Outcome, Run, as_threads, telling},
 };
 
 /// The version of the list written here.
@@ -185,11 +186,12 @@ pub fn train_as_rank<O: Observer>(
 ) -> Result<Vec<Result<Outcome>>> {
     let Some(first) = specs.first() else { return Ok(Vec::new()) };
     telling(ranks, |ranks| {
-        // Before the backbone, which may take minutes.
+        // Before the weights, which may take minutes.
         let dirs = if ranks.leads() { Some(Dirs::open(kind, specs)?) } else { None };
-        let options = first.engine_options();
-        let backbone = Backbone::load_on(&first.model, first.dtype, first.device, options, ranks)?;
-        carry_on(&backbone, specs, dirs, control, observers)
+        let model = Opened::open(&first.model, first.dtype, first.device, ranks)?;
+        let tasks = load(specs, &model.tokenizer, model.config.vocab_size)?;
+        let backbone = model.load(first.engine_options(), ranks)?;
+        carry_on(&backbone, specs, (dirs, tasks), control, observers)
     })
 }
 
@@ -205,7 +207,21 @@ pub fn train_on<O: Observer>(
     observers: &mut [O],
 ) -> Result<Vec<Result<Outcome>>> {
     let dirs = if backbone.engine.ranks().leads() { Some(Dirs::open(kind, specs)?) } else { None };
-    carry_on(backbone, specs, dirs, control, observers)
+    let tasks = load(specs, &backbone.tokenizer, backbone.config().vocab_size)?;
+    carry_on(backbone, specs, (dirs, tasks), control, observers)
+}
+
+/// The data of each member.
+fn load(specs: &[TrainSpec], tokenizer: &Tokenizer, vocab_size: usize) -> Result<Vec<Task>> {
+    let mut tasks: Vec<Task> = Vec::with_capacity(specs.len());
+    for (place, spec) in specs.iter().enumerate() {
+        // Of the same data as the one's before it, warnings are told once.
+        tasks.push(match tasks.last() {
+            Some(task) if same_data(&specs[place - 1], spec) => Task { warnings: Vec::new(), ..task.clone() },
+            _ => Task::load(spec, tokenizer, vocab_size)?,
+        });
+    }
+    Ok(tasks)
 }
 
 /// The directories that rank 0 writes to. Members' are let go of first.
@@ -250,7 +266,7 @@ fn common_step(out: &Path, members: &[RunDir]) -> Result<Option<u64>> {
 fn carry_on<O: Observer>(
     backbone: &Backbone,
     specs: &[TrainSpec],
-    dirs: Option<Dirs>,
+    (dirs, tasks): (Option<Dirs>, Vec<Task>),
     control: &Control,
     observers: &mut [O],
 ) -> Result<Vec<Result<Outcome>>> {
@@ -260,16 +276,9 @@ fn carry_on<O: Observer>(
     };
     dirs.resize_with(specs.len(), || None);
     let tied = is_tied(specs);
-    let mut loaded: Option<(&TrainSpec, Task)> = None;
     let mut members = Vec::with_capacity(specs.len());
-    for ((spec, dir), observer) in specs.iter().zip(dirs).zip(observers) {
-        // Of the same data as the one's before it, warnings are told once.
-        let task = match loaded.take() {
-            Some((before, task)) if same_data(before, spec) => Task { warnings: Vec::new(), ..task },
-            _ => load(spec, backbone)?,
-        };
-        members.push(Ok(Run::begin(spec, backbone, (dir, task.clone()), control, observer)?));
-        loaded = Some((spec, task));
+    for (((spec, task), dir), observer) in specs.iter().zip(tasks).zip(dirs).zip(observers) {
+        members.push(Ok(Run::begin(spec, backbone, (dir, task), control, observer)?));
     }
     while settle(&mut members, tied)? && step(backbone, control, &mut members, tied)? {}
     let leave = |member: Result<Run<'_>>| match member {

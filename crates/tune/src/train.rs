@@ -10,7 +10,7 @@ use incipit_collective::{Mesh, Options, Ranks, broadcast_bytes};
 
 use crate::{
     Error, Result,
-    backbone::Backbone,
+    backbone::{Backbone, Opened},
     checkpoint::{Best, Checkpoint, TrainState},
     control::Control,
     evaluate::Evaluation,
@@ -188,10 +188,11 @@ fn load_and_train(
     control: &Control,
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
-    // Before the backbone, which may take minutes.
+    // Before the weights, which may take minutes.
     let dir = if ranks.leads() { Some(open(spec)?) } else { None };
-    let backbone = Backbone::load_on(&spec.model, spec.dtype, spec.device, spec.engine_options(), ranks)?;
-    let task = load(spec, &backbone)?;
+    let model = Opened::open(&spec.model, spec.dtype, spec.device, ranks)?;
+    let task = Task::load(spec, &model.tokenizer, model.config.vocab_size)?;
+    let backbone = model.load(spec.engine_options(), ranks)?;
     Run::begin(spec, &backbone, (dir, task), control, observer)?.carry_on()
 }
 
@@ -202,11 +203,6 @@ fn open(spec: &TrainSpec) -> Result<RunDir> {
         return Err(Error::spec("shared-length", &what));
     }
     RunDir::open(spec)
-}
-
-/// The data of a run.
-pub(crate) fn load(spec: &TrainSpec, backbone: &Backbone) -> Result<Task> {
-    Task::load(spec, &backbone.tokenizer, backbone.config().vocab_size)
 }
 
 /// Trains a prompt on a backbone that is loaded already; `spec.model` and what says how to load and run it are not looked at.
@@ -221,7 +217,8 @@ pub fn train_on(
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
     let dir = if backbone.engine.ranks().leads() { Some(open(spec)?) } else { None };
-    Run::begin(spec, backbone, (dir, load(spec, backbone)?), control, observer)?.carry_on()
+    let task = Task::load(spec, &backbone.tokenizer, backbone.config().vocab_size)?;
+    Run::begin(spec, backbone, (dir, task), control, observer)?.carry_on()
 }
 
 /// A run on its way.

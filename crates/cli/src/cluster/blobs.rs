@@ -3,12 +3,13 @@
 use std::fs::File;
 use std::io::{Cursor, Read};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
-use incipit_proto::client::{Client, problem_of};
+use incipit_proto::client::{Client, Repeatable, problem_of};
 use incipit_proto::v1::{CheckpointFile, FindBlobsRequest, ReadBlobRequest, WriteBlobRequest};
+use tokio::sync::mpsc::Sender;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::{call, refusal};
@@ -86,36 +87,58 @@ pub(crate) async fn upload(client: &Client, files: &[LocalFile], global: &Global
     Ok(())
 }
 
+/// Sends a file, and again where that broke off or was turned away for now.
 async fn upload_one(client: &Client, file: &LocalFile, bar: Option<&progress::Bar>) -> Result<()> {
-    let mut source = file.open()?;
-    let (parts, receiver) = tokio::sync::mpsc::channel(4);
-    let feed = async {
-        let mut first = WriteBlobRequest { digest: file.digest.clone(), size: file.size, data: Bytes::new() };
-        let mut sent = 0;
-        loop {
-            first.data = next_part(&mut source)?;
-            let length = first.data.len() as u64;
-            let done = length == 0;
-            // An empty file is a first message without bytes.
-            if done && sent > 0 {
-                break;
-            }
-            sent += length.max(1);
-            // Whoever does not take it any more says why.
-            if parts.send(std::mem::take(&mut first)).await.is_err() || done {
-                break;
-            }
+    let before = bar.map_or(0, progress::Bar::position);
+    let unread = Mutex::new(None);
+    let sent = client
+        .unary(file.clone(), async |request| {
             if let Some(bar) = bar {
-                bar.inc(length);
+                bar.set_position(before);
             }
+            let (parts, receiver) = tokio::sync::mpsc::channel(4);
+            let mut blobs = client.blobs();
+            let (fed, written) = tokio::join!(
+                feed(request.get_ref(), parts, bar),
+                blobs.write_blob(ReceiverStream::new(receiver))
+            );
+            *unread.lock().unwrap_or_else(PoisonError::into_inner) = fed.err();
+            written
+        })
+        .await;
+    match unread.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(error) => Err(error),
+        None => sent.map(drop).map_err(refusal),
+    }
+}
+
+/// A blob that comes twice is the same blob.
+impl Repeatable for LocalFile {
+    fn is_repeatable(&self) -> bool {
+        true
+    }
+}
+
+/// Reads a file into the messages of an upload.
+async fn feed(file: &LocalFile, parts: Sender<WriteBlobRequest>, bar: Option<&progress::Bar>) -> Result<()> {
+    let mut source = file.open()?;
+    let mut next =
+        WriteBlobRequest { digest: file.digest.clone(), size: file.size, data: next_part(&mut source)? };
+    // An empty file is a first message without bytes.
+    loop {
+        let length = next.data.len() as u64;
+        // Whoever does not take it any more says why.
+        if parts.send(std::mem::take(&mut next)).await.is_err() {
+            return Ok(());
         }
-        drop(parts);
-        Ok::<_, anyhow::Error>(())
-    };
-    let mut blobs = client.blobs();
-    let (fed, written) = tokio::join!(feed, blobs.write_blob(ReceiverStream::new(receiver)));
-    written.map_err(|status| refusal(problem_of(&status)))?;
-    fed
+        if let Some(bar) = bar {
+            bar.inc(length);
+        }
+        next.data = next_part(&mut source)?;
+        if next.data.is_empty() {
+            return Ok(());
+        }
+    }
 }
 
 fn next_part(source: &mut impl Read) -> Result<Bytes> {

@@ -39,31 +39,29 @@ pub(crate) async fn logs(
         StreamLogsRequest { name: name.to_owned(), offset: 0, follow: args.follow, rank: args.rank };
     let (mut patience, mut known) = (Patience::default(), false);
     loop {
-        match pages(client, &mut request, &mut patience, global).await? {
+        match pages(client, &mut request, (&mut patience, &mut known), global).await? {
             // It was there, and is deleted.
             Some(status) if known && problem_of(&status).code == Code::NotFound => return Ok(Exit::Ok),
             Some(status) => patience.after(&status).await?,
             // A coordinator that is about to end ends its streams, too.
             None if !args.follow || ended().await? => return Ok(Exit::Ok),
-            None => {
-                known = true;
-                patience.after(&Status::unavailable("the coordinator ended the stream")).await?;
-            }
+            None => patience.after(&Status::unavailable("the coordinator ended the stream")).await?,
         }
     }
 }
 
-/// Prints what comes, and says why nothing more does.
+/// Prints what comes, and says why nothing more does; `known` becomes true where there is such a job or backbone.
 async fn pages(
     client: &Client,
     request: &mut StreamLogsRequest,
-    patience: &mut Patience,
+    (patience, known): (&mut Patience, &mut bool),
     global: &Global,
 ) -> Result<Option<Status>> {
     let mut stream = match client.jobs().stream_logs(request.clone()).await {
         Ok(stream) => stream.into_inner(),
         Err(status) => return Ok(Some(status)),
     };
+    *known = true;
     loop {
         match stream.message().await {
             Ok(Some(page)) => {

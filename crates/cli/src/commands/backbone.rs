@@ -8,7 +8,7 @@ use incipit_collective::Ranks;
 use incipit_data::metrics::Metric;
 use incipit_data::tasks::Task;
 use incipit_data::{TaskFormat, Template};
-use incipit_tune::backbone::Backbone;
+use incipit_tune::backbone::{Backbone, Opened};
 use incipit_tune::engine::{EngineOptions, Recompute};
 use incipit_tune::prompt::Prompt;
 use incipit_tune::rank::Predict;
@@ -19,11 +19,20 @@ use crate::args::{FormatArgs, ModelArgs};
 use crate::exit::BadInput;
 use crate::progress::note;
 
-/// A backbone with prompts, and how their examples are written.
-pub(crate) struct Ready {
-    pub(crate) backbone: Backbone,
-    /// One, several that vote, or none.
-    pub(crate) prompts: Vec<Prompt>,
+/// A model whose weights are not loaded yet, with prompts or what else a run has trained, and how their examples are written.
+pub(crate) struct Chosen {
+    /// Its tokenizer, and its shape.
+    pub(crate) model: Opened,
+    pub(crate) ranks: Arc<Ranks>,
+    pub(crate) settings: Settings,
+    engine: EngineOptions,
+    name: String,
+    /// Each with its path.
+    trained: Vec<(PathBuf, Trained)>,
+}
+
+/// How examples are written, and what is to be made of them.
+pub(crate) struct Settings {
     pub(crate) format: TaskFormat,
     pub(crate) max_input_length: usize,
     pub(crate) max_target_length: usize,
@@ -37,19 +46,27 @@ pub(crate) struct Ready {
     pub(crate) run: Option<PartialSpec>,
 }
 
-/// Loads what the flags name, with `prompts`, each from its path. What the flags leave open is taken from the run that made the first
-/// prompt, where its `run.toml` lies beside it: a prompt works with the template that it was trained with. Of the backbone, `ranks` have
-/// a part or a copy each.
+/// A backbone with prompts, and how their examples are written.
+pub(crate) struct Ready {
+    pub(crate) backbone: Backbone,
+    /// One, several that vote, or none.
+    pub(crate) prompts: Vec<Prompt>,
+    pub(crate) settings: Settings,
+}
+
+/// Opens what the flags name, with what was trained on it, each from its path. What the flags leave open is taken from the run that made
+/// the first prompt, where its `run.toml` lies beside it: a prompt works with the template that it was trained with. Of the backbone,
+/// `ranks` will have a part or a copy each.
 ///
 /// # Errors
 /// If a file is missing or broken, the prompt is another model's, or no model is named.
-pub(crate) fn load(
+pub(crate) fn choose(
     args: &ModelArgs,
-    prompts: Vec<(PathBuf, Trained)>,
+    trained: Vec<(PathBuf, Trained)>,
     format: &FormatArgs,
     ranks: &Arc<Ranks>,
-) -> Result<Ready> {
-    let run = match prompts.first() {
+) -> Result<Chosen> {
+    let run = match trained.first() {
         Some((path, _)) => run_settings(path)?,
         None => None,
     };
@@ -63,42 +80,53 @@ pub(crate) fn load(
         max_target_length: format.max_target_length,
         ..PartialSpec::default()
     };
-    let settings = given.over(run.clone().unwrap_or_default()).over(PartialSpec::defaults());
-    let model = settings
-        .model
-        .as_deref()
-        .ok_or_else(|| BadInput("--model is missing: give the backbone".to_owned()))?;
-    if ranks.leads() {
-        note(&format!("loading {model}"));
-    }
-    let options = EngineOptions { microbatch_tokens: args.microbatch_tokens, recompute: Recompute::Auto };
-    let (dtype, device) = (settings.dtype.unwrap_or(Precision::Bf16), args.device.unwrap_or_default());
-    let mut backbone = Backbone::load_on(model, dtype, device, options, ranks)?;
-    let mut rows = Vec::with_capacity(prompts.len());
-    for (path, trained) in prompts {
-        match trained {
-            Trained::Prompt(prompt) => {
-                prompt.check_fits(backbone.config(), &path)?;
-                rows.push(prompt);
-            }
-            Trained::Weights(weights) => {
-                let place = || format!("{} does not fit {model}", path.display());
-                backbone.engine = backbone.engine_with(&weights).with_context(place)?;
-            }
+    let given = given.over(run.clone().unwrap_or_default()).over(PartialSpec::defaults());
+    let name =
+        given.model.clone().ok_or_else(|| BadInput("--model is missing: give the backbone".to_owned()))?;
+    let (dtype, device) = (given.dtype.unwrap_or(Precision::Bf16), args.device.unwrap_or_default());
+    let model = Opened::open(&name, dtype, device, ranks)?;
+    for (path, trained) in &trained {
+        if let Trained::Prompt(prompt) = trained {
+            prompt.check_fits(&model.config, path)?;
         }
     }
-    Ok(Ready {
-        backbone,
-        prompts: rows,
-        format: task_format(&settings)?,
-        max_input_length: settings.max_input_length.unwrap_or(512),
-        max_target_length: settings.max_target_length.unwrap_or(16),
-        metrics: settings.metrics.unwrap_or_else(|| vec![Metric::Accuracy]),
-        predict: settings.predict.unwrap_or(Predict::Decode),
-        target_sentinel: settings.target_sentinel.unwrap_or(false),
-        trained: settings.task.as_deref().map(Task::named).transpose()?,
+    let settings = Settings {
+        format: task_format(&given)?,
+        max_input_length: given.max_input_length.unwrap_or(512),
+        max_target_length: given.max_target_length.unwrap_or(16),
+        metrics: given.metrics.unwrap_or_else(|| vec![Metric::Accuracy]),
+        predict: given.predict.unwrap_or(Predict::Decode),
+        target_sentinel: given.target_sentinel.unwrap_or(false),
+        trained: given.task.as_deref().map(Task::named).transpose()?,
         run,
-    })
+    };
+    let engine = EngineOptions { microbatch_tokens: args.microbatch_tokens, recompute: Recompute::Auto };
+    Ok(Chosen { model, ranks: ranks.clone(), settings, engine, name, trained })
+}
+
+impl Chosen {
+    /// Loads the weights, and lays those that a run has trained over them.
+    ///
+    /// # Errors
+    /// If a file is broken, or has not the weights that the model needs.
+    pub(crate) fn load(self) -> Result<Ready> {
+        let Self { model, ranks, settings, engine, name, trained } = self;
+        if ranks.leads() {
+            note(&format!("loading {name}"));
+        }
+        let mut backbone = model.load(engine, &ranks)?;
+        let mut prompts = Vec::with_capacity(trained.len());
+        for (path, trained) in trained {
+            match trained {
+                Trained::Prompt(prompt) => prompts.push(prompt),
+                Trained::Weights(weights) => {
+                    let place = || format!("{} does not fit {name}", path.display());
+                    backbone.engine = backbone.engine_with(&weights).with_context(place)?;
+                }
+            }
+        }
+        Ok(Ready { backbone, prompts, settings })
+    }
 }
 
 /// The prompts, or the weights that a run has trained in their place, that lie at `paths`, each with its path.

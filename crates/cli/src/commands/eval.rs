@@ -21,7 +21,7 @@ use incipit_tune::rank::Predict;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::backbone::{self, Ready};
+use super::backbone::{self, Chosen, Ready, Settings};
 use super::task::prefixed;
 use crate::args::{BackboneArgs, FormatArgs, Global, NamedTaskArgs, choice, names, split};
 use crate::exit::{Exit, bad_input};
@@ -146,11 +146,12 @@ pub(crate) fn tell_files(files: [&Option<PathBuf>; 2], global: &Global) {
 }
 
 fn on_rank(args: &EvalArgs, ranks: &Arc<Ranks>, global: &Global) -> Result<Summary> {
-    // Before the backbone, which may take minutes.
+    // Before the weights, which may take minutes.
     let named = named(&args.measure, ranks.leads())?;
     let prompts = backbone::read(args.backbone.prompt.as_slice())?;
-    let ready = backbone::load(&args.backbone.model, prompts, &args.measure.format, ranks)?;
-    let (set, options) = prepared(&args.measure, &ready, named.as_ref())?;
+    let chosen = backbone::choose(&args.backbone.model, prompts, &args.measure.format, ranks)?;
+    let (set, options) = prepared(&args.measure, &chosen, named.as_ref())?;
+    let ready = chosen.load()?;
     let spinner = spinner(&set, &ready, global);
     let start = Instant::now();
     let Ready { backbone, prompts, .. } = &ready;
@@ -170,22 +171,22 @@ fn on_rank(args: &EvalArgs, ranks: &Arc<Ranks>, global: &Global) -> Result<Summa
 /// If the data cannot be used, or labels are to be ranked and there are none.
 pub(crate) fn prepared(
     args: &MeasureArgs,
-    ready: &Ready,
+    chosen: &Chosen,
     named: Option<&Named>,
 ) -> Result<(TokenizedSet, EvalOptions)> {
     let mut texts = match named {
         Some(named) => named.found.texts(),
-        None => examples(args, ready)?,
+        None => examples(args, chosen)?,
     };
-    let transfer = named.and_then(|named| Transfer::of(ready.trained?, named.task));
+    let transfer = named.and_then(|named| Transfer::of(chosen.settings.trained?, named.task));
     if let Some(transfer) = &transfer {
         texts.iter_mut().for_each(|text| text.targets = transfer.in_words_of_prompt(&text.targets));
     }
     if let Some(prefix) = &args.input_prefix {
         texts.iter_mut().for_each(|text| text.inputs = prefixed(prefix, &text.inputs));
     }
-    let set = tokenized(&texts, ready)?;
-    let options = options(args, ready, &set, (named, transfer))?;
+    let set = tokenized(&texts, chosen)?;
+    let options = options(args, chosen, &set, (named, transfer))?;
     Ok((set, options))
 }
 
@@ -308,18 +309,18 @@ impl Named {
 
 fn options(
     args: &MeasureArgs,
-    ready: &Ready,
+    chosen: &Chosen,
     set: &TokenizedSet,
     (named, transfer): (Option<&Named>, Option<Transfer>),
 ) -> Result<EvalOptions> {
-    let (tokenizer, vocab_size) = (&ready.backbone.tokenizer, ready.backbone.config().vocab_size);
-    let predict = args.predict.unwrap_or(ready.predict);
+    let (tokenizer, vocab_size) = (&chosen.model.tokenizer, chosen.model.config.vocab_size);
+    let predict = args.predict.unwrap_or(chosen.settings.predict);
     let labels = match named {
         Some(named) => named.task.label_texts(),
-        None if predict == Predict::Rank && ready.format.labels.is_none() => {
-            labels_of_run(ready)?.or_else(|| label_set(&ready.format, &set.texts))
+        None if predict == Predict::Rank && chosen.settings.format.labels.is_none() => {
+            labels_of_run(chosen)?.or_else(|| label_set(&chosen.settings.format, &set.texts))
         }
-        None => label_set(&ready.format, &set.texts),
+        None => label_set(&chosen.settings.format, &set.texts),
     };
     let of_prompt = match &transfer {
         Some(transfer) => labels
@@ -328,15 +329,20 @@ fn options(
         None => labels.clone(),
     };
     let common = EvalOptions {
-        max_new_tokens: max_new_tokens(ready, of_prompt.as_deref())?,
-        candidates: predict.candidates(of_prompt.as_deref(), tokenizer, vocab_size, ready.target_sentinel)?,
+        max_new_tokens: max_new_tokens(chosen, of_prompt.as_deref())?,
+        candidates: predict.candidates(
+            of_prompt.as_deref(),
+            tokenizer,
+            vocab_size,
+            chosen.settings.target_sentinel,
+        )?,
         labels,
         rewrite: transfer.map(|transfer| transfer.forth),
         ..EvalOptions::default()
     };
     let Some(Named { task, found, .. }) = named else {
         return Ok(EvalOptions {
-            metrics: args.metrics.as_ref().unwrap_or(&ready.metrics).clone(),
+            metrics: args.metrics.as_ref().unwrap_or(&chosen.settings.metrics).clone(),
             ..common
         });
     };
@@ -351,8 +357,8 @@ fn options(
 }
 
 /// What the run of the prompt chose among: the examples to measure on may not show every label.
-fn labels_of_run(ready: &Ready) -> Result<Option<Vec<String>>> {
-    let Some(run) = &ready.run else { return Ok(None) };
+fn labels_of_run(chosen: &Chosen) -> Result<Option<Vec<String>>> {
+    let Some(run) = &chosen.settings.run else { return Ok(None) };
     if let Some(task) = &run.task {
         return Ok(Task::named(task)?.label_texts());
     }
@@ -363,24 +369,24 @@ fn labels_of_run(ready: &Ready) -> Result<Option<Vec<String>>> {
 }
 
 /// Those of the file.
-fn examples(args: &MeasureArgs, ready: &Ready) -> Result<Vec<TextExample>> {
+fn examples(args: &MeasureArgs, chosen: &Chosen) -> Result<Vec<TextExample>> {
     let path = args.data.as_deref().unwrap_or(Path::new(""));
     let options = LoadOptions { skip_bad_records: args.format.skip_bad_records };
-    let loaded = load_text(path, &ready.format, options)?;
-    if ready.ranks().leads() && loaded.skipped > 0 {
+    let loaded = load_text(path, &chosen.settings.format, options)?;
+    if chosen.ranks.leads() && loaded.skipped > 0 {
         warn(&format!("{}: {} records do not fit and are left out", path.display(), loaded.skipped));
     }
     Ok(loaded.examples)
 }
 
-fn tokenized(texts: &[TextExample], ready: &Ready) -> Result<TokenizedSet> {
-    let leads = ready.ranks().leads();
-    let Ready { backbone, max_input_length, max_target_length, .. } = ready;
-    let vocabulary = backbone.config().vocab_size;
-    let room = max_target_length.saturating_sub(usize::from(ready.target_sentinel));
-    let mut set = tokenize(texts, &backbone.tokenizer, *max_input_length, room, vocabulary)?;
-    if ready.target_sentinel {
-        add_sentinel(&mut set.examples, &backbone.tokenizer)?;
+fn tokenized(texts: &[TextExample], chosen: &Chosen) -> Result<TokenizedSet> {
+    let leads = chosen.ranks.leads();
+    let Chosen { model, settings, .. } = chosen;
+    let Settings { max_input_length, max_target_length, target_sentinel, .. } = settings;
+    let room = max_target_length.saturating_sub(usize::from(*target_sentinel));
+    let mut set = tokenize(texts, &model.tokenizer, *max_input_length, room, model.config.vocab_size)?;
+    if *target_sentinel {
+        add_sentinel(&mut set.examples, &model.tokenizer)?;
     }
     if leads && set.truncated_inputs > 0 {
         let (cut, longest) = (set.truncated_inputs, set.longest_input);
@@ -449,16 +455,16 @@ pub(crate) fn label_set(format: &TaskFormat, examples: &[TextExample]) -> Option
 }
 
 /// As in training: an answer longer than every label is none, so that nothing is lost by ending it there.
-fn max_new_tokens(ready: &Ready, labels: Option<&[String]>) -> Result<usize> {
-    let Some(labels) = labels else { return Ok(ready.max_target_length) };
+fn max_new_tokens(chosen: &Chosen, labels: Option<&[String]>) -> Result<usize> {
+    let Some(labels) = labels else { return Ok(chosen.settings.max_target_length) };
     let mut longest = 0;
     for label in labels {
-        let encoded = ready.backbone.tokenizer.encode(label.as_str(), false);
+        let encoded = chosen.model.tokenizer.encode(label.as_str(), false);
         let encoded = encoded.map_err(|error| anyhow!("the label {label:?} cannot be tokenized: {error}"))?;
         // One for `</s>`, and one that tells a label from a text that begins with it.
-        longest = longest.max(encoded.len() + 2 + usize::from(ready.target_sentinel));
+        longest = longest.max(encoded.len() + 2 + usize::from(chosen.settings.target_sentinel));
     }
-    Ok(longest.min(ready.max_target_length))
+    Ok(longest.min(chosen.settings.max_target_length))
 }
 
 /// The share of the most frequent target: what an answer that never changes would reach.

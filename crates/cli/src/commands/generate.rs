@@ -17,7 +17,7 @@ use incipit_tune::job::prompt_rows;
 use incipit_tune::prompt::Prompt;
 use serde::{Deserialize, Serialize};
 
-use super::backbone::{self, Ready};
+use super::backbone::{self, Ready, Settings};
 use crate::args::{BackboneArgs, FormatArgs, Global, NamedTaskArgs, split};
 use crate::exit::{Exit, bad_input};
 use crate::output::Lines;
@@ -118,7 +118,7 @@ pub(crate) fn run(args: &GenerateArgs, global: &Global) -> Result<Exit> {
 }
 
 fn on_rank(args: &GenerateArgs, ranks: &Arc<Ranks>, global: &Global) -> Result<()> {
-    // Before the backbone, which may take minutes.
+    // Before the weights, which may take minutes.
     let named = named(args, ranks.leads())?;
     let format = FormatArgs {
         inputs: args.inputs.clone(),
@@ -129,25 +129,39 @@ fn on_rank(args: &GenerateArgs, ranks: &Arc<Ranks>, global: &Global) -> Result<(
         skip_bad_records: false,
     };
     let prompts = backbone::read(args.backbone.prompt.as_slice())?;
-    let ready = backbone::load(&args.backbone.model, prompts, &format, ranks)?;
+    let chosen = backbone::choose(&args.backbone.model, prompts, &format, ranks)?;
+    let texts = texts(args, &chosen.settings, named.as_ref())?;
+    let ready = chosen.load()?;
     let mut writer = Writer {
         ready: &ready,
-        options: options(args, &ready),
+        options: options(args, &ready.settings),
         lines: Lines::stdout(ready.ranks().leads()),
         json: global.json,
         ids: named.iter().flat_map(|found| &found.examples).map(|example| example.id.clone()).collect(),
         next: 0,
     };
-    if let Some(found) = &named {
-        writer.answer(&found.texts())
-    } else if let Some(path) = &args.data {
-        writer.answer(&load_inputs(path, &ready.format.inputs, LoadOptions::default())?.examples)
-    } else if args.input.is_empty() {
-        answer_stdin(args, &mut writer)
-    } else {
-        let texts: Result<Vec<_>> = args.input.iter().map(|text| example(args, &ready, text)).collect();
-        writer.answer(&texts?)
+    match texts {
+        Some(texts) => writer.answer(&texts),
+        None => answer_stdin(args, &mut writer),
     }
+}
+
+/// What is to be answered, unless it comes from standard input.
+fn texts(
+    args: &GenerateArgs,
+    settings: &Settings,
+    named: Option<&TaskSplit>,
+) -> Result<Option<Vec<TextExample>>> {
+    if let Some(found) = named {
+        return Ok(Some(found.texts()));
+    }
+    if let Some(path) = &args.data {
+        return Ok(Some(load_inputs(path, &settings.format.inputs, LoadOptions::default())?.examples));
+    }
+    if args.input.is_empty() {
+        return Ok(None);
+    }
+    args.input.iter().map(|text| example(args, settings, text)).collect::<Result<_>>().map(Some)
 }
 
 /// The benchmark's split that the flags name.
@@ -194,8 +208,8 @@ fn check(args: &GenerateArgs) -> Result<()> {
     }
 }
 
-fn options(args: &GenerateArgs, ready: &Ready) -> GenerateOptions {
-    let of_run = if ready.run.is_some() { ready.max_target_length } else { 32 };
+fn options(args: &GenerateArgs, settings: &Settings) -> GenerateOptions {
+    let of_run = if settings.run.is_some() { settings.max_target_length } else { 32 };
     GenerateOptions {
         max_new_tokens: args.max_new_tokens.unwrap_or(of_run),
         num_beams: args.num_beams,
@@ -208,12 +222,12 @@ fn options(args: &GenerateArgs, ready: &Ready) -> GenerateOptions {
 }
 
 /// A text in the place of the template's one field, or as it is.
-fn example(args: &GenerateArgs, ready: &Ready, text: &str) -> Result<TextExample> {
-    let fields: Vec<&str> = ready.format.inputs.fields().collect();
+fn example(args: &GenerateArgs, settings: &Settings, text: &str) -> Result<TextExample> {
+    let fields: Vec<&str> = settings.format.inputs.fields().collect();
     let inputs = match fields.as_slice() {
-        [field] if ready.run.is_some() && !args.raw => {
+        [field] if settings.run.is_some() && !args.raw => {
             let record = Record::from_iter([((*field).to_owned(), text.into())]);
-            ready.format.inputs.render(&record)?
+            settings.format.inputs.render(&record)?
         }
         _ => text.to_owned(),
     };
@@ -238,7 +252,8 @@ fn answer_stdin(args: &GenerateArgs, writer: &mut Writer<'_>) -> Result<()> {
         let own = stdin.as_ref().map(|lines| next_lines(lines, at_once, patience)).transpose()?;
         let told = broadcast_bytes(&**ranks.world(), &serde_json::to_vec(&own.unwrap_or_default())?, 0)?;
         let Read { lines, more } = serde_json::from_slice(&told)?;
-        let texts: Result<Vec<_>> = lines.iter().map(|line| example(args, writer.ready, line)).collect();
+        let texts: Result<Vec<_>> =
+            lines.iter().map(|line| example(args, &writer.ready.settings, line)).collect();
         writer.answer(&texts?)?;
         if !more {
             return Ok(());
@@ -298,7 +313,8 @@ impl Writer<'_> {
         if texts.is_empty() {
             return Ok(());
         }
-        let Ready { backbone, max_input_length, max_target_length, .. } = self.ready;
+        let Ready { backbone, settings, .. } = self.ready;
+        let Settings { max_input_length, max_target_length, .. } = settings;
         let set = tokenize(
             texts,
             &backbone.tokenizer,

@@ -84,9 +84,8 @@ struct ManyArgs {
 /// A job whose logs are wanted.
 #[derive(Args)]
 struct JobLogsArgs {
-    /// The job
-    #[arg(value_name = "JOB", value_parser = names::job)]
-    job: String,
+    #[command(flatten)]
+    one: OneArgs,
     #[command(flatten)]
     logs: LogsArgs,
 }
@@ -112,7 +111,7 @@ pub(crate) fn run(args: JobArgs, global: &Global) -> Result<Exit> {
             JobCommand::List(args) => list::list(&args, &connect.connect().await?, global).await,
             JobCommand::Get(args) => list::get(&args.job, &connect.connect().await?, global).await,
             JobCommand::Watch(args) => watch::watch(&connect.connect().await?, &args.job, global).await,
-            JobCommand::Logs(JobLogsArgs { job, logs: args }) => {
+            JobCommand::Logs(JobLogsArgs { one: OneArgs { job }, logs: args }) => {
                 let client = connect.connect().await?;
                 let ended = async || Ok(words::has_ended(&list::one(&job, &client).await?));
                 logs::logs(&args, &job, &client, global, ended).await

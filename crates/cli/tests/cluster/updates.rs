@@ -56,3 +56,13 @@ fn the_logs_of_a_backbone_are_printed_a_line_each() {
     let ran = ask(&fake, &["backbone", "logs", "base"]).ok();
     assert_eq!(ran.stdout.lines().collect::<Vec<_>>(), ["w/0 loading", "w/0 ready"]);
 }
+
+#[test]
+fn logs_that_are_followed_end_with_what_they_are_of() {
+    let lines = ["loading", "ready"].map(|text| LogLine { text: text.into(), ..LogLine::default() }).into();
+    let fake = Fake::start(State { lines, breaks: 1, deleted: true, ..State::default() });
+    let ran = ask(&fake, &["backbone", "logs", "base", "--follow"]).ok();
+    assert!(ran.stdout.contains("loading"), "{}", ran.stdout);
+    let ran = ask(&fake, &["backbone", "logs", "base", "--follow"]);
+    assert!(ran.code == 2 && ran.stderr.contains("there is no backbones/base"), "{}", ran.stderr);
+}

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use bytes::Bytes;
 use incipit_proto::Problem;
@@ -35,6 +36,8 @@ pub(crate) struct State {
     pub(crate) end: Option<Job>,
     /// Streams that break off before their end.
     pub(crate) breaks: usize,
+    /// Whether what is logged of is deleted once streams break off no more.
+    pub(crate) deleted: bool,
     /// Requests to create a job, each with its token.
     pub(crate) created: Vec<(CreateJobRequest, Option<String>)>,
     /// Requests to change a job, and to change a backbone.
@@ -42,6 +45,9 @@ pub(crate) struct State {
     pub(crate) backbone_updates: Vec<UpdateBackboneRequest>,
     /// Offsets that metrics were asked from.
     pub(crate) offsets: Vec<u64>,
+    /// Uploads that are turned away for now, and those that break off.
+    pub(crate) turned_away: usize,
+    pub(crate) cut_off: usize,
     /// Digests of what was uploaded.
     pub(crate) uploads: Vec<String>,
 }
@@ -209,6 +215,9 @@ impl JobService for Services {
     }
 
     async fn stream_logs(&self, request: Request<StreamLogsRequest>) -> Answer<Self::StreamLogsStream> {
+        if self.state().deleted && self.state().breaks == 0 {
+            return Err(Problem::not_found(&request.get_ref().name).into());
+        }
         let lines = self.state().lines.clone();
         let page = |lines, next_offset| StreamLogsResponse { lines, next_offset };
         Ok(Response::new(self.pages(&lines, request.get_ref().offset, page)))
@@ -356,6 +365,14 @@ impl BlobService for Services {
             return Err(Problem::field("digest", "is not that of the bytes").into());
         }
         let mut state = self.state();
+        if state.turned_away > 0 {
+            state.turned_away -= 1;
+            return Err(Problem::later("RATE_LIMIT", "too many calls", Duration::ZERO).into());
+        }
+        if state.cut_off > 0 {
+            state.cut_off -= 1;
+            return Err(Status::unavailable("the connection broke"));
+        }
         state.uploads.push(first.digest.clone());
         state.blobs.insert(first.digest, bytes.into());
         Ok(Response::new(WriteBlobResponse { size: first.size }))

@@ -37,7 +37,7 @@ impl Upload {
     /// Takes the next bytes.
     ///
     /// # Errors
-    /// If there are more than were announced, or the store fails. Then call [`Upload::abort`].
+    /// If there are more than were announced, there is no room, or the store fails. Then call [`Upload::abort`].
     pub async fn put(&mut self, bytes: Bytes) -> Result<()> {
         self.found += bytes.len() as u64;
         if self.found > self.size {
@@ -54,6 +54,8 @@ impl Upload {
                 self.sink = Sink::Large(writer);
             }
         } else if let Sink::Large(writer) = &mut self.sink {
+            // Others come in at the same time.
+            self.blobs.check_room(self.size - self.found)?;
             let room = writer.wait_for_capacity(PARALLEL).await;
             room.map_err(|error| self.blobs.failed(&error))?;
             writer.put(bytes);

@@ -173,34 +173,63 @@ async fn what_nothing_names_is_deleted_once_it_is_old() {
     assert_eq!(client.blobs().find_blobs(request).await.unwrap().into_inner().missing, [old]);
 }
 
+/// A file system of 4 MiB at `dir/small`, until it is dropped; none where none can be mounted.
+struct Small(PathBuf);
+
+impl Small {
+    fn mount(dir: &Path) -> Option<Self> {
+        let place = dir.join("small");
+        fs::create_dir(&place).unwrap();
+        let options = ["-t", "tmpfs", "-o", "size=4m", "tmpfs"];
+        let mounted = std::process::Command::new("mount").args(options).arg(&place).status();
+        if mounted.is_ok_and(|status| status.success()) {
+            return Some(Self(place));
+        }
+        eprintln!("SKIPPED: no tmpfs can be mounted here, so that no disk is full");
+        None
+    }
+
+    fn config(&self, dir: &Path, min_free_bytes: u64) -> Config {
+        let limits = Limits { min_free_bytes, ..Limits::default() };
+        Config { blobs: Some(self.0.display().to_string()), limits, ..config(dir) }
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_is_said_with_its_path_and_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let full = dir.path().join("small");
-    fs::create_dir(&full).unwrap();
-    let mounted = std::process::Command::new("mount")
-        .args(["-t", "tmpfs", "-o", "size=4m", "tmpfs"])
-        .arg(&full)
-        .status()
-        .is_ok_and(|status| status.success());
-    if !mounted {
-        eprintln!("SKIPPED: no tmpfs can be mounted here, so that no disk is full");
-        return;
-    }
-    let running = start(Config { blobs: Some(full.display().to_string()), ..config(dir.path()) }).await;
+    let Some(small) = Small::mount(dir.path()) else { return };
+    let running = start(small.config(dir.path(), 0)).await;
     let client = connect(&running).await;
     let outcomes = [upload(&client, &bytes(6 << 20)).await, upload(&client, &bytes(12 << 20)).await];
     tokio::time::sleep(Duration::from_millis(500)).await;
-    let left = files(&full);
-    let small = upload(&client, b"there is room for this").await;
-    drop(running);
-    let unmounted = std::process::Command::new("umount").arg("-l").arg(&full).status().unwrap();
-    assert!(unmounted.success());
+    assert_eq!(files(&small.0), Vec::<PathBuf>::new());
+    upload(&client, b"there is room for this").await.unwrap();
     for outcome in outcomes {
         let status = outcome.unwrap_err();
         assert_eq!(reason(&status), (Code::ResourceExhausted, "NO_SPACE".to_owned()), "{status}");
-        assert!(status.message().contains(&*full.display().to_string()), "{status}");
+        assert!(status.message().contains(&*small.0.display().to_string()), "{status}");
     }
-    assert_eq!(left, Vec::<PathBuf>::new());
-    small.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn uploads_leave_the_coordinator_its_part_of_the_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(small) = Small::mount(dir.path()) else { return };
+    let running = start(small.config(dir.path(), 2 << 20)).await;
+    let client = connect(&running).await;
+    upload(&client, &bytes(1 << 20)).await.unwrap();
+    let status = upload(&client, &bytes((1 << 20) + 1)).await.unwrap_err();
+    assert_eq!(reason(&status), (Code::ResourceExhausted, "NO_SPACE".to_owned()), "{status}");
+    for told in ["1048577 bytes", "limits.min_free_bytes keeps 2097152", "small"] {
+        assert!(status.message().contains(told), "{status}");
+    }
+    upload(&client, b"there is room for this").await.unwrap();
+    assert_eq!(files(&small.0).len(), 2);
 }

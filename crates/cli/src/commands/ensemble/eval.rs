@@ -83,13 +83,14 @@ pub(crate) fn run(args: &EnsembleEvalArgs, global: &Global) -> Result<Exit> {
 }
 
 fn on_rank(args: &EnsembleEvalArgs, ranks: &Arc<Ranks>, global: &Global) -> Result<Summary> {
-    // Before the backbone, which may take minutes.
+    // Before the weights, which may take minutes.
     let named = named(&args.measure, ranks.leads())?;
     let members = members(args)?;
     let paths: Vec<PathBuf> = members.iter().map(|(path, _)| path.clone()).collect();
     let voters = members.into_iter().map(|(path, prompt)| (path, Trained::Prompt(prompt))).collect();
-    let ready = backbone::load(&args.model, voters, &args.measure.format, ranks)?;
-    let (set, options) = prepared(&args.measure, &ready, named.as_ref())?;
+    let chosen = backbone::choose(&args.model, voters, &args.measure.format, ranks)?;
+    let (set, options) = prepared(&args.measure, &chosen, named.as_ref())?;
+    let ready = chosen.load()?;
     let spinner = spinner(&set, &ready, global);
     let start = Instant::now();
     let Ready { backbone, prompts, .. } = &ready;
