@@ -7,6 +7,7 @@ What comes later is what is missed least if time runs out. INCIPIT_CHECK_PARTS p
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import ctypes
 import datetime
 import importlib.metadata
@@ -58,8 +59,12 @@ TRANSLATED = tempfile.TemporaryDirectory()
 OURS = os.environ | {
     "LD_LIBRARY_PATH": libraries(), "CARGO_MANIFEST_DIR": str(ROOT / "tests"), "CUDA_CACHE_PATH": TRANSLATED.name, "RUST_BACKTRACE": "1"
 }  # fmt: skip
+# So two ranks can share a GPU: to NCCL, which allows a GPU one rank of a machine, they look like those of two machines.
+SHARE_A_GPU = {"NCCL_IB_DISABLE": "1", "NCCL_SOCKET_IFNAME": "lo", "NCCL_MAX_CTAS": "4", "NCCL_NVLS_ENABLE": "0"}
 # Each launch waits, so that an error comes with the name of its kernel.
 ONE_BY_ONE = {"CUDA_LAUNCH_BLOCKING": "1"}
+# What is said where a device has failed. cuBLASLt has words of its own for it.
+LOST = "CUDA_ERROR_(?!OUT_OF_MEMORY)|CUBLAS_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)"
 
 
 class Ran:
@@ -97,7 +102,7 @@ class Ran:
 
     def lost_device(self) -> bool:
         """Whether it ended as one does whose device has failed: that shows at a later call than the one that is to blame."""
-        return self.code < 0 or bool(re.search("CUDA_ERROR_(?!OUT_OF_MEMORY)", self.out + self.err))
+        return self.code < 0 or bool(re.search(LOST, self.out + self.err))
 
     @staticmethod
     def given_up(process: subprocess.Popen) -> None:
@@ -212,7 +217,8 @@ class Check:
     def kernels(self, part: str) -> None:
         """After a kernel's fault the device is lost to its process, and all tests behind it fail, too: then each runs alone."""
         program, of_gpu = "kernels-tests", "gpu::"
-        ran = self.tests(part, program, [of_gpu], 90)
+        # At first the driver translates the tensor library's kernels.
+        ran = self.tests(part, program, [of_gpu], 150)
         if not ran or not (ran.lost_device() or ran.code == 124):
             return
         failed = self.each_test(part, program, 30, only=of_gpu, settings=OURS | ONE_BY_ONE)
@@ -237,6 +243,34 @@ class Check:
                 error = abs(losses[1] / losses[0] - 1)
                 figure = f"T5 1.1 small, loss {losses[0]:.6f} on the CPU and {losses[1]:.6f} here, apart by {error:.1e}"
                 self.tell(f"{part}, {dtype}", "ok" if error < bound else "FAILED", figure)
+
+    def ranks(self, part: str) -> None:
+        """A step of two ranks over NCCL on one GPU, beside one rank's. The CPU's tests say the same of Gloo."""
+        if self.lacks(part, "incipit"):
+            return
+        step = ["--shape", "small", "--lengths", "8x128", "--dtype", "f32", "--steps", "1", "--microbatch-tokens", "2048", "--json"]
+        step = ["bench", "step", *step, "--device", "cuda:0"]
+        alone = self.ours(part, step, 60, "one rank").json()
+        for axis in ("--tp", "--dp") if alone else ():
+            name = f"{part}, {axis} 2"
+            ran = self.two(name, [*step, axis, "2", "--collective", "nccl"])
+            if found := ran.json():
+                error = abs(found["loss"] / alone["loss"] - 1)
+                self.tell(name, "ok" if error < SAME_LOSS["f32"] else "FAILED", f"loss {found['loss']:.6f}, apart from one rank's by {error:.1e}")
+            else:
+                self.tell(name, "FAILED", ran.why)
+
+    @staticmethod
+    def two(name: str, arguments: list[str]) -> Ran:
+        """Two processes that meet by files. That of rank 0, which tells what they have done together."""
+        with tempfile.TemporaryDirectory() as store, concurrent.futures.ThreadPoolExecutor() as pool:
+
+            def rank(number: int) -> Ran:
+                place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "INCIPIT_STORE": f"file:{store}/ranks"}
+                settings = OURS | SHARE_A_GPU | place | {"NCCL_HOSTID": f"rank-{number}"}
+                return Ran(f"{name}, rank {number}", [INCIPIT, *arguments], 90, settings)
+
+            return list(pool.map(rank, range(2)))[0]
 
     def ours(self, part: str, arguments: list[str], limit: int, device: str) -> Ran:
         """Our program. A row tells if it fails, and another one what launches that wait say, if its device fails."""
@@ -424,7 +458,8 @@ def parts(check: Check) -> dict[str, Callable[[str], None]]:
         "G1 xxl": lambda part: check.step(part, "32x512", 150),
         "PyTorch's products": check.products,
         "training": check.train,
-        "NCCL": lambda part: check.each_test(part, "nccl-tests", 90, last=long),
+        "NCCL": lambda part: check.each_test(part, "nccl-tests", 120, last=long),
+        "ranks over NCCL": check.ranks,
         "G2 xxl": lambda part: check.step(part, RAGGED, 120),
     }
 

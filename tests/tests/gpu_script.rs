@@ -16,7 +16,8 @@ case "$1" in
   --version) echo "incipit 0.1.0" ;;
   doctor) echo "ok  GPU 0 (Good GPU): --device cuda:0" ;;
   train) echo '{"metrics": {"accuracy": 0.9}}' ;;
-  bench) echo '{"median_s": 0.5, "examples": 32, "launches": 900, "useful_tflop": 120.0, "parameters": 3000000000, "dtype": "bf16",
+  bench) case "$*" in *nccl*) [ "$WORLD_SIZE" = 2 ] && [ "$NCCL_HOSTID" = "rank-$RANK" ] && [ -n "$INCIPIT_STORE" ] || exit 9 ;; esac
+    echo '{"median_s": 0.5, "examples": 32, "launches": 900, "useful_tflop": 120.0, "parameters": 3000000000, "dtype": "bf16",
     "loss": 2.5, "kernels": [{"name": "product 100 x 200 x 300 BF16", "launches": 10, "seconds": 0.00012}]}' ;;
 esac"#;
 const TESTS: &str = r#"
@@ -129,9 +130,9 @@ fn every_part_runs_from_the_carried_file_and_they_end_in_one_table() -> Result<(
     ensure!(checked.code == Some(0), "{}\n{}", checked.table, checked.said);
     checked.told("machine", "ok", "1 x Good GPU, 80 GiB, driver 580.1, CUDA of the driver 13.0")?;
     let widths = ["losses at real widths, f32", "losses at real widths, bf16"];
-    for part in
-        ["doctor", "kernels against the CPU", "training", "G1 xxl", "G2 xxl"].into_iter().chain(widths)
-    {
+    let ranks = ["ranks over NCCL, --tp 2", "ranks over NCCL, --dp 2"];
+    let others = ["doctor", "kernels against the CPU", "training", "G1 xxl", "G2 xxl"];
+    for part in others.into_iter().chain(widths).chain(ranks) {
         checked.told(part, "ok", "")?;
     }
     for part in ["model", "NCCL"] {

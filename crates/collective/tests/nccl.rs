@@ -25,6 +25,11 @@ fn share_a_gpu(command: &mut Command, rank: usize) {
         ("NCCL_SOCKET_IFNAME", "lo"),
         ("NCCL_MAX_CTAS", "4"),
         ("NCCL_NVLS_ENABLE", "0"),
+        // Two ranks of one GPU run in turns: the fewer exchanges an operation takes, the better.
+        ("NCCL_ALGO", "Ring"),
+        ("NCCL_PROTO", "Simple"),
+        // To standard output, which is shown where a test fails.
+        ("NCCL_DEBUG", "WARN"),
     ];
     command.envs(settings);
     let can_share = nccl::Version { major: 2, minor: 30, patch: 0 };

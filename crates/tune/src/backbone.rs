@@ -129,8 +129,9 @@ impl Backbone {
     pub fn engine_with(&self, weights: &[NamedTensor]) -> Result<Engine> {
         let model = self.engine.model();
         if !model.device().is_cpu() {
-            let what = "trains weights, which is built for --device cpu alone; train a prompt on a GPU";
-            return Err(Error::spec("method", &what));
+            let what =
+                "weights that a run has trained are laid over a model on a CPU alone; pass --device cpu";
+            return Err(Error::Prompt { what: what.to_owned() });
         }
         let source = self.with(weights, model.dtype())?;
         let axis = TensorAxis::of(self.engine.ranks());

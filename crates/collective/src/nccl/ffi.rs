@@ -459,7 +459,9 @@ impl Communicator {
     /// Ends everything. The last call; it may never return.
     pub(super) fn abort(&self) {
         let comm = self.comm();
-        if !comm.is_null() && self.queue.bind().is_ok() {
+        // It may tell of an error of before.
+        let _ = self.queue.bind();
+        if !comm.is_null() {
             // SAFETY: as above; nobody else is inside, and nobody will be.
             let _ = unsafe { nccl::ncclCommAbort(comm) };
         }

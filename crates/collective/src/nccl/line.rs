@@ -270,7 +270,8 @@ impl<L: Lane> Line<L> {
     fn explain(&self, stop: Stop, sequence: u64) -> Broken {
         match stop {
             Stop::Closed => self.ended(),
-            Stop::Fault(Fault::Here(what)) => Broken::Device { what },
+            // NCCL itself may refuse what another rank has found not to match.
+            Stop::Fault(Fault::Here(what)) => self.disagreement().unwrap_or(Broken::Device { what }),
             Stop::Fault(Fault::Peer(what)) => {
                 let until = Until::after(SILENCE + 2 * LOOK);
                 loop {

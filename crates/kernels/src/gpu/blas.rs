@@ -26,7 +26,8 @@ const ALIGNMENT: u64 = 256;
 pub(super) struct Blas {
     handle: sys::cublasLtHandle_t,
     stream: Arc<CudaStream>,
-    workspace: CudaSlice<u8>,
+    /// One product at a time has it: two threads may use one GPU, and a product may be several kernels.
+    workspace: Mutex<CudaSlice<u8>>,
     choices: Mutex<HashMap<Kind, Choice>>,
 }
 
@@ -186,7 +187,7 @@ impl Blas {
         // SAFETY: a workspace is written before it is read.
         let workspace = unsafe { stream.alloc(WORKSPACE) }.map_err(failed("the workspace of products"))?;
         let handle = result::create_handle().map_err(library("starting"))?;
-        Ok(Self { handle, stream, workspace, choices: Mutex::default() })
+        Ok(Self { handle, stream, workspace: Mutex::new(workspace), choices: Mutex::default() })
     }
 
     /// # Safety
@@ -197,6 +198,7 @@ impl Blas {
         let (alpha, beta) = (1f32, if product.added == Address::NONE { 0f32 } else { 1f32 });
         let added = if product.added == Address::NONE { product.out } else { product.added };
         let pointer = |Address(address): Address| address as *const c_void;
+        let workspace = lock(&self.workspace);
         // SAFETY: the descriptors live; the addresses are the caller's promise, and all work follows on one stream.
         let started = unsafe {
             result::matmul(
@@ -213,12 +215,16 @@ impl Blas {
                 pointer(product.out).cast_mut(),
                 described.out,
                 &algorithm,
-                self.workspace.device_ptr(&self.stream).0 as *mut c_void,
+                workspace.device_ptr(&self.stream).0 as *mut c_void,
                 WORKSPACE,
                 self.stream.cu_stream().cast(),
             )
         };
-        started.map_err(library("a product"))
+        // Of a device that has failed the library does not say why.
+        started.map_err(|error| match self.stream.synchronize() {
+            Err(lost) => failed("a product")(lost),
+            Ok(()) => library("a product")(error),
+        })
     }
 
     fn algorithm(&self, product: &Product, described: &Described) -> Result<sys::cublasLtMatmulAlgo_t> {

@@ -53,6 +53,10 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The driver's version from which on CUDA's libraries of the toolkit that this is built with work, as `cuDriverGetVersion` gives it:
+/// a driver takes all versions of its own major one (NVIDIA, "CUDA Compatibility").
+const LEAST_DRIVER: i32 = 13_000;
+
 /// The driver's words, with what was being done.
 pub(super) fn failed(op: impl Into<String>) -> impl FnOnce(DriverError) -> Error {
     let op = op.into();
@@ -90,7 +94,20 @@ fn count() -> Result<usize> {
     let no_driver = |error: DriverError| Error::NoGpu {
         what: format!("the driver of NVIDIA's GPUs does not answer: {error}; see whether `nvidia-smi` works"),
     };
-    Ok(CudaContext::device_count().map_err(no_driver)? as usize)
+    let count = CudaContext::device_count().map_err(no_driver)?;
+    let mut version = 0;
+    // SAFETY: the driver writes one number.
+    unsafe { sys::cuDriverGetVersion(&raw mut version) }.result().map_err(no_driver)?;
+    if version < LEAST_DRIVER {
+        let named = |version: i32| format!("{}.{}", version / 1000, version % 1000 / 10);
+        let what = format!(
+            "the driver of NVIDIA's GPUs is one for CUDA {}, and this program was built with CUDA {}: install a newer driver",
+            named(version),
+            named(LEAST_DRIVER)
+        );
+        return Err(Error::NoGpu { what });
+    }
+    Ok(count as usize)
 }
 
 /// By default the pool gives back to the system what is free whenever the host waits, and every step would ask for it again.

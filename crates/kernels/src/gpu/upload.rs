@@ -74,7 +74,11 @@ pub(super) fn upload(handle: &Arc<Handle>, weights: &[Frozen], dtype: DType) -> 
         for first in (0..weight.rows()).step_by(at_once) {
             let count = at_once.min(weight.rows() - first);
             let (part, bytes) = (weight.part((first, count), (0, columns)), count * row_bytes);
-            staging.copy(to.0, bytes, |bytes| fill(&part, dtype, bytes))?;
+            let copied = staging.copy(to.0, bytes, |bytes| fill(&part, dtype, bytes));
+            copied.inspect_err(|_| {
+                // The memory is given back: whatever is on its way into it comes before.
+                let _ = staging.stream.synchronize();
+            })?;
             to = to.plus(bytes);
         }
     }
