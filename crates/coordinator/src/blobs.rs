@@ -274,26 +274,27 @@ impl Blobs {
     ///
     /// # Errors
     /// If it is too large, or there is no room.
-    pub fn write(&self, digest: Digest, size: u64) -> Result<Upload> {
+    pub async fn write(&self, digest: Digest, size: u64) -> Result<Upload> {
         if size > self.limit {
             return Err(Error::TooLarge { digest, size, limit: self.limit });
         }
-        self.check_room(size)?;
+        self.check_room(size).await?;
         Ok(Upload::new(self.clone(), digest, size))
     }
 
     /// Checks that there is room for `size` more bytes. Uploads that fill the disk would stop the coordinator, which could write down
     /// nothing any more.
-    fn check_room(&self, size: u64) -> Result<()> {
-        let Some((dir, kept)) = &self.reserve else { return Ok(()) };
+    async fn check_room(&self, size: u64) -> Result<()> {
+        let Some((dir, kept)) = self.reserve.clone() else { return Ok(()) };
         let place = self.place.clone();
-        let disk = match rustix::fs::statvfs(dir) {
-            Ok(disk) => disk,
+        // The disk may be another machine's, which does not answer.
+        let asked = tokio::task::spawn_blocking(move || Ok(rustix::fs::statvfs(&dir)?)).await;
+        let free = match asked.unwrap_or_else(|broke| Err(io::Error::other(broke))) {
+            Ok(disk) => disk.f_bavail.saturating_mul(disk.f_frsize),
             Err(error) => return Err(Error::Store { place, why: error.to_string() }),
         };
-        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
-        if free < size.saturating_add(*kept) {
-            return Err(Error::Reserved { place, size, free, kept: *kept });
+        if free < size.saturating_add(kept) {
+            return Err(Error::Reserved { place, size, free, kept });
         }
         Ok(())
     }

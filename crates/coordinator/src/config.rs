@@ -78,7 +78,7 @@ pub struct Config {
 pub struct Limits {
     /// Bytes of a blob.
     pub max_blob_bytes: u64,
-    /// Bytes of the disk of blobs that uploads leave free, for the coordinator itself.
+    /// Bytes of the disk of blobs that uploads leave free, for the coordinator itself; with 0 they may fill it.
     pub min_free_bytes: u64,
     /// Bytes of a message that comes in.
     pub max_message_bytes: usize,

@@ -54,10 +54,11 @@ pub struct Opened {
     pub tokenizer: Tokenizer,
     /// The model's shape.
     pub config: Config,
+    /// What it was asked for as: a directory, or a name on the hub.
+    pub name: String,
     checkpoint: Checkpoint,
     device: Device,
     dtype: DType,
-    name: String,
 }
 
 impl Opened {

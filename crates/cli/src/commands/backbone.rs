@@ -21,12 +21,10 @@ use crate::progress::note;
 
 /// A model whose weights are not loaded yet, with prompts or what else a run has trained, and how their examples are written.
 pub(crate) struct Chosen {
-    /// Its tokenizer, and its shape.
     pub(crate) model: Opened,
     pub(crate) ranks: Arc<Ranks>,
     pub(crate) settings: Settings,
     engine: EngineOptions,
-    name: String,
     /// Each with its path.
     trained: Vec<(PathBuf, Trained)>,
 }
@@ -81,10 +79,10 @@ pub(crate) fn choose(
         ..PartialSpec::default()
     };
     let given = given.over(run.clone().unwrap_or_default()).over(PartialSpec::defaults());
-    let name =
-        given.model.clone().ok_or_else(|| BadInput("--model is missing: give the backbone".to_owned()))?;
+    let missing = || BadInput("--model is missing: give the backbone".to_owned());
+    let name = given.model.as_deref().ok_or_else(missing)?;
     let (dtype, device) = (given.dtype.unwrap_or(Precision::Bf16), args.device.unwrap_or_default());
-    let model = Opened::open(&name, dtype, device, ranks)?;
+    let model = Opened::open(name, dtype, device, ranks)?;
     for (path, trained) in &trained {
         if let Trained::Prompt(prompt) = trained {
             prompt.check_fits(&model.config, path)?;
@@ -101,7 +99,7 @@ pub(crate) fn choose(
         run,
     };
     let engine = EngineOptions { microbatch_tokens: args.microbatch_tokens, recompute: Recompute::Auto };
-    Ok(Chosen { model, ranks: ranks.clone(), settings, engine, name, trained })
+    Ok(Chosen { model, ranks: ranks.clone(), settings, engine, trained })
 }
 
 impl Chosen {
@@ -110,9 +108,9 @@ impl Chosen {
     /// # Errors
     /// If a file is broken, or has not the weights that the model needs.
     pub(crate) fn load(self) -> Result<Ready> {
-        let Self { model, ranks, settings, engine, name, trained } = self;
+        let Self { model, ranks, settings, engine, trained } = self;
         if ranks.leads() {
-            note(&format!("loading {name}"));
+            note(&format!("loading {}", model.name));
         }
         let mut backbone = model.load(engine, &ranks)?;
         let mut prompts = Vec::with_capacity(trained.len());
@@ -120,7 +118,7 @@ impl Chosen {
             match trained {
                 Trained::Prompt(prompt) => prompts.push(prompt),
                 Trained::Weights(weights) => {
-                    let place = || format!("{} does not fit {name}", path.display());
+                    let place = || format!("{} does not fit {}", path.display(), backbone.name);
                     backbone.engine = backbone.engine_with(&weights).with_context(place)?;
                 }
             }

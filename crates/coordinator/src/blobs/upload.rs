@@ -55,7 +55,7 @@ impl Upload {
             }
         } else if let Sink::Large(writer) = &mut self.sink {
             // Others come in at the same time.
-            self.blobs.check_room(self.size - self.found)?;
+            self.blobs.check_room(self.size - self.found).await?;
             let room = writer.wait_for_capacity(PARALLEL).await;
             room.map_err(|error| self.blobs.failed(&error))?;
             writer.put(bytes);

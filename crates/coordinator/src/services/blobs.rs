@@ -112,7 +112,7 @@ async fn receive(
     };
     let digest = Digest::parse("digest", &first.digest)?;
     subject.set(digest.as_str());
-    let mut upload = blobs.write(digest, first.size).map_err(Problem::from)?;
+    let mut upload = blobs.write(digest, first.size).await.map_err(Problem::from)?;
     let mut next = Some(first);
     while let Some(message) = next {
         if let Err(status) = take(&mut upload, message).await {
