@@ -9,7 +9,7 @@
 //! them in the order of the ranks, and an all-gather of the results. So every rank moves twice the tensor's bytes,
 //! whatever the number of ranks, and no number's result depends on its place, as it would in a ring.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -56,6 +56,8 @@ pub(crate) struct HostGroup<T> {
     failed: Mutex<Option<Error>>,
     /// What operations have taken so far.
     nanoseconds: AtomicU64,
+    /// Whether one is at the transport's, where it waits for the other ranks.
+    waits: AtomicBool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -86,7 +88,7 @@ impl<T: Transport> Turn<'_, T> {
     /// Tells everybody what this rank is about to do; returns when all agree, with what came along.
     fn agree(&self, header: &Header, payload: &[u8]) -> Result<Parts> {
         let group = self.group;
-        let frames = self.moved(group.transport.all_gather(header.frame(payload), self.until))?;
+        let frames = self.moved(|to| to.all_gather(header.frame(payload), self.until))?;
         let headers: Vec<_> = frames.iter().map(Header::read).collect();
         match wire::disagreement(&headers, &group.identity.members) {
             Some((kind, what)) => Err(Error::Mismatch { place: group.place(self.sequence), kind, what }),
@@ -94,9 +96,13 @@ impl<T: Transport> Turn<'_, T> {
         }
     }
 
-    /// What the transport brought, or the error with its place.
-    pub(crate) fn moved<R>(&self, result: Result<R, Broken>) -> Result<R> {
-        result.map_err(|broken| self.broken(broken))
+    /// What the transport brings, or the error with its place.
+    pub(crate) fn moved<R>(&self, bring: impl FnOnce(&T) -> Result<R, Broken>) -> Result<R> {
+        let group = self.group;
+        group.waits.store(true, Ordering::Relaxed);
+        let brought = bring(&group.transport);
+        group.waits.store(false, Ordering::Relaxed);
+        brought.map_err(|broken| self.broken(broken))
     }
 
     pub(crate) fn broken(&self, broken: Broken) -> Error {
@@ -133,7 +139,8 @@ impl<T: Transport> Turn<'_, T> {
 impl<T: Transport> HostGroup<T> {
     pub(crate) fn new(identity: Identity, deadline: Duration, transport: T) -> Self {
         let (sequence, failed) = (Mutex::new(1), Mutex::new(None));
-        Self { identity, deadline, transport, sequence, failed, nanoseconds: AtomicU64::new(0) }
+        let (nanoseconds, waits) = Default::default();
+        Self { identity, deadline, transport, sequence, failed, nanoseconds, waits }
     }
 
     #[cfg(any(feature = "nccl", test))]
@@ -219,10 +226,10 @@ impl<T: Transport> Collective for HostGroup<T> {
             }
             let padded = count.next_multiple_of(self.size()) * numbers::width(dtype);
             let mine = numbers::to_bytes(x, padded)?;
-            let parts = turn.moved(self.transport.all_to_all(mine, turn.until))?;
+            let parts = turn.moved(|to| to.all_to_all(mine, turn.until))?;
             let sum = numbers::reduce(dtype, &parts.iter().collect::<Vec<_>>(), reduce);
             drop(parts);
-            let sums = turn.moved(self.transport.all_gather(sum, turn.until))?;
+            let sums = turn.moved(|to| to.all_gather(sum, turn.until))?;
             numbers::from_bytes(dtype, x.dims(), x.device(), sums.iter())
         })
     }
@@ -240,7 +247,7 @@ impl<T: Transport> Collective for HostGroup<T> {
                 return numbers::from_bytes(x.dtype(), &dims, x.device(), parts);
             }
             let mine = numbers::to_bytes(x, len)?;
-            let parts = turn.moved(self.transport.all_gather(mine, turn.until))?;
+            let parts = turn.moved(|to| to.all_gather(mine, turn.until))?;
             numbers::from_bytes(x.dtype(), &dims, x.device(), parts.iter())
         })
     }
@@ -256,7 +263,7 @@ impl<T: Transport> Collective for HostGroup<T> {
                 return numbers::from_bytes(x.dtype(), x.dims(), x.device(), part.into_iter());
             }
             let mine = if self.rank() == root { numbers::to_bytes(x, len)? } else { vec![0; len] };
-            let bytes = turn.moved(self.transport.broadcast(mine, root, turn.until))?;
+            let bytes = turn.moved(|to| to.broadcast(mine, root, turn.until))?;
             numbers::from_bytes(x.dtype(), x.dims(), x.device(), std::iter::once(&bytes[..]))
         })
     }
@@ -279,6 +286,10 @@ impl<T: Transport> Member for HostGroup<T> {
 
     fn seconds(&self) -> f64 {
         self.nanoseconds.load(Ordering::Relaxed) as f64 * 1e-9
+    }
+
+    fn waits(&self) -> bool {
+        self.waits.load(Ordering::Relaxed)
     }
 }
 
@@ -344,6 +355,22 @@ mod tests {
             "job \"incipit\", epoch 0, operation 2 of the data group: rank 5 is lost: it has left the group; look for \
              the cause in the messages of that rank"
         );
+    }
+
+    #[test]
+    fn a_rank_waits_for_others_while_it_is_alone_in_an_operation() {
+        let groups = two(|_| ());
+        assert!(!groups[0].waits());
+        std::thread::scope(|scope| {
+            let first = scope.spawn(|| groups[0].barrier());
+            while !groups[0].waits() {
+                std::thread::yield_now();
+            }
+            assert!(!groups[1].waits());
+            groups[1].barrier().unwrap();
+            first.join().unwrap().unwrap();
+        });
+        assert!(!groups[0].waits() && !groups[1].waits());
     }
 
     #[test]

@@ -43,6 +43,9 @@ pub(crate) trait Member: Collective {
 
     /// The time that operations of this rank have taken so far.
     fn seconds(&self) -> f64;
+
+    /// Whether it is for other ranks that this one gets on with nothing now. Waits for nobody.
+    fn waits(&self) -> bool;
 }
 
 /// What one rank has: the mesh, its place in it, and its three groups. When this is dropped, the rank has left: others
@@ -140,6 +143,12 @@ impl Ranks {
     #[must_use]
     pub fn seconds(&self) -> f64 {
         self.members.iter().map(|group| group.seconds()).sum()
+    }
+
+    /// Whether this rank waits for others now, as far as it can tell: of one that stands still, whether that is its own doing.
+    #[must_use]
+    pub fn waits(&self) -> bool {
+        self.members.iter().any(|group| group.waits())
     }
 
     /// Makes every rank's present and later calls fail with `reason`, in all groups.

@@ -16,6 +16,7 @@ use crate::{
     Error, Result,
     choice::choices,
     microbatch::{self, Taste, TokenMemory},
+    pace::{Pace, Work},
     ranks,
     recipe::LossReduction,
     weights::Promises,
@@ -136,6 +137,7 @@ pub struct Engine {
     recompute: bool,
     /// Memory that jobs on this backbone were promised; models with trained weights share it.
     pub(crate) promises: Promises,
+    pace: Arc<Pace>,
 }
 
 /// An example of a step, and where it comes from.
@@ -149,14 +151,15 @@ struct Row {
 type Gathered<T> = Result<Vec<Option<T>>, Refusal>;
 
 /// A microbatch through the backbone: something for each of the rows that it consists of.
-type Pass<'a, T> = &'a dyn Fn(&Microbatch<'_>, &[Row]) -> incipit_model::Result<Vec<T>>;
+type Through<'a, T> = &'a dyn Fn(&Microbatch<'_>, &[Row]) -> incipit_model::Result<Vec<T>>;
 
 impl Engine {
     /// An engine over `model`, which lies in main memory, on one rank.
     #[must_use]
     pub fn new(model: Arc<T5>, options: EngineOptions) -> Self {
         let (budget, recompute) = Self::plan(&model, options, microbatch::free_memory());
-        Self { model, ranks: Arc::new(Ranks::alone()), budget, recompute, promises: Promises::default() }
+        let (promises, pace) = Default::default();
+        Self { model, ranks: Arc::new(Ranks::alone()), budget, recompute, promises, pace }
     }
 
     /// An engine over `model`, which is this rank's part of it. Examples are dealt out to the replicas.
@@ -172,7 +175,8 @@ impl Engine {
         };
         let planned = Self::plan(&model, options, free);
         let (budget, recompute) = Self::agreed(&ranks, planned)?;
-        Ok(Self { model, ranks, budget, recompute, promises: Promises::default() })
+        let (promises, pace) = Default::default();
+        Ok(Self { model, ranks, budget, recompute, promises, pace })
     }
 
     /// Ranks that share a model go through it in step, so that they must cut alike, and the smallest decides.
@@ -238,7 +242,8 @@ impl Engine {
     #[must_use]
     pub fn with_model(&self, model: T5) -> Self {
         let (ranks, budget, recompute) = (self.ranks.clone(), self.budget, self.recompute);
-        Self { model: Arc::new(model), ranks, budget, recompute, promises: self.promises.clone() }
+        let (promises, pace) = (self.promises.clone(), self.pace.clone());
+        Self { model: Arc::new(model), ranks, budget, recompute, promises, pace }
     }
 
     /// The ranks that have the backbone together.
@@ -251,6 +256,12 @@ impl Engine {
     #[must_use]
     pub fn model(&self) -> &T5 {
         &self.model
+    }
+
+    /// What goes through the backbone now, and how long that may take.
+    #[must_use]
+    pub fn pace(&self) -> &Arc<Pace> {
+        &self.pace
     }
 
     /// Most tokens of a microbatch.
@@ -268,7 +279,7 @@ impl Engine {
         let replicas = self.replicas(jobs);
         let mut gathered = nothing(jobs);
         for (options, rows) in self.passes(jobs, &replicas) {
-            let pass: Pass<'_, ExampleGradient> = &|batch, rows| {
+            let pass: Through<'_, ExampleGradient> = &|batch, rows| {
                 let scales: Vec<f32> = rows.iter().map(|row| scale(&jobs[row.job])).collect();
                 self.model.loss_and_gradient(batch, &scales, &options)
             };
@@ -277,10 +288,14 @@ impl Engine {
                 options.dropout == 0.0 && self.model.absorbs(decoder_rows(&jobs[row.job], row.example))
             };
             let (few, many): (Vec<Row>, Vec<Row>) = rows.into_iter().partition(few);
-            self.gather(jobs, &few, pass, &mut gathered)?;
-            self.gather(jobs, &many, pass, &mut gathered)?;
+            self.gather(jobs, &few, (Work::Gradients, pass), &mut gathered)?;
+            self.gather(jobs, &many, (Work::Gradients, pass), &mut gathered)?;
         }
-        let gradients = sum::over_replicas(&self.ranks, self.model.device(), jobs, gathered, &replicas)?;
+        let num_tokens = jobs.iter().map(JobBatch::num_tokens).sum();
+        // What the device still has to do of the last microbatch is waited for here.
+        let gradients = self.pace.during(Work::Sums, num_tokens, || {
+            sum::over_replicas(&self.ranks, self.model.device(), jobs, gathered, &replicas)
+        })?;
         self.confirm()?;
         Ok(gradients)
     }
@@ -334,7 +349,7 @@ impl Engine {
         &self,
         jobs: &[JobBatch<'_>],
         rows: &[Row],
-        pass: Pass<'_, T>,
+        pass: (Work, Through<'_, T>),
         gathered: &mut [Gathered<T>],
     ) -> Result<()> {
         let costs: Vec<usize> = rows.iter().map(|row| cost(&jobs[row.job], row.example)).collect();
@@ -347,11 +362,14 @@ impl Engine {
         &self,
         jobs: &[JobBatch<'_>],
         rows: &[Row],
-        pass: Pass<'_, T>,
+        pass: (Work, Through<'_, T>),
         gathered: &mut [Gathered<T>],
     ) -> Result<()> {
         let (prompts, examples) = assemble(jobs, rows);
-        let refusal = match pass(&Microbatch { prompts: &prompts, examples: &examples }, rows) {
+        let batch = Microbatch { prompts: &prompts, examples: &examples };
+        let num_tokens = rows.iter().map(|row| cost(&jobs[row.job], row.example)).sum();
+        let (work, through) = pass;
+        let refusal = match self.pace.during(work, num_tokens, || through(&batch, rows)) {
             Ok(given) => {
                 for (row, given) in rows.iter().zip(given) {
                     if let Ok(gathered) = &mut gathered[row.job] {

@@ -13,8 +13,8 @@ use serde::Serialize;
 use tokenizers::Tokenizer;
 
 use crate::{
-    Error, Result, control::Control, engine::Engine, job::prompt_rows, microbatch, prompt::Prompt,
-    rank::Candidates, ranks,
+    Error, Result, control::Control, engine::Engine, job::prompt_rows, microbatch, pace::Work,
+    prompt::Prompt, rank::Candidates, ranks,
 };
 
 /// What is measured, and how.
@@ -42,6 +42,12 @@ impl EvalOptions {
     /// Tokens that the decoder reads for an example's prediction, at most.
     fn num_answer_tokens(&self) -> usize {
         self.candidates.as_ref().map_or(self.max_new_tokens, |candidates| candidates.num_tokens())
+    }
+
+    /// What goes through the backbone.
+    fn work(&self) -> Work {
+        let candidates = self.candidates.as_ref().map_or(0, |candidates| candidates.tokens().len());
+        Work::Evaluation { new_tokens: self.max_new_tokens, candidates }
     }
 
     /// A label in the words in which it is scored.
@@ -243,8 +249,9 @@ impl PartialEvaluation {
         // Another replica may have more microbatches.
         if !round.places.is_empty() {
             let examples: Vec<Example<'_>> = round.places.iter().map(|place| self.trial(*place)).collect();
-            let outcomes =
-                self.outcomes(engine, &Microbatch { prompts: &self.prompts, examples: &examples })?;
+            let batch = Microbatch { prompts: &self.prompts, examples: &examples };
+            let work = self.options.work();
+            let outcomes = engine.pace().during(work, round.cost, || self.outcomes(engine, &batch))?;
             for (place, outcome) in round.places.iter().zip(outcomes) {
                 self.outcomes[*place] = outcome;
             }

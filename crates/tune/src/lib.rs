@@ -23,6 +23,7 @@ pub mod multitask;
 pub mod npy;
 pub mod optimizer;
 mod order;
+pub mod pace;
 pub mod peft;
 pub mod placement;
 pub mod prompt;

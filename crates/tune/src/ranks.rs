@@ -23,7 +23,9 @@ pub fn on_threads<T: Send, E: Send + From<Error>>(
     let share = mesh.share_of_threads(threads.unwrap_or_else(cores));
     let on_rank = |ranks: Ranks| {
         // A rank waits for others in the middle of its work. In a pool of its own it keeps nobody else from working.
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(share).build();
+        let rank = ranks.rank();
+        let named = move |_| format!("rank {rank}");
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(share).thread_name(named).build();
         let pool = pool.map_err(|cause| Error::Threads { cause: cause.to_string() })?;
         pool.install(|| work(ranks))
     };

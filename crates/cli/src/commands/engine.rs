@@ -1,5 +1,7 @@
 //! `incipit engine`: what an agent starts. Nobody starts it by hand, so that `--help` does not name it.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, Result};
 use clap::Args;
 
@@ -11,6 +13,9 @@ pub(crate) struct EngineArgs {
     /// The agent's process: the engine ends with it
     #[arg(long, value_name = "PID")]
     parent: i32,
+    /// Seconds that a pass through the backbone may take in any case
+    #[arg(long, value_name = "SECONDS")]
+    hang_after: Option<u64>,
 }
 
 /// Runs an engine.
@@ -22,7 +27,7 @@ pub(crate) fn run(args: &EngineArgs) -> Result<Exit> {
     // Launchers signal whole sessions. An engine has to be there still when its agent lets jobs be saved.
     ctrlc::set_handler(|| {})?;
     let frames = take_stdout().context("cannot take the standard output for the agent alone")?;
-    incipit_worker::engine::run(std::io::stdin(), frames);
+    incipit_worker::engine::run(std::io::stdin(), frames, args.hang_after.map(Duration::from_secs));
     Ok(Exit::Ok)
 }
 

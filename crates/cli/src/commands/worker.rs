@@ -43,6 +43,11 @@ pub(crate) struct MachineArgs {
     /// coordinator]
     #[arg(long, value_name = "ADDRESS")]
     address: Option<std::net::IpAddr>,
+    /// After how long an engine is started again of which a pass through the backbone does not end. Where such passes take
+    /// longer than an eighth of it, eight times the longest so far count, and ten minutes for the first of a kind [default: 10 on
+    /// a GPU, 60 on a CPU]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    hang_after: Option<u64>,
 }
 
 /// Runs the agent.
@@ -77,13 +82,15 @@ pub(crate) fn agent_config(
     let gpus = incipit_kernels::gpus().map_or(0, |gpus| gpus.len());
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let default = if gpus > 0 { gpus } else { cores } as u32;
+    let mut engine = vec!["engine".to_owned()];
+    engine.extend(machine.hang_after.map(|seconds| format!("--hang-after={seconds}")));
     Ok(AgentConfig {
         coordinator,
         worker_id,
         slots: machine.slots.unwrap_or(default),
         state_dir: std::path::absolute(state_dir)?,
         address: machine.address.map(|address| address.to_string()),
-        engine: (program, vec!["engine".to_owned()]),
+        engine: (program, engine),
     })
 }
 

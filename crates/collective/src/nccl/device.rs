@@ -85,6 +85,8 @@ pub(super) struct GpuRun {
     /// What is read and what is written, until candle's stream waits for that. Then they are let go, on the thread that
     /// works in that stream: the watchdog would free them in a stream of its own.
     tensors: Option<[Tensor; 2]>,
+    /// Behind what candle's stream had to do before it.
+    due: Event,
     over: Option<Event>,
 }
 
@@ -142,14 +144,14 @@ impl Lane for GpuLane {
         let stream = self.device.cuda_stream();
         let result = ffi::unwritten(&dims, x.dtype(), &self.device)?;
         let (from, to) = (Span::of(x, &stream)?, Span::of(&result, &stream)?);
-        self.queue.wait_for(&stream)?;
+        let due = self.queue.wait_for(&stream)?;
         match step {
             Step::Sum => self.communicator.all_reduce(from, to, x.dtype(), true),
             Step::Max => self.communicator.all_reduce(from, to, x.dtype(), false),
             Step::Gather => self.communicator.all_gather(from, to),
             Step::From(root) => self.communicator.broadcast(from, to, root),
         }?;
-        Ok(GpuRun { tensors: Some([x.clone(), result]), over: None })
+        Ok(GpuRun { tensors: Some([x.clone(), result]), due, over: None })
     }
 
     fn settled(&self) -> Result<bool, Fault> {
@@ -180,6 +182,10 @@ impl Lane for GpuLane {
         let bytes = parcel.staging.read(parcel.sent, parcel.received);
         self.keep(parcel.staging);
         bytes
+    }
+
+    fn is_due(&self, run: &GpuRun) -> Result<bool, Fault> {
+        run.due.is_past()
     }
 
     fn is_over(&self, run: &GpuRun) -> Result<bool, Fault> {

@@ -145,6 +145,8 @@ pub(super) struct FakeLane {
     queue: Arc<Queue>,
     /// Tensors in main memory stand for tensors on its GPU.
     pub(super) stands: AtomicBool,
+    /// Its GPU has not yet come to the operations that are in its queue.
+    pub(super) behind: Arc<AtomicBool>,
 }
 
 #[derive(Default)]
@@ -205,13 +207,20 @@ impl FakeLane {
     }
 
     fn push(&self, call: Call, then: Then) {
+        let runs = matches!(call.kind, Kind::Run(_));
         let mut state = lock(&self.hub.state);
         let (hub, rank, n) = (self.hub.clone(), self.rank, state.calls[self.rank].len());
         state.calls[self.rank].push(call);
         drop(state);
         self.hub.changed.notify_all();
         self.queue.left.fetch_add(1, Ordering::SeqCst);
-        lock(&self.queue.jobs).push_back(Box::new(move || then(hub.meet(rank, n))));
+        let behind = self.behind.clone();
+        lock(&self.queue.jobs).push_back(Box::new(move || {
+            while runs && behind.load(Ordering::SeqCst) {
+                thread::sleep(Duration::from_millis(1));
+            }
+            then(hub.meet(rank, n));
+        }));
         self.queue.changed.notify_all();
     }
 
@@ -309,6 +318,10 @@ impl Lane for FakeLane {
         bytes
     }
 
+    fn is_due(&self, _: &FakeRun) -> Result<bool, Fault> {
+        Ok(!self.behind.load(Ordering::SeqCst))
+    }
+
     fn is_over(&self, run: &FakeRun) -> Result<bool, Fault> {
         Ok(run.over.load(Ordering::SeqCst))
     }
@@ -355,6 +368,7 @@ impl Opener for Fakes {
         let queue = Arc::new(Queue::default());
         let worker = queue.clone();
         thread::spawn(move || FakeLane::work(&worker));
-        Ok(FakeLane { net: self.net.clone(), hub, rank, queue, stands: AtomicBool::new(false) })
+        let (stands, behind) = Default::default();
+        Ok(FakeLane { net: self.net.clone(), hub, rank, queue, stands, behind })
     }
 }

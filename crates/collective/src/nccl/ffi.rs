@@ -97,11 +97,11 @@ impl Queue {
         Ok(event)
     }
 
-    /// What is put into this queue from now on waits for what `other` has to do now. On the thread that calls, for a
-    /// candle device may work in the stream of each thread.
-    pub(super) fn wait_for(self: &Arc<Self>, other: &CudaStream) -> Result<(), Fault> {
+    /// What is put into this queue from now on waits for what `other` has to do now, behind which the event is. On the thread that
+    /// calls, for a candle device may work in the stream of each thread.
+    pub(super) fn wait_for(self: &Arc<Self>, other: &CudaStream) -> Result<Event, Fault> {
         let event = Event::new(self.clone())?;
-        // SAFETY: all live; CUDA keeps what it needs of an event that is dropped.
+        // SAFETY: all live.
         unsafe {
             result::event::record(event.event, other.cu_stream()).map_err(driver("record an event"))?;
             result::stream::wait_event(
@@ -109,8 +109,9 @@ impl Queue {
                 event.event,
                 cuda::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT,
             )
-            .map_err(driver("wait for an event"))
+            .map_err(driver("wait for an event"))?;
         }
+        Ok(event)
     }
 }
 

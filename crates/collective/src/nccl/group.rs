@@ -66,8 +66,7 @@ impl<L: Lane> Group<L> {
             turn.refuse(self.refuse_elsewhere(x).or(refusal))?;
             let header = Header { on_device: true, ..turn.header(operation, root, Some(x)) };
             let frame = header.frame(&[]);
-            let run =
-                |step: Step, x: &Tensor| turn.moved(self.host.transport().run(&frame, turn.until, step, x));
+            let run = |step: Step, x: &Tensor| turn.moved(|to| to.run(&frame, turn.until, step, x));
             if x.elem_count() == 0 {
                 // There is nothing to do, but to find out whether all think so.
                 run(step, &Tensor::zeros(1, x.dtype(), x.device())?)?;
@@ -152,6 +151,10 @@ impl<L: Lane> Member for Group<L> {
 
     fn seconds(&self) -> f64 {
         self.host.seconds()
+    }
+
+    fn waits(&self) -> bool {
+        self.host.transport().awaits().unwrap_or_else(|| self.host.waits())
     }
 }
 

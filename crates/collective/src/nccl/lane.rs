@@ -76,6 +76,9 @@ pub(crate) trait Lane: Send + Sync + Debug + Sized + 'static {
     /// The bytes that are here: those of all ranks, or of the root.
     fn open(&self, parcel: Self::Parcel) -> Vec<u8>;
 
+    /// Whether the device has done all that comes before the operation.
+    fn is_due(&self, run: &Self::Run) -> Result<bool, Fault>;
+
     /// Whether the tensor is done.
     fn is_over(&self, run: &Self::Run) -> Result<bool, Fault>;
 

@@ -394,6 +394,15 @@ impl<L: Lane> Line<L> {
         Ok(())
     }
 
+    /// Whether it is for others that the first operation on a tensor of the device is not over: this rank's device has come to it, or its
+    /// frames, which wait for nothing but what comes before, have not. Nothing where all are over.
+    pub(super) fn awaits(&self) -> Option<bool> {
+        // Whoever holds it for long hangs in the driver, and that is this rank's own doing.
+        let Ok(pending) = self.pending.try_lock() else { return Some(false) };
+        let first = pending.front()?;
+        Some(first.frames.is_some() || self.lane().is_due(&first.run).unwrap_or(false))
+    }
+
     /// What the watchdog does: finds out an operation on a tensor of the device that went wrong or does not end.
     pub(super) fn look_over(&self) -> Result<(), (u64, Broken)> {
         self.looked_over().inspect_err(|(_, broken)| self.remember(broken))

@@ -268,6 +268,36 @@ fn a_rank_that_does_not_come_to_an_operation_on_the_device_is_named_at_the_deadl
 }
 
 #[test]
+fn a_rank_waits_for_others_only_once_its_own_device_has_come_to_the_operation() {
+    let (late, seen) = (Gathering::of(2), Gathering::of(2));
+    each(2, LONG, &Arc::default(), |group| {
+        assert!(!group.waits());
+        if group.rank() == 1 {
+            late.wait();
+            group.all_reduce(&full(1.0, 3), Reduce::Sum).unwrap();
+            group.all_reduce(&full(1.0, 3), Reduce::Sum).unwrap();
+            seen.wait();
+        } else {
+            group.all_reduce(&full(1.0, 3), Reduce::Sum).unwrap();
+            assert!(group.waits(), "the other has not come");
+            late.wait();
+            synchronize(&group);
+            group.line().lane().behind.store(true, Ordering::SeqCst);
+            group.all_reduce(&full(1.0, 3), Reduce::Sum).unwrap();
+            let start = Instant::now();
+            while group.waits() {
+                assert!(start.elapsed() < SOON, "it has said what it does, and its device does not do it");
+            }
+            seen.wait();
+            assert!(!group.waits());
+            group.line().lane().behind.store(false, Ordering::SeqCst);
+        }
+        group.barrier().unwrap();
+        assert!(!group.waits());
+    });
+}
+
+#[test]
 fn an_abort_from_aside_ends_operations_on_the_device_on_every_rank() {
     let done = Gathering::of(2);
     each(2, LONG, &Arc::default(), |group| {

@@ -3,7 +3,7 @@
 use incipit_kernels::sums::ZERO_EXPONENT;
 
 use super::{Engine, JobBatch, JobFault, nothing, sum};
-use crate::Result;
+use crate::{Result, pace::Work};
 
 impl Engine {
     /// Each job's mean cross-entropy over its target tokens, in nats, by a forward pass alone: that of [`Self::gradients`] where the
@@ -16,7 +16,7 @@ impl Engine {
         let replicas = self.replicas(jobs);
         let mut gathered = nothing(jobs);
         let rows = self.own_rows(jobs, &replicas);
-        self.gather(jobs, &rows, &|batch, _| self.model.loss(batch), &mut gathered)?;
+        self.gather(jobs, &rows, (Work::Losses, &|batch, _| self.model.loss(batch)), &mut gathered)?;
         let terms = sum::Terms::of(jobs, gathered);
         let told = |loss: &f32| [i64::from(loss.to_bits()), i64::from(ZERO_EXPONENT)];
         let known = sum::exchanged(&self.ranks, &terms, &replicas, told)?;

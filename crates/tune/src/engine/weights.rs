@@ -10,7 +10,7 @@ use incipit_collective::{Coordinates, Reduce};
 use incipit_model::{Microbatch, WeightGradients};
 
 use super::{Engine, JobBatch, JobFault, Refusal, assemble, cost, num_targets, scale, sum::untouched};
-use crate::{Error, Result, microbatch, ranks};
+use crate::{Error, Result, microbatch, pace::Work, ranks};
 
 /// Numbers that replicas sum at once, unless one weight has more.
 const BUCKET: usize = 1 << 22;
@@ -82,7 +82,10 @@ impl Engine {
                 let (prompts, examples) = assemble(jobs, rows);
                 let batch = Microbatch { prompts: &prompts, examples: &examples };
                 let scales = vec![scale(job); rows.len()];
-                match self.model.loss_and_weight_gradients(&batch, &scales, &options, gradients) {
+                let num_tokens = rows.iter().map(|row| cost(job, row.example)).sum();
+                let pass =
+                    || self.model.loss_and_weight_gradients(&batch, &scales, &options, &mut *gradients);
+                match self.pace.during(Work::WeightGradients, num_tokens, pass) {
                     Ok(losses) => {
                         let losses = losses.iter().map(|loss| i64::from(loss.to_bits()));
                         rows.iter().zip(losses).for_each(|(row, loss)| told[row.example] = loss);

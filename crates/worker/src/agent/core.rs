@@ -222,8 +222,8 @@ impl Core {
             Notice::Failed(failed) if failed.epoch == engine.epoch() => {
                 let cause = failed.cause();
                 engine.ready = false;
-                // Most go on in another group. One that ends says why, and is to be told of no group any more.
-                let ends = cause == EngineLossCause::Exited;
+                // Most go on in another group. One that ends says why, as does one that cannot, and is to be told of no group any more.
+                let ends = matches!(cause, EngineLossCause::Exited | EngineLossCause::Hung);
                 let (cause, message) = (cause.into(), failed.message);
                 self.lost(key, v1::EngineLost { cause, message, alive: !ends }, now);
                 if ends {

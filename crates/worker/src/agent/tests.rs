@@ -1,12 +1,13 @@
 //! What an agent's core does about what it hears.
 
 use incipit_proto::v1::{
-    self, AttachResponse, JobReason, JobState, JobWish, attach_request::Message, attach_response, job_report,
+    self, AttachResponse, JobReason, JobState, JobWish, attach_request::Message, attach_response,
+    engine_report, job_report,
 };
 
 use crate::agent::Key;
 use crate::agent::core::{Action, Config, Core, Delay, Input, Refused};
-use crate::frames::{LocalJob, Notice, Order, Ready, Saved};
+use crate::frames::{Failed, LocalJob, Notice, Order, Ready, Saved};
 
 const BACKBONE: &str = "backbones/b";
 
@@ -161,6 +162,30 @@ fn a_checkpoint_that_is_just_being_stored_goes_before_the_loss_of_its_engine() {
         world.now += 10;
         assert!(said(&world.handle(Input::Tick)).iter().any(is_loss));
     }
+}
+
+#[test]
+fn an_engine_that_says_that_it_hangs_is_killed_and_its_loss_told_once() {
+    let mut world = World::new();
+    let (cause, message) = (v1::EngineLossCause::Hung.into(), "rank 0 hangs".to_owned());
+    let failed = Notice::Failed(Failed { epoch: 1, cause, message });
+    let mut actions = world.handle(Input::Notice(key(), failed));
+    assert!(actions.contains(&Action::Kill(key())));
+    actions.extend(world.handle(Input::Ended(key(), "signal: 9".to_owned())));
+    let losses: Vec<_> = said(&actions)
+        .into_iter()
+        .filter_map(|message| match message {
+            Message::Engine(v1::EngineReport { report: Some(engine_report::Report::Lost(lost)), .. }) => {
+                Some(lost)
+            }
+            _ => None,
+        })
+        .collect();
+    let [lost] = losses[..] else { panic!("{losses:?}") };
+    assert_eq!(
+        (lost.cause(), &*lost.message, lost.alive),
+        (v1::EngineLossCause::Hung, "rank 0 hangs", false)
+    );
 }
 
 #[test]

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::str::FromStr as _;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -25,12 +24,18 @@ use crate::engine::resident::sent;
 use crate::engine::residents::Residents;
 use crate::engine::saver::Saver;
 use crate::engine::voice::Voice;
+use crate::engine::watch::{Farewell, Watch, Watches};
 use crate::engine::{Inbox, Loss, Mail, Next};
-use crate::frames::{Failed, Join, Notice, Ready};
+use crate::frames::{Join, Notice, Ready};
 
 /// How long a rank waits for the others: as long as the slowest disk takes to load a model. A rank that is gone is found by its agent or
 /// by the coordinator long before, and one that waits for it in vain is killed when there is a new group.
 const DEADLINE: Duration = Duration::from_secs(600);
+/// How long a pass through the backbone may take in any case: on a CPU other programs may have the cores, and its weights may have to be read
+/// from a disk again.
+const HANG_AFTER_ON_CPU: Duration = Duration::from_secs(60);
+/// As above, on a GPU, which has the weights: some of its first kernels may have to be compiled.
+const HANG_AFTER_ON_GPU: Duration = Duration::from_secs(10);
 
 /// What outlives a group: the backbones of this process, by rank.
 #[derive(Default)]
@@ -45,8 +50,10 @@ pub(crate) struct Group<'a> {
     pub(crate) answers: &'a Arc<Answers>,
     /// The inbox's other end.
     pub(crate) loaded: &'a Sender<Mail>,
-    /// Whether the agent was told why this process left the group.
-    pub(crate) told: AtomicBool,
+    pub(crate) watches: &'a Watches,
+    /// How long a pass through the backbone may take in any case, if that was given.
+    pub(crate) hang_after: Option<Duration>,
+    pub(crate) farewell: Arc<Farewell>,
 }
 
 /// What an assignment says, read.
@@ -59,16 +66,6 @@ struct Settings {
 }
 
 impl Group<'_> {
-    /// Tells the agent why this process leaves the group, unless it knows.
-    pub(crate) fn tell(&self, (cause, message): &Loss) {
-        if !self.told.swap(true, Ordering::Relaxed) {
-            let epoch = self.join.assignment.as_ref().map_or(0, |assignment| assignment.epoch);
-            self.voice.log("", "ERROR", format!("epoch {epoch} ends: {message}"));
-            let (cause, message) = ((*cause).into(), message.clone());
-            self.voice.say(Notice::Failed(Failed { epoch, cause, message }));
-        }
-    }
-
     /// Meets the other ranks, loads what is not loaded, and works until the agent wants something else.
     ///
     /// # Errors
@@ -92,7 +89,9 @@ impl Group<'_> {
                     .map(|result| result.unwrap_or_else(|error| Err(Failure::from(error).into()))),
             );
         }
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        let rank = self.join.rank;
+        let named = move |_| format!("rank {rank}");
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(named).build();
         let pool = pool.map_err(|error| bad(format!("cannot start {threads} threads: {error}")))?;
         pool.install(|| {
             let ranks = self.connect(&settings).map_err(Loss::from)?;
@@ -145,7 +144,7 @@ impl Group<'_> {
             && settings.backend != Backend::Local
         {
             // Before the others lose this rank, which is all that they could tell. Of threads the weightiest cause is told.
-            self.tell(loss);
+            self.farewell.say(loss);
         }
         // Those that wait for this rank learn that it comes no more: the backbone keeps the group from being dropped.
         ranks.abort(worked.as_ref().err().map_or("the group has come to its end", |(_, message)| message));
@@ -177,10 +176,23 @@ impl Group<'_> {
         Ok(())
     }
 
-    fn serve(&self, settings: &Settings, ranks: &Ranks, backbone: &Backbone, inbox: &Inbox) -> Result<Next> {
+    fn serve(
+        &self,
+        settings: &Settings,
+        ranks: &Arc<Ranks>,
+        backbone: &Backbone,
+        inbox: &Inbox,
+    ) -> Result<Next> {
         // Every rank has loaded once all have come here.
         ranks.world().barrier()?;
         let epoch = settings.options.epoch;
+        let of_device = || match backbone.engine.model().device().is_cpu() {
+            true => HANG_AFTER_ON_CPU,
+            false => HANG_AFTER_ON_GPU,
+        };
+        let hang_after = self.hang_after.unwrap_or_else(of_device);
+        let watch = Watch::new(ranks, backbone.engine.pace(), hang_after, &self.farewell);
+        let _watched = self.watches.add(watch);
         if ranks.leads() || settings.backend != Backend::Local {
             let engine = EngineReady {
                 pid: std::process::id(),

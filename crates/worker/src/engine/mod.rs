@@ -16,11 +16,12 @@ mod residents;
 mod saver;
 mod share;
 mod voice;
+mod watch;
 
 use std::io::{Read, Write};
-use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use incipit_proto::v1::EngineLossCause;
 
@@ -28,6 +29,7 @@ use crate::engine::group::{Group, Held};
 use crate::engine::load::Loaded;
 use crate::engine::rendezvous::Answers;
 use crate::engine::voice::Voice;
+use crate::engine::watch::{Farewell, Watches};
 use crate::frames::{Join, Notice, Order};
 
 /// What comes to the engine's main thread.
@@ -50,9 +52,15 @@ pub(crate) enum Next {
     End,
 }
 
-/// Runs an engine that hears its agent on `input` and answers on `output`, until the agent is gone or its device has failed.
-pub fn run(input: impl Read + Send + 'static, output: impl Write + Send + 'static) {
+/// Runs an engine that hears its agent on `input` and answers on `output`, until the agent is gone or its device has failed. A pass through the
+/// backbone may take `hang_after` in any case; where none is given, a while that suits the device.
+pub fn run(
+    input: impl Read + Send + 'static,
+    output: impl Write + Send + 'static,
+    hang_after: Option<Duration>,
+) {
     let voice = Voice::new(output);
+    let watches = Watches::start(voice.clone());
     let answers = Arc::<Answers>::default();
     let (sender, inbox) = channel();
     voice::listen(input, sender.clone(), answers.clone());
@@ -62,12 +70,13 @@ pub fn run(input: impl Read + Send + 'static, output: impl Write + Send + 'stati
     while let Next::Join(join) = next {
         let epoch = join.assignment.as_ref().map_or(0, |assignment| assignment.epoch);
         voice.say(Notice::Joining(epoch));
-        let told = AtomicBool::new(false);
-        let group = Group { join: &join, voice: &voice, answers: &answers, loaded: &sender, told };
+        let farewell = Arc::new(Farewell::new(voice.clone(), epoch));
+        let (join, answers, loaded, watches) = (&*join, &answers, &sender, &watches);
+        let group = Group { join, voice: &voice, answers, loaded, watches, hang_after, farewell };
         next = match group.stay(&mut held, &inbox) {
             Ok(next) => next,
             Err(loss) => {
-                group.tell(&loss);
+                group.farewell.say(&loss);
                 if loss.0 == EngineLossCause::Exited { Next::End } else { await_join(&inbox) }
             }
         };

@@ -4,7 +4,6 @@ use std::io::{Read, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use incipit_proto::v1;
 
@@ -12,9 +11,6 @@ use crate::clock;
 use crate::engine::Mail;
 use crate::engine::rendezvous::Answers;
 use crate::frames::{self, FromEngine, Join, Log, Notice, Order, ToEngine};
-
-/// How often the agent is told that the process is alive.
-const ALIVE: Duration = Duration::from_millis(500);
 
 /// Speaks to the agent. Clones speak with the same voice, one sentence at a time.
 #[derive(Clone)]
@@ -24,17 +20,14 @@ pub(crate) struct Voice {
 }
 
 impl Voice {
-    /// A voice that writes to `output`, and says twice a second that it is alive.
+    /// A voice that writes to `output`.
     pub(crate) fn new(output: impl Write + Send + 'static) -> Self {
-        let voice = Self { output: Arc::new(Mutex::new(Box::new(output))), progress: Arc::default() };
-        let alive = voice.clone();
-        std::thread::spawn(move || {
-            loop {
-                alive.say(Notice::Alive(alive.progress.load(Ordering::Relaxed)));
-                std::thread::sleep(ALIVE);
-            }
-        });
-        voice
+        Self { output: Arc::new(Mutex::new(Box::new(output))), progress: Arc::default() }
+    }
+
+    /// Says that the process is alive, and how far it is.
+    pub(crate) fn alive(&self) {
+        self.say(Notice::Alive(self.progress.load(Ordering::Relaxed)));
     }
 
     /// Says something. An agent that is gone takes this process with it: nobody else could use what it has.

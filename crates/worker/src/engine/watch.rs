@@ -1,0 +1,260 @@
+//! Whether the ranks of this process get on. The thread that tells the agent that the process is alive looks at them each time before: if
+//! it hangs in that, as it may with a driver, the agent hears nothing more.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use incipit_collective::Ranks;
+use incipit_proto::v1::EngineLossCause;
+use incipit_tune::pace::{Pace, Pass, Work};
+
+use crate::engine::Loss;
+use crate::engine::voice::Voice;
+use crate::frames::{Failed, Notice};
+
+/// How often the agent is told that the process is alive.
+const ALIVE: Duration = Duration::from_millis(500);
+/// As long is taken to have passed between two looks at most: where it was longer, the whole process stood still, and no rank by itself.
+const LONGEST: Duration = Duration::from_secs(1);
+/// How many times as long as any before it a pass may take. A GPU that others use too, or a disk that is read again, is slower than that
+/// for no long time.
+const TIMES: u32 = 8;
+/// How long a pass may take that is the first of its kind: what it needs may have to be read and compiled.
+const FIRST: Duration = Duration::from_secs(600);
+
+/// Says why this process leaves a group, once.
+pub(crate) struct Farewell {
+    pub(crate) voice: Voice,
+    pub(crate) epoch: u64,
+    said: AtomicBool,
+}
+
+impl Farewell {
+    pub(crate) fn new(voice: Voice, epoch: u64) -> Self {
+        Self { voice, epoch, said: AtomicBool::new(false) }
+    }
+
+    /// Tells the agent why, unless it knows.
+    pub(crate) fn say(&self, (cause, message): &Loss) {
+        if !self.said.swap(true, Ordering::Relaxed) {
+            let epoch = self.epoch;
+            self.voice.log("", "ERROR", format!("epoch {epoch} ends: {message}"));
+            let (cause, message) = ((*cause).into(), message.clone());
+            self.voice.say(Notice::Failed(Failed { epoch, cause, message }));
+        }
+    }
+}
+
+/// The ranks of this process that are watched.
+#[derive(Clone, Default)]
+pub(crate) struct Watches(Arc<Mutex<Vec<Arc<Watch>>>>);
+
+impl Watches {
+    /// Looks at the ranks twice a second from now on, and has `voice` say that the process is alive.
+    pub(crate) fn start(voice: Voice) -> Self {
+        let watches = Self::default();
+        let watched = watches.clone();
+        std::thread::spawn(move || {
+            let mut last = Instant::now();
+            loop {
+                let passed = last.elapsed().min(LONGEST);
+                last = Instant::now();
+                let ranks = watched.lock().clone();
+                ranks.iter().for_each(|watch| watch.look(passed));
+                voice.alive();
+                std::thread::sleep(ALIVE);
+            }
+        });
+        watches
+    }
+
+    /// Watches a rank for as long as what is returned is there.
+    pub(crate) fn add(&self, watch: Watch) -> Watched {
+        let watch = Arc::new(watch);
+        self.lock().push(watch.clone());
+        Watched { watches: self.clone(), watch }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Watch>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Ends a watch when it is dropped.
+pub(crate) struct Watched {
+    watches: Watches,
+    watch: Arc<Watch>,
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        self.watches.lock().retain(|watch| !Arc::ptr_eq(watch, &self.watch));
+    }
+}
+
+/// A rank that is watched.
+pub(crate) struct Watch {
+    rank: usize,
+    pace: Arc<Pace>,
+    /// As long as they are there, the rank has not left.
+    ranks: Weak<Ranks>,
+    /// How long a pass may take in any case.
+    least: Duration,
+    farewell: Arc<Farewell>,
+    seen: Mutex<Seen>,
+}
+
+impl Watch {
+    pub(crate) fn new(
+        ranks: &Arc<Ranks>,
+        pace: &Arc<Pace>,
+        least: Duration,
+        farewell: &Arc<Farewell>,
+    ) -> Self {
+        let (rank, pace, farewell) = (ranks.rank(), pace.clone(), farewell.clone());
+        Self { rank, pace, ranks: Arc::downgrade(ranks), least, farewell, seen: Mutex::default() }
+    }
+
+    /// Looks at the rank `passed` after the last time.
+    fn look(&self, passed: Duration) {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let (Some(pass), Some(ranks)) = (self.pace.current(), self.ranks.upgrade()) else {
+            *seen = Seen::default();
+            return;
+        };
+        match seen.judge(&pass, ranks.waits(), passed, self.least) {
+            Verdict::GetsOn => {}
+            Verdict::Hangs => self.farewell.say(&(EngineLossCause::Hung, self.hangs(&pass, seen.own))),
+            Verdict::IsLeftAlone => {
+                let waited = seen.waited.as_secs();
+                let what = format!(
+                    "others have kept a pass through the backbone ({}) waiting for {waited} s, and are neither gone nor known to hang: the way to them may be cut off",
+                    pass.work
+                );
+                // It may have to wait for those who keep the reason.
+                std::thread::spawn(move || ranks.abort(&what));
+            }
+        }
+    }
+
+    fn hangs(&self, pass: &Pass, own: Duration) -> String {
+        let Pass { work, num_tokens, usual, .. } = pass;
+        let usual = usual.map_or_else(
+            || "and it is the first of its kind".to_owned(),
+            |usual| format!("where such passes take {usual:.1?} at most"),
+        );
+        format!(
+            "rank {} hangs: nothing came of a pass through the backbone ({work}, {num_tokens} tokens) for {} s, {usual}; \
+             the kernel's log of its machine (dmesg) may say what its GPU or disk has",
+            self.rank,
+            own.as_secs()
+        )
+    }
+}
+
+/// What was seen of the pass that a rank makes.
+#[derive(Debug, Default)]
+struct Seen {
+    number: Option<u64>,
+    /// How long the rank itself has taken.
+    own: Duration,
+    /// How long it has waited for others.
+    waited: Duration,
+    /// Whether it was to wait no longer: what it takes since is its own doing.
+    freed: bool,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    GetsOn,
+    /// It takes longer than any pass could.
+    Hangs,
+    /// It waits for others longer than they could take without hanging themselves.
+    IsLeftAlone,
+}
+
+impl Seen {
+    fn judge(&mut self, pass: &Pass, waits: bool, passed: Duration, least: Duration) -> Verdict {
+        if self.number != Some(pass.number) {
+            *self = Self { number: Some(pass.number), ..Self::default() };
+        }
+        let limit = pass.usual.map_or(FIRST, |usual| TIMES * usual).max(least);
+        if waits && !self.freed {
+            self.waited += passed;
+        } else {
+            self.own += passed;
+        }
+        if self.own > limit {
+            return Verdict::Hangs;
+        }
+        // The ranks of one replica make a pass together. For the sums replicas come together, and one may have more to do.
+        if self.waited > 2 * limit && !self.freed && pass.work != Work::Sums {
+            (self.freed, self.own) = (true, Duration::ZERO);
+            return Verdict::IsLeftAlone;
+        }
+        Verdict::GetsOn
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+    const LEAST: Duration = Duration::from_secs(10);
+
+    fn pass(number: u64, work: Work, usual: Option<u32>) -> Pass {
+        Pass { number, work, num_tokens: 100, usual: usual.map(|usual| usual * SECOND) }
+    }
+
+    /// After how many seconds there is another verdict, and which.
+    fn until(seen: &mut Seen, pass: &Pass, waits: bool) -> (u32, Verdict) {
+        for second in 1..10_000 {
+            match seen.judge(pass, waits, SECOND, LEAST) {
+                Verdict::GetsOn => {}
+                verdict => return (second, verdict),
+            }
+        }
+        panic!("there is no end");
+    }
+
+    #[test]
+    fn a_rank_hangs_when_a_pass_takes_longer_than_eight_of_its_kind() {
+        for (usual, limit) in [(Some(0), 10), (Some(1), 10), (Some(2), 16), (Some(60), 480), (None, 600)] {
+            let pass = pass(0, Work::Gradients, usual);
+            assert_eq!(until(&mut Seen::default(), &pass, false), (limit + 1, Verdict::Hangs), "{usual:?}");
+        }
+    }
+
+    #[test]
+    fn each_pass_has_its_time() {
+        let mut seen = Seen::default();
+        for number in 0..100 {
+            for _ in 0..10 {
+                let pass = pass(number, Work::Losses, Some(0));
+                assert_eq!(seen.judge(&pass, false, SECOND, LEAST), Verdict::GetsOn);
+            }
+        }
+    }
+
+    #[test]
+    fn time_for_which_others_are_waited_for_is_not_the_ranks_own() {
+        let (mut seen, pass) = (Seen::default(), pass(0, Work::Gradients, Some(0)));
+        for _ in 0..9 {
+            assert_eq!(seen.judge(&pass, true, SECOND, LEAST), Verdict::GetsOn);
+            assert_eq!(seen.judge(&pass, false, SECOND, LEAST), Verdict::GetsOn);
+        }
+        assert_eq!(until(&mut seen, &pass, false), (2, Verdict::Hangs));
+    }
+
+    #[test]
+    fn a_rank_whose_others_neither_come_nor_hang_is_freed_and_then_has_to_end_its_pass() {
+        let (mut seen, of_a_replica) = (Seen::default(), pass(0, Work::Gradients, Some(0)));
+        assert_eq!(until(&mut seen, &of_a_replica, true), (21, Verdict::IsLeftAlone));
+        assert_eq!(until(&mut seen, &of_a_replica, true), (11, Verdict::Hangs));
+        let of_all = pass(0, Work::Sums, Some(0));
+        let mut seen = Seen::default();
+        assert!((0..1000).all(|_| seen.judge(&of_all, true, SECOND, LEAST) == Verdict::GetsOn));
+    }
+}
