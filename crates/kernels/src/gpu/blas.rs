@@ -195,12 +195,36 @@ impl Blas {
     pub(super) unsafe fn multiply(&self, product: &Product) -> Result<()> {
         let described = Described::new(product, product.dims[0])?;
         let algorithm = self.algorithm(product, &described)?;
+        // SAFETY: as for this.
+        let mut started = unsafe { self.start(product, &described, &algorithm) };
+        // What was found to serve this number of rows may not, after all.
+        if started.is_err()
+            && let Ok(own) = self.own(product, &described)
+        {
+            // SAFETY: as for this.
+            started = unsafe { self.start(product, &described, &own) };
+        }
+        // Of a device that has failed the library does not say why.
+        started.map_err(|error| match self.stream.synchronize() {
+            Err(lost) => failed("a product")(lost),
+            Ok(()) => library("a product")(error),
+        })
+    }
+
+    /// # Safety
+    /// As for `Gpu::multiply`.
+    unsafe fn start(
+        &self,
+        product: &Product,
+        described: &Described,
+        algorithm: &sys::cublasLtMatmulAlgo_t,
+    ) -> Result<(), result::CublasError> {
         let (alpha, beta) = (1f32, if product.added == Address::NONE { 0f32 } else { 1f32 });
         let added = if product.added == Address::NONE { product.out } else { product.added };
         let pointer = |Address(address): Address| address as *const c_void;
         let workspace = lock(&self.workspace);
         // SAFETY: the descriptors live; the addresses are the caller's promise, and all work follows on one stream.
-        let started = unsafe {
+        unsafe {
             result::matmul(
                 self.handle,
                 described.operation,
@@ -214,17 +238,12 @@ impl Blas {
                 described.out,
                 pointer(product.out).cast_mut(),
                 described.out,
-                &algorithm,
+                algorithm,
                 workspace.device_ptr(&self.stream).0 as *mut c_void,
                 WORKSPACE,
                 self.stream.cu_stream().cast(),
             )
-        };
-        // Of a device that has failed the library does not say why.
-        started.map_err(|error| match self.stream.synchronize() {
-            Err(lost) => failed("a product")(lost),
-            Ok(()) => library("a product")(error),
-        })
+        }
     }
 
     fn algorithm(&self, product: &Product, described: &Described) -> Result<sys::cublasLtMatmulAlgo_t> {
@@ -247,6 +266,16 @@ impl Blas {
         }
         let own = self.best(product, &kind, described)?;
         choice.own.insert(rows, own);
+        Ok(own)
+    }
+
+    /// The algorithm of just this number of rows, from now on.
+    fn own(&self, product: &Product, described: &Described) -> Result<sys::cublasLtMatmulAlgo_t> {
+        let kind = Kind::of(product);
+        let own = self.best(product, &kind, described)?;
+        if let Some(choice) = lock(&self.choices).get_mut(&kind) {
+            choice.own.insert(product.dims[0], own);
+        }
         Ok(own)
     }
 
