@@ -77,6 +77,8 @@ struct Chaos {
     agents: BTreeSet<u32>,
     /// How long it took to notice, by what was done.
     noticed: BTreeMap<Blow, Vec<Duration>>,
+    /// Ranks that the last blow did not hit, where it was one that costs a rank.
+    survivors: Vec<v1::RankPlacement>,
 }
 
 /// The name of the test.
@@ -120,6 +122,22 @@ fn whatever_is_killed_or_stopped_every_job_ends_once_and_in_its_own_bytes() -> R
 }
 
 impl Chaos {
+    /// Whether the ranks that the last blow did not hit have their weights still, as far as they are where they were.
+    fn check_survivors(&mut self, after: &v1::Backbone) -> Result<()> {
+        for before in std::mem::take(&mut self.survivors) {
+            let same = |now: &&v1::RankPlacement| now.rank == before.rank && now.worker == before.worker;
+            if let Some(now) = after.ranks.iter().find(same) {
+                ensure!(
+                    now.pid == before.pid,
+                    "rank {} was started again\n{}",
+                    before.rank,
+                    self.cluster.logs()
+                );
+            }
+        }
+        Ok(())
+    }
+
     fn begin(dir: &Path, seed: u64, network: Option<Network>) -> Result<Self> {
         let cluster = match &network {
             Some(network) => Cluster::start_at(dir, network.address())?,
@@ -132,6 +150,7 @@ impl Chaos {
             submitted: Vec::new(),
             agents: BTreeSet::new(),
             noticed: BTreeMap::new(),
+            survivors: Vec::new(),
         };
         for worker in ["w1", "w2", "w3"] {
             chaos.start_worker(worker)?;
@@ -185,6 +204,7 @@ impl Chaos {
             self.get_on()?;
         }
         let before = self.cluster.wait_ready("b")?;
+        self.check_survivors(&before)?;
         std::thread::sleep(Duration::from_millis(self.dice.roll(1500)));
         let blows = if self.network.is_some() { &BLOWS[..] } else { &BLOWS[..BLOWS.len() - OF_LINKS] };
         let blow = blows[self.dice.roll(blows.len() as u64) as usize];
@@ -234,6 +254,7 @@ impl Chaos {
             after.message,
             self.cluster.logs()
         );
+        self.survivors = before.ranks.iter().filter(|other| other.rank != place.rank).cloned().collect();
         let at = time(lost.time.as_ref().context("a time")?);
         self.noticed.entry(blow).or_default().push(at.duration_since(began).unwrap_or_default());
         match blow {

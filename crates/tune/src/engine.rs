@@ -16,7 +16,7 @@ use crate::{
     Error, Result,
     choice::choices,
     microbatch::{self, Taste, TokenMemory},
-    pace::{Pace, Work},
+    pace::{Pace, Under, Work},
     ranks,
     recipe::LossReduction,
     weights::Promises,
@@ -200,6 +200,8 @@ impl Engine {
         ranks::on_this_machine(ranks)?;
         let (budget, recompute) = Self::agreed(ranks, (self.budget, self.recompute))?;
         model.regroup(&TensorAxis::of(ranks))?;
+        // A rank that begins anew knows of no passes, and those that wait for it go by the same measure.
+        self.pace.forget();
         self.ranks = ranks.clone();
         (self.budget, self.recompute) = (budget, recompute);
         Ok(())
@@ -264,6 +266,11 @@ impl Engine {
         &self.pace
     }
 
+    /// Begins what device, disk and other ranks have to get on with.
+    pub(crate) fn begin(&self, work: Work, num_tokens: usize) -> Under<'_> {
+        self.pace.begin(&self.ranks, work, num_tokens)
+    }
+
     /// Most tokens of a microbatch.
     #[must_use]
     pub fn microbatch_tokens(&self) -> usize {
@@ -291,12 +298,10 @@ impl Engine {
             self.gather(jobs, &few, (Work::Gradients, pass), &mut gathered)?;
             self.gather(jobs, &many, (Work::Gradients, pass), &mut gathered)?;
         }
-        let num_tokens = jobs.iter().map(JobBatch::num_tokens).sum();
-        // What the device still has to do of the last microbatch is waited for here.
-        let gradients = self.pace.during(Work::Sums, num_tokens, || {
-            sum::over_replicas(&self.ranks, self.model.device(), jobs, gathered, &replicas)
-        })?;
+        let sums = self.begin(Work::Sums, jobs.iter().map(JobBatch::num_tokens).sum());
+        let gradients = sum::over_replicas(&self.ranks, self.model.device(), jobs, gathered, &replicas)?;
         self.confirm()?;
+        sums.succeeds(1.0);
         Ok(gradients)
     }
 
@@ -369,7 +374,9 @@ impl Engine {
         let batch = Microbatch { prompts: &prompts, examples: &examples };
         let num_tokens = rows.iter().map(|row| cost(&jobs[row.job], row.example)).sum();
         let (work, through) = pass;
-        let refusal = match self.pace.during(work, num_tokens, || through(&batch, rows)) {
+        let under = self.begin(work, num_tokens);
+        let given = through(&batch, rows).inspect(|_| under.succeeds(1.0));
+        let refusal = match given {
             Ok(given) => {
                 for (row, given) in rows.iter().zip(given) {
                     if let Ok(gathered) = &mut gathered[row.job] {

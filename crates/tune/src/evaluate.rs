@@ -50,6 +50,12 @@ impl EvalOptions {
         Work::Evaluation { new_tokens: self.max_new_tokens, candidates }
     }
 
+    /// How many times as long predictions could have been as these are.
+    fn shortfall(&self, outcomes: &[Outcome]) -> f64 {
+        let longest = outcomes.iter().map(|outcome| outcome.tokens.len()).max().unwrap_or_default();
+        (self.max_new_tokens + 1) as f64 / (longest + 1) as f64
+    }
+
     /// A label in the words in which it is scored.
     fn rewritten(&self, label: String) -> String {
         match self.rewrite.as_ref().and_then(|map| map.get(&label)) {
@@ -250,8 +256,9 @@ impl PartialEvaluation {
         if !round.places.is_empty() {
             let examples: Vec<Example<'_>> = round.places.iter().map(|place| self.trial(*place)).collect();
             let batch = Microbatch { prompts: &self.prompts, examples: &examples };
-            let work = self.options.work();
-            let outcomes = engine.pace().during(work, round.cost, || self.outcomes(engine, &batch))?;
+            let under = engine.begin(self.options.work(), round.cost);
+            let outcomes = self.outcomes(engine, &batch)?;
+            under.succeeds(self.options.shortfall(&outcomes));
             for (place, outcome) in round.places.iter().zip(outcomes) {
                 self.outcomes[*place] = outcome;
             }

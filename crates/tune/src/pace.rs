@@ -5,13 +5,17 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use incipit_collective::Ranks;
+
 /// What goes through the backbone, as far as the time for a token depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Work {
     /// Gradients to prompts.
     Gradients,
-    /// Sums of gradients over examples and replicas.
+    /// Sums of losses and of gradients to prompts, over examples and replicas.
     Sums,
+    /// Sums of gradients to weights, over replicas.
+    SumsOfWeights,
     /// Gradients to weights.
     WeightGradients,
     /// Losses alone.
@@ -25,11 +29,20 @@ pub enum Work {
     },
 }
 
+impl Work {
+    /// Whether replicas come together for it, of which one may have more to do before than another.
+    #[must_use]
+    pub fn is_of_all_replicas(self) -> bool {
+        matches!(self, Self::Sums | Self::SumsOfWeights)
+    }
+}
+
 impl std::fmt::Display for Work {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Gradients => "gradients",
             Self::Sums => "sums of gradients",
+            Self::SumsOfWeights => "sums of gradients to weights",
             Self::WeightGradients => "gradients to weights",
             Self::Losses => "losses",
             Self::Evaluation { .. } => "evaluation",
@@ -46,10 +59,14 @@ pub struct Pass {
     pub work: Work,
     /// Its tokens.
     pub num_tokens: usize,
-    /// What such a pass has taken so far, at most; nothing if there was none. A pass of more tokens than any before is taken to need as
-    /// many times as long.
+    /// What such passes have taken of late, at most, waiting for other ranks left out; nothing if there was none. A pass of more tokens than
+    /// any of those is taken to need as many times as long.
     pub usual: Option<Duration>,
 }
+
+/// How many passes are looked back on, at least; at most twice as many. A slow one, as the first is that reads weights from a disk, does not
+/// count for ever.
+const LATE: u32 = 32;
 
 /// The passes of one rank.
 #[derive(Debug, Default)]
@@ -61,23 +78,27 @@ pub struct Pace {
 struct State {
     current: Option<Pass>,
     begun: u64,
-    /// The longest pass by what it was for and the binary logarithm of its tokens.
-    longest: BTreeMap<(Work, u32), Duration>,
+    /// By what passes were for and the binary logarithm of their tokens.
+    longest: BTreeMap<(Work, u32), Longest>,
+}
+
+/// The longest of the last passes.
+#[derive(Debug, Default)]
+struct Longest {
+    now: Duration,
+    before: Duration,
+    num_now: u32,
 }
 
 impl Pace {
-    /// Makes a pass. How long it takes counts only if it succeeds.
-    pub(crate) fn during<T, E>(
-        &self,
-        work: Work,
-        num_tokens: usize,
-        pass: impl FnOnce() -> Result<T, E>,
-    ) -> Result<T, E> {
-        let start = Instant::now();
-        let _guard = self.begin(work, num_tokens);
-        let done = pass()?;
-        self.lock().took(work, num_tokens, start.elapsed());
-        Ok(done)
+    /// Begins a pass.
+    pub(crate) fn begin<'a>(&'a self, ranks: &'a Ranks, work: Work, num_tokens: usize) -> Under<'a> {
+        let mut state = self.lock();
+        let usual = state.usual(work, num_tokens);
+        let pass = Pass { number: state.begun, work, num_tokens, usual };
+        state.current = Some(pass);
+        state.begun += 1;
+        Under { pace: self, ranks, pass, start: Instant::now(), waited: ranks.seconds() }
     }
 
     /// The pass that this rank makes now.
@@ -86,12 +107,9 @@ impl Pace {
         self.lock().current
     }
 
-    fn begin(&self, work: Work, num_tokens: usize) -> Under<'_> {
-        let mut state = self.lock();
-        let usual = state.usual(work, num_tokens);
-        state.current = Some(Pass { number: state.begun, work, num_tokens, usual });
-        state.begun += 1;
-        Under(self)
+    /// The next pass of each kind is the first again.
+    pub(crate) fn forget(&self) {
+        self.lock().longest.clear();
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -99,26 +117,47 @@ impl Pace {
     }
 }
 
-/// A pass is under way for as long as this is there, also if it panics.
-struct Under<'a>(&'a Pace);
+/// A pass is under way for as long as this is there.
+pub(crate) struct Under<'a> {
+    pace: &'a Pace,
+    ranks: &'a Ranks,
+    pass: Pass,
+    start: Instant,
+    /// Seconds that the rank had waited for others before it.
+    waited: f64,
+}
+
+impl Under<'_> {
+    /// It has succeeded, and how long it took counts. It could have been `times` as long.
+    pub(crate) fn succeeds(self, times: f64) {
+        let waited = Duration::try_from_secs_f64(self.ranks.seconds() - self.waited).unwrap_or_default();
+        let own = self.start.elapsed().saturating_sub(waited);
+        self.pace.lock().took(self.pass.work, self.pass.num_tokens, own.mul_f64(times.max(1.0)));
+    }
+}
 
 impl Drop for Under<'_> {
     fn drop(&mut self) {
-        self.0.lock().current = None;
+        self.pace.lock().current = None;
     }
 }
 
 impl State {
     fn took(&mut self, work: Work, num_tokens: usize, time: Duration) {
         let longest = self.longest.entry((work, num_tokens.max(1).ilog2())).or_default();
-        *longest = time.max(*longest);
+        if longest.num_now == LATE {
+            *longest = Longest { before: longest.now, ..Longest::default() };
+        }
+        longest.now = longest.now.max(time);
+        longest.num_now += 1;
     }
 
     /// The least that passes of any size allow: fewer tokens take no longer, and more in proportion.
     fn usual(&self, work: Work, num_tokens: usize) -> Option<Duration> {
         let sizes = self.longest.range((work, 0)..=(work, u32::MAX));
-        let scaled = |((_, log), longest): (&(Work, u32), &Duration)| {
-            longest.mul_f64((num_tokens as f64 / f64::from(*log).exp2()).max(1.0))
+        let scaled = |((_, log), longest): (&(Work, u32), &Longest)| {
+            let times = (num_tokens as f64 / f64::from(*log).exp2()).max(1.0);
+            longest.now.max(longest.before).mul_f64(times)
         };
         sizes.map(scaled).min()
     }
@@ -130,13 +169,16 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
+    fn usual(state: &State, num_tokens: usize) -> Duration {
+        state.usual(Work::Gradients, num_tokens).unwrap()
+    }
+
     #[test]
     fn a_pass_is_measured_by_those_of_its_kind() {
         let mut state = State::default();
         assert_eq!(state.usual(Work::Gradients, 1024), None);
         state.took(Work::Gradients, 1024, SECOND);
         assert_eq!(state.usual(Work::Losses, 1024), None);
-        let usual = |state: &State, num_tokens| state.usual(Work::Gradients, num_tokens).unwrap();
         assert_eq!(usual(&state, 1024), SECOND);
         assert_eq!(usual(&state, 10), SECOND, "fewer tokens may take as long");
         assert_eq!(usual(&state, 4096), 4 * SECOND);
@@ -150,22 +192,36 @@ mod tests {
     }
 
     #[test]
-    fn a_pass_is_under_way_until_it_ends_and_counts_if_it_succeeds() {
-        let pace = Pace::default();
-        let failed: Result<(), &str> = pace.during(Work::Losses, 8, || {
-            let pass = pace.current().unwrap();
-            assert_eq!((pass.number, pass.work, pass.num_tokens, pass.usual), (0, Work::Losses, 8, None));
-            Err("no")
-        });
-        assert_eq!((failed, pace.current()), (Err("no"), None));
-        for number in 1..3 {
-            let known = pace.during(Work::Losses, 8, || Ok::<_, ()>(pace.current().unwrap())).unwrap();
-            assert_eq!((known.number, known.usual.is_some()), (number, number == 2));
+    fn a_slow_pass_does_not_count_for_ever() {
+        let mut state = State::default();
+        state.took(Work::Gradients, 8, 100 * SECOND);
+        for _ in 0..LATE {
+            state.took(Work::Gradients, 8, SECOND);
+            assert_eq!(usual(&state, 8), 100 * SECOND);
         }
-        assert!(
-            std::panic::catch_unwind(|| pace.during(Work::Losses, 8, || -> Result<(), ()> { panic!() }))
-                .is_err()
-        );
+        for _ in 0..LATE {
+            state.took(Work::Gradients, 8, SECOND);
+        }
+        assert_eq!(usual(&state, 8), SECOND);
+    }
+
+    #[test]
+    fn a_pass_is_under_way_until_it_ends_and_counts_if_it_succeeds() {
+        let (pace, ranks) = (Pace::default(), Ranks::alone());
+        let failed = pace.begin(&ranks, Work::Losses, 8);
+        let pass = pace.current().unwrap();
+        assert_eq!((pass.number, pass.work, pass.num_tokens, pass.usual), (0, Work::Losses, 8, None));
+        drop(failed);
         assert_eq!(pace.current(), None);
+        let pass = pace.begin(&ranks, Work::Losses, 8);
+        std::thread::sleep(Duration::from_millis(2));
+        pass.succeeds(1000.0);
+        let pass = pace.begin(&ranks, Work::Losses, 8);
+        let Pass { number, usual, .. } = pace.current().unwrap();
+        assert!(number == 2 && usual.is_some_and(|usual| usual >= 2 * SECOND), "{usual:?}");
+        drop(pass);
+        pace.forget();
+        drop(pace.begin(&ranks, Work::Losses, 8));
+        assert_eq!(pace.lock().usual(Work::Losses, 8), None);
     }
 }

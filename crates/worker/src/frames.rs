@@ -106,7 +106,7 @@ pub struct FromEngine {
 /// What an engine says.
 #[derive(Clone, PartialEq, prost::Oneof)]
 pub enum Notice {
-    /// Plans carried out so far: told twice a second by a thread that does nothing else.
+    /// Plans carried out so far: told twice a second by a thread that besides only looks whether the ranks get on.
     #[prost(uint64, tag = "1")]
     Alive(u64),
     /// It has loaded, and met the others.

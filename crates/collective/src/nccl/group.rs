@@ -154,7 +154,7 @@ impl<L: Lane> Member for Group<L> {
     }
 
     fn waits(&self) -> bool {
-        self.host.transport().awaits().unwrap_or_else(|| self.host.waits())
+        self.host.transport().awaits()
     }
 }
 

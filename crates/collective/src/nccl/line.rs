@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::mem::ManuallyDrop;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,6 +13,7 @@ use candle_core::Tensor;
 use super::gate::{End, Gate, Stop};
 use super::lane::{Fault, Lane, Route, Step};
 use super::notes::{Absence, Notes, SILENCE};
+use super::patience::{HEALTH, LOOK, Patience};
 use super::watchdog::Watchdog;
 use crate::Mismatch;
 use crate::reason::Reason;
@@ -22,10 +23,6 @@ use crate::wire::{self, FRAME, Header};
 
 /// How many operations on tensors of the device may be unfinished; one more waits for the first of them.
 pub(super) const SLOTS: usize = 64;
-/// How often a rank that waits looks into the store, and after how long it begins to.
-const LOOK: Duration = Duration::from_millis(250);
-/// How often a rank that waits asks NCCL whether all is well.
-const HEALTH: Duration = Duration::from_millis(5);
 /// How long a rank that leaves waits for NCCL to bring its last bytes to the others.
 const LEAVE: Duration = Duration::from_secs(2);
 
@@ -50,38 +47,6 @@ struct Pending<L: Lane> {
     since: Instant,
 }
 
-/// How long a wait has taken, and what was done in it.
-struct Patience {
-    start: Instant,
-    health: Instant,
-    look: Instant,
-}
-
-impl Patience {
-    fn new() -> Self {
-        let start = Instant::now();
-        Self { start, health: start + HEALTH, look: start + LOOK }
-    }
-
-    fn is_due(moment: &mut Instant, every: Duration) -> bool {
-        let now = Instant::now();
-        let due = now >= *moment;
-        if due {
-            *moment = now + every;
-        }
-        due
-    }
-
-    /// Most waits are short, and long ones must not keep a core busy.
-    fn rest(&self) {
-        match self.start.elapsed().as_micros() {
-            0..50 => std::hint::spin_loop(),
-            50..5000 => thread::sleep(Duration::from_micros(20)),
-            _ => thread::sleep(Duration::from_micros(500)),
-        }
-    }
-}
-
 pub(super) struct Line<L: Lane> {
     gate: Gate<L>,
     seat: Seat,
@@ -92,6 +57,10 @@ pub(super) struct Line<L: Lane> {
     /// When this rank last looked into the store.
     looked: Mutex<Instant>,
     broken: Mutex<Option<Broken>>,
+    /// Whether a thread waits here for other ranks.
+    waits: AtomicBool,
+    /// Whether this rank waits for others, as the watchdog saw it last.
+    awaits: AtomicBool,
     reason: Reason,
     notes: Arc<Notes>,
     store: Arc<dyn Store>,
@@ -134,6 +103,8 @@ impl<L: Lane> Line<L> {
             pending: Mutex::default(),
             looked: Mutex::new(Instant::now()),
             broken: Mutex::default(),
+            waits: AtomicBool::new(false),
+            awaits: AtomicBool::new(false),
             reason,
             notes,
             store,
@@ -185,6 +156,18 @@ impl<L: Lane> Line<L> {
 
     /// Waits until `done` says so, unless the group breaks before.
     fn wait(
+        &self,
+        sequence: u64,
+        until: Until,
+        done: impl Fn(&L) -> Result<bool, Fault>,
+    ) -> Result<(), Broken> {
+        self.waits.store(true, Ordering::Relaxed);
+        let waited = self.waited(sequence, until, done);
+        self.waits.store(false, Ordering::Relaxed);
+        waited
+    }
+
+    fn waited(
         &self,
         sequence: u64,
         until: Until,
@@ -394,13 +377,26 @@ impl<L: Lane> Line<L> {
         Ok(())
     }
 
+    /// Whether this rank waits for others, as far as is known. Asks no device: a driver that loads a kernel answers nobody until what is in
+    /// the queue is done.
+    pub(super) fn awaits(&self) -> bool {
+        self.awaits.load(Ordering::Relaxed)
+    }
+
     /// Whether it is for others that the first operation on a tensor of the device is not over: this rank's device has come to it, or its
-    /// frames, which wait for nothing but what comes before, have not. Nothing where all are over.
-    pub(super) fn awaits(&self) -> Option<bool> {
-        // Whoever holds it for long hangs in the driver, and that is this rank's own doing.
-        let Ok(pending) = self.pending.try_lock() else { return Some(false) };
-        let first = pending.front()?;
-        Some(first.frames.is_some() || self.lane().is_due(&first.run).unwrap_or(false))
+    /// frames, which wait for nothing but what comes before, have not. Where all are over, whether a thread waits.
+    fn see_who_waits(&self) -> Result<(), (u64, Broken)> {
+        let seen = match lock(&self.pending).front() {
+            Some(Pending { frames: Some(_), .. }) => Ok(true),
+            Some(Pending { run, sequence, .. }) => {
+                self.lane().is_due(run).map_err(|fault| (*sequence, fault))
+            }
+            None => Ok(self.waits.load(Ordering::Relaxed)),
+        };
+        let waits =
+            seen.map_err(|(sequence, fault)| (sequence, self.explain(Stop::Fault(fault), sequence)))?;
+        self.awaits.store(waits, Ordering::Relaxed);
+        Ok(())
     }
 
     /// What the watchdog does: finds out an operation on a tensor of the device that went wrong or does not end.
@@ -410,6 +406,7 @@ impl<L: Lane> Line<L> {
 
     fn looked_over(&self) -> Result<(), (u64, Broken)> {
         let first = |line: &Self| lock(&line.pending).front().map(|first| (first.sequence, first.since));
+        self.see_who_waits()?;
         let Some((sequence, _)) = first(self) else { return Ok(()) };
         self.check().map_err(|broken| (sequence, broken))?;
         let Some((sequence, since)) = first(self) else { return Ok(()) };

@@ -15,6 +15,7 @@ mod group;
 mod lane;
 mod line;
 mod notes;
+mod patience;
 #[cfg(test)]
 mod tests;
 mod watchdog;
@@ -63,6 +64,9 @@ pub fn connect(
             format!("NCCL is {version}, and {OLDEST} is the oldest that can be used; install a newer one");
         return Err(meeting.error(what));
     }
+    if let Some(fault) = version.fault() {
+        tracing::warn!("NCCL is {version}: {fault}");
+    }
     let opener = device::Gpu::new(device).map_err(text)?;
     connect_over(&opener, &meeting)
 }
@@ -82,6 +86,17 @@ pub struct Version {
 }
 
 impl Version {
+    /// What is known to go wrong with it, and what to do.
+    #[must_use]
+    pub fn fault(self) -> Option<&'static str> {
+        let first = Self { major: 2, minor: 28, patch: 3 };
+        let last = Self { patch: 8, ..first };
+        // Release notes of NVIDIA's nvidia-resiliency-ext 0.5.0, which starts groups again within a process, too.
+        (first..=last).contains(&self).then_some(
+            "a process that connects anew after another rank was lost may crash; install 2.28.9 or a newer one",
+        )
+    }
+
     /// From NCCL's own number, `major * 10000 + minor * 100 + patch` since 2.9.
     #[must_use]
     pub fn from_code(code: u32) -> Self {

@@ -17,6 +17,7 @@ impl Engine {
         let mut gathered = nothing(jobs);
         let rows = self.own_rows(jobs, &replicas);
         self.gather(jobs, &rows, (Work::Losses, &|batch, _| self.model.loss(batch)), &mut gathered)?;
+        let sums = self.begin(Work::Sums, jobs.iter().map(JobBatch::num_tokens).sum());
         let terms = sum::Terms::of(jobs, gathered);
         let told = |loss: &f32| [i64::from(loss.to_bits()), i64::from(ZERO_EXPONENT)];
         let known = sum::exchanged(&self.ranks, &terms, &replicas, told)?;
@@ -26,6 +27,7 @@ impl Engine {
             losses.push(judged.map(|_| sum::mean_loss(job, examples)));
         }
         self.confirm()?;
+        sums.succeeds(1.0);
         Ok(losses)
     }
 }

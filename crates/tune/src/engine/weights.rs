@@ -44,23 +44,25 @@ impl Engine {
         let replicas = self.replicas(std::slice::from_ref(job));
         let mut gradients = WeightGradients::of(wanted.iter().map(|(name, _)| *name));
         let (told, refusal) = self.weight_passes(job, &replicas, &mut gradients)?;
+        let num_tokens = job.num_tokens();
+        let sums = self.begin(Work::SumsOfWeights, num_tokens);
         let loss = match self.mean_loss(job, told, refusal.as_ref(), &replicas)? {
             Ok(loss) => loss,
             Err(fault) => return Ok(Err(fault)),
         };
-        let mut sums = self.model.gathered(gradients)?;
-        let own = wanted.iter().map(|(name, len)| match sums.remove(*name) {
+        let mut gathered = self.model.gathered(gradients)?;
+        let own = wanted.iter().map(|(name, len)| match gathered.remove(*name) {
             Some(sum) => Ok(sum.flatten_all()?),
             None => Ok(Tensor::zeros(*len, DType::F32, self.model.device())?),
         });
         let summed = self.over_replicas(&own.collect::<Result<Vec<_>>>()?)?;
         self.confirm()?;
+        sums.succeeds(1.0);
         let gradients: BTreeMap<_, _> =
             wanted.iter().map(|(name, _)| (*name).to_owned()).zip(summed).collect();
         if let Some((name, _)) = gradients.iter().find(|(_, values)| !values.iter().all(|g| g.is_finite())) {
             return Ok(Err(Refusal::from(format!("the gradient to {name} is not finite")).into()));
         }
-        let num_tokens = (0..job.examples.len()).map(|example| cost(job, example)).sum();
         Ok(Ok(WeightGradient { loss, num_tokens, gradients }))
     }
 
@@ -83,9 +85,9 @@ impl Engine {
                 let batch = Microbatch { prompts: &prompts, examples: &examples };
                 let scales = vec![scale(job); rows.len()];
                 let num_tokens = rows.iter().map(|row| cost(job, row.example)).sum();
-                let pass =
-                    || self.model.loss_and_weight_gradients(&batch, &scales, &options, &mut *gradients);
-                match self.pace.during(Work::WeightGradients, num_tokens, pass) {
+                let under = self.begin(Work::WeightGradients, num_tokens);
+                let losses = self.model.loss_and_weight_gradients(&batch, &scales, &options, gradients);
+                match losses.inspect(|_| under.succeeds(1.0)) {
                     Ok(losses) => {
                         let losses = losses.iter().map(|loss| i64::from(loss.to_bits()));
                         rows.iter().zip(losses).for_each(|(row, loss)| told[row.example] = loss);

@@ -131,6 +131,7 @@ impl Group<'_> {
         inbox: &Inbox,
     ) -> std::result::Result<Next, Loss> {
         let ranks = Arc::new(ranks);
+        self.watches.met(settings.options.epoch, &ranks);
         let mut held = held[ranks.rank()].lock().unwrap_or_else(PoisonError::into_inner);
         let worked = self.load(settings, &ranks, &mut held).and_then(|()| {
             let Some(backbone) = &*held else { unreachable!("it is loaded") };

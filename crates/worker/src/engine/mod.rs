@@ -63,7 +63,7 @@ pub fn run(
     let watches = Watches::start(voice.clone());
     let answers = Arc::<Answers>::default();
     let (sender, inbox) = channel();
-    voice::listen(input, sender.clone(), answers.clone());
+    voice::listen(input, sender.clone(), answers.clone(), watches.clone());
     let inbox = Mutex::new(inbox);
     let mut held = Held::default();
     let mut next = await_join(&inbox);

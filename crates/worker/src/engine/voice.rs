@@ -10,6 +10,7 @@ use incipit_proto::v1;
 use crate::clock;
 use crate::engine::Mail;
 use crate::engine::rendezvous::Answers;
+use crate::engine::watch::Watches;
 use crate::frames::{self, FromEngine, Join, Log, Notice, Order, ToEngine};
 
 /// Speaks to the agent. Clones speak with the same voice, one sentence at a time.
@@ -53,8 +54,13 @@ impl Voice {
 }
 
 /// Reads what the agent says for as long as it lives, on a thread of its own. Answers of the rendezvous go to those who wait for
-/// them, all else to `inbox`. When the agent is gone, so is this process.
-pub(crate) fn listen(mut input: impl Read + Send + 'static, inbox: Sender<Mail>, answers: Arc<Answers>) {
+/// them, all else to `inbox`; a new group ends waiting in the old one. When the agent is gone, so is this process.
+pub(crate) fn listen(
+    mut input: impl Read + Send + 'static,
+    inbox: Sender<Mail>,
+    answers: Arc<Answers>,
+    watches: Watches,
+) {
     std::thread::spawn(move || {
         loop {
             match frames::read::<ToEngine>(&mut input) {
@@ -62,6 +68,7 @@ pub(crate) fn listen(mut input: impl Read + Send + 'static, inbox: Sender<Mail>,
                 Ok(Some(ToEngine { order: Some(order) })) => {
                     if let Order::Join(Join { assignment: Some(assignment), .. }) = &order {
                         answers.begin(assignment.epoch);
+                        watches.leave_groups_before(assignment.epoch);
                     }
                     if inbox.send(Mail::Order(order)).is_err() {
                         return;

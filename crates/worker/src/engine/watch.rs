@@ -1,5 +1,5 @@
-//! Whether the ranks of this process get on. The thread that tells the agent that the process is alive looks at them each time before: if
-//! it hangs in that, as it may with a driver, the agent hears nothing more.
+//! Whether the ranks of this process get on. The thread that tells the agent that the process is alive looks at them each time before; it asks
+//! no device, for that may take as long as a rank that is waited for.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use incipit_collective::Ranks;
 use incipit_proto::v1::EngineLossCause;
-use incipit_tune::pace::{Pace, Pass, Work};
+use incipit_tune::pace::{Pace, Pass};
 
 use crate::engine::Loss;
 use crate::engine::voice::Voice;
@@ -46,9 +46,18 @@ impl Farewell {
     }
 }
 
-/// The ranks of this process that are watched.
+/// The ranks of this process.
 #[derive(Clone, Default)]
-pub(crate) struct Watches(Arc<Mutex<Vec<Arc<Watch>>>>);
+pub(crate) struct Watches(Arc<Mutex<State>>);
+
+#[derive(Default)]
+struct State {
+    watched: Vec<Arc<Watch>>,
+    /// Those that have met others, by the epoch of their group.
+    met: Vec<(u64, Weak<Ranks>)>,
+    /// The newest epoch that is known of.
+    newest: u64,
+}
 
 impl Watches {
     /// Looks at the ranks twice a second from now on, and has `voice` say that the process is alive.
@@ -60,7 +69,7 @@ impl Watches {
             loop {
                 let passed = last.elapsed().min(LONGEST);
                 last = Instant::now();
-                let ranks = watched.lock().clone();
+                let ranks = watched.lock().watched.clone();
                 ranks.iter().for_each(|watch| watch.look(passed));
                 voice.alive();
                 std::thread::sleep(ALIVE);
@@ -72,11 +81,29 @@ impl Watches {
     /// Watches a rank for as long as what is returned is there.
     pub(crate) fn add(&self, watch: Watch) -> Watched {
         let watch = Arc::new(watch);
-        self.lock().push(watch.clone());
+        self.lock().watched.push(watch.clone());
         Watched { watches: self.clone(), watch }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Watch>>> {
+    /// A rank of this process has met the others of its group.
+    pub(crate) fn met(&self, epoch: u64, ranks: &Arc<Ranks>) {
+        let mut state = self.lock();
+        state.met.retain(|(_, ranks)| ranks.strong_count() > 0);
+        state.met.push((epoch, Arc::downgrade(ranks)));
+        if state.newest > epoch {
+            abort(ranks.clone(), begun(state.newest));
+        }
+    }
+
+    /// There is a new group: no rank of this process is to wait for one of an older group, which may be gone without a word.
+    pub(crate) fn leave_groups_before(&self, epoch: u64) {
+        let mut state = self.lock();
+        state.newest = epoch;
+        let older = state.met.iter().filter(|(of, _)| *of < epoch);
+        older.filter_map(|(_, ranks)| ranks.upgrade()).for_each(|ranks| abort(ranks, begun(epoch)));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -89,7 +116,7 @@ pub(crate) struct Watched {
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        self.watches.lock().retain(|watch| !Arc::ptr_eq(watch, &self.watch));
+        self.watches.lock().watched.retain(|watch| !Arc::ptr_eq(watch, &self.watch));
     }
 }
 
@@ -119,10 +146,12 @@ impl Watch {
     /// Looks at the rank `passed` after the last time.
     fn look(&self, passed: Duration) {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let (Some(pass), Some(ranks)) = (self.pace.current(), self.ranks.upgrade()) else {
+        let Some(pass) = self.pace.current() else {
             *seen = Seen::default();
             return;
         };
+        // Within a pass the engine has them as well, so that they are not let go of here.
+        let Some(ranks) = self.ranks.upgrade() else { return };
         match seen.judge(&pass, ranks.waits(), passed, self.least) {
             Verdict::GetsOn => {}
             Verdict::Hangs => self.farewell.say(&(EngineLossCause::Hung, self.hangs(&pass, seen.own))),
@@ -132,8 +161,7 @@ impl Watch {
                     "others have kept a pass through the backbone ({}) waiting for {waited} s, and are neither gone nor known to hang: the way to them may be cut off",
                     pass.work
                 );
-                // It may have to wait for those who keep the reason.
-                std::thread::spawn(move || ranks.abort(&what));
+                abort(ranks, what);
             }
         }
     }
@@ -150,6 +178,19 @@ impl Watch {
             self.rank,
             own.as_secs()
         )
+    }
+}
+
+fn begun(epoch: u64) -> String {
+    format!("epoch {epoch} has begun")
+}
+
+/// Has a rank leave its group, on a thread of its own: it may have to wait for those who keep the reason.
+fn abort(ranks: Arc<Ranks>, reason: String) {
+    // A system that gives no thread keeps the one that calls waiting.
+    let of_caller = (ranks.clone(), reason.clone());
+    if std::thread::Builder::new().spawn(move || ranks.abort(&reason)).is_err() {
+        of_caller.0.abort(&of_caller.1);
     }
 }
 
@@ -179,7 +220,7 @@ impl Seen {
         if self.number != Some(pass.number) {
             *self = Self { number: Some(pass.number), ..Self::default() };
         }
-        let limit = pass.usual.map_or(FIRST, |usual| TIMES * usual).max(least);
+        let limit = pass.usual.map_or(FIRST, |usual| usual.saturating_mul(TIMES)).max(least);
         if waits && !self.freed {
             self.waited += passed;
         } else {
@@ -188,8 +229,8 @@ impl Seen {
         if self.own > limit {
             return Verdict::Hangs;
         }
-        // The ranks of one replica make a pass together. For the sums replicas come together, and one may have more to do.
-        if self.waited > 2 * limit && !self.freed && pass.work != Work::Sums {
+        // The ranks of one replica make a pass together; of replicas one may have more to do before they come together.
+        if self.waited > limit.saturating_mul(2) && !self.freed && !pass.work.is_of_all_replicas() {
             (self.freed, self.own) = (true, Duration::ZERO);
             return Verdict::IsLeftAlone;
         }
@@ -199,6 +240,8 @@ impl Seen {
 
 #[cfg(test)]
 mod tests {
+    use incipit_tune::pace::Work;
+
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
