@@ -71,6 +71,33 @@ fn same_as_run(cluster: &Cluster, dir: &Path, name: &str, file: &str) -> Result<
     Ok(())
 }
 
+#[test]
+fn a_backbone_that_failed_is_retried_and_the_jobs_that_waited_for_it_are_trained() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut cluster = Cluster::start(dir.path())?;
+    let model = dir.path().join("model");
+    std::fs::create_dir(&model)?;
+    cluster.create_backbone_of("b", &common::arg(&model), (1, 1), "local")?;
+    cluster.submit("j", "b", spec(0, 4), &id())?;
+    cluster.start_worker("w1")?;
+    let failed = cluster.wait_for("the failure", |cluster| {
+        Ok(Some(cluster.backbone("b")?).filter(|backbone| backbone.state() == BackboneState::Failed))
+    })?;
+    ensure!(failed.message.contains("has no weights"), "{}", failed.message);
+    let hint = "incipit backbone retry b";
+    cluster.wait_for("the hint", |cluster| Ok(cluster.job("j")?.message.contains(hint).then_some(())))?;
+    for file in std::fs::read_dir(demo("model"))? {
+        let file = file?;
+        std::fs::copy(file.path(), model.join(file.file_name()))?;
+    }
+    let endpoint = cluster.endpoint();
+    common::incipit(&["backbone", "retry", "b", "--wait", "--coordinator", &endpoint])?.ok()?;
+    let job = cluster.wait_end("j")?;
+    ensure!(job.state() == JobState::Succeeded, "{}", job.message);
+    ensure!(cluster.last_prompt("j")? == trained(dir.path(), 0, 4, (1, 1))?);
+    Ok(())
+}
+
 fn with_backbone(dir: &Path) -> Result<Cluster> {
     let mut cluster = Cluster::start(dir)?;
     cluster.start_worker("w1")?;

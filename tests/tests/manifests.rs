@@ -157,7 +157,11 @@ fn manifests_fit_their_schemas_and_each_other() -> Result<()> {
             "one worker at a time: {replicas:?}, {budget:?}"
         );
         let [coordinator, worker] = pods(&objects)?;
-        ensure!(worker["terminationGracePeriodSeconds"].as_u64() > Some(30), "a drain takes up to 30 s");
+        let script = worker["containers"][0]["args"][0].as_str().context("a script")?;
+        let drain = script.split_once("--drain-within ").and_then(|(_, rest)| rest.split(' ').next());
+        let drain: u64 = drain.context("--drain-within")?.parse()?;
+        let grace = worker["terminationGracePeriodSeconds"].as_u64();
+        ensure!(grace > Some(drain), "a drain takes up to {drain} s, and there are {grace:?}");
         let gpus = worker["containers"][0]["resources"]["limits"]["nvidia.com/gpu"].as_u64();
         let slots = worker["containers"][0]["env"][1]["value"].as_str().context("SLOTS")?;
         ensure!(gpus.unwrap_or(1).to_string() == slots, "a rank for each GPU");

@@ -232,6 +232,9 @@ pub(crate) struct ModelArgs {
     /// Tokens that go through the backbone at once [default: by the memory there is]
     #[arg(long, value_name = "N", help_heading = "Model and prompt")]
     pub(crate) microbatch_tokens: Option<usize>,
+    /// Use a prompt on another backbone than it was trained on, such as a copy in another type
+    #[arg(long, help_heading = "Model and prompt")]
+    pub(crate) allow_other_backbone: bool,
 }
 
 /// The names that flags take, for `--help` to list.

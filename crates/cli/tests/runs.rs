@@ -129,6 +129,29 @@ fn eval_of_a_run_measures_what_the_run_measured() {
 }
 
 #[test]
+fn a_prompt_is_used_on_another_backbone_than_its_own_only_where_that_is_meant() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let other = path(dir.path(), "other");
+    incipit(&["convert", "model", &demo("model"), &other, "--dtype", "f32"]).ok();
+    train(dir.path(), "run", &["--steps", "1", "--checkpoint-every", "1"]).ok();
+    let at = |place: &str| path(dir.path(), place);
+    let data = few_examples(dir.path());
+    for place in ["run", "run/prompt.npy", "run/adapter", "run/last"] {
+        let prompt = at(place);
+        let args = ["eval", "--data", &data, "--prompt", &prompt, "--model", &other];
+        refused(&incipit(&args), &[&prompt, "was trained on the backbone", "--allow-other-backbone"]);
+        incipit(&[&args[..], &["--allow-other-backbone"]].concat()).ok();
+    }
+    let prompt = at("run");
+    refused(&incipit(&["generate", "--input", "x", "--prompt", &prompt, "--model", &other]), &["--model"]);
+    let vote = ["ensemble", "eval", "--data", &data, "--prompt", &prompt, "--model", &other];
+    refused(&incipit(&vote), &[&prompt, "--allow-other-backbone"]);
+    // Nothing tells on which backbone this was trained.
+    std::fs::copy(at("run/prompt.npy"), at("alone.npy")).expect("a copy");
+    incipit(&["eval", "--data", &data, "--prompt", &at("alone.npy"), "--model", &other]).ok();
+}
+
+#[test]
 fn the_members_of_an_ensemble_are_runs_of_their_own_and_vote() {
     let dir = tempfile::tempdir().expect("a directory");
     let every = ["--eval-every", "1", "--checkpoint-every", "1"];

@@ -21,6 +21,7 @@ pub use self::{
     requests::{
         Asked, cancel_job, create_backbone, create_job, delete_backbone, delete_checkpoint, delete_job,
         delete_prompt_version, drain_worker, pause_job, pin_checkpoint, promote_prompt, resume_job,
+        retry_backbone,
     },
     show::{backbone, checkpoint, event, job, prompt_version, timestamp, worker},
     updates::{update_backbone, update_job},

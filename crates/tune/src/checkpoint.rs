@@ -209,6 +209,22 @@ pub fn load(path: &Path) -> Result<Checkpoint> {
     })
 }
 
+/// The fingerprint of the backbone on which that was trained which lies at `path`, if a checkpoint tells: the path is one or a file of one, or
+/// it is a run's directory or lies in one.
+///
+/// # Errors
+/// If the checkpoint's state cannot be read.
+pub fn backbone_of(path: &Path) -> Result<Option<String>> {
+    let Ok(path) = path.canonicalize() else { return Ok(None) };
+    let within = |dir: &Path| [dir.to_owned(), dir.join("best"), dir.join("last")];
+    let Some(dir) = path.ancestors().take(3).flat_map(within).find(|dir| dir.join(STATE).is_file()) else {
+        return Ok(None);
+    };
+    let state = decode_state(&read(&dir, STATE)?);
+    let refuse = |what| Error::Checkpoint { path: dir, what: format!("{STATE}: {what}") };
+    Ok(Some(state.map_err(refuse)?.backbone))
+}
+
 /// Writes a prompt alone, as a checkpoint's `prompt.safetensors`, atomically. [`Prompt::read`] reads it.
 ///
 /// # Errors

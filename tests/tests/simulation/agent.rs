@@ -65,6 +65,7 @@ impl World {
             slots: self.agents[machine].slots,
             outbox: "outbox".to_owned(),
             address: String::new(),
+            drain: 25_000,
         };
         let agent = &mut self.agents[machine];
         if agent.core.is_some() {

@@ -9,6 +9,7 @@ use incipit_data::metrics::Metric;
 use incipit_data::tasks::Task;
 use incipit_data::{TaskFormat, Template};
 use incipit_tune::backbone::{Backbone, Opened};
+use incipit_tune::checkpoint;
 use incipit_tune::engine::{EngineOptions, Recompute};
 use incipit_tune::prompt::Prompt;
 use incipit_tune::rank::Predict;
@@ -16,7 +17,7 @@ use incipit_tune::spec::{PartialSpec, Precision, RUN_FILE};
 use incipit_tune::trained::Trained;
 
 use crate::args::{FormatArgs, ModelArgs};
-use crate::exit::BadInput;
+use crate::exit::{BadInput, bad_input};
 use crate::progress::note;
 
 /// A model whose weights are not loaded yet, with prompts or what else a run has trained, and how their examples are written.
@@ -27,6 +28,8 @@ pub(crate) struct Chosen {
     engine: EngineOptions,
     /// Each with its path.
     trained: Vec<(PathBuf, Trained)>,
+    /// The fingerprints of the backbones on which they were trained, as far as that is to be checked and known; each with its path.
+    origins: Vec<(PathBuf, String)>,
 }
 
 /// How examples are written, and what is to be made of them.
@@ -99,20 +102,33 @@ pub(crate) fn choose(
         run,
     };
     let engine = EngineOptions { microbatch_tokens: args.microbatch_tokens, recompute: Recompute::Auto };
-    Ok(Chosen { model, ranks: ranks.clone(), settings, engine, trained })
+    let mut origins = Vec::new();
+    for (path, _) in trained.iter().filter(|_| !args.allow_other_backbone) {
+        origins.extend(checkpoint::backbone_of(path)?.map(|origin| (path.clone(), origin)));
+    }
+    Ok(Chosen { model, ranks: ranks.clone(), settings, engine, trained, origins })
 }
 
 impl Chosen {
     /// Loads the weights, and lays those that a run has trained over them.
     ///
     /// # Errors
-    /// If a file is broken, or has not the weights that the model needs.
+    /// If a file is broken, or has not the weights that the model needs; or if a prompt was trained on another one.
     pub(crate) fn load(self) -> Result<Ready> {
-        let Self { model, ranks, settings, engine, trained } = self;
+        let Self { model, ranks, settings, engine, trained, origins } = self;
         if ranks.leads() {
             note(&format!("loading {}", model.name));
         }
         let mut backbone = model.load(engine, &ranks)?;
+        let now = backbone.fingerprint.to_string();
+        if let Some((path, was)) = origins.iter().find(|(_, was)| *was != now) {
+            return bad_input(format!(
+                "{} was trained on the backbone {was}, and {} is {now}; pass that one with --model, or --allow-other-backbone if they are \
+                 meant to differ",
+                path.display(),
+                backbone.name
+            ));
+        }
         let mut prompts = Vec::with_capacity(trained.len());
         for (path, trained) in trained {
             match trained {

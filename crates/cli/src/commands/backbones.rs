@@ -9,7 +9,7 @@ use clap::{Args, Subcommand};
 use incipit_proto::client::Client;
 use incipit_proto::v1::{
     Backbone, BackboneState, CreateBackboneRequest, DeleteBackboneRequest, GetBackboneRequest,
-    ListBackbonesRequest, RankPlacement, UpdateBackboneRequest,
+    ListBackbonesRequest, RankPlacement, RetryBackboneRequest, UpdateBackboneRequest,
 };
 use incipit_tune::spec::Precision;
 use pbjson_types::FieldMask;
@@ -49,6 +49,8 @@ enum BackboneCommand {
     Logs(BackboneLogsArgs),
     /// Change how many jobs are on it at once, or its labels
     Update(UpdateArgs),
+    /// Have the model of a backbone that has failed loaded again; its jobs have waited
+    Retry(RetryArgs),
     /// Let a model go
     Delete(DeleteArgs),
 }
@@ -123,6 +125,16 @@ struct UpdateArgs {
     labels: LabelArgs,
 }
 
+/// Flags of `backbone retry`.
+#[derive(Args)]
+struct RetryArgs {
+    #[command(flatten)]
+    one: OneArgs,
+    /// Wait until it is ready (exit code 0) or has failed again (1)
+    #[arg(long)]
+    wait: bool,
+}
+
 /// Flags of `backbone delete`.
 #[derive(Args)]
 struct DeleteArgs {
@@ -168,6 +180,13 @@ pub(crate) fn run(args: BackboneArgs, global: &Global) -> Result<Exit> {
                 let backbone = update(args, &connect).await?;
                 show::print(&backbone, || facts(&backbone), global)?;
                 Ok(Exit::Ok)
+            }
+            BackboneCommand::Retry(args) => {
+                let (client, request_id) = (connect.connect().await?, request_id(None)?);
+                let request =
+                    RetryBackboneRequest { name: args.one.backbone, request_id, etag: String::new() };
+                let backbone = call!(client, backbones.retry_backbone(request))?;
+                follow(&client, backbone, args.wait, global).await
             }
             BackboneCommand::Delete(args) => {
                 let client = connect.connect().await?;
@@ -228,14 +247,19 @@ async fn create(args: CreateArgs, connect: &ConnectArgs, global: &Global) -> Res
         request_id,
         validate_only: false,
     };
-    let mut backbone = call!(client, backbones.create_backbone(request))?;
-    if args.wait {
-        backbone = until_settled(&client, backbone, global).await?;
+    let backbone = call!(client, backbones.create_backbone(request))?;
+    follow(&client, backbone, args.wait, global).await
+}
+
+/// Shows a backbone that is to be loaded, if wanted when it is or has failed.
+async fn follow(client: &Client, mut backbone: Backbone, wait: bool, global: &Global) -> Result<Exit> {
+    if wait {
+        backbone = until_settled(client, backbone, global).await?;
     }
     show::print(&backbone, || table(std::slice::from_ref(&backbone)), global)?;
     let name = short(&backbone.name);
     match backbone.state() {
-        BackboneState::Failed if args.wait => {
+        BackboneState::Failed if wait => {
             progress::error(&format!("the backbone {name} failed: {}", why(&backbone)));
             return Ok(Exit::Failure);
         }

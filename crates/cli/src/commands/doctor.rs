@@ -90,6 +90,7 @@ pub(crate) fn run(args: &DoctorArgs, global: &Global) -> Result<Exit> {
 }
 
 fn examine(args: &DoctorArgs) -> Report {
+    let nccl = nccl();
     let mut report = Report {
         version: env!("CARGO_PKG_VERSION"),
         cpu: machine::cpu_name(),
@@ -107,7 +108,7 @@ fn examine(args: &DoctorArgs) -> Report {
             gloo: cfg!(feature = "gloo"),
         },
         gpus: Vec::new(),
-        nccl_version: nccl_version(),
+        nccl_version: nccl.version,
         findings: Vec::new(),
         kernel_words: machine::kernel_path(),
         path: args.path.clone(),
@@ -115,17 +116,27 @@ fn examine(args: &DoctorArgs) -> Report {
     let gpus = gpu_findings(&mut report);
     report.findings = findings(&report);
     report.findings.extend(gpus);
+    report.findings.extend(nccl.fault);
     report
 }
 
+/// The NCCL that this program runs with, and what is known to go wrong with it.
+#[derive(Default)]
+struct Nccl {
+    version: Option<String>,
+    fault: Option<Finding>,
+}
+
 #[cfg(feature = "cuda")]
-fn nccl_version() -> Option<String> {
-    incipit_collective::nccl::version().ok().map(|version| version.to_string())
+fn nccl() -> Nccl {
+    let Ok(version) = incipit_collective::nccl::version() else { return Nccl::default() };
+    let fault = version.fault().map(|fault| Finding::new(false, format!("NCCL {version}: {fault}")));
+    Nccl { version: Some(version.to_string()), fault }
 }
 
 #[cfg(not(feature = "cuda"))]
-fn nccl_version() -> Option<String> {
-    None
+fn nccl() -> Nccl {
+    Nccl::default()
 }
 
 /// The oldest GPUs that the kernels were compiled for: Ampere.

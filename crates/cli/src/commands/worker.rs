@@ -1,6 +1,7 @@
 //! `incipit worker`: the agent of a machine.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -46,8 +47,12 @@ pub(crate) struct MachineArgs {
     /// After how long an engine is started again of which a pass through the backbone does not end. Where such passes take
     /// longer than an eighth of it, eight times the longest so far count, and ten minutes for the first of a kind [default: 10 on
     /// a GPU, 60 on a CPU]
-    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     hang_after: Option<u64>,
+    /// How long jobs have at most to end their step and save when the worker is to end: less than whatever kills it after that
+    /// waits
+    #[arg(long, value_name = "SECONDS", default_value_t = 25, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    drain_within: u64,
 }
 
 /// Runs the agent.
@@ -90,6 +95,7 @@ pub(crate) fn agent_config(
         slots: machine.slots.unwrap_or(default),
         state_dir: std::path::absolute(state_dir)?,
         address: machine.address.map(|address| address.to_string()),
+        drain: Duration::from_secs(machine.drain_within),
         engine: (program, engine),
     })
 }

@@ -40,6 +40,19 @@ fn the_places_of_a_backbone_can_be_changed() {
 }
 
 #[test]
+fn a_backbone_that_failed_is_retried_and_waited_for() {
+    let mut failed = backbone("base", "google/t5");
+    failed.set_state(BackboneState::Failed);
+    let fake = Fake::start(State { backbones: vec![failed], ..State::default() });
+    let ran = ask(&fake, &["backbone", "retry", "base", "--wait", "--json"]).ok();
+    assert_eq!(ran.json()["state"], "BACKBONE_STATE_READY");
+    assert!(ran.stderr.contains("incipit job submit --backbone base"), "{}", ran.stderr);
+    let ran = ask(&fake, &["backbone", "retry", "absent"]);
+    assert_eq!(ran.code, 2, "{}", ran.stderr);
+    assert!(ran.stderr.contains("backbones/absent"), "{}", ran.stderr);
+}
+
+#[test]
 fn an_update_of_nothing_is_refused() {
     for (args, flag) in
         [(["job", "update", "on"], "--priority"), (["backbone", "update", "b"], "--max-running-jobs")]

@@ -295,6 +295,18 @@ impl BackboneService for Services {
         found.map(Response::new).ok_or_else(|| Status::not_found(name))
     }
 
+    async fn retry_backbone(&self, request: Request<RetryBackboneRequest>) -> Answer<Backbone> {
+        let RetryBackboneRequest { name, .. } = request.into_inner();
+        let mut state = self.state();
+        let found = state.backbones.iter_mut().find(|backbone| backbone.name == name);
+        let backbone = found.ok_or_else(|| Status::not_found(name))?;
+        // It is loaded as soon as anybody looks.
+        backbone.set_state(BackboneState::Ready);
+        let mut pending = backbone.clone();
+        pending.set_state(BackboneState::Pending);
+        Ok(Response::new(pending))
+    }
+
     async fn delete_backbone(&self, _: Request<DeleteBackboneRequest>) -> Answer<Empty> {
         none()
     }

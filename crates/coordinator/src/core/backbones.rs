@@ -243,6 +243,28 @@ impl Core {
         self.put_backbone(backbone);
     }
 
+    /// Has a backbone that has failed loaded again. Its jobs have waited.
+    pub(super) fn retry_backbone(
+        &mut self,
+        name: BackboneName,
+        etag: Option<u64>,
+    ) -> Result<Target, Problem> {
+        let old = self.rows.backbones.get(&name).ok_or_else(|| Problem::not_found(name.as_str()))?;
+        check_etag(name.as_str(), etag, old.revision)?;
+        if old.state != BackboneState::Failed {
+            let what = format!("{name} has not failed: there is nothing to try again");
+            return Err(Problem::state("BACKBONE_STATE", what)
+                .with("name", &name)
+                .with("state", old.state.as_str_name()));
+        }
+        let mut backbone = old.clone();
+        enter(&mut backbone, BackboneCause::RetryRequested);
+        backbone.message.clear();
+        (backbone.num_losses, backbone.place_at) = (0, Some(self.now));
+        self.put_backbone(backbone);
+        Ok(Target::Backbone(name))
+    }
+
     fn fail_backbone(&mut self, mut backbone: Backbone, cause: BackboneCause, message: &str) {
         self.throw_off(&backbone.name, JobCause::RankLost, message);
         enter(&mut backbone, cause);

@@ -103,6 +103,13 @@ pub enum Request {
         /// What becomes of it.
         patch: Box<BackbonePatch>,
     },
+    /// Have the model of a backbone that has failed loaded again.
+    RetryBackbone {
+        /// The backbone.
+        name: BackboneName,
+        /// Its revision, if the caller knows it.
+        etag: Option<u64>,
+    },
     /// Let a model go.
     DeleteBackbone {
         /// The backbone.

@@ -29,8 +29,10 @@ impl Core {
         };
         if backbone.state == BackboneState::Failed {
             let what = format!(
-                "{} has failed, and trains nothing: {}; delete it and create it again",
-                backbone.name, backbone.message
+                "{} has failed, and trains nothing: {}; mend that, and then: incipit backbone retry {}",
+                backbone.name,
+                backbone.message,
+                backbone.name.id()
             );
             return Err(Problem::state("BACKBONE_FAILED", what).with("backbone", &backbone.name));
         }

@@ -1,7 +1,7 @@
 //! The queue of a backbone.
 
 use incipit_proto::{
-    names::{BackboneName, JobName},
+    names::BackboneName,
     v1::{BackboneState, JobReason, JobState},
 };
 
@@ -25,8 +25,7 @@ impl Core {
         if state == BackboneState::Ready {
             self.judge(name);
         }
-        let queue: Vec<(JobName, JobReason, bool)> =
-            self.queue(name).iter().map(|job| (job.name.clone(), job.reason, job.is_suspect())).collect();
+        let queue: Vec<Job> = self.queue(name).into_iter().cloned().collect();
         if queue.is_empty() {
             return;
         }
@@ -37,17 +36,35 @@ impl Core {
             _ => 0,
         };
         let suspect = self.next_suspect(name);
-        for (job, reason, is_suspect) in queue {
-            if free > 0 && (!is_suspect || suspect.as_ref() == Some(&job)) {
-                self.start_attempt(&job, epoch);
+        for mut job in queue {
+            if free > 0 && (!job.is_suspect() || suspect.as_ref() == Some(&job.name)) {
+                self.start_attempt(&job.name, epoch);
                 free -= 1;
-            } else if let Some(cause) = waiting_for(state, reason) {
-                let Some(mut job) = self.rows.jobs.get(&job).cloned() else { continue };
-                let message = if is_suspect { job.suspicion.to_string() } else { String::new() };
+                continue;
+            }
+            let message = why_it_waits(&job, state);
+            if let Some(cause) = waiting_for(state, job.reason) {
                 self.step(&mut job, cause, &message);
+                self.put_job(job);
+            } else if job.reason == JobReason::BackboneNotReady && job.message != message {
+                job.message = message;
                 self.put_job(job);
             }
         }
+    }
+}
+
+/// What there is to say of a job that waits, besides its reason.
+fn why_it_waits(job: &Job, state: BackboneState) -> String {
+    let name = job.backbone.id();
+    match state {
+        BackboneState::Failed => {
+            format!(
+                "{name} has failed: see why (incipit backbone get {name}), mend that, and then: incipit backbone retry {name}"
+            )
+        }
+        _ if job.is_suspect() => job.suspicion.to_string(),
+        _ => String::new(),
     }
 }
 

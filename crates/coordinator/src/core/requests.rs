@@ -51,6 +51,7 @@ impl Core {
             Request::ResumeJob(target) => self.resume_job(&target)?,
             Request::CancelJob(target) => self.cancel_job(&target)?,
             Request::UpdateBackbone { name, etag, patch } => self.update_backbone(name, etag, *patch)?,
+            Request::RetryBackbone { name, etag } => self.retry_backbone(name, etag)?,
             Request::DeleteBackbone { name, etag, force } => self.delete_backbone(&name, etag, force)?,
             Request::DrainWorker(name) => self.drain_worker(name)?,
             Request::DeleteCheckpoint(checkpoint) => self.delete_checkpoint(&checkpoint)?,

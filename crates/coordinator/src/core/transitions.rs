@@ -96,6 +96,8 @@ pub enum BackboneCause {
     BadModel,
     /// It was lost too often.
     CrashLoop,
+    /// Someone asked for another try.
+    RetryRequested,
 }
 
 /// From where (nothing: a new backbone), by what cause, to where, with what reason.
@@ -128,6 +130,7 @@ pub const BACKBONE_TRANSITIONS: &[(Option<Bs>, BackboneCause, Bs, Br)] = &[
     (Some(Bs::Degraded), BackboneCause::Lost(Br::BadModel), Bs::Degraded, Br::BadModel),
     (Some(Bs::Degraded), BackboneCause::BadModel, Bs::Failed, Br::BadModel),
     (Some(Bs::Degraded), BackboneCause::CrashLoop, Bs::Failed, Br::CrashLoop),
+    (Some(Bs::Failed), BackboneCause::RetryRequested, Bs::Pending, Br::NoWorker),
 ];
 
 /// Where a job goes from a state by a cause, if the cause fits the state.

@@ -72,6 +72,7 @@ pub const METHODS: &[(&str, Method)] = &[
     ("/incipit.v1.BackboneService/GetBackbone", read(READ)),
     ("/incipit.v1.BackboneService/ListBackbones", read(READ)),
     ("/incipit.v1.BackboneService/UpdateBackbone", write(ADMIN)),
+    ("/incipit.v1.BackboneService/RetryBackbone", write(ADMIN)),
     ("/incipit.v1.BackboneService/DeleteBackbone", write(ADMIN)),
     ("/incipit.v1.BlobService/FindBlobs", read(READ_OR_WORKER)),
     ("/incipit.v1.BlobService/WriteBlob", lasting(SUBMIT_OR_WORKER, true)),

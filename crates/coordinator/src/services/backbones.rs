@@ -4,7 +4,8 @@ use incipit_proto::{
     names::BackboneName,
     v1::{
         Backbone, CreateBackboneRequest, DeleteBackboneRequest, GetBackboneRequest, ListBackbonesRequest,
-        ListBackbonesResponse, UpdateBackboneRequest, backbone_service_server::BackboneService,
+        ListBackbonesResponse, RetryBackboneRequest, UpdateBackboneRequest,
+        backbone_service_server::BackboneService,
     },
 };
 use pbjson_types::Empty;
@@ -65,6 +66,14 @@ impl BackboneService for Backbones {
         let asked = wire::update_backbone(request.get_ref())?;
         let name = request.get_ref().backbone.as_ref().map_or("", |backbone| &backbone.name);
         backbone_of(ask(&self.0, &request, name, asked).await?)
+    }
+
+    async fn retry_backbone(
+        &self,
+        request: Request<RetryBackboneRequest>,
+    ) -> Result<Response<Backbone>, Status> {
+        let asked = wire::retry_backbone(request.get_ref())?;
+        backbone_of(ask(&self.0, &request, &request.get_ref().name, asked).await?)
     }
 
     async fn delete_backbone(

@@ -224,6 +224,15 @@ fn is_hub_id(text: &str) -> bool {
     text.split_once('/').is_some_and(|(organisation, name)| part(organisation) && part(name))
 }
 
+/// `RetryBackbone`.
+///
+/// # Errors
+/// If a field is wrong.
+pub fn retry_backbone(message: &v1::RetryBackboneRequest) -> Result<Asked, Problem> {
+    let (name, etag) = (BackboneName::parse("name", &message.name)?, etag("etag", &message.etag)?);
+    asked("RetryBackbone", &message.request_id, message, Request::RetryBackbone { name, etag })
+}
+
 /// `DeleteBackbone`.
 ///
 /// # Errors

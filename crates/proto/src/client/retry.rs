@@ -45,7 +45,7 @@ reads! {
 
 writes! {
     CreateJobRequest UpdateJobRequest DeleteJobRequest PauseJobRequest ResumeJobRequest CancelJobRequest
-    CreateBackboneRequest UpdateBackboneRequest DeleteBackboneRequest
+    CreateBackboneRequest UpdateBackboneRequest RetryBackboneRequest DeleteBackboneRequest
     DeleteCheckpointRequest PinCheckpointRequest
     PromotePromptRequest DeletePromptVersionRequest
     DrainWorkerRequest

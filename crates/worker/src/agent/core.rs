@@ -25,8 +25,6 @@ pub const STUCK_AFTER: Time = 10_000;
 const ASLEEP: Time = 1_500;
 /// The ticket of files that are stored again; reports have others.
 const AGAIN: u64 = 0;
-/// How long engines have to save their jobs when the agent is to end.
-const DRAIN: Time = 25_000;
 
 /// An agent.
 #[derive(Debug)]
@@ -432,7 +430,7 @@ impl Core {
         let Some(since) = self.ending.filter(|_| !self.over) else { return };
         let idle = self.engines.all().is_empty() || (!self.welcomed && self.jobs.are_none());
         let done = idle && self.outbox.is_empty();
-        if done || now >= since + DRAIN {
+        if done || now >= since + self.config.drain {
             self.exit();
         }
     }

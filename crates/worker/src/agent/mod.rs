@@ -15,6 +15,7 @@ mod tests;
 mod words;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use incipit_proto::client::ClientConfig;
 
@@ -34,6 +35,8 @@ pub struct AgentConfig {
     pub state_dir: PathBuf,
     /// An address of this machine that other ranks can reach; found out where none is given.
     pub address: Option<String>,
+    /// How long engines have to save their jobs when the agent is to end.
+    pub drain: Duration,
     /// The program that is an engine, and the arguments that make it one. It is given `--parent PID` besides.
     pub engine: (PathBuf, Vec<String>),
 }

@@ -92,6 +92,7 @@ impl Shell {
             machine: machine(),
             slots: config.slots,
             outbox: files.outbox().to_string_lossy().into_owned(),
+            drain: config.drain.as_millis() as Time,
             address: config
                 .address
                 .clone()

@@ -82,6 +82,7 @@ impl World {
             slots: 1,
             outbox: "outbox".to_owned(),
             address: String::new(),
+            drain: 25_000,
         });
         let mut world = Self { core, now: 0 };
         world.handle(Input::Connected);

@@ -2,6 +2,7 @@
 
 use incipit_proto::v1::{self, AttachRequest, AttachResponse};
 
+use crate::agent::core::Time;
 use crate::agent::engines::Key;
 use crate::frames::{LocalJob, Notice, Order};
 
@@ -22,6 +23,8 @@ pub struct Config {
     pub outbox: String,
     /// An address of this machine that other ranks can reach; empty if it is not known.
     pub address: String,
+    /// How long engines have to save their jobs when the agent is to end.
+    pub drain: Time,
 }
 
 /// What the agent hears.

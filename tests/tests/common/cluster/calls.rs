@@ -7,9 +7,20 @@ use super::{Cluster, demo, id};
 
 impl Cluster {
     /// Has the demo model held, on a mesh.
-    pub(crate) fn create_backbone(&self, id: &str, (tp, dp): (u32, u32), collective: &str) -> Result<()> {
+    pub(crate) fn create_backbone(&self, id: &str, mesh: (u32, u32), collective: &str) -> Result<()> {
+        self.create_backbone_of(id, &demo("model"), mesh, collective)
+    }
+
+    /// Has a model held, on a mesh.
+    pub(crate) fn create_backbone_of(
+        &self,
+        id: &str,
+        model: &str,
+        (tp, dp): (u32, u32),
+        collective: &str,
+    ) -> Result<()> {
         let backbone = v1::Backbone {
-            model: demo("model"),
+            model: model.to_owned(),
             dtype: "f32".to_owned(),
             tp,
             dp,

@@ -115,6 +115,29 @@ fn five_losses_in_a_row_are_a_crash_loop_and_the_pauses_between_grow() {
 }
 
 #[test]
+fn a_backbone_that_failed_is_loaded_again_when_asked_and_its_jobs_go_on() {
+    let mut world = World::running();
+    let retry = |etag| Request::RetryBackbone { name: backbone_name("b"), etag };
+    assert_eq!(world.ask(retry(None)).unwrap_err().reason, "BACKBONE_STATE");
+    for _ in 0..5 {
+        world.engine_lost("w", "b", 0, EngineLossCause::Exited);
+        world.wait_with(4000, &["w"]);
+        world.load("w");
+    }
+    assert_eq!(stands(&world), (BackboneState::Failed, BackboneReason::CrashLoop));
+    assert!(world.job("j").message.contains("incipit backbone retry b"), "{:?}", world.job("j"));
+    let (epoch, etag) = (world.backbone("b").epoch, world.backbone("b").revision);
+    assert_eq!(world.ask(retry(Some(etag - 1))).unwrap_err().reason, "ETAG_MISMATCH");
+    world.ask(retry(Some(etag))).unwrap();
+    assert_eq!(stands(&world), (BackboneState::Loading, BackboneReason::Placed));
+    assert_eq!((world.backbone("b").epoch, world.backbone("b").num_losses), (epoch + 1, 0));
+    assert_eq!((world.job("j").reason, &*world.job("j").message), (JobReason::BackboneNotReady, ""));
+    world.load("w");
+    assert_eq!(stands(&world).0, BackboneState::Ready);
+    assert_eq!(world.state("j").0, JobState::Running);
+}
+
+#[test]
 fn a_new_step_ends_a_row_of_losses_and_a_step_made_again_does_not() {
     let mut world = World::running();
     world.job_event("w", "j", JobEvent::Measured(vec![training(1)]));

@@ -94,6 +94,9 @@ impl Machine {
             }
             21..24 => self.beat(worker.0, b % 32 == 31),
             60 => self.update(job, backbone, (b, c)),
+            61 => {
+                self.ask(Request::RetryBackbone { name: backbone_name(backbone), etag: None }, c);
+            }
             24 if b % 4 == 0 => self.ask(Request::DrainWorker(worker_name(worker.0)), c),
             25..33 => self.load(worker.0, b, c),
             33 => self.lose(worker.0, b, c),
