@@ -121,6 +121,36 @@ fn whatever_is_killed_or_stopped_every_job_ends_once_and_in_its_own_bytes() -> R
     Ok(())
 }
 
+/// The name of the test.
+const VANISHES: &str = "where_a_machine_vanishes_without_a_word_the_other_ranks_keep_their_weights";
+
+#[test]
+#[ignore = "long: waits for longer than a rank may be stuck"]
+fn where_a_machine_vanishes_without_a_word_the_other_ranks_keep_their_weights() -> Result<()> {
+    let network = match Network::around(VANISHES)? {
+        Around::Within(network) => network,
+        Around::Done => return Ok(()),
+        Around::Without => {
+            println!("skipped: there is no network of its own");
+            return Ok(());
+        }
+    };
+    let dir = tempfile::tempdir()?;
+    let mut chaos = Chaos::begin(dir.path(), 1, Some(network))?;
+    chaos.top_up()?;
+    chaos.get_on()?;
+    let before = chaos.cluster.wait_ready("b")?;
+    let [stays, goes] = &before.ranks[..] else { bail!("{:?}", before.ranks) };
+    chaos.survivors = vec![stays.clone()];
+    chaos.set_link(goes.worker.trim_start_matches("workers/"), false)?;
+    let after = chaos.cluster.wait_for("another worker to have its rank", |cluster| {
+        let backbone = cluster.backbone("b")?;
+        Ok((backbone.epoch > before.epoch && backbone.state() == BackboneState::Ready).then_some(backbone))
+    })?;
+    ensure!(after.ranks[0].worker == stays.worker, "rank 0 has moved: {:?}", after.ranks);
+    chaos.check_survivors(&after)
+}
+
 impl Chaos {
     /// Whether the ranks that the last blow did not hit have their weights still, as far as they are where they were.
     fn check_survivors(&mut self, after: &v1::Backbone) -> Result<()> {

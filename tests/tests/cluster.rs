@@ -98,6 +98,32 @@ fn a_backbone_that_failed_is_retried_and_the_jobs_that_waited_for_it_are_trained
     Ok(())
 }
 
+#[test]
+fn a_job_is_continued_for_more_steps_on_another_mesh_and_from_further_back() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let cluster = with_backbone(dir.path())?;
+    cluster.create_backbone("c", (1, 1), "local")?;
+    cluster.submit("j", "b", spec(0, 20), &id())?;
+    ensure!(cluster.wait_end("j")?.state() == JobState::Succeeded);
+    let endpoint = cluster.endpoint();
+    let go_on =
+        |args: &[&str]| common::incipit(&[&["job", "continue", "--coordinator", &endpoint], args].concat());
+    go_on(&["j", "--name", "more", "--steps", "45", "--backbone", "c"])?.ok()?;
+    go_on(&["j", "--name", "none", "--checkpoint", "7"])?.refused(2, &["jobs/j/checkpoints/"])?;
+    let whole = trained(dir.path(), 0, 45, (1, 1))?;
+    let job = cluster.wait_end("more")?;
+    ensure!(job.state() == JobState::Succeeded, "{}", job.message);
+    ensure!(job.continued_from == "jobs/j/checkpoints/00000020", "{}", job.continued_from);
+    ensure!(cluster.last_prompt("more")? == whole, "more steps");
+    let steps: Vec<u64> = cluster.points("more")?.iter().map(|point| point.step).collect();
+    ensure!(steps == (21..=45).collect::<Vec<_>>(), "{steps:?}");
+    go_on(&["more", "--name", "again", "--checkpoint", "40"])?.ok()?;
+    let job = cluster.wait_end("again")?;
+    ensure!(job.state() == JobState::Succeeded, "{}", job.message);
+    ensure!(cluster.last_prompt("again")? == whole, "from further back");
+    Ok(())
+}
+
 fn with_backbone(dir: &Path) -> Result<Cluster> {
     let mut cluster = Cluster::start(dir)?;
     cluster.start_worker("w1")?;

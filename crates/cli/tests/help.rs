@@ -42,6 +42,7 @@ const COMMANDS: &[&[&str]] = &[
     &["worker"],
     &["job"],
     &["job", "submit"],
+    &["job", "continue"],
     &["job", "list"],
     &["job", "get"],
     &["job", "watch"],

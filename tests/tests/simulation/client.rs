@@ -238,6 +238,7 @@ fn create_job(client: usize, name: &str, asker: &Client) -> Request {
         priority: 10,
         retry_policy: RetryPolicy { max_retries: 1, reasons: vec![JobReason::NonFinite] },
         labels: BTreeMap::from([(LABEL.to_owned(), client.to_string())]),
+        start: None,
     };
     Request::CreateJob { job: Box::new(job), validate_only: false }
 }

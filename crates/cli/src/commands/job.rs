@@ -1,5 +1,6 @@
 //! `incipit job`: prompts being trained on a resident backbone.
 
+mod continuation;
 mod control;
 mod draft;
 mod list;
@@ -35,6 +36,8 @@ pub(crate) struct JobArgs {
 enum JobCommand {
     /// Hand in a job: the flags and files of `train`, trained on a backbone of the cluster
     Submit(Box<submit::SubmitArgs>),
+    /// Go on from a checkpoint of a job as another job: after a failure, for more steps, on another backbone, or from further back
+    Continue(continuation::ContinueArgs),
     /// List jobs, the newest first
     List(list::ListArgs),
     /// Show a job
@@ -108,6 +111,7 @@ pub(crate) fn run(args: JobArgs, global: &Global) -> Result<Exit> {
         match command {
             // It reads its files before it asks anybody.
             JobCommand::Submit(args) => submit::run(*args, &connect, global).await,
+            JobCommand::Continue(args) => continuation::run(args, &connect.connect().await?, global).await,
             JobCommand::List(args) => list::list(&args, &connect.connect().await?, global).await,
             JobCommand::Get(args) => list::get(&args.job, &connect.connect().await?, global).await,
             JobCommand::Watch(args) => watch::watch(&connect.connect().await?, &args.job, global).await,

@@ -172,6 +172,8 @@ pub struct NewJob {
     pub retry_policy: RetryPolicy,
     /// Whatever helps to find it again.
     pub labels: BTreeMap<String, String>,
+    /// A checkpoint of another job to go on from.
+    pub start: Option<CheckpointRef>,
 }
 
 /// What is to change of a job; checked.

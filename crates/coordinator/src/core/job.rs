@@ -53,6 +53,9 @@ pub struct Job {
     /// What speaks against it, where engines were lost with it there.
     #[serde(default)]
     pub suspicion: Suspicion,
+    /// The checkpoint of another job from which it went on, by its name; empty for one that began anew.
+    #[serde(default)]
+    pub continued_from: String,
     /// Steps of the newest checkpoint that was ever committed. Never goes back.
     pub committed_step: u64,
     /// The best checkpoint.

@@ -9,9 +9,10 @@ use tonic::Code;
 
 use super::{
     Core,
+    checkpoint::Checkpoint,
     effects::{Change, Reply, Resource},
-    input::{JobTarget, NewJob},
-    job::{Attempt, AttemptEnd, Job, KEPT_ATTEMPTS, is_final},
+    input::{CheckpointRef, JobTarget, NewJob},
+    job::{Attempt, AttemptEnd, Best, Job, KEPT_ATTEMPTS, is_final},
     read::JobView,
     requests::{Outcome, check_etag},
     rows::{Counter, Target},
@@ -21,6 +22,15 @@ use super::{
 
 /// Characters of a message that is kept, at most.
 pub(super) const MAX_MESSAGE: usize = 2000;
+
+/// What a job begins with that goes on from another's checkpoint.
+struct Start {
+    /// The name of that checkpoint.
+    from: String,
+    best: Option<Best>,
+    /// By step; the last is the one from which it goes on.
+    checkpoints: Vec<Checkpoint>,
+}
 
 impl Core {
     pub(super) fn create_job(&mut self, new: NewJob, validate_only: bool) -> Result<Outcome, Problem> {
@@ -40,7 +50,13 @@ impl Core {
             let what = format!("there is a {} already; choose another name, or leave it out", new.name);
             return Err(Problem::new(Code::AlreadyExists, "JOB_EXISTS", what).with("name", &new.name));
         }
+        let start = new.start.as_ref().map(|start| self.start_of(&new.name, start)).transpose()?;
         let mut job = self.new_job(new);
+        if let Some(Start { from, best, checkpoints }) = &start {
+            job.continued_from.clone_from(from);
+            job.committed_step = checkpoints.last().map_or(0, |checkpoint| checkpoint.step);
+            job.best = *best;
+        }
         let cause = if self.is_ready(&job.backbone) { JobCause::Created } else { JobCause::CreatedEarly };
         self.step(&mut job, cause, "");
         if validate_only {
@@ -50,7 +66,34 @@ impl Core {
         }
         let name = job.name.clone();
         self.put_job(job);
+        for checkpoint in start.into_iter().flat_map(|start| start.checkpoints) {
+            self.put(Resource::Checkpoint(Box::new(checkpoint)));
+        }
         Ok(Outcome::Done(Target::Job(name)))
+    }
+
+    /// What a job called `name` begins with that goes on from another's checkpoint: that, and the best ones before it. Their files are the same
+    /// blobs.
+    fn start_of(&self, name: &JobName, start: &CheckpointRef) -> Result<Start, Problem> {
+        let last = self.find_checkpoint(start)?;
+        let from = self.job(&last.job)?;
+        let copied = |checkpoint: &Checkpoint| Checkpoint {
+            job: name.clone(),
+            pinned: false,
+            attempt: 0,
+            epoch: 0,
+            create_time: self.now,
+            created_revision: 0,
+            revision: 0,
+            ..checkpoint.clone()
+        };
+        let is_best = |of: &&Checkpoint| of.best || of.tasks.iter().any(|task| task.best);
+        let before = self.checkpoints_of(&last.job).filter(|of| of.step < last.step);
+        let mut checkpoints: Vec<Checkpoint> = before.filter(is_best).map(copied).collect();
+        checkpoints.sort_by_key(|checkpoint| checkpoint.step);
+        checkpoints.push(copied(last));
+        let best = from.best.filter(|best| best.step <= last.step);
+        Ok(Start { from: last.name(), best, checkpoints })
     }
 
     fn new_job(&self, new: NewJob) -> Job {
@@ -70,6 +113,7 @@ impl Core {
             attempts_before: u32::try_from(before).unwrap_or(u32::MAX),
             num_failures: 0,
             suspicion: Suspicion::default(),
+            continued_from: String::new(),
             committed_step: 0,
             best: None,
             warnings: Vec::new(),

@@ -45,6 +45,7 @@ fn create_job(number: u32) -> Request {
         priority: 10,
         retry_policy: RetryPolicy::default(),
         labels: BTreeMap::from([("a".to_owned(), "b".to_owned())]),
+        start: None,
     };
     Request::CreateJob { job: Box::new(new), validate_only: false }
 }

@@ -63,13 +63,15 @@ pub fn create_job(message: &v1::CreateJobRequest, made_up: &str, roots: &Roots) 
     let priority = priority(&mut checks, job);
     checks.labels("job.labels", &job.labels);
     let retry_policy = retry_policy(&mut checks, job.retry_policy.as_ref());
+    let start = Some(&message.continue_from).filter(|name| !name.is_empty());
+    let start = start.and_then(|name| checks.take(super::checkpoint_ref("continue_from", name, "")));
     let key = checks.take(request_key("CreateJob", &message.request_id, message));
     checks.finish()?;
     let (Some(name), Some(backbone)) = (name, backbone) else {
         return Err(Problem::field("job", "is wrong")); // Said more exactly by `finish`.
     };
     let labels = job.labels.clone();
-    let job = Box::new(NewJob { name, backbone, spec, priority, retry_policy, labels });
+    let job = Box::new(NewJob { name, backbone, spec, priority, retry_policy, labels, start });
     let request = Request::CreateJob { job, validate_only: message.validate_only };
     Ok(Asked { key: key.flatten(), request })
 }

@@ -54,6 +54,7 @@ fn job_row(job: &Job) -> v1::Job {
         priority: job.priority,
         retry_policy: Some(retry_policy),
         labels: job.labels.clone(),
+        continued_from: job.continued_from.clone(),
         state: job.state.into(),
         reason: job.reason.into(),
         message: job.message.clone(),

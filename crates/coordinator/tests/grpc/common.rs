@@ -75,7 +75,12 @@ pub fn job_request(id: &str) -> CreateJobRequest {
         ..TrainingSpec::default()
     };
     let job = Job { backbone: "backbones/b".to_owned(), spec: Some(spec), ..Job::default() };
-    CreateJobRequest { job_id: id.to_owned(), job: Some(job), request_id: uuid(), validate_only: false }
+    CreateJobRequest {
+        job_id: id.to_owned(),
+        job: Some(job),
+        request_id: uuid(),
+        ..CreateJobRequest::default()
+    }
 }
 
 /// A cluster with a backbone `b`.

@@ -221,6 +221,7 @@ fn fill(dir: &Path, events: u64) {
         priority: 10,
         retry_policy: RetryPolicy::default(),
         labels: Default::default(),
+        start: None,
     };
     ask(Request::CreateJob { job: Box::new(new), validate_only: false });
     while {

@@ -120,7 +120,7 @@ impl Files {
             let of_task = path.parent().unwrap_or(&dir);
             tokio::fs::create_dir_all(of_task).await.map_err(|error| local("create", of_task, &error))?;
             let mend = format!(
-                "its checkpoint of step {} is lost by that (`incipit checkpoint verify` says what of it): hand the job in again",
+                "its checkpoint of step {} is lost by that (`incipit checkpoint verify` says what of it): go on from an older one (`incipit job continue --checkpoint`)",
                 checkpoint.step
             );
             self.download(client, &file.digest, &path).await.map_err(|stopped| stopped.mended_by(&mend))?;

@@ -83,7 +83,7 @@ impl Cluster {
             job_id: id.to_owned(),
             job: Some(v1::Job { backbone: format!("backbones/{backbone}"), ..job }),
             request_id: request_id.to_owned(),
-            validate_only: false,
+            ..v1::CreateJobRequest::default()
         };
         Ok(self.call(async |client| client.jobs().create_job(request.clone()).await)?.into_inner())
     }

@@ -161,7 +161,7 @@ fn job(number: u32) -> v1::CreateJobRequest {
         job_id: format!("j{number}"),
         job: Some(v1::Job { backbone: "backbones/b".to_owned(), spec: Some(spec), ..v1::Job::default() }),
         request_id: uuid::Uuid::new_v4().to_string(),
-        validate_only: false,
+        ..v1::CreateJobRequest::default()
     }
 }
 

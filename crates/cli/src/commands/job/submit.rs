@@ -129,6 +129,7 @@ pub(super) async fn run(args: SubmitArgs, connect: &ConnectArgs, global: &Global
         job: Some(job),
         request_id: request_id.clone(),
         validate_only: dry_run,
+        continue_from: String::new(),
     };
     if dry_run {
         let answer = ask(&client, request, &missing).await?;

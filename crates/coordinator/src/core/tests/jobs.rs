@@ -3,12 +3,14 @@
 use incipit_proto::v1::{EngineLossCause, JobReason, JobState, JobWish, TrainingTask};
 use tonic::Code;
 
-use super::world::{World, files, job_name, left, new_job, saved, target, training};
+use super::world::{
+    World, backbone_name, files, job_name, left, new_job, saved, target, training, worker_name,
+};
 use crate::core::{
     Reply, Request,
     backbone::Collective,
     checkpoint::{CheckpointFile, TaskScore},
-    input::{CheckpointRef, JobEvent, Saved, StepRef},
+    input::{CheckpointRef, JobEvent, NewJob, Saved, StepRef},
     job::KEPT_ATTEMPTS,
     read::JobFilter,
 };
@@ -251,6 +253,37 @@ fn the_newest_the_best_the_pinned_and_the_one_gone_on_from_are_kept() {
     assert_eq!(world.job("j").best, None);
     world.ask(delete(9)).unwrap();
     assert_eq!(world.job("j").committed_step, 9);
+}
+
+#[test]
+fn a_job_goes_on_from_a_checkpoint_of_another_with_what_that_knew_of_its_best() {
+    let mut world = World::running();
+    let best = Saved { step: 1, files: files(1), score: Some(0.9), best: true, ..Saved::default() };
+    world.job_event("w", "j", JobEvent::Saved(best));
+    world.job_event("w", "j", saved(2));
+    world.job_event("w", "j", saved(3));
+    world.job_event("w", "j", left(JobState::Failed, JobReason::Internal));
+    let go_on = |id: &str, step| {
+        let start = Some(CheckpointRef { job: job_name("j"), step, task: None });
+        Request::CreateJob { job: Box::new(NewJob { start, ..new_job(id, "b") }), validate_only: false }
+    };
+    world.ask(go_on("k", StepRef::Last)).unwrap();
+    world.ask(go_on("l", StepRef::At(2))).unwrap();
+    assert_eq!(world.ask(go_on("m", StepRef::At(7))).unwrap_err().code, Code::NotFound);
+    world.ask(Request::DeleteJob(target("j"))).unwrap();
+    for (id, step) in [("k", 3), ("l", 2)] {
+        let steps: Vec<u64> = world.core.checkpoints_of(&job_name(id)).map(|of| of.step).collect();
+        assert_eq!(steps, [step, 1]);
+        let job = world.job(id);
+        assert_eq!((job.committed_step, job.best.map(|best| best.step)), (step, Some(1)));
+        assert_eq!(job.continued_from, format!("jobs/j/checkpoints/{step:08}"));
+        let sent = &world.agents[&worker_name("w")].jobs[&backbone_name("b")].jobs;
+        let sent = sent.iter().find(|sent| sent.job == job_name(id));
+        let checkpoint = sent.and_then(|sent| sent.checkpoint.as_ref()).expect("it is told");
+        assert_eq!((checkpoint.step, checkpoint.files.len()), (step, files(step).len()));
+    }
+    world.job_event("w", "k", saved(4));
+    assert_eq!(world.job("k").committed_step, 4);
 }
 
 #[test]

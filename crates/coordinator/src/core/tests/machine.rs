@@ -79,6 +79,10 @@ impl Machine {
                 let mut new = new_job(job, backbone);
                 new.priority = 1 + u32::from(c % 20);
                 new.spec.keep = Some(1 + u32::from(c % 3));
+                if c % 8 == 5 {
+                    let (job, step) = (job_name(JOBS[c as usize % JOBS.len()]), StepRef::Last);
+                    new.start = Some(CheckpointRef { job, step, task: None });
+                }
                 self.ask(Request::CreateJob { job: Box::new(new), validate_only: c == 9 }, c);
             }
             9 => self.ask(Request::PauseJob(target(job)), c),

@@ -95,6 +95,7 @@ pub(super) fn new_job(id: &str, backbone: &str) -> NewJob {
         priority: 10,
         retry_policy: RetryPolicy { max_retries: 1, reasons: vec![JobReason::OutOfMemory] },
         labels: BTreeMap::new(),
+        start: None,
     }
 }
 

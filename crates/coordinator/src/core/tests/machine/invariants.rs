@@ -32,13 +32,20 @@ impl Machine {
                 }
                 Change::Put(stamp, Resource::Checkpoint(new)) if stamp.kind == EventKind::Created => {
                     let job = &rows.jobs[&new.job];
-                    let open = job.open_attempt().expect("I6: a checkpoint of a job that does not run");
-                    assert_eq!((open.number, open.epoch), (new.attempt, new.epoch), "I6: a stale checkpoint");
-                    assert_eq!(
-                        rows.backbones[&job.backbone].epoch, new.epoch,
-                        "I6: a checkpoint of an old epoch"
-                    );
-                    assert!(new.step > job.committed_step, "I6: a checkpoint from before");
+                    match job.open_attempt() {
+                        None => {
+                            let begins = job.attempts.is_empty() && !job.continued_from.is_empty();
+                            assert!(begins, "I6: a checkpoint of a job that does not run");
+                            assert!(new.step <= job.committed_step, "I6: a checkpoint from after its start");
+                        }
+                        Some(open) => {
+                            let made = (new.attempt, new.epoch);
+                            assert_eq!((open.number, open.epoch), made, "I6: a stale checkpoint");
+                            let epoch = rows.backbones[&job.backbone].epoch;
+                            assert_eq!(epoch, new.epoch, "I6: a checkpoint of an old epoch");
+                            assert!(new.step > job.committed_step, "I6: a checkpoint from before");
+                        }
+                    }
                 }
                 Change::Put(_, Resource::Backbone(backbone)) => {
                     self.hold_epoch(backbone.name.as_str(), backbone.epoch);
