@@ -52,6 +52,9 @@ impl EvalOptions {
 
     /// How many times as long predictions could have been as these are.
     fn shortfall(&self, outcomes: &[Outcome]) -> f64 {
+        if self.candidates.is_some() {
+            return 1.0;
+        }
         let longest = outcomes.iter().map(|outcome| outcome.tokens.len()).max().unwrap_or_default();
         (self.max_new_tokens + 1) as f64 / (longest + 1) as f64
     }

@@ -11,7 +11,7 @@ use super::{
     Core,
     checkpoint::Checkpoint,
     effects::{Change, Reply, Resource},
-    input::{CheckpointRef, JobTarget, NewJob},
+    input::{CheckpointRef, JobTarget, NewJob, StepRef},
     job::{Attempt, AttemptEnd, Best, Job, KEPT_ATTEMPTS, is_final},
     read::JobView,
     requests::{Outcome, check_etag},
@@ -75,8 +75,15 @@ impl Core {
     /// What a job called `name` begins with that goes on from another's checkpoint: that, and the best ones before it. Their files are the same
     /// blobs.
     fn start_of(&self, name: &JobName, start: &CheckpointRef) -> Result<Start, Problem> {
+        let from = self.job(&start.job)?;
+        if start.step == StepRef::Best && !from.spec.tasks.is_empty() {
+            let what = format!(
+                "is the best of {}, each of whose tasks has its own; name a step, or last",
+                from.name
+            );
+            return Err(Problem::field("continue_from", what));
+        }
         let last = self.find_checkpoint(start)?;
-        let from = self.job(&last.job)?;
         let copied = |checkpoint: &Checkpoint| Checkpoint {
             job: name.clone(),
             pinned: false,

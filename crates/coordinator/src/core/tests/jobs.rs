@@ -291,7 +291,11 @@ fn each_of_several_tasks_keeps_its_best_checkpoint_and_is_promoted_by_its_name()
     let mut world = World::ready();
     let mut several = new_job("j", "b");
     several.spec.tasks = ["x", "y"].map(|name| TrainingTask { name: name.to_owned(), spec: None }).into();
-    world.ask(Request::CreateJob { job: Box::new(several), validate_only: false }).unwrap();
+    world.ask(Request::CreateJob { job: Box::new(several.clone()), validate_only: false }).unwrap();
+    let start = Some(CheckpointRef { job: job_name("j"), step: StepRef::Best, task: None });
+    let of_none = Box::new(NewJob { start, name: job_name("k"), ..several });
+    let problem = world.ask(Request::CreateJob { job: of_none, validate_only: false }).unwrap_err();
+    assert!(problem.message.contains("continue_from"), "{}", problem.message);
     let of = |task: &str, step: u64| {
         let digest = blake3::hash(format!("{task} {step}").as_bytes()).to_hex().to_string();
         CheckpointFile { name: format!("{task}/prompt.safetensors"), digest, size: 1 }
