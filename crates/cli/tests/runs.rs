@@ -146,7 +146,8 @@ fn a_prompt_is_used_on_another_backbone_than_its_own_only_where_that_is_meant() 
     refused(&incipit(&["generate", "--input", "x", "--prompt", &prompt, "--model", &other]), &["--model"]);
     let vote = ["ensemble", "eval", "--data", &data, "--prompt", &prompt, "--model", &other];
     refused(&incipit(&vote), &[&prompt, "--allow-other-backbone"]);
-    // Nothing tells on which backbone this was trained.
+    // Nothing tells on which backbone this was trained: a file of this name alone is no checkpoint.
+    std::fs::write(at("state.json"), "{}").expect("a file");
     std::fs::copy(at("run/prompt.npy"), at("alone.npy")).expect("a copy");
     incipit(&["eval", "--data", &data, "--prompt", &at("alone.npy"), "--model", &other]).ok();
 }

@@ -216,8 +216,9 @@ pub fn load(path: &Path) -> Result<Checkpoint> {
 /// If the checkpoint's state cannot be read.
 pub fn backbone_of(path: &Path) -> Result<Option<String>> {
     let Ok(path) = path.canonicalize() else { return Ok(None) };
+    let is_checkpoint = |dir: &Path| [STATE, MANIFEST].iter().all(|file| dir.join(file).is_file());
     let within = |dir: &Path| [dir.to_owned(), dir.join("best"), dir.join("last")];
-    let Some(dir) = path.ancestors().take(3).flat_map(within).find(|dir| dir.join(STATE).is_file()) else {
+    let Some(dir) = path.ancestors().take(3).flat_map(within).find(|dir| is_checkpoint(dir.as_path())) else {
         return Ok(None);
     };
     let state = decode_state(&read(&dir, STATE)?);

@@ -45,7 +45,7 @@ pub(crate) struct MachineArgs {
     #[arg(long, value_name = "ADDRESS")]
     address: Option<std::net::IpAddr>,
     /// After how long an engine is started again of which a pass through the backbone does not end. Where such passes take
-    /// longer than an eighth of it, eight times the longest so far count, and ten minutes for the first of a kind [default: 10 on
+    /// longer than an eighth of it, eight times the longest of late count, and ten minutes for the first of a kind in a group [default: 10 on
     /// a GPU, 60 on a CPU]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     hang_after: Option<u64>,

@@ -260,8 +260,14 @@ impl Core {
         let mut backbone = old.clone();
         enter(&mut backbone, BackboneCause::RetryRequested);
         backbone.message.clear();
+        backbone.last_loss.clear();
         (backbone.num_losses, backbone.place_at) = (0, Some(self.now));
+        if backbone.ready_time.is_none() {
+            // That of the rank that was first; nobody has trained on it.
+            backbone.fingerprint.clear();
+        }
         self.put_backbone(backbone);
+        self.trust(&name);
         Ok(Target::Backbone(name))
     }
 

@@ -50,7 +50,7 @@ impl Core {
             let what = format!("there is a {} already; choose another name, or leave it out", new.name);
             return Err(Problem::new(Code::AlreadyExists, "JOB_EXISTS", what).with("name", &new.name));
         }
-        let start = new.start.as_ref().map(|start| self.start_of(&new.name, start)).transpose()?;
+        let start = new.start.as_ref().map(|start| self.start_of(&new, start)).transpose()?;
         let mut job = self.new_job(new);
         if let Some(Start { from, best, checkpoints }) = &start {
             job.continued_from.clone_from(from);
@@ -72,9 +72,9 @@ impl Core {
         Ok(Outcome::Done(Target::Job(name)))
     }
 
-    /// What a job called `name` begins with that goes on from another's checkpoint: that, and the best ones before it. Their files are the same
+    /// What a new job begins with that goes on from another's checkpoint: that, and the best ones before it. Their files are the same
     /// blobs.
-    fn start_of(&self, name: &JobName, start: &CheckpointRef) -> Result<Start, Problem> {
+    fn start_of(&self, new: &NewJob, start: &CheckpointRef) -> Result<Start, Problem> {
         let from = self.job(&start.job)?;
         if start.step == StepRef::Best && !from.spec.tasks.is_empty() {
             let what = format!(
@@ -84,8 +84,12 @@ impl Core {
             return Err(Problem::field("continue_from", what));
         }
         let last = self.find_checkpoint(start)?;
+        if let Some(steps) = new.spec.steps.filter(|steps| *steps < last.step) {
+            let what = format!("is {steps}, and {} is of step {} already", last.name(), last.step);
+            return Err(Problem::field("job.spec.steps", what));
+        }
         let copied = |checkpoint: &Checkpoint| Checkpoint {
-            job: name.clone(),
+            job: new.name.clone(),
             pinned: false,
             attempt: 0,
             epoch: 0,

@@ -1,7 +1,7 @@
 //! The queue of a backbone.
 
 use incipit_proto::{
-    names::BackboneName,
+    names::{BackboneName, JobName},
     v1::{BackboneState, JobReason, JobState},
 };
 
@@ -25,7 +25,7 @@ impl Core {
         if state == BackboneState::Ready {
             self.judge(name);
         }
-        let queue: Vec<Job> = self.queue(name).into_iter().cloned().collect();
+        let queue: Vec<JobName> = self.queue(name).iter().map(|job| job.name.clone()).collect();
         if queue.is_empty() {
             return;
         }
@@ -36,20 +36,23 @@ impl Core {
             _ => 0,
         };
         let suspect = self.next_suspect(name);
-        for mut job in queue {
-            if free > 0 && (!job.is_suspect() || suspect.as_ref() == Some(&job.name)) {
-                self.start_attempt(&job.name, epoch);
+        for name in queue {
+            let Some(job) = self.rows.jobs.get(&name) else { continue };
+            if free > 0 && (!job.is_suspect() || suspect.as_ref() == Some(&name)) {
+                self.start_attempt(&name, epoch);
                 free -= 1;
                 continue;
             }
-            let message = why_it_waits(&job, state);
-            if let Some(cause) = waiting_for(state, job.reason) {
-                self.step(&mut job, cause, &message);
-                self.put_job(job);
-            } else if job.reason == JobReason::BackboneNotReady && job.message != message {
-                job.message = message;
-                self.put_job(job);
+            let (message, cause) = (why_it_waits(job, state), waiting_for(state, job.reason));
+            if cause.is_none() && (job.reason != JobReason::BackboneNotReady || job.message == message) {
+                continue;
             }
+            let mut job = job.clone();
+            match cause {
+                Some(cause) => self.step(&mut job, cause, &message),
+                None => job.message = message,
+            }
+            self.put_job(job);
         }
     }
 }

@@ -77,6 +77,20 @@ impl Core {
         }
     }
 
+    /// Takes from a backbone's jobs what speaks against them: the losses of before a retry were maybe none of their doing, and are counted no
+    /// more.
+    pub(super) fn trust(&mut self, backbone: &BackboneName) {
+        for state in [JobState::Queued, JobState::Paused] {
+            for name in self.names_of(backbone, state) {
+                let Some(mut job) = self.rows.jobs.get(&name).cloned() else { continue };
+                if job.suspicion != Suspicion::default() {
+                    job.suspicion = Suspicion::default();
+                    self.put_job(job);
+                }
+            }
+        }
+    }
+
     /// The suspect that may go to a backbone that is ready, if one may: the one with the fewest losses, once another job got on since the
     /// last loss, or if there is no other to do so.
     pub(super) fn next_suspect(&self, backbone: &BackboneName) -> Option<JobName> {

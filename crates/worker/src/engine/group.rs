@@ -29,7 +29,7 @@ use crate::engine::{Inbox, Loss, Mail, Next};
 use crate::frames::{Join, Notice, Ready};
 
 /// How long a rank waits for the others: as long as the slowest disk takes to load a model. A rank that is gone is found by its agent or
-/// by the coordinator long before, and one that waits for it in vain is killed when there is a new group.
+/// by the coordinator long before, and one that waits for it in vain leaves when there is a new group.
 const DEADLINE: Duration = Duration::from_secs(600);
 /// How long a pass through the backbone may take in any case: on a CPU other programs may have the cores, and its weights may have to be read
 /// from a disk again.

@@ -15,9 +15,9 @@ use crate::progress::note;
 /// Flags of `job continue`.
 #[derive(Args)]
 #[command(
-    after_help = "The new job has the settings, data, priority and labels of the old one, its optimizer and its place in the data, and ends in the bytes in \
-                  which the old one would have. The old one stays as it is. The backbone has to hold the same model; how many ranks it has, and where, \
-                  does not matter."
+    after_help = "The new job has the settings, data, priority and labels of the old one, its optimizer and its place in the data. The old one stays as it is. \
+                  The backbone has to hold the same model in the same type. On as many ranks a model (--tp) and the same kind of device a prompt ends in \
+                  the bytes in which the old job's would have; on others it goes on, and is rounded differently."
 )]
 pub(super) struct ContinueArgs {
     #[command(flatten)]
@@ -31,7 +31,8 @@ pub(super) struct ContinueArgs {
     /// The backbone to train on [default: the old job's]
     #[arg(long, value_name = "BACKBONE", value_parser = names::backbone)]
     backbone: Option<String>,
-    /// Steps in all, those that are made already included [default: as the old job]
+    /// Steps in all, those that are made already included; others than the old job's need a constant schedule [default: as the old
+    /// job]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     steps: Option<u64>,
 }

@@ -236,6 +236,27 @@ fn a_model_that_cannot_be_loaded_the_first_time_or_is_another_one_fails_for_good
 }
 
 #[test]
+fn files_that_differed_at_the_first_load_can_be_mended_either_way() {
+    let mut world = World::of_two();
+    let rank = world.backbone("b").ranks.iter().find(|rank| rank.worker == worker_name("w1")).unwrap().rank;
+    let event = EngineEvent::Ready {
+        pid: 1,
+        fingerprint: "old".to_owned(),
+        num_parameters: 1,
+        d_model: 1,
+        num_layers: 1,
+    };
+    let epoch = world.backbone("b").epoch;
+    world.report("w1", Report::Engine { backbone: backbone_name("b"), epoch, rank, event });
+    world.load("w2");
+    assert_eq!(stands(&world), (BackboneState::Failed, BackboneReason::BadModel));
+    world.ask(Request::RetryBackbone { name: backbone_name("b"), etag: None }).unwrap();
+    world.load("w1");
+    world.load("w2");
+    assert_eq!(stands(&world).0, BackboneState::Ready);
+}
+
+#[test]
 fn a_backbone_that_is_deleted_while_it_loads_is_gone_and_one_of_its_name_has_other_epochs() {
     let mut world = World::new();
     world.connect("w", 1, true);

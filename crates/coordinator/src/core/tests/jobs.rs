@@ -270,6 +270,10 @@ fn a_job_goes_on_from_a_checkpoint_of_another_with_what_that_knew_of_its_best() 
     world.ask(go_on("k", StepRef::Last)).unwrap();
     world.ask(go_on("l", StepRef::At(2))).unwrap();
     assert_eq!(world.ask(go_on("m", StepRef::At(7))).unwrap_err().code, Code::NotFound);
+    let Request::CreateJob { mut job, .. } = go_on("m", StepRef::Last) else { unreachable!() };
+    job.spec.steps = Some(2);
+    let problem = world.ask(Request::CreateJob { job, validate_only: false }).unwrap_err();
+    assert!(problem.message.contains("job.spec.steps"), "{}", problem.message);
     world.ask(Request::DeleteJob(target("j"))).unwrap();
     for (id, step) in [("k", 3), ("l", 2)] {
         let steps: Vec<u64> = world.core.checkpoints_of(&job_name(id)).map(|of| of.step).collect();

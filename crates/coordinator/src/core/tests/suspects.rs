@@ -151,6 +151,20 @@ fn a_new_step_or_checkpoint_clears_a_job_and_a_step_made_again_does_not() {
 }
 
 #[test]
+fn a_backbone_that_is_retried_proves_nothing_against_its_jobs() {
+    let mut world = running(&["a"]);
+    for _ in 0..3 {
+        while world.backbone("b").state != BackboneState::Failed {
+            crash(&mut world);
+        }
+        world.ask(Request::RetryBackbone { name: backbone_name("b"), etag: None }).unwrap();
+        assert_eq!((world.job("a").suspicion, &*world.backbone("b").message), Default::default());
+        world.load("w");
+        assert_eq!(world.state("a").0, JobState::Running);
+    }
+}
+
+#[test]
 fn a_retry_policy_may_cover_it() {
     use JobState::{Failed, Queued, Running};
     let mut world = running(&["a"]);
