@@ -17,7 +17,7 @@ use crate::frames::{Failed, Notice};
 const ALIVE: Duration = Duration::from_millis(500);
 /// As long is taken to have passed between two looks at most: where it was longer, the whole process stood still, and no rank by itself.
 const LONGEST: Duration = Duration::from_secs(1);
-/// How many times as long as any before it a pass may take. A GPU that others use too, or a disk that is read again, is slower than that
+/// How many times as long as any of late a pass may take. A GPU that others use too, or a disk that is read again, is slower than that
 /// for no long time.
 const TIMES: u32 = 8;
 /// How long a pass may take that is the first of its kind: what it needs may have to be read and compiled.
