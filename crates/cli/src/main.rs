@@ -1,5 +1,6 @@
 //! The `incipit` command: tunes soft prompts on frozen T5 models.
 
+mod allocator;
 mod args;
 mod cluster;
 mod commands;
@@ -22,10 +23,8 @@ use clap::{CommandFactory as _, FromArgMatches as _};
 use args::{Cli, Command};
 use exit::{BadInput, Exit};
 
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> ExitCode {
+    allocator::set_up();
     let matches = Cli::command().get_matches();
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     take_rank(&cli.command);

@@ -102,12 +102,14 @@ pub(crate) fn run<T: Send>(
         telling(&ranks, work(&ranks))
     };
     if let Some(backend @ (Backend::Gloo | Backend::Nccl)) = args.collective {
-        return on_rank(join(backend, (tp, dp), device, &args.options())?);
+        let ranks = join(backend, (tp, dp), device, &args.options())?;
+        return rayon::scope(|_| on_rank(ranks));
     }
     refuse_several_processes()?;
     let mesh = local_mesh(tp, dp)?;
     if mesh.world() == 1 {
-        return on_rank(Ranks::alone());
+        // On one of the threads that compute: handing them each operation from outside costs two wake-ups.
+        return rayon::scope(|_| on_rank(Ranks::alone()));
     }
     let results = on_threads(mesh, threads.map(usize::from), &args.options(), on_rank);
     let first = first_cause(results, is_echo)?.into_iter().next();

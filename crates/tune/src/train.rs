@@ -145,7 +145,8 @@ pub(crate) fn as_threads<T: Send, O: Send + ?Sized>(
     }
     let mesh = Mesh::new(spec.tp, spec.dp, spec.tp.saturating_mul(spec.dp))?;
     if mesh.world() == 1 && spec.threads.is_none() {
-        return work(Ranks::alone(), Some(observer));
+        // On one of the threads that compute: handing them each operation from outside costs two wake-ups.
+        return rayon::scope(|_| work(Ranks::alone(), Some(observer)));
     }
     let observer = Mutex::new(observer);
     let results = ranks::on_threads(mesh, spec.threads, options, |ranks| {

@@ -21,6 +21,8 @@ pub(crate) trait Micro: 'static {
     const ROWS: usize;
     /// Contracted numbers in a unit.
     const DEPTH: usize;
+    /// Units of a panel's columns that all rows of a block are multiplied with before the next ones.
+    const DEPTH_BLOCK: usize = 256;
 
     /// Units in a column of `k` numbers, those among them that are zeros behind the last one.
     fn units(k: usize) -> usize {

@@ -1,5 +1,9 @@
 //! Panels: the right operand of a product, laid out in the order in which the kernels read it.
 
+use std::cell::Cell;
+use std::ops::Range;
+use std::thread::LocalKey;
+
 use half::bf16;
 
 use crate::element::to_bf16;
@@ -27,6 +31,21 @@ impl<'a> Right<'a> {
     }
 }
 
+impl Right<'_> {
+    /// The contracted numbers `part` of it.
+    pub(crate) fn part(&self, part: Range<usize>) -> Self {
+        let from = match self.layout {
+            Layout::ColumnsAsRows => part.start,
+            Layout::Rows => part.start * self.stride,
+        };
+        let values = match self.values {
+            FrozenSlice::F32(values) => FrozenSlice::F32(&values[from..]),
+            FrozenSlice::Bf16(values) => FrozenSlice::Bf16(&values[from..]),
+        };
+        Self { values, k: part.len(), ..*self }
+    }
+}
+
 /// How a right operand is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Layout {
@@ -40,12 +59,28 @@ pub(crate) enum Layout {
 ///
 /// # Safety
 /// The type must be 32 bits wide, and every bit pattern must be one of its values.
-pub(crate) unsafe trait Word: Copy + Default + Send + Sync + 'static {}
+pub(crate) unsafe trait Word: Copy + Default + Send + Sync + 'static {
+    /// Where a thread keeps the words of its panels, so that it need not ask the system for pages in each product.
+    fn kept() -> &'static LocalKey<Cell<Vec<Self>>>;
+}
+
+thread_local! {
+    static SINGLES: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    static PAIRS: Cell<Vec<u32>> = const { Cell::new(Vec::new()) };
+}
 
 // SAFETY: 32 bits, each pattern a number.
-unsafe impl Word for f32 {}
+unsafe impl Word for f32 {
+    fn kept() -> &'static LocalKey<Cell<Vec<f32>>> {
+        &SINGLES
+    }
+}
 // SAFETY: 32 bits, each pattern a number.
-unsafe impl Word for u32 {}
+unsafe impl Word for u32 {
+    fn kept() -> &'static LocalKey<Cell<Vec<u32>>> {
+        &PAIRS
+    }
+}
 
 /// Transposes `rows x cols` words: `to[col * to_stride + row] = from[row * from_stride + col]`.
 pub(crate) fn transpose<W: Word>(

@@ -183,6 +183,30 @@ fn examples_attend_to_themselves_alone() {
 
 /// Sums over all rows have as many terms as there are rows, and none of them may depend on who adds what.
 #[test]
+fn products_have_the_same_bits_with_any_number_of_threads() {
+    // With one thread a task has several panels, and with many a panel has several tasks.
+    let mut g = generator(507);
+    let (rows, out, width) = (401, 600, 1100);
+    let x = normal(&mut g, rows * width, DType::BF16);
+    let w = normal(&mut g, out * width, DType::BF16);
+    for (isa, dtype) in paths().flat_map(|isa| TYPES.map(|dtype| (isa, dtype))) {
+        let (x, w) = (matrix(&x, rows, width, dtype), frozen(&w, out, width, dtype));
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let y = linear_on(isa, &x, &w, dtype).unwrap();
+                let dx = linear_gradient_on(isa, &[(&y, &w), (&y, &w)], dtype).unwrap();
+                [bits(&y), bits(&dx)]
+            })
+        };
+        let expected = run(1);
+        for threads in [2, 3, 16] {
+            assert!(run(threads) == expected, "{isa:?} {dtype:?}: {threads} threads");
+        }
+    }
+}
+
+#[test]
 fn gradients_to_weights_have_the_same_bits_with_any_number_of_threads() {
     let mut g = generator(505);
     let (rows, width) = (301, 200);

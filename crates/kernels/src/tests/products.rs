@@ -11,7 +11,7 @@ use crate::linear::{linear_add_on, linear_gradient_on, linear_on, linear_weight_
 use crate::{Frozen, Isa};
 
 /// Rows, outputs and inputs.
-const SHAPES: [(usize, usize, usize); 20] = [
+const SHAPES: [(usize, usize, usize); 21] = [
     (1, 1, 1),
     (1, 64, 2),
     (2, 63, 3),
@@ -31,6 +31,7 @@ const SHAPES: [(usize, usize, usize); 20] = [
     (31, 70, 95),
     (32, 64, 544),
     (77, 130, 33),
+    (197, 37, 1100),
     (800, 20, 9),
 ];
 
