@@ -222,7 +222,14 @@ impl<M: Micro> Group<'_, M> {
     fn store(&self, rows: Range<usize>, sums: &[f32], store: &(dyn Fn(&Block<'_>) + Sync)) {
         for (i, sums) in sums.chunks_exact(rows.len() * M::WIDTH).enumerate() {
             let (first_col, cols) = self.panel(i);
-            store(&Block { first_row: rows.start, rows: rows.len(), first_col, cols, sums, stride: M::WIDTH });
+            store(&Block {
+                first_row: rows.start,
+                rows: rows.len(),
+                first_col,
+                cols,
+                sums,
+                stride: M::WIDTH,
+            });
         }
     }
 }

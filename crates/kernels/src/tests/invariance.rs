@@ -181,7 +181,6 @@ fn examples_attend_to_themselves_alone() {
     ]);
 }
 
-/// Sums over all rows have as many terms as there are rows, and none of them may depend on who adds what.
 #[test]
 fn products_have_the_same_bits_with_any_number_of_threads() {
     // With one thread a task has several panels, and with many a panel has several tasks.
@@ -206,6 +205,7 @@ fn products_have_the_same_bits_with_any_number_of_threads() {
     }
 }
 
+/// Sums over all rows have as many terms as there are rows, and none of them may depend on who adds what.
 #[test]
 fn gradients_to_weights_have_the_same_bits_with_any_number_of_threads() {
     let mut g = generator(505);
