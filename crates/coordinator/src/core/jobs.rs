@@ -3,7 +3,7 @@
 use incipit_proto::{
     Problem,
     names::{BackboneName, JobName},
-    v1::{BackboneState, JobReason, JobState, JobWish},
+    v1::{BackboneState, JobReason, JobState, JobWish, Schedule},
 };
 use tonic::Code;
 
@@ -88,6 +88,7 @@ impl Core {
             let what = format!("is {steps}, and {} is of step {} already", last.name(), last.step);
             return Err(Problem::field("job.spec.steps", what));
         }
+        self.check_continues(new, from, last)?;
         let copied = |checkpoint: &Checkpoint| Checkpoint {
             job: new.name.clone(),
             pinned: false,
@@ -105,6 +106,37 @@ impl Core {
         checkpoints.push(copied(last));
         let best = from.best.filter(|best| best.step <= last.step);
         Ok(Start { from: last.name(), best, checkpoints })
+    }
+
+    /// Checks what an engine would refuse as soon as it had the job.
+    fn check_continues(&self, new: &NewJob, from: &Job, last: &Checkpoint) -> Result<(), Problem> {
+        let backbones = &self.rows.backbones;
+        if let Some(backbone) = backbones.get(&new.backbone) {
+            let (here, there) = (&backbone.fingerprint, &last.backbone_fingerprint);
+            if !here.is_empty() && !there.is_empty() && here != there {
+                let what = format!(
+                    "is another model than the one of {}: its fingerprint is {here}, not {there}; give a backbone with the same files",
+                    last.name()
+                );
+                return Err(Problem::field("job.backbone", what));
+            }
+            let other = backbones
+                .get(&from.backbone)
+                .filter(|old| old.create_time <= last.create_time && old.spec.dtype != backbone.spec.dtype);
+            if let Some(old) = other {
+                let (here, there) = (backbone.spec.dtype, old.spec.dtype);
+                let what = format!("has the model in {here}, and {} has it in {there}", old.name);
+                return Err(Problem::field("job.backbone", what));
+            }
+        }
+        let falls = !matches!(new.spec.schedule(), Schedule::Constant | Schedule::Unspecified);
+        let moved = new.spec.steps.zip(from.spec.steps).is_some_and(|(new, old)| new != old);
+        if falls && moved {
+            let what =
+                "moves the end of the schedule, and so every learning rate before it; leave it as it was";
+            return Err(Problem::field("job.spec.steps", what));
+        }
+        Ok(())
     }
 
     fn new_job(&self, new: NewJob) -> Job {

@@ -114,6 +114,9 @@ pub(super) fn facts(job: &Job) -> String {
         ("state", words::state(job)),
         ("reason", words::why(job)),
     ];
+    if !job.continued_from.is_empty() {
+        pairs.push(("goes on from", job.continued_from.trim_start_matches("jobs/").to_owned()));
+    }
     if job.state() == JobState::Queued {
         pairs.push(("before it", units::count(u64::from(job.queue_position))));
     }
@@ -227,6 +230,7 @@ mod tests {
     #[test]
     fn a_job_is_shown_with_its_attempts_data_and_warnings() {
         let mut job = running();
+        job.continued_from = "jobs/older/checkpoints/00000500".into();
         let digest = Source::Digest("ab".repeat(32));
         let train = DataSource { source: Some(digest), file_name: "boolq.jsonl".into() };
         job.spec = Some(TrainingSpec { train: Some(train), ..TrainingSpec::default() });
@@ -246,6 +250,7 @@ mod tests {
         for part in [
             "boolq.jsonl (blob abababababab)",
             "warning: 3 records",
+            "older/checkpoints/00000500",
             "rank lost",
             "0.913 (step 11,500)",
             "left",

@@ -1,6 +1,8 @@
 //! Stories of jobs.
 
-use incipit_proto::v1::{EngineLossCause, JobReason, JobState, JobWish, TrainingTask};
+use incipit_proto::v1::{
+    EngineLossCause, JobReason, JobState, JobWish, Schedule, TrainingSpec, TrainingTask,
+};
 use tonic::Code;
 
 use super::world::{
@@ -8,9 +10,9 @@ use super::world::{
 };
 use crate::core::{
     Reply, Request,
-    backbone::Collective,
+    backbone::{BackboneSpec, Collective, Dtype},
     checkpoint::{CheckpointFile, TaskScore},
-    input::{CheckpointRef, JobEvent, NewJob, Saved, StepRef},
+    input::{CheckpointRef, EngineEvent, JobEvent, NewJob, Report, Saved, StepRef},
     job::KEPT_ATTEMPTS,
     read::JobFilter,
 };
@@ -288,6 +290,35 @@ fn a_job_goes_on_from_a_checkpoint_of_another_with_what_that_knew_of_its_best() 
     }
     world.job_event("w", "k", saved(4));
     assert_eq!(world.job("k").committed_step, 4);
+}
+
+#[test]
+fn a_job_does_not_go_on_with_another_model_another_type_or_another_end_of_a_falling_schedule() {
+    let mut world = World::running();
+    world.job_event("w", "j", saved(3));
+    let schedule = Schedule::Linear.into();
+    let falling = TrainingSpec { schedule, steps: Some(8), ..Default::default() };
+    let falling = NewJob { spec: falling, ..new_job("falling", "b") };
+    world.ask(Request::CreateJob { job: Box::new(falling.clone()), validate_only: false }).unwrap();
+    world.job_event("w", "falling", saved(3));
+    let one = super::world::spec(Collective::Local, 1, 1, 2);
+    world.create_backbone("narrow", BackboneSpec { dtype: Dtype::Bf16, ..one.clone() });
+    world.create_backbone("other", one);
+    let (pid, num_parameters, d_model, num_layers) = (7, 60, 4, 2);
+    let fingerprint = "g".to_owned();
+    let event = EngineEvent::Ready { pid, fingerprint, num_parameters, d_model, num_layers };
+    world.report("w", Report::Engine { backbone: backbone_name("other"), epoch: 1, rank: 0, event });
+    let mut go_on = |from: &str, backbone: &str, spec: TrainingSpec| {
+        let start = Some(CheckpointRef { job: job_name(from), step: StepRef::Last, task: None });
+        let job = Box::new(NewJob { start, spec, ..new_job("k", backbone) });
+        world.ask(Request::CreateJob { job, validate_only: true }).map_err(|problem| problem.message)
+    };
+    assert!(go_on("j", "other", TrainingSpec::default()).unwrap_err().contains("fingerprint is g, not f"));
+    assert!(go_on("j", "narrow", TrainingSpec::default()).unwrap_err().contains("in bf16"));
+    let longer = TrainingSpec { steps: Some(9), ..falling.spec.clone() };
+    assert!(go_on("falling", "b", longer).unwrap_err().contains("schedule"));
+    assert!(go_on("falling", "b", falling.spec).is_ok());
+    assert!(go_on("j", "b", TrainingSpec { steps: Some(9), ..Default::default() }).is_ok());
 }
 
 #[test]
