@@ -67,6 +67,7 @@ impl Opened {
     /// # Errors
     /// If there is no such model, one of its files is missing, damaged or of an unknown kind, or the device cannot be used.
     pub fn open(model: &str, dtype: Precision, device: DeviceChoice, ranks: &Ranks) -> Result<Self> {
+        same_instructions(ranks, device.is_gpu())?;
         let device = device.open(ranks)?;
         let checkpoint = Checkpoint::open(&directory(model, ranks)?, dtype.into())?;
         let config = Config::from_json(&checkpoint.config_json()?).map_err(|source| Error::ModelConfig {
@@ -222,6 +223,7 @@ impl Backbone {
     /// if the files are gone, or an exchange of the new group fails.
     pub fn regroup(&mut self, ranks: &Arc<Ranks>) -> Result<()> {
         self.engine.check_place(ranks)?;
+        same_instructions(ranks, !self.engine.model().device().is_cpu())?;
         let dir = directory(&self.name, ranks)?;
         self.engine.regroup(ranks)?;
         let checkpoint = Checkpoint::open(&dir, self.engine.model().dtype())?;
@@ -261,6 +263,13 @@ fn frozen(weight: &NamedTensor, dtype: DType) -> Frozen {
         return Frozen::from_bf16(weight.data.par_iter().map(|x| bf16::from_f32(*x)).collect(), rows, cols);
     }
     Frozen::from_f32(weight.data.clone(), rows, cols)
+}
+
+/// Checks that all ranks compute with the same instructions, if that is not done on GPUs: with others, a number would depend on the rank
+/// that computed it.
+fn same_instructions(ranks: &Ranks, on_gpus: bool) -> Result<()> {
+    let isa = || if on_gpus { "those of GPUs".to_owned() } else { incipit_kernels::isa().name().to_owned() };
+    ranks::agree(ranks, || [("other instructions of its processor (INCIPIT_ISA chooses them)", isa())])
 }
 
 /// Where the model's files lie. What is on the hub is fetched by one rank of each machine, and found in the cache by the others.

@@ -404,13 +404,11 @@ fn agree(spec: &TrainSpec, backbone: &Backbone, task: &Task) -> Result<()> {
     ranks::agree(backbone.engine.ranks(), || {
         let schedule = (spec.steps, spec.eval_every, spec.checkpoint_every, spec.patience);
         let examples = task.train_hash.clone() + &ranks::tokens_digest(&task.train.examples);
-        let isa = incipit_kernels::isa().name().to_owned();
         [
             ("another specification", format!("{} {schedule:?}", spec.identity_hash())),
             ("another backbone", backbone.fingerprint.to_string()),
             ("other training data, or another tokenizer", examples),
             ("other evaluation data", format!("{:?}", task.eval_hash)),
-            ("other instructions of its processor (INCIPIT_ISA chooses them)", isa),
         ]
     })
 }
