@@ -28,6 +28,7 @@ pub struct Telemetry {
     jobs: Gauges,
     backbones: Gauges,
     ranks: Gauges,
+    ranks_wanted: Gauges,
     workers: Gauges,
     revision: Gauge,
     commits: Histogram,
@@ -48,6 +49,7 @@ impl Default for Telemetry {
             jobs: Family::default(),
             backbones: Family::default(),
             ranks: Family::default(),
+            ranks_wanted: Family::default(),
             workers: Family::default(),
             revision: Gauge::default(),
             commits: Histogram::new(exponential_buckets(0.000_25, 2.0, 14)),
@@ -64,6 +66,8 @@ impl Telemetry {
         registry.register("jobs", "Jobs, by state", self.jobs.clone());
         registry.register("backbone_ready", "1 where all ranks have loaded, else 0", self.backbones.clone());
         registry.register("backbone_ranks_ready", "Ranks that have loaded", self.ranks.clone());
+        let help = "Ranks that it is to have, where there is room for all of its replicas";
+        registry.register("backbone_ranks_wanted", help, self.ranks_wanted.clone());
         registry.register("workers", "Workers, by state", self.workers.clone());
         registry.register("revision", "Newest revision", self.revision.clone());
         let help = "How long it takes until a batch of changes is on the disk";
@@ -105,6 +109,7 @@ impl Telemetry {
         fill(&self.jobs, "state", &snapshot.jobs);
         fill(&self.backbones, "backbone", &snapshot.backbones);
         fill(&self.ranks, "backbone", &snapshot.ranks);
+        fill(&self.ranks_wanted, "backbone", &snapshot.ranks_wanted);
         fill(&self.workers, "state", &snapshot.workers);
         self.revision.set(snapshot.revision.cast_signed());
         let mut text = String::new();
@@ -128,6 +133,7 @@ pub struct Snapshot {
     jobs: BTreeMap<String, i64>,
     backbones: BTreeMap<String, i64>,
     ranks: BTreeMap<String, i64>,
+    ranks_wanted: BTreeMap<String, i64>,
     workers: BTreeMap<String, i64>,
     revision: u64,
     /// What is not as it should be, a line each.
@@ -158,7 +164,7 @@ impl Snapshot {
         }
         for backbone in rows.backbones.values() {
             let ready = backbone.ranks.iter().filter(|rank| rank.ready && !rank.lost).count();
-            let wanted = backbone.spec.num_ranks() as usize;
+            let wanted = (backbone.dp() * backbone.spec.tp) as usize;
             let serves = backbone.state == BackboneState::Ready && ready == wanted;
             let id = backbone.name.id().to_owned();
             if !serves {
@@ -168,6 +174,7 @@ impl Snapshot {
                 this.ills.push(line);
             }
             this.backbones.insert(id.clone(), i64::from(serves));
+            this.ranks_wanted.insert(id.clone(), i64::from(backbone.spec.num_ranks()));
             this.ranks.insert(id, i64::try_from(ready).unwrap_or(i64::MAX));
         }
         this

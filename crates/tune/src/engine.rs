@@ -211,7 +211,7 @@ impl Engine {
     pub(crate) fn check_place(&self, ranks: &Ranks) -> Result<()> {
         let place = |ranks: &Ranks| {
             let mesh = ranks.mesh();
-            format!("rank {} of tp {} and dp {}", ranks.rank(), mesh.tp(), mesh.dp())
+            format!("rank {} of tp {}", ranks.rank(), mesh.tp())
         };
         let (was, now) = (place(&self.ranks), place(ranks));
         if was != now {

@@ -222,6 +222,8 @@ fn create_backbone(name: &str, collective: Collective, dp: u32) -> Request {
         device: Device::Cpu,
         tp: 1,
         dp,
+        // The first of several may be lost for good.
+        min_dp: u32::from(dp > 1),
         collective,
         microbatch_tokens: 0,
         max_running_jobs: 2,

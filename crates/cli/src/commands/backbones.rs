@@ -76,6 +76,10 @@ struct CreateArgs {
     /// Copies of the model, between which the examples are divided [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     dp: Option<u32>,
+    /// Copies that are enough while no worker has room for more: jobs go on with these, and with more when there is room again (for `gloo` and
+    /// `nccl`) [default: all]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    min_dp: Option<u32>,
     /// What carries numbers between ranks; with `local` they are threads of one process [default: local]
     #[arg(long, value_parser = PossibleValuesParser::new(["local", "gloo", "nccl"]))]
     collective: Option<String>,
@@ -121,6 +125,9 @@ struct UpdateArgs {
     /// Jobs that are on it at once, at most; those that run stay
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_running_jobs: Option<u32>,
+    /// Copies of the model that are enough while no worker has room for more
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    min_dp: Option<u32>,
     #[command(flatten)]
     labels: LabelArgs,
 }
@@ -217,8 +224,14 @@ async fn update(args: UpdateArgs, connect: &ConnectArgs) -> Result<Backbone> {
         backbone.max_running_jobs = places;
         paths.push("max_running_jobs".to_owned());
     }
+    if let Some(copies) = args.min_dp {
+        backbone.min_dp = copies;
+        paths.push("min_dp".to_owned());
+    }
     if paths.is_empty() {
-        return bad_input("nothing is to change; give --max-running-jobs, --label or --remove-label");
+        return bad_input(
+            "nothing is to change; give --max-running-jobs, --min-dp, --label or --remove-label",
+        );
     }
     let (update_mask, request_id) = (Some(FieldMask { paths }), request_id(None)?);
     let request = UpdateBackboneRequest { backbone: Some(backbone), update_mask, request_id };
@@ -235,6 +248,7 @@ async fn create(args: CreateArgs, connect: &ConnectArgs, global: &Global) -> Res
         device: args.device.unwrap_or_default(),
         tp: args.tp.unwrap_or_default(),
         dp: args.dp.unwrap_or_default(),
+        min_dp: args.min_dp.unwrap_or_default(),
         collective: args.collective.unwrap_or_default(),
         microbatch_tokens: args.microbatch_tokens.unwrap_or_default(),
         max_running_jobs: args.max_running_jobs.unwrap_or_default(),
@@ -310,7 +324,7 @@ fn table(backbones: &[Backbone]) -> String {
             short(&backbone.name),
             short_model(&backbone.model),
             state(backbone),
-            format!("{}x{}", backbone.dp.max(1), backbone.tp.max(1)),
+            format!("{}x{}", replicas(backbone, "/"), backbone.tp.max(1)),
             format!("{}+{}", backbone.running_jobs, backbone.queued_jobs),
             rate(backbone),
             show::age(backbone.create_time.as_ref()),
@@ -319,6 +333,15 @@ fn table(backbones: &[Backbone]) -> String {
     let header = ["NAME", "MODEL", "STATE", "DPxTP", "JOBS", "TOKENS/S", "AGE"];
     let nothing = "no backbones; create one with `incipit backbone create`";
     show::table(&header, backbones.iter().map(row).collect(), &[1], nothing)
+}
+
+/// Copies of the model; of a backbone that works with fewer than it is to have, how many.
+fn replicas(backbone: &Backbone, of: &str) -> String {
+    let (all, here) = (backbone.dp.max(1), backbone.ranks.len() as u32 / backbone.tp.max(1));
+    if backbone.state() == BackboneState::Ready && here < all {
+        return format!("{here}{of}{all}");
+    }
+    all.to_string()
 }
 
 /// A directory's last part says most.
@@ -341,7 +364,7 @@ fn facts(backbone: &Backbone) -> String {
     let number = |n: u64| if n == 0 { show::NONE.to_owned() } else { units::count(n) };
     let mesh = format!(
         "{} x {} ranks (dp x tp), {} on {}, {}",
-        backbone.dp.max(1),
+        replicas(backbone, " of "),
         backbone.tp.max(1),
         backbone.collective,
         backbone.device,
@@ -432,6 +455,17 @@ mod tests {
         for part in ["worker lost: worker w-2", "2 x 4 ranks", "w-2", "4711", "yes"] {
             assert!(text.contains(part), "no {part} in\n{text}");
         }
+    }
+
+    #[test]
+    fn a_backbone_with_fewer_replicas_than_it_is_to_have_is_seen_by_that() {
+        let rank = |rank| RankPlacement { rank, ..RankPlacement::default() };
+        let ranks = (0..4).map(rank).collect();
+        let short = Backbone { state: BackboneState::Ready.into(), ranks, ..backbone() };
+        assert!(
+            table(std::slice::from_ref(&short)).contains("1/2x4")
+                && facts(&short).contains("1 of 2 x 4 ranks")
+        );
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, fmt};
 
 use incipit_proto::{
+    Problem,
     names::{BackboneName, WorkerName},
     v1::{BackboneReason, BackboneState},
 };
@@ -29,6 +30,9 @@ pub struct Backbone {
     pub epoch: u64,
     /// When it may be placed next, if it has to be; nothing while all its ranks are placed under [`Self::epoch`], and once it has failed.
     pub place_at: Option<Time>,
+    /// How it makes do with fewer replicas.
+    #[serde(default)]
+    pub shortage: Shortage,
     /// Who has which rank, by rank; while it waits for a place, who had.
     pub ranks: Vec<RankPlacement>,
     /// Names the model's numbers, once they are known. Stays the same for the backbone's life.
@@ -54,6 +58,22 @@ pub struct Backbone {
     pub revision: u64,
 }
 
+/// How a backbone makes do with fewer replicas than it is to have.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Shortage {
+    /// Since when it waits for room.
+    pub since: Option<Time>,
+    /// While it works with fewer: when it looks for room for more.
+    pub look_at: Option<Time>,
+    /// Whether its jobs leave it because there is room for more.
+    pub growing: bool,
+    /// While more are to load: how many there were before.
+    pub grown_from: u32,
+    /// How often in a row more were to come, and did not.
+    pub failures: u32,
+}
+
 /// A model, at a precision, on a mesh of ranks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BackboneSpec {
@@ -67,6 +87,9 @@ pub struct BackboneSpec {
     pub tp: u32,
     /// Replicas of the model.
     pub dp: u32,
+    /// Replicas that are enough while there is no room for more; 0 where it takes all of them.
+    #[serde(default)]
+    pub min_dp: u32,
     /// What carries numbers between ranks.
     pub collective: Collective,
     /// Tokens that go through the model at once; 0 for a choice by the free memory.
@@ -80,6 +103,42 @@ impl BackboneSpec {
     #[must_use]
     pub fn num_ranks(&self) -> u32 {
         self.tp * self.dp
+    }
+
+    /// The same with so many replicas.
+    #[must_use]
+    pub fn with_dp(&self, dp: u32) -> Self {
+        Self { dp, ..self.clone() }
+    }
+
+    /// Checks that so few replicas can be enough.
+    ///
+    /// # Errors
+    /// If they are more than all, or threads of one process.
+    pub fn check_min_dp(&self) -> Result<(), Problem> {
+        if self.min_dp > self.dp {
+            let what = format!("is {}, and there are {} replicas in all (dp)", self.min_dp, self.dp);
+            return Err(Problem::field("backbone.min_dp", what));
+        }
+        if self.min_dp != 0 && self.collective == Collective::Local {
+            let what = "is for replicas that are lost one by one, and local has all in one process; give gloo or nccl";
+            return Err(Problem::field("backbone.min_dp", what));
+        }
+        Ok(())
+    }
+
+    /// Numbers of replicas that are enough, if not all of them have room; the largest first.
+    pub fn fewer(&self) -> impl Iterator<Item = u32> + use<> {
+        let least = if self.min_dp == 0 { self.dp } else { self.min_dp };
+        (least..self.dp).rev()
+    }
+}
+
+impl Backbone {
+    /// Replicas that have a place, or had the last one.
+    #[must_use]
+    pub fn dp(&self) -> u32 {
+        if self.ranks.is_empty() { self.spec.dp } else { self.ranks.len() as u32 / self.spec.tp }
     }
 }
 

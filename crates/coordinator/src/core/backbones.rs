@@ -1,7 +1,5 @@
 //! Backbones: what is asked of them, where their ranks go, and what happens when one is lost.
 
-use std::collections::BTreeMap;
-
 use incipit_proto::{
     Problem,
     names::{BackboneName, WorkerName},
@@ -11,12 +9,13 @@ use tonic::Code;
 
 use super::{
     Core,
-    backbone::{Backbone, Collective, RankPlacement},
+    backbone::{Backbone, Collective, RankPlacement, Shortage},
     effects::{Reply, Resource},
     input::{EngineEvent, NewBackbone},
     jobs::cut,
-    placement::{Candidate, place},
+    placement::Candidate,
     read::BackboneView,
+    replicas::place_replicas,
     requests::{Outcome, check_etag},
     rows::Target,
     transitions::{BackboneCause, JobCause, backbone_transition},
@@ -65,6 +64,7 @@ impl Core {
             reason: BackboneReason::Unspecified,
             message: String::new(),
             place_at: Some(self.now),
+            shortage: Shortage::default(),
             ranks: Vec::new(),
             fingerprint: String::new(),
             num_parameters: 0,
@@ -145,14 +145,19 @@ impl Core {
 
     fn place(&mut self, name: &BackboneName) {
         let Some(old) = self.rows.backbones.get(name) else { return };
-        let homes: BTreeMap<u32, WorkerName> =
-            old.ranks.iter().map(|rank| (rank.rank, rank.worker.clone())).collect();
         let mut backbone = old.clone();
-        match place(&old.spec, &homes, &self.candidates(name)) {
-            Err(missing) if backbone.last_loss.is_empty() => backbone.message = missing,
-            Err(missing) => backbone.message = format!("{}; {missing}", backbone.last_loss),
-            Ok(workers) => {
+        let candidates = self.candidates(name);
+        let sizes = self.sizes(old);
+        match sizes.iter().find_map(|dp| place_replicas(old, *dp, &candidates).ok()) {
+            None => {
+                backbone.shortage.since.get_or_insert(self.now);
+                let missing = place_replicas(old, old.spec.dp, &candidates).err().unwrap_or_default();
+                let lost = [&*old.last_loss, &missing].into_iter().filter(|part| !part.is_empty());
+                backbone.message = lost.collect::<Vec<_>>().join("; ");
+            }
+            Some(workers) => {
                 backbone.ranks = placed(&old.ranks, workers);
+                backbone.shortage.placed(old.dp(), backbone.dp());
                 backbone.epoch += 1;
                 backbone.place_at = None;
                 backbone.message.clone_from(&backbone.last_loss);
@@ -169,7 +174,7 @@ impl Core {
     }
 
     /// Workers that may be given ranks of a backbone.
-    fn candidates(&self, name: &BackboneName) -> Vec<Candidate> {
+    pub(super) fn candidates(&self, name: &BackboneName) -> Vec<Candidate> {
         let workers = self.rows.workers.values().filter(|worker| worker.state == WorkerState::Online);
         let candidate = |worker: &super::Worker| {
             let (slots, gpus) = self.used(&worker.name, Some(name));
@@ -216,7 +221,9 @@ impl Core {
             return;
         }
         backbone.last_loss = cut(loss.message);
-        if loss.charge == Charge::CrashLoop {
+        // Nobody trains on replicas that do not come to work: it goes on with those that did.
+        let charge = if self.shrink_back(&mut backbone, loss.reason) { Charge::Nothing } else { loss.charge };
+        if charge == Charge::CrashLoop {
             let settled = |ready| self.now.since(ready) >= self.config.settled_ms;
             let was_ready = backbone.state == BackboneState::Ready;
             let first = was_ready && backbone.ready_time.is_some_and(settled);
@@ -230,9 +237,9 @@ impl Core {
                 return;
             }
         }
-        let cause = if loss.charge == Charge::CrashLoop { JobCause::EngineLost } else { JobCause::RankLost };
+        let cause = if charge == Charge::CrashLoop { JobCause::EngineLost } else { JobCause::RankLost };
         self.throw_off(name, cause, loss.message);
-        let delay = match loss.charge {
+        let delay = match charge {
             Charge::Nothing => 0,
             Charge::CrashLoop => backoff(backbone.num_losses),
             Charge::Reload => RELOAD_PAUSE_MS,
@@ -261,7 +268,8 @@ impl Core {
         enter(&mut backbone, BackboneCause::RetryRequested);
         backbone.message.clear();
         backbone.last_loss.clear();
-        (backbone.num_losses, backbone.place_at) = (0, Some(self.now));
+        (backbone.num_losses, backbone.place_at, backbone.shortage) =
+            (0, Some(self.now), Shortage::default());
         if backbone.ready_time.is_none() {
             // That of the rank that was first; nobody has trained on it.
             backbone.fingerprint.clear();
@@ -276,7 +284,7 @@ impl Core {
         enter(&mut backbone, cause);
         backbone.message = cut(message);
         backbone.ranks.clear();
-        backbone.place_at = None;
+        (backbone.place_at, backbone.shortage) = (None, Shortage::default());
         self.rendezvous.forget(&backbone.name);
         self.token_rates.remove(&backbone.name);
         self.put_backbone(backbone);
@@ -311,6 +319,12 @@ impl Core {
                         "rank {rank} on {worker} has loaded another model: its fingerprint is {fingerprint}, not {}; give every worker the same files",
                         backbone.fingerprint
                     );
+                    if backbone.shortage.grown_from > 0 {
+                        let (reason, charge) = (BackboneReason::BadModel, Charge::Nothing);
+                        let lost = |placement: &RankPlacement| ranks.contains(&placement.rank);
+                        self.lose_ranks(name, lost, &Loss { reason, message: &message, charge });
+                        return;
+                    }
                     self.fail_backbone(backbone, BackboneCause::BadModel, &message);
                     return;
                 }
@@ -353,8 +367,8 @@ impl Core {
         }
         if backbone.state != BackboneState::Ready && backbone.ranks.iter().all(|rank| rank.ready) {
             enter(&mut backbone, BackboneCause::Loaded);
-            backbone.message.clear();
             backbone.ready_time = Some(self.now);
+            self.take_stock(&mut backbone);
         }
         if self.rows.backbones.get(&backbone.name) != Some(&backbone) {
             self.put_backbone(backbone);

@@ -192,6 +192,8 @@ pub struct JobPatch {
 pub struct BackbonePatch {
     /// Jobs that are on it at once, at most.
     pub max_running_jobs: Option<u32>,
+    /// Replicas that are enough; 0 for all of them.
+    pub min_dp: Option<u32>,
     /// Whatever helps to find it again.
     pub labels: Relabel,
 }

@@ -21,6 +21,7 @@ mod jobs;
 mod presence;
 mod queue;
 mod rendezvous;
+mod replicas;
 mod reports;
 mod requests;
 mod retention;
@@ -72,6 +73,10 @@ pub struct Config {
     pub max_losses: u32,
     /// Milliseconds that a backbone was ready after which a loss is the first of a row.
     pub settled_ms: u64,
+    /// Milliseconds that a backbone waits for room for all of its replicas before it makes do with fewer.
+    pub shrink_after_ms: u64,
+    /// Milliseconds that it then works with these, before it looks for room for more.
+    pub grow_after_ms: u64,
 }
 
 impl Default for Config {
@@ -85,6 +90,10 @@ impl Default for Config {
             worker_ttl_ms: day,
             max_losses: 5,
             settled_ms: 600_000,
+            // As long as a worker takes that is started again.
+            shrink_after_ms: 15_000,
+            // New replicas load the model while the others wait.
+            grow_after_ms: 60_000,
         }
     }
 }
@@ -96,6 +105,8 @@ pub struct Core {
     rows: Rows,
     now: Time,
     last_tick: Time,
+    /// When this process began.
+    restored: Time,
     next_prune: Time,
     /// Workers that hold a lease.
     presences: BTreeMap<WorkerName, Presence>,
@@ -118,6 +129,7 @@ impl Core {
             rows,
             now,
             last_tick: now,
+            restored: now,
             next_prune: now,
             presences: BTreeMap::new(),
             progress: BTreeMap::new(),
@@ -168,6 +180,9 @@ impl Core {
 
     /// Places what waits for a place, gives jobs to backbones that have one, and says so to the agents.
     fn settle(&mut self, tick: bool) {
+        if tick {
+            self.begin_growing();
+        }
         for name in self.dirty.clone() {
             self.vacate(&name);
         }

@@ -62,7 +62,7 @@ impl Core {
                     backbone: backbone.name.clone(),
                     epoch: backbone.epoch,
                     ranks,
-                    spec: backbone.spec.clone(),
+                    spec: backbone.spec.with_dp(backbone.dp()),
                 };
                 assignments.entry(worker).or_default().push(assignment);
             }

@@ -4,6 +4,7 @@ mod backbones;
 mod jobs;
 mod machine;
 mod placement;
+mod replicas;
 mod reports;
 mod requests;
 mod states;

@@ -119,6 +119,7 @@ pub const BACKBONE_TRANSITIONS: &[(Option<Bs>, BackboneCause, Bs, Br)] = &[
     (Some(Bs::Ready), BackboneCause::Lost(Br::GroupFailed), Bs::Degraded, Br::GroupFailed),
     (Some(Bs::Ready), BackboneCause::Lost(Br::WorkerDrained), Bs::Degraded, Br::WorkerDrained),
     (Some(Bs::Ready), BackboneCause::Lost(Br::BadModel), Bs::Degraded, Br::BadModel),
+    (Some(Bs::Ready), BackboneCause::Lost(Br::MoreRoom), Bs::Degraded, Br::MoreRoom),
     (Some(Bs::Ready), BackboneCause::BadModel, Bs::Failed, Br::BadModel),
     (Some(Bs::Ready), BackboneCause::CrashLoop, Bs::Failed, Br::CrashLoop),
     (Some(Bs::Degraded), BackboneCause::Loaded, Bs::Ready, Br::Loaded),

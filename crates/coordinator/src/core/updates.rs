@@ -43,8 +43,12 @@ impl Core {
         let old = self.rows.backbones.get(&name).ok_or_else(|| Problem::not_found(name.as_str()))?;
         check_etag(name.as_str(), etag, old.revision)?;
         let mut backbone = old.clone();
-        let BackbonePatch { max_running_jobs, labels } = patch;
+        let BackbonePatch { max_running_jobs, min_dp, labels } = patch;
         backbone.spec.max_running_jobs = max_running_jobs.unwrap_or(backbone.spec.max_running_jobs);
+        if let Some(min_dp) = min_dp {
+            backbone.spec.min_dp = min_dp;
+            backbone.spec.check_min_dp()?;
+        }
         relabel("backbone.labels", &mut backbone.labels, labels)?;
         if *old != backbone {
             self.put_backbone(backbone);

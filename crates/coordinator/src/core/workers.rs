@@ -231,10 +231,14 @@ impl Core {
         self.dirty.extend(backbones);
     }
 
-    /// Takes a backbone off the workers that are being drained, once its jobs have left.
+    /// Has a backbone placed anew whose ranks are to move, once its jobs have left.
     pub(super) fn vacate(&mut self, backbone: &BackboneName) {
+        if !self.is_to_move(backbone) || !self.names_of(backbone, JobState::Running).is_empty() {
+            return;
+        }
         let draining = self.to_leave(backbone);
-        if draining.is_empty() || !self.names_of(backbone, JobState::Running).is_empty() {
+        if draining.is_empty() {
+            self.rows.backbones.get(backbone).cloned().into_iter().for_each(|backbone| self.grow(backbone));
             return;
         }
         let there = |rank: &RankPlacement| draining.contains(&rank.worker) && !rank.lost;
@@ -244,9 +248,10 @@ impl Core {
         self.lose_ranks(backbone, there, &loss);
     }
 
-    /// Whether a rank of a backbone is on a worker that is being drained.
+    /// Whether a rank of a backbone is on a worker that is being drained, or there is room for more ranks.
     pub(super) fn is_to_move(&self, backbone: &BackboneName) -> bool {
-        !self.to_leave(backbone).is_empty()
+        let growing = self.rows.backbones.get(backbone).is_some_and(|backbone| backbone.shortage.growing);
+        growing || !self.to_leave(backbone).is_empty()
     }
 
     /// The workers that are being drained and have ranks of a backbone.

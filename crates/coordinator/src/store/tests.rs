@@ -29,6 +29,7 @@ fn create_backbone() -> Request {
         device: Device::Cpu,
         tp: 1,
         dp: 1,
+        min_dp: 0,
         collective: Collective::Local,
         microbatch_tokens: 0,
         max_running_jobs: 4,

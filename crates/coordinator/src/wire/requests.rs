@@ -165,6 +165,7 @@ fn backbone_spec(checks: &mut Checks, backbone: &v1::Backbone, roots: &Roots) ->
         device: choice(checks, "backbone.device", &backbone.device, Device::ALL, Device::as_str),
         tp: or(backbone.tp, 1),
         dp: or(backbone.dp, 1),
+        min_dp: backbone.min_dp,
         collective: choice(
             checks,
             "backbone.collective",
@@ -188,6 +189,7 @@ fn backbone_spec(checks: &mut Checks, backbone: &v1::Backbone, roots: &Roots) ->
     checks.range("backbone.tp", Some(spec.tp), 1..=64);
     checks.range("backbone.dp", Some(spec.dp), 1..=256);
     checks.range("backbone.microbatch_tokens", Some(spec.microbatch_tokens), 0..=1 << 24);
+    checks.take(spec.check_min_dp());
     if spec.collective == Collective::Nccl && spec.device != Device::Cuda {
         checks.wrong("backbone.collective", "is nccl, which joins GPUs alone; give the device cuda, or gloo");
     }

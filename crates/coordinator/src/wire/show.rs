@@ -109,6 +109,7 @@ fn backbone_row(backbone: &Backbone) -> v1::Backbone {
         device: spec.device.to_string(),
         tp: spec.tp,
         dp: spec.dp,
+        min_dp: spec.min_dp,
         collective: spec.collective.to_string(),
         microbatch_tokens: spec.microbatch_tokens,
         max_running_jobs: spec.max_running_jobs,

@@ -287,6 +287,22 @@ fn a_backbone_has_defaults_and_knows_its_words() {
 }
 
 #[test]
+fn fewer_replicas_are_enough_only_where_they_are_processes_and_there_are_more() {
+    let problem = |collective: &str, dp, min_dp| {
+        let (model, collective) = ("/models/t5".to_owned(), collective.to_owned());
+        let backbone = v1::Backbone { model, collective, dp, min_dp, ..v1::Backbone::default() };
+        let backbone_id = "b".to_owned();
+        let request =
+            v1::CreateBackboneRequest { backbone_id, backbone: Some(backbone), ..Default::default() };
+        create_backbone(&request, &roots()).err()
+    };
+    assert!(problem("gloo", 3, 1).is_none() && problem("gloo", 3, 3).is_none());
+    for (collective, dp, min_dp) in [("gloo", 3, 4), ("local", 3, 1)] {
+        assert_eq!(problem(collective, dp, min_dp).unwrap().fields[0].0, "backbone.min_dp");
+    }
+}
+
+#[test]
 fn names_of_checkpoints_and_versions_are_parsed_and_nothing_else_is() {
     assert_eq!(checkpoint_ref("name", "jobs/j/checkpoints/00000500", "").unwrap().step, StepRef::At(500));
     assert_eq!(checkpoint_ref("name", "jobs/j/checkpoints/best", "").unwrap().step, StepRef::Best);

@@ -58,9 +58,10 @@ pub fn update_backbone(message: &v1::UpdateBackboneRequest) -> Result<Asked, Pro
     let name = checks.take(BackboneName::parse("backbone.name", &backbone.name));
     let etag = checks.take(etag("backbone.etag", &backbone.etag)).flatten();
     let mut patch = BackbonePatch::default();
-    for path in paths(&mut checks, message.update_mask.as_ref(), &["max_running_jobs", "labels"]) {
+    for path in paths(&mut checks, message.update_mask.as_ref(), &["max_running_jobs", "min_dp", "labels"]) {
         match path {
             "max_running_jobs" => patch.max_running_jobs = Some(max_running_jobs(&mut checks, backbone)),
+            "min_dp" => patch.min_dp = Some(backbone.min_dp),
             labels => relabel(&mut patch.labels, labels, &backbone.labels),
         }
     }

@@ -310,6 +310,7 @@ async fn health_speaks_for_all_ranks_of_all_backbones() {
         if get(address, "/healthz").await.0.contains("200") {
             let text = get(address, "/metrics").await.1;
             assert!(text.contains("incipit_backbone_ready{backbone=\"b\"} 1"), "{text}");
+            assert!(text.contains("incipit_backbone_ranks_wanted{backbone=\"b\"} 1"), "{text}");
             assert!(text.contains("incipit_workers{state=\"online\"} 1"), "{text}");
             return;
         }

@@ -206,6 +206,7 @@ fn fill(dir: &Path, events: u64) {
         device: Device::Cpu,
         tp: 1,
         dp: 1,
+        min_dp: 0,
         collective: Collective::Local,
         microbatch_tokens: 0,
         max_running_jobs: 32,

@@ -182,7 +182,7 @@ fn a_group_in_which_the_rank_has_another_place_is_refused() {
             let error = backbone.regroup(&Second::of(mesh).take(rank)).expect_err("another place");
             assert!(matches!(error, Error::Regroup { .. }), "{error}");
             let message = error.to_string();
-            let would_be = format!("would be rank {rank} of tp {} and dp {}", mesh.tp(), mesh.dp());
+            let would_be = format!("would be rank {rank} of tp {}", mesh.tp());
             assert!(message.contains(&would_be), "{message}");
         }
         // And the old group is still there.
@@ -196,4 +196,38 @@ fn a_group_in_which_the_rank_has_another_place_is_refused() {
     assert!(matches!(error, Error::Regroup { .. }), "{error}");
     drop(model);
     shared.regroup(&Arc::new(Ranks::alone())).unwrap();
+}
+
+#[test]
+fn a_run_goes_on_with_fewer_replicas_and_with_more_again_to_the_same_bytes() {
+    let two = Mesh::new(1, 2, 2).unwrap();
+    let (alone, both) = (Second::of(Mesh::new(1, 1, 1).unwrap()), Second::of(two));
+    let last = Mutex::new(Vec::new());
+    let resumed = |backbone: &Backbone, from: &[u8]| {
+        Tenant::resume(backbone, &spec(), task(backbone)?, &Checkpoint::from_bytes(from)?)
+    };
+    let results = on_threads(two, None, &Options::default(), |ranks| {
+        let ranks = Arc::new(ranks);
+        let rank = ranks.rank();
+        let mut backbone = load(&ranks)?;
+        let mut tenant = Tenant::start(&backbone, &spec(), task(&backbone)?)?;
+        let after_two =
+            carry_on(&backbone, &mut tenant, 3)?.expect("a checkpoint after two steps").to_bytes()?;
+        ranks.abort("replica 1 is lost");
+        drop(ranks);
+        if rank == 0 {
+            backbone.regroup(&alone.take(0))?;
+            let mut tenant = resumed(&backbone, &after_two)?;
+            let checkpoint = carry_on(&backbone, &mut tenant, 5)?.expect("a checkpoint after four steps");
+            *last.lock().unwrap() = checkpoint.to_bytes()?;
+            backbone.regroup(&both.take(0))?;
+        } else {
+            drop(backbone);
+            backbone = load(&both.take(1))?;
+        }
+        let after_four = last.lock().unwrap().clone();
+        let mut tenant = resumed(&backbone, &after_four)?;
+        carry_on(&backbone, &mut tenant, u64::MAX)?.expect("a checkpoint at the end").to_bytes()
+    });
+    assert!(results.into_iter().collect::<Result<Vec<_>>>().unwrap() == undisturbed(two));
 }

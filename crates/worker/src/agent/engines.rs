@@ -304,7 +304,8 @@ fn gpus(assignment: &EngineAssignment, first: u32) -> Range<u32> {
 
 /// Whether an engine can go on under another assignment with the weights that it has.
 fn can_join(was: &EngineAssignment, now: &EngineAssignment) -> bool {
-    let same = EngineAssignment { epoch: was.epoch, ranks: was.ranks.clone(), ..now.clone() };
+    let (epoch, ranks, dp) = (was.epoch, was.ranks.clone(), was.dp);
+    let same = EngineAssignment { epoch, ranks, dp, ..now.clone() };
     // With ranks as threads, the process has all of them.
     same == *was && now.epoch > was.epoch && (now.collective != "local" || now.ranks == was.ranks)
 }

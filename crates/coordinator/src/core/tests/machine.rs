@@ -22,7 +22,7 @@ use super::world::{
 };
 use crate::core::{
     AgentMessage, Change, Effects, Input, Request, RequestKey, Resource, Rows, Time,
-    backbone::Collective,
+    backbone::{BackboneSpec, Collective},
     checkpoint::{CheckpointFile, TaskScore},
     input::{
         BackbonePatch, CheckpointRef, EngineEvent, JobEvent, JobPatch, NewBackbone, Relabel, Report, Saved,
@@ -58,6 +58,7 @@ impl Machine {
         let mut world = World::new();
         world.config.request_ttl_ms = REQUEST_TTL;
         world.config.worker_ttl_ms = REQUEST_TTL;
+        (world.config.shrink_after_ms, world.config.grow_after_ms) = (3_000, 5_000);
         world.restart();
         let before = world.rows.clone();
         let (attempts, epochs, marks) = Default::default();
@@ -139,7 +140,8 @@ impl Machine {
             2 => (Collective::Gloo, 1, 2),
             _ => (Collective::Gloo, 1, 1),
         };
-        let spec = spec(collective, tp, dp, 1 + u32::from(c % 3));
+        let min_dp = if collective == Collective::Gloo { u32::from(a / 4 % 2) } else { 0 };
+        let spec = BackboneSpec { min_dp, ..spec(collective, tp, dp, 1 + u32::from(c % 3)) };
         let backbone = NewBackbone { name: backbone_name(id), spec, labels: BTreeMap::new() };
         self.ask(Request::CreateBackbone { backbone: Box::new(backbone), validate_only: c == 1 }, c);
     }
@@ -151,7 +153,8 @@ impl Machine {
             let patch = JobPatch { priority: Some(1 + u32::from(c % 20)), retry_policy: None, labels };
             Request::UpdateJob { target: target(job), patch: Box::new(patch) }
         } else {
-            let patch = BackbonePatch { max_running_jobs: Some(1 + u32::from(c % 3)), labels };
+            let min_dp = (c % 5 == 0).then_some(u32::from(c % 2));
+            let patch = BackbonePatch { max_running_jobs: Some(1 + u32::from(c % 3)), min_dp, labels };
             let name = backbone_name(backbone);
             Request::UpdateBackbone { name, etag: None, patch: Box::new(patch) }
         };

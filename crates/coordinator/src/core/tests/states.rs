@@ -25,7 +25,7 @@ fn job_cause(cause: JobCause) -> String {
         JobCause::PauseDone => "a pause is wished, and it has left its backbone or was thrown off",
         JobCause::CancelDone => "a cancellation is wished, and it has left its backbone or was thrown off",
         JobCause::PauseTakenBack => "it has left for a pause that was taken back meanwhile",
-        JobCause::Yielded => "it has left, saved, since a worker of its backbone is being drained",
+        JobCause::Yielded => "it has left, saved, since its backbone is to move: a worker is being drained, or there is room for more replicas",
         JobCause::StepsDone => "all its steps are made",
         JobCause::PatienceExhausted => "nothing got better for as long as its patience allows",
         JobCause::Failed(_) => "it fails for this reason, and is not tried again",
@@ -42,6 +42,9 @@ fn backbone_cause(cause: BackboneCause) -> &'static str {
         BackboneCause::Loaded => "all its ranks have loaded",
         BackboneCause::Lost(BackboneReason::BadModel) => {
             "its model was loaded before, and cannot be loaded now"
+        }
+        BackboneCause::Lost(BackboneReason::MoreRoom) => {
+            "there is room for more of its replicas, and its jobs have left"
         }
         BackboneCause::Lost(_) => "a rank is lost, or has to move, for this reason",
         BackboneCause::BadModel => "its model cannot be loaded the first time, or is not the same everywhere",

@@ -84,7 +84,8 @@ pub(super) fn left(state: JobState, reason: JobReason) -> JobEvent {
 pub(super) fn spec(collective: Collective, tp: u32, dp: u32, max_running_jobs: u32) -> BackboneSpec {
     let (dtype, device) = (Dtype::F32, Device::Cpu);
     let model = "/models/t5".to_owned();
-    BackboneSpec { model, dtype, device, tp, dp, collective, microbatch_tokens: 0, max_running_jobs }
+    let (min_dp, microbatch_tokens) = (0, 0);
+    BackboneSpec { model, dtype, device, tp, dp, min_dp, collective, microbatch_tokens, max_running_jobs }
 }
 
 pub(super) fn new_job(id: &str, backbone: &str) -> NewJob {
