@@ -99,17 +99,16 @@ pub(crate) fn run<T: Send>(
     let (tp, dp) = (args.tp.unwrap_or(1), args.dp.unwrap_or(1));
     let on_rank = |ranks: Ranks| {
         let ranks = Arc::new(ranks);
-        telling(&ranks, work(&ranks))
+        // On one of the threads that compute: handing them each operation from outside costs two wake-ups.
+        rayon::scope(|_| telling(&ranks, work(&ranks)))
     };
     if let Some(backend @ (Backend::Gloo | Backend::Nccl)) = args.collective {
-        let ranks = join(backend, (tp, dp), device, &args.options())?;
-        return rayon::scope(|_| on_rank(ranks));
+        return on_rank(join(backend, (tp, dp), device, &args.options())?);
     }
     refuse_several_processes()?;
     let mesh = local_mesh(tp, dp)?;
     if mesh.world() == 1 {
-        // On one of the threads that compute: handing them each operation from outside costs two wake-ups.
-        return rayon::scope(|_| on_rank(Ranks::alone()));
+        return on_rank(Ranks::alone());
     }
     let results = on_threads(mesh, threads.map(usize::from), &args.options(), on_rank);
     let first = first_cause(results, is_echo)?.into_iter().next();

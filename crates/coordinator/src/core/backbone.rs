@@ -127,10 +127,10 @@ impl BackboneSpec {
         Ok(())
     }
 
-    /// Numbers of replicas that are enough, if not all of them have room; the largest first.
-    pub fn fewer(&self) -> impl Iterator<Item = u32> + use<> {
+    /// Numbers of replicas that are enough, the largest first: that is all of them.
+    pub fn enough(&self) -> impl Iterator<Item = u32> + use<> {
         let least = if self.min_dp == 0 { self.dp } else { self.min_dp };
-        (least..self.dp).rev()
+        (least..=self.dp).rev()
     }
 }
 

@@ -222,7 +222,7 @@ impl Core {
         }
         backbone.last_loss = cut(loss.message);
         // Nobody trains on replicas that do not come to work: it goes on with those that did.
-        let charge = if self.shrink_back(&mut backbone, loss.reason) { Charge::Nothing } else { loss.charge };
+        let charge = if self.shrink_back(&mut backbone) { Charge::Nothing } else { loss.charge };
         if charge == Charge::CrashLoop {
             let settled = |ready| self.now.since(ready) >= self.config.settled_ms;
             let was_ready = backbone.state == BackboneState::Ready;

@@ -84,10 +84,6 @@ impl Core {
             return Err(Problem::field("continue_from", what));
         }
         let last = self.find_checkpoint(start)?;
-        if let Some(steps) = new.spec.steps.filter(|steps| *steps < last.step) {
-            let what = format!("is {steps}, and {} is of step {} already", last.name(), last.step);
-            return Err(Problem::field("job.spec.steps", what));
-        }
         self.check_continues(new, from, last)?;
         let copied = |checkpoint: &Checkpoint| Checkpoint {
             job: new.name.clone(),
@@ -108,8 +104,12 @@ impl Core {
         Ok(Start { from: last.name(), best, checkpoints })
     }
 
-    /// Checks what an engine would refuse as soon as it had the job.
+    /// Checks what an engine would refuse as soon as it had the job, or could not do.
     fn check_continues(&self, new: &NewJob, from: &Job, last: &Checkpoint) -> Result<(), Problem> {
+        if let Some(steps) = new.spec.steps.filter(|steps| *steps < last.step) {
+            let what = format!("is {steps}, and {} is of step {} already", last.name(), last.step);
+            return Err(Problem::field("job.spec.steps", what));
+        }
         let backbones = &self.rows.backbones;
         if let Some(backbone) = backbones.get(&new.backbone) {
             let (here, there) = (&backbone.fingerprint, &last.backbone_fingerprint);

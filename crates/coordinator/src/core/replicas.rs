@@ -1,6 +1,6 @@
 //! Backbones that make do with fewer replicas than they are to have.
 
-use std::{collections::BTreeMap, iter};
+use std::collections::BTreeMap;
 
 use incipit_proto::{
     names::WorkerName,
@@ -30,18 +30,17 @@ impl Core {
     /// Numbers of replicas for which a place is looked for, the most welcome first.
     pub(super) fn sizes(&self, backbone: &Backbone) -> Vec<u32> {
         let (spec, now) = (&backbone.spec, backbone.dp());
-        let Shortage { since, look_at, grown_from, .. } = backbone.shortage;
-        let enough: Vec<u32> = iter::once(spec.dp).chain(spec.fewer()).collect();
+        let Shortage { since, look_at, .. } = backbone.shortage;
+        let enough: Vec<u32> = spec.enough().collect();
         // Workers that were there when the coordinator ended have the same time to come back.
         let waited = |since: Time| self.now.since(since.max(self.restored)) >= self.config.shrink_after_ms;
         if since.is_some_and(waited) {
             return enough;
         }
-        let before = if grown_from > 0 { grown_from } else { now };
-        match look_at {
-            Some(time) if grown_from == 0 && self.now < time && enough.contains(&now) => vec![now],
-            Some(_) if enough.contains(&before) => enough.into_iter().filter(|dp| *dp >= before).collect(),
-            _ => vec![spec.dp],
+        match look_at.filter(|_| enough.contains(&now)) {
+            Some(time) if self.now < time => vec![now],
+            Some(_) => enough.into_iter().filter(|dp| *dp >= now).collect(),
+            None => vec![spec.dp],
         }
     }
 
@@ -72,14 +71,12 @@ impl Core {
         self.put_backbone(backbone);
     }
 
-    /// A backbone is placed anew for this reason. Whether it was because replicas that were to come have not: it has those again that it
-    /// had before, and looks for others later than the last time.
-    pub(super) fn shrink_back(&self, backbone: &mut Backbone, reason: BackboneReason) -> bool {
-        let before = backbone.dp();
-        let Shortage { grown_from, failures, look_at, .. } = backbone.shortage;
+    /// A backbone is placed anew. Whether it was because replicas that were to come have not: it has those again that it had before, and
+    /// looks for others later than the last time.
+    pub(super) fn shrink_back(&self, backbone: &mut Backbone) -> bool {
+        let Shortage { grown_from, failures, .. } = backbone.shortage;
         if grown_from == 0 {
-            let grown_from = if reason == BackboneReason::MoreRoom { before } else { 0 };
-            backbone.shortage = Shortage { look_at, grown_from, failures, ..Shortage::default() };
+            (backbone.shortage.since, backbone.shortage.growing) = (None, false);
             return false;
         }
         backbone.ranks.truncate((grown_from * backbone.spec.tp) as usize);
@@ -109,10 +106,10 @@ impl Core {
     }
 
     fn has_room_for_more(&self, backbone: &Backbone) -> bool {
-        let enough = iter::once(backbone.spec.dp).chain(backbone.spec.fewer());
-        let mut more = enough.filter(|dp| *dp > backbone.dp()).peekable();
-        more.peek().is_some() && {
+        let now = backbone.dp();
+        now < backbone.spec.dp && {
             let candidates = self.candidates(&backbone.name);
+            let mut more = backbone.spec.enough().filter(|dp| *dp > now);
             more.any(|dp| place_replicas(backbone, dp, &candidates).is_ok())
         }
     }

@@ -238,7 +238,9 @@ impl Core {
         }
         let draining = self.to_leave(backbone);
         if draining.is_empty() {
-            self.rows.backbones.get(backbone).cloned().into_iter().for_each(|backbone| self.grow(backbone));
+            if let Some(backbone) = self.rows.backbones.get(backbone).cloned() {
+                self.grow(backbone);
+            }
             return;
         }
         let there = |rank: &RankPlacement| draining.contains(&rank.worker) && !rank.lost;

@@ -29,9 +29,7 @@ impl<'a> Right<'a> {
         };
         Self { values: w.values(), layout, stride: w.stride(), k, n }
     }
-}
 
-impl Right<'_> {
     /// The contracted numbers `part` of it.
     pub(crate) fn part(&self, part: Range<usize>) -> Self {
         let from = match self.layout {

@@ -138,9 +138,8 @@ impl Machine {
                 self.hold_queue(backbone, places.saturating_sub(running));
             }
             if backbone.place_at.is_none() && state != BackboneState::Failed {
-                let whole = backbone.ranks.len() == backbone.spec.num_ranks() as usize;
-                let enough = backbone.spec.fewer().any(|dp| dp == backbone.dp());
-                assert!(whole || enough || backbone.spec.min_dp != 1, "I16: {backbone:?}");
+                let enough = backbone.spec.enough().any(|dp| dp == backbone.dp());
+                assert!(enough || backbone.spec.min_dp != 1, "I16: {backbone:?}");
                 assert_eq!(backbone.ranks.len() as u32, backbone.dp() * backbone.spec.tp, "{backbone:?}");
                 assert!(backbone.ranks.iter().all(|rank| !rank.lost));
             }
