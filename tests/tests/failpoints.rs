@@ -206,7 +206,7 @@ fn a_full_disk_fails_the_save_says_so_and_training_goes_on() -> Result<()> {
             break;
         }
         let name = format!("j{}", rig.jobs);
-        let log = rig.persist("the log", |cluster| cluster.log(&name).map(Some))?;
+        let log = rig.persist("the log", |cluster| cluster.log(&format!("jobs/{name}")).map(Some))?;
         let said = log.iter().any(|line| line.contains("was not saved") && line.contains("No space left"));
         match told.job.state() {
             JobState::Succeeded => saved += 1,

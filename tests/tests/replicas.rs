@@ -48,13 +48,10 @@ fn a_job_goes_on_with_fewer_replicas_and_with_more_again_to_the_same_bytes() -> 
     cluster.wait_for("steps of one replica", |cluster| {
         Ok((cluster.points("j")?.len() > before).then_some(()))
     })?;
-    let (name, etag) = ("jobs/j".to_owned(), String::new());
-    let pause = v1::PauseJobRequest { name: name.clone(), etag: etag.clone(), request_id: id() };
-    cluster.call(async |client| client.jobs().pause_job(pause.clone()).await)?;
+    cluster.pause("j")?;
     cluster.start_worker_with("w3", 1)?;
     std::thread::sleep(PAUSE);
-    let resume = v1::ResumeJobRequest { name, etag, request_id: id() };
-    cluster.call(async |client| client.jobs().resume_job(resume.clone()).await)?;
+    cluster.resume("j")?;
     let grown = ready_with(&cluster, 2)?;
     ensure!(grown.ranks[0].pid == leads.pid, "rank 0 was started again\n{}", cluster.logs());
     ensure!(cluster.job("j")?.state() != JobState::Succeeded, "the job was too short");

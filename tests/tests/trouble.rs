@@ -8,12 +8,24 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use common::cluster::{Cluster, demo, engines_of, id, spec};
-use incipit_proto::v1::{Job, JobReason, JobState, TrainingSpec, data_source::Source};
+use common::cluster::{Cluster, demo, engines_of, id, spec, trained};
+use incipit_proto::v1::{Checkpoint, Job, JobReason, JobState, TrainingSpec, data_source::Source};
 use rustix::process::Signal;
 
 fn blobs(dir: &Path) -> PathBuf {
     dir.join("coordinator/blobs")
+}
+
+/// Where the coordinator keeps a blob.
+fn blob(dir: &Path, digest: &str) -> PathBuf {
+    blobs(dir).join(&digest[..2]).join(&digest[2..])
+}
+
+/// Changes a byte of a file.
+fn damage(path: &Path) -> Result<()> {
+    let mut bytes = std::fs::read(path)?;
+    bytes[100] ^= 1;
+    Ok(std::fs::write(path, bytes)?)
 }
 
 /// Takes the coordinator's blobs away, or brings them back.
@@ -32,7 +44,7 @@ fn set_blobs(dir: &Path, there: bool) -> Result<()> {
 /// Waits until a job's log has a line with this text.
 fn wait_for_line(cluster: &Cluster, job: &str, text: &str) -> Result<()> {
     cluster.wait_for(text, |cluster| {
-        let lines = cluster.log(job)?;
+        let lines = cluster.log(&format!("jobs/{job}"))?;
         Ok(lines.iter().any(|line| line.contains(text)).then_some(()))
     })
 }
@@ -107,11 +119,9 @@ fn a_job_whose_data_are_damaged_fails_by_its_data_and_the_same_file_again_mends_
     submit("first")?;
     let train_of = |job: Job| job.spec?.train?.source;
     let Some(Source::Digest(digest)) = train_of(cluster.job("first")?) else { anyhow::bail!("no blob") };
-    let blob = blobs(dir.path()).join(&digest[..2]).join(&digest[2..]);
+    let blob = blob(dir.path(), &digest);
     let whole = std::fs::read(&blob)?;
-    let mut bytes = whole.clone();
-    bytes[100] ^= 1;
-    std::fs::write(&blob, bytes)?;
+    damage(&blob)?;
     cluster.start_worker("w1")?;
     let job = cluster.wait_end("first")?;
     ensure!((job.state(), job.reason()) == (JobState::Failed, JobReason::BadData), "{}", job.message);
@@ -122,6 +132,51 @@ fn a_job_whose_data_are_damaged_fails_by_its_data_and_the_same_file_again_mends_
     ensure!(std::fs::read(&blob)? == whole, "it is damaged still");
     let job = cluster.wait_end("second")?;
     ensure!(job.state() == JobState::Succeeded, "{}", job.message);
+    Ok(())
+}
+
+/// The file of a checkpoint with the optimizer's numbers.
+fn optimizer(dir: &Path, checkpoint: &Checkpoint) -> Result<PathBuf> {
+    let file = checkpoint.files.iter().find(|file| file.name == "optimizer.safetensors");
+    Ok(blob(dir, &file.context("no optimizer")?.digest))
+}
+
+#[test]
+fn a_job_whose_last_checkpoints_are_damaged_or_gone_goes_on_from_the_one_before_to_the_same_bytes()
+-> Result<()> {
+    const STEPS: u64 = 300;
+    let dir = tempfile::tempdir()?;
+    let mut cluster = Cluster::start(dir.path())?;
+    cluster.start_worker("w1")?;
+    cluster.create_backbone("b", (1, 1), "local")?;
+    cluster.submit("j", "b", spec(0, STEPS), &id())?;
+    cluster.wait_for("three checkpoints", |cluster| {
+        Ok((cluster.checkpoint_steps("j")?.len() == 3).then_some(()))
+    })?;
+    cluster.pause("j")?;
+    cluster
+        .wait_for("the pause", |cluster| Ok((cluster.job("j")?.state() == JobState::Paused).then_some(())))?;
+    let checkpoints = cluster.checkpoints("j")?;
+    let [last, before, whole] = &checkpoints[..] else { anyhow::bail!("{checkpoints:?}") };
+    damage(&optimizer(dir.path(), last)?)?;
+    std::fs::remove_file(optimizer(dir.path(), before)?)?;
+    cluster.resume("j")?;
+
+    let job = cluster.wait_end("j")?;
+    ensure!(job.state() == JobState::Succeeded, "{:?}: {}", job.reason(), job.message);
+    let attempts: Vec<_> =
+        job.attempts.iter().map(|attempt| (attempt.start_step, attempt.reason())).collect();
+    let damaged = JobReason::CheckpointDamaged;
+    let expected = [(last.step, damaged), (before.step, damaged), (whole.step, JobReason::StepsDone)];
+    ensure!(attempts[1..] == expected, "{attempts:?}");
+    let message = &job.attempts[1].message;
+    let says = |text: &str| message.contains(text);
+    ensure!(says(&format!("it goes on from step {}", before.step)) && says("is damaged"), "{message}");
+    ensure!(cluster.last_prompt("j")? == trained(dir.path(), 0, STEPS, (1, 1))?);
+    for checkpoint in cluster.checkpoints("j")? {
+        let problems = cluster.verify(&checkpoint.name)?;
+        ensure!(!checkpoint.damaged && problems.is_empty(), "{checkpoint:?}: {problems:?}");
+    }
     Ok(())
 }
 

@@ -272,8 +272,10 @@ fn the_way_of_a_job_can_be_followed_in_the_spans_of_its_worker() {
     };
     let started = collector.wait_for("start of the engine", of_group("start engine"));
     assert_eq!(started.attribute("rank").as_deref(), Some("0"));
-    let loaded = collector.wait_for("loading", of_group("load"));
-    assert_eq!((&*loaded.service, loaded.attribute("rank").as_deref()), ("incipit-engine", Some("0")));
+    for name in ["load", "meet"] {
+        let span = collector.wait_for(name, of_group(name));
+        assert_eq!((&*span.service, span.attribute("rank").as_deref()), ("incipit-engine", Some("0")));
+    }
     let stay = collector.wait_for("stay of the job", of_group("attempt"));
     assert_eq!(stay.attribute("job").as_deref(), Some("jobs/j"));
     assert_eq!(stay.attribute("state").as_deref(), Some("JOB_STATE_SUCCEEDED"));

@@ -7,6 +7,7 @@ use candle_core::Tensor;
 
 use crate::Result;
 use crate::alone::Alone;
+use crate::unmet::Unmet;
 
 /// How numbers of several ranks become one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -72,4 +73,10 @@ pub trait Collective: Send + Sync + Debug {
 #[must_use]
 pub fn alone() -> Arc<dyn Collective> {
     Arc::new(Alone::default())
+}
+
+/// The place of `rank` in a group of `size` that has not met yet. Every exchange is refused.
+#[must_use]
+pub fn unmet(rank: usize, size: usize) -> Arc<dyn Collective> {
+    Arc::new(Unmet { rank, size })
 }

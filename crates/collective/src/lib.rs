@@ -26,10 +26,11 @@ mod ranks;
 mod reason;
 pub mod store;
 mod transport;
+mod unmet;
 mod wire;
 
 pub use bytes::{broadcast_bytes, gather_bytes};
 pub use error::{Error, Mismatch, Place, Result};
-pub use group::{Collective, Reduce, alone};
+pub use group::{Collective, Reduce, alone, unmet};
 pub use incipit_mesh::{Axis, Coordinates, Mesh, Shard};
 pub use ranks::{Options, Ranks};

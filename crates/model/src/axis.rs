@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use incipit_collective::{Collective, Ranks, Reduce, alone, pairs};
+use incipit_collective::{Collective, Ranks, Reduce, alone, pairs, unmet};
 use incipit_kernels::{Softmax, Vocabulary};
 use incipit_mesh::{Axis, Shard};
 
@@ -31,6 +31,12 @@ impl TensorAxis {
     pub fn new(shard: Shard, group: Arc<dyn Collective>) -> Self {
         debug_assert_eq!((shard.index(), shard.count()), (group.rank(), group.size()));
         Self { shard, group }
+    }
+
+    /// Part `shard` of a model, whose other parts are with nobody yet: it can be loaded, and computes once it has a group.
+    #[must_use]
+    pub fn unmet(shard: Shard) -> Self {
+        Self { shard, group: unmet(shard.index(), shard.count()) }
     }
 
     /// The tensor axis of a mesh.

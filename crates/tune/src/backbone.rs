@@ -1,20 +1,13 @@
 //! A backbone with what belongs to it: loaded once, for as many jobs as come.
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
-use candle_core::{DType, Device};
+use candle_core::DType;
 use half::bf16;
-use incipit_collective::{Axis, Ranks, gather_bytes};
+use incipit_collective::Ranks;
 use incipit_kernels::Frozen;
-use incipit_model::{
-    Config, T5, TensorAxis,
-    sharding::{self, sharded_dim},
-};
-use incipit_weights::{Checkpoint, Digests, Fingerprint, Overlay, Source, Written};
+use incipit_model::{Config, T5, TensorAxis, sharding};
+use incipit_weights::{Fingerprint, Overlay, Source, Written};
 use rayon::prelude::*;
 use tokenizers::Tokenizer;
 
@@ -24,12 +17,15 @@ use crate::{
     engine::{Engine, EngineOptions},
     optimizer::NamedTensor,
     peft::BaseModel,
-    ranks,
     spec::Precision,
     weights::matrix,
 };
 
-/// A frozen model, its tokenizer and its identity.
+mod part;
+
+pub use part::{Opened, Part, find};
+
+/// A frozen model, its tokenizer and its identity, as the ranks of one group have it together.
 pub struct Backbone {
     /// The model, ready for batches.
     pub engine: Engine,
@@ -37,66 +33,12 @@ pub struct Backbone {
     pub tokenizer: Tokenizer,
     /// Names its numbers.
     pub fingerprint: Fingerprint,
-    /// What this rank has hashed of it.
-    pub digests: Digests,
     /// Where its tensors are read.
     pub source: Arc<dyn Source>,
     /// How many numbers it has.
     pub num_parameters: u64,
     /// What it was asked for as: a directory, or a name on the hub.
     pub name: String,
-}
-
-/// A model of which the configuration and the tokenizer were read, and no weight. Examples can be read with it, so that what is wrong with
-/// them is said before the weights, which may take minutes.
-pub struct Opened {
-    /// The model's tokenizer.
-    pub tokenizer: Tokenizer,
-    /// The model's shape.
-    pub config: Config,
-    /// What it was asked for as: a directory, or a name on the hub.
-    pub name: String,
-    checkpoint: Checkpoint,
-    device: Device,
-    dtype: DType,
-}
-
-impl Opened {
-    /// Opens a directory, or a model of the Hugging Face hub, for this rank.
-    ///
-    /// # Errors
-    /// If there is no such model, one of its files is missing, damaged or of an unknown kind, or the device cannot be used.
-    pub fn open(model: &str, dtype: Precision, device: DeviceChoice, ranks: &Ranks) -> Result<Self> {
-        same_instructions(ranks, device.is_gpu())?;
-        let device = device.open(ranks)?;
-        let checkpoint = Checkpoint::open(&directory(model, ranks)?, dtype.into())?;
-        let config = Config::from_json(&checkpoint.config_json()?).map_err(|source| Error::ModelConfig {
-            dir: checkpoint.dir().to_owned(),
-            source: Box::new(source),
-        })?;
-        let tokenizer = incipit_weights::load_tokenizer(checkpoint.dir())?;
-        Ok(Self { tokenizer, config, checkpoint, device, dtype: dtype.into(), name: model.to_owned() })
-    }
-
-    /// Loads what is this rank's of the weights.
-    ///
-    /// # Errors
-    /// As [`Backbone::load_on`].
-    pub fn load(self, options: EngineOptions, ranks: &Arc<Ranks>) -> Result<Backbone> {
-        let Self { tokenizer, config, checkpoint, device, dtype, name } = self;
-        let t5 = T5::load_on(config, &checkpoint, dtype, &TensorAxis::of(ranks), &device)?;
-        let engine = Engine::on(Arc::new(t5), options, ranks.clone())?;
-        let digests = own_digests(&checkpoint, ranks);
-        Ok(Backbone {
-            engine,
-            tokenizer,
-            fingerprint: fingerprint(&checkpoint, ranks, &digests)?,
-            digests,
-            num_parameters: checkpoint.num_parameters(),
-            name,
-            source: Arc::new(checkpoint),
-        })
-    }
 }
 
 impl Backbone {
@@ -212,28 +154,6 @@ impl Backbone {
         names.into_iter().filter(move |copy| is_table && self.source.contains(copy))
     }
 
-    /// Goes on in another group of ranks, after one of the old group was lost: the weights stay where they are. All ranks of the new
-    /// group make this call together, or [`Self::load_on`] where a process begins anew: both exchange the same. What failed in the
-    /// old group, or in an earlier call of this, leaves nothing behind.
-    ///
-    /// What this rank hashed when it loaded is compared with what a rank that loads now finds in the files.
-    ///
-    /// # Errors
-    /// [`Error::Regroup`] if this rank would have another place or device in the new group, or another rank has other weights; also
-    /// if the files are gone, or an exchange of the new group fails.
-    pub fn regroup(&mut self, ranks: &Arc<Ranks>) -> Result<()> {
-        self.engine.check_place(ranks)?;
-        same_instructions(ranks, !self.engine.model().device().is_cpu())?;
-        let dir = directory(&self.name, ranks)?;
-        self.engine.regroup(ranks)?;
-        let checkpoint = Checkpoint::open(&dir, self.engine.model().dtype())?;
-        if fingerprint(&checkpoint, ranks, &self.digests)? != self.fingerprint {
-            let what = format!("another rank has other weights of {}; were its files changed?", self.name);
-            return Err(Error::Regroup { what });
-        }
-        Ok(())
-    }
-
     /// The shape of the model.
     #[must_use]
     pub fn config(&self) -> &Config {
@@ -263,36 +183,4 @@ fn frozen(weight: &NamedTensor, dtype: DType) -> Frozen {
         return Frozen::from_bf16(weight.data.par_iter().map(|x| bf16::from_f32(*x)).collect(), rows, cols);
     }
     Frozen::from_f32(weight.data.clone(), rows, cols)
-}
-
-/// Checks that all ranks compute with the same instructions, if that is not done on GPUs: with others, a number would depend on the rank
-/// that computed it.
-fn same_instructions(ranks: &Ranks, on_gpus: bool) -> Result<()> {
-    let isa = || if on_gpus { "those of GPUs".to_owned() } else { incipit_kernels::isa().name().to_owned() };
-    ranks::agree(ranks, || [("other instructions of its processor (INCIPIT_ISA chooses them)", isa())])
-}
-
-/// Where the model's files lie. What is on the hub is fetched by one rank of each machine, and found in the cache by the others.
-fn directory(model: &str, ranks: &Ranks) -> Result<PathBuf> {
-    if !ranks::any(ranks, !Path::new(model).is_dir())? {
-        return Ok(incipit_weights::resolve(model)?);
-    }
-    ranks::in_turns(ranks, || Ok(incipit_weights::resolve(model)?))
-}
-
-/// What each rank of a replica hashes: what it reads anyway.
-fn own_digests(checkpoint: &Checkpoint, ranks: &Ranks) -> Digests {
-    let shard = ranks.shard(Axis::Tensor);
-    // What all ranks have, all hash: so it is noticed if they read different files.
-    let share = |parts| if parts == 1 { 0..1 } else { shard.portion(parts) };
-    checkpoint.fingerprint_parts(&sharded_dim, &share)
-}
-
-/// The fingerprint of the whole checkpoint, of which this rank has hashed `own`.
-fn fingerprint(checkpoint: &Checkpoint, ranks: &Ranks, own: &Digests) -> Result<Fingerprint> {
-    let mut all = Digests::default();
-    for bytes in gather_bytes(&**ranks.tensor(), &own.to_bytes())? {
-        all.merge(Digests::from_bytes(&bytes)?);
-    }
-    Ok(checkpoint.fingerprint_of(&all)?)
 }

@@ -8,9 +8,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use incipit_collective::{Axis, Ranks};
 use incipit_data::TokenizedExample;
-use incipit_model::{
-    Example, ExampleGradient, Microbatch, PassOptions, Placement, SoftPrompt, T5, TensorAxis,
-};
+use incipit_model::{Example, ExampleGradient, Microbatch, PassOptions, Placement, SoftPrompt, T5};
 
 use crate::{
     Error, Result,
@@ -185,48 +183,6 @@ impl Engine {
         Ok((least[0].unsigned_abs() as usize, least[1] == 1))
     }
 
-    /// Goes on in another group, with the weights where they are, whatever became of the calls of the old one. The old `Ranks` are let
-    /// go of. All ranks of the new group make this call together, or [`Self::on`] where a rank begins anew.
-    ///
-    /// # Errors
-    /// [`Error::Regroup`] if this rank would have another place or another device in the new group, or the model is shared with
-    /// others; also if an exchange of the new group fails. Then the engine is as it was, and can be given to yet another group.
-    pub fn regroup(&mut self, ranks: &Arc<Ranks>) -> Result<()> {
-        self.check_place(ranks)?;
-        let Some(model) = Arc::get_mut(&mut self.model) else {
-            return Err(Error::Regroup { what: "somebody else uses the model as well".to_owned() });
-        };
-        // What `on` exchanges, for there may be ranks that make that call.
-        ranks::on_this_machine(ranks)?;
-        let (budget, recompute) = Self::agreed(ranks, (self.budget, self.recompute))?;
-        model.regroup(&TensorAxis::of(ranks))?;
-        // A rank that begins anew knows of no passes, and those that wait for it go by the same measure.
-        self.pace.forget();
-        self.ranks = ranks.clone();
-        (self.budget, self.recompute) = (budget, recompute);
-        Ok(())
-    }
-
-    /// Checks that this rank has the same place in the group of `ranks`, and the same device.
-    pub(crate) fn check_place(&self, ranks: &Ranks) -> Result<()> {
-        let place = |ranks: &Ranks| {
-            let mesh = ranks.mesh();
-            format!("rank {} of tp {}", ranks.rank(), mesh.tp())
-        };
-        let (was, now) = (place(&self.ranks), place(ranks));
-        if was != now {
-            return Err(Error::Regroup { what: format!("it was {was} and would be {now}") });
-        }
-        let (was, now) = (self.ranks.local_rank(), ranks.local_rank());
-        if was != now && !self.model.device().is_cpu() {
-            let what = format!(
-                "it was number {was} of its machine and would be number {now}, which has another GPU"
-            );
-            return Err(Error::Regroup { what });
-        }
-        Ok(())
-    }
-
     fn plan(model: &T5, options: EngineOptions, free: Option<u64>) -> (usize, bool) {
         let memory = TokenMemory::of(model.config(), model.dtype());
         let recompute = match options.recompute {
@@ -269,6 +225,12 @@ impl Engine {
     /// Begins what device, disk and other ranks have to get on with.
     pub(crate) fn begin(&self, work: Work, num_tokens: usize) -> Under<'_> {
         self.pace.begin(&self.ranks, work, num_tokens)
+    }
+
+    /// How the backbone is run, with nothing left open.
+    pub(crate) fn options(&self) -> EngineOptions {
+        let recompute = if self.recompute { Recompute::On } else { Recompute::Off };
+        EngineOptions { microbatch_tokens: Some(self.budget), recompute }
     }
 
     /// Most tokens of a microbatch.

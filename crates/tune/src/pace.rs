@@ -107,11 +107,6 @@ impl Pace {
         self.lock().current
     }
 
-    /// The next pass of each kind is the first again.
-    pub(crate) fn forget(&self) {
-        self.lock().longest.clear();
-    }
-
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -216,12 +211,8 @@ mod tests {
         let pass = pace.begin(&ranks, Work::Losses, 8);
         std::thread::sleep(Duration::from_millis(2));
         pass.succeeds(1000.0);
-        let pass = pace.begin(&ranks, Work::Losses, 8);
+        let _pass = pace.begin(&ranks, Work::Losses, 8);
         let Pass { number, usual, .. } = pace.current().unwrap();
         assert!(number == 2 && usual.is_some_and(|usual| usual >= 2 * SECOND), "{usual:?}");
-        drop(pass);
-        pace.forget();
-        drop(pace.begin(&ranks, Work::Losses, 8));
-        assert_eq!(pace.lock().usual(Work::Losses, 8), None);
     }
 }

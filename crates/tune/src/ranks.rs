@@ -96,29 +96,17 @@ pub fn agree<const N: usize>(
     Ok(())
 }
 
-/// Does `work` on one rank after the other, however long it takes: nobody runs into the deadline of an operation meanwhile.
-pub(crate) fn in_turns<T: Send>(ranks: &Ranks, work: impl Fn() -> Result<T> + Sync) -> Result<T> {
-    let mut own = None;
-    for turn in 0..ranks.mesh().world() {
-        if turn == ranks.rank() {
-            own = Some(while_others_wait(ranks, &work)?);
-        } else {
-            while any(ranks, false)? {}
-        }
-    }
-    Ok(own.unwrap_or_else(|| unreachable!("every rank has its turn")))
-}
-
-fn while_others_wait<T: Send>(ranks: &Ranks, work: &(impl Fn() -> Result<T> + Sync)) -> Result<T> {
+/// Does `work` on every rank, however long it takes on one: nobody runs into the deadline of an operation meanwhile.
+pub(crate) fn while_others_wait<T: Send>(
+    ranks: &Ranks,
+    work: impl FnOnce() -> Result<T> + Send,
+) -> Result<T> {
     std::thread::scope(|scope| {
         let working = scope.spawn(work);
-        while !working.is_finished() {
-            any(ranks, true)?;
+        while any(ranks, !working.is_finished())? {
             std::thread::sleep(Duration::from_millis(20));
         }
-        let done = working.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        any(ranks, false)?;
-        Ok(done)
+        working.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }
 

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use candle_core::DType;
 use half::f16;
@@ -121,6 +122,12 @@ impl Checkpoint {
         self.table_bytes + self.reads.bytes()
     }
 
+    /// How often something of a tensor was asked for or hashed so far: it grows for as long as reading gets on.
+    #[must_use]
+    pub fn reads(&self) -> Arc<AtomicU64> {
+        self.reads.count()
+    }
+
     /// What identifies the weights and the architecture, whatever files they are in. `dim` names the dim along which the
     /// ranks of a replica share a tensor, if they do; it must be the same wherever fingerprints are compared.
     ///
@@ -158,7 +165,9 @@ impl Checkpoint {
             // Of a tensor that is cut by columns, each task gathers the part that it hashes.
             let hash = |part: usize| {
                 let bytes = self.numbers(entry, &cut.slice(part..part + 1));
-                *blake3::Hasher::new().update_rayon(&bytes).finalize().as_bytes()
+                let digest = *blake3::Hasher::new().update_rayon(&bytes).finalize().as_bytes();
+                self.reads.get_on();
+                digest
             };
             let all = || range.clone().into_par_iter().map(hash).collect::<Vec<_>>();
             let parts = self.reading(entry, &slice, all);

@@ -1,5 +1,6 @@
 //! Models by name: a directory, or a repository on the Hugging Face Hub.
 
+use std::fs::File;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
@@ -7,7 +8,7 @@ use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 
 use crate::checkpoint::CONFIG_FILE;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, io};
 use crate::{layout, tokenizer};
 
 /// The directory of a model: `model` itself, or the cached files of that id on the Hugging Face Hub
@@ -15,7 +16,8 @@ use crate::{layout, tokenizer};
 ///
 /// Only the configuration, the tokenizer and one set of weights are downloaded, safetensors where there are any. The
 /// cache is that of Hugging Face's own tools (`HF_HOME`); `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` are respected.
-/// What is in the cache is used without asking whether the Hub has a newer revision.
+/// What is in the cache is used without asking whether the Hub has a newer revision. Of several processes that want the same
+/// model, one downloads it, and the others wait.
 ///
 /// # Errors
 /// If there is no such directory and no such model, or the Hub cannot be reached.
@@ -35,7 +37,20 @@ pub fn resolve(model: &str) -> Result<PathBuf> {
             format!("HF_HUB_OFFLINE is set and the cache has no complete copy; {}", fetch_elsewhere(model));
         return Err(hub_error(model, "the files", detail));
     }
-    download(model)
+    let _turn = turn(&cache, model)?;
+    // Somebody else may have had it meanwhile.
+    cached(&cache, model).map_or_else(|| download(model), Ok)
+}
+
+/// Waits until no other process downloads `model`, and keeps others waiting for as long as what is returned is there.
+fn turn(cache: &Cache, model: &str) -> Result<File> {
+    let folder = Repo::new(model.to_owned(), RepoType::Model).folder_name();
+    let dir = cache.path().join(".locks").join(folder);
+    std::fs::create_dir_all(&dir).map_err(io("create", &dir))?;
+    let path = dir.join("incipit.lock");
+    let file = File::create(&path).map_err(io("create", &path))?;
+    file.lock().map_err(io("lock", &path))?;
+    Ok(file)
 }
 
 /// `name` or `owner/name`, in the characters that the Hub allows.

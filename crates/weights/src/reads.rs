@@ -2,15 +2,21 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::readers::Entry;
 use crate::slice::Slice;
 use crate::source::matrix;
 
-/// The parts of a checkpoint's tensors that somebody asked for. What is asked for twice counts once.
+/// What somebody asked for of a checkpoint's tensors.
 #[derive(Default)]
-pub(crate) struct Reads(Mutex<BTreeMap<String, Touched>>);
+pub(crate) struct Reads {
+    /// The parts. What is asked for twice counts once.
+    parts: Mutex<BTreeMap<String, Touched>>,
+    /// How often something was.
+    count: Arc<AtomicU64>,
+}
 
 /// What was asked for of one tensor.
 #[derive(Default)]
@@ -25,11 +31,12 @@ struct Touched {
 
 impl Reads {
     pub(crate) fn add(&self, name: &str, entry: &Entry, slice: &Slice) {
+        self.get_on();
         if slice.num_elements() == 0 {
             return;
         }
         let ((height, width), size) = (matrix(&entry.shape), entry.dtype.size_in_bytes());
-        let mut tensors = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tensors = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
         let touched = tensors.entry(name.to_owned()).or_default();
         if slice.cols.len() == width {
             touched.rows.add(slice.rows.clone());
@@ -42,8 +49,17 @@ impl Reads {
         touched.bytes = ((height * width - untouched) * size) as u64;
     }
 
+    /// Reading gets on.
+    pub(crate) fn get_on(&self) {
+        self.count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn count(&self) -> Arc<AtomicU64> {
+        self.count.clone()
+    }
+
     pub(crate) fn bytes(&self) -> u64 {
-        let tensors = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let tensors = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
         tensors.values().map(|touched| touched.bytes + touched.other_bytes).sum()
     }
 }

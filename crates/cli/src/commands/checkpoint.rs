@@ -224,14 +224,15 @@ fn table(checkpoints: &[Checkpoint]) -> String {
     show::table(&header, checkpoints.iter().map(row).collect(), &[2], "no checkpoints yet")
 }
 
-/// `best pinned`; of a job of several tasks `best of boolq, rte`.
+/// `best pinned damaged`; of a job of several tasks `best of boolq, rte`.
 fn marks(checkpoint: &Checkpoint) -> String {
     let best = checkpoint.tasks.iter().filter(|task| task.best).map(|task| &*task.name);
     let best = best.collect::<Vec<_>>().join(", ");
     let of_tasks = (!best.is_empty()).then(|| format!("best of {best}"));
     let best = checkpoint.best.then(|| "best".to_owned());
     let pinned = checkpoint.pinned.then(|| "pinned".to_owned());
-    [best, of_tasks, pinned].into_iter().flatten().collect::<Vec<_>>().join(" ")
+    let damaged = checkpoint.damaged.then(|| "damaged".to_owned());
+    [best, of_tasks, pinned, damaged].into_iter().flatten().collect::<Vec<_>>().join(" ")
 }
 
 /// All there is to know of a checkpoint.
@@ -289,11 +290,12 @@ mod tests {
             score: Some(0.5),
             best: true,
             pinned: true,
+            damaged: true,
             ..Checkpoint::default()
         };
         for text in [table(std::slice::from_ref(&checkpoint)), facts(&checkpoint)] {
             assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
-            for part in ["superglue-boolq-1/500", "0.500", "best", "pinned", "2.0 KiB"] {
+            for part in ["superglue-boolq-1/500", "0.500", "best", "pinned", "damaged", "2.0 KiB"] {
                 assert!(text.contains(part), "no {part} in\n{text}");
             }
         }

@@ -25,6 +25,9 @@ pub struct Checkpoint {
     pub best: bool,
     /// Whether it is kept whatever the retention says.
     pub pinned: bool,
+    /// Whether files of it were found damaged or gone.
+    #[serde(default)]
+    pub damaged: bool,
     /// The attempt that made it.
     pub attempt: u32,
     /// The backbone's epoch then.

@@ -58,7 +58,7 @@ impl Core {
         target: &CheckpointRef,
         description: String,
     ) -> Result<Target, Problem> {
-        let checkpoint = self.find_checkpoint(target)?.clone();
+        let checkpoint = self.find_whole_checkpoint(target)?.clone();
         let tasks = checkpoint.tasks.iter().map(|task| &*task.name);
         check_task(&checkpoint.name(), tasks, target.task.as_deref())?;
         let name =
@@ -100,6 +100,23 @@ impl Core {
         Ok(Target::Nothing)
     }
 
+    /// The checkpoint that a caller means, to make something of it.
+    ///
+    /// # Errors
+    /// If there is none, or it is damaged.
+    pub(super) fn find_whole_checkpoint(
+        &self,
+        target: &CheckpointRef,
+    ) -> Result<&super::checkpoint::Checkpoint, Problem> {
+        let checkpoint = self.find_checkpoint(target)?;
+        if checkpoint.damaged {
+            let name = checkpoint.name();
+            let what = format!("files of {name} are damaged or gone; choose another one of its job's");
+            return Err(Problem::state("CHECKPOINT_DAMAGED", what).with("name", name));
+        }
+        Ok(checkpoint)
+    }
+
     /// The checkpoint that a caller means.
     ///
     /// # Errors
@@ -116,7 +133,7 @@ impl Core {
                 Some(task) => self.checkpoints_of(&job.name).find(|of| of.is_best_of(task)).map(|of| of.step),
                 None => job.best.map(|best| best.step),
             },
-            StepRef::Last => self.checkpoints_of(&job.name).map(|checkpoint| checkpoint.step).next(),
+            StepRef::Last => self.checkpoints_of(&job.name).find(|of| !of.damaged).map(|of| of.step),
         };
         match step {
             Some(step) => self.checkpoint(&target.job, step),

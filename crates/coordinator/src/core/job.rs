@@ -56,7 +56,7 @@ pub struct Job {
     /// The checkpoint of another job from which it went on, by its name; empty for one that began anew.
     #[serde(default)]
     pub continued_from: String,
-    /// Steps of the newest checkpoint that was ever committed. Never goes back.
+    /// Steps of the newest checkpoint that was committed: the job goes on from there. Goes back only where that is found damaged.
     pub committed_step: u64,
     /// The best checkpoint.
     pub best: Option<Best>,

@@ -83,7 +83,7 @@ impl Core {
             );
             return Err(Problem::field("continue_from", what));
         }
-        let last = self.find_checkpoint(start)?;
+        let last = self.find_whole_checkpoint(start)?;
         self.check_continues(new, from, last)?;
         let copied = |checkpoint: &Checkpoint| Checkpoint {
             job: new.name.clone(),
@@ -95,12 +95,12 @@ impl Core {
             revision: 0,
             ..checkpoint.clone()
         };
-        let is_best = |of: &&Checkpoint| of.best || of.tasks.iter().any(|task| task.best);
+        let is_best = |of: &&Checkpoint| !of.damaged && (of.best || of.tasks.iter().any(|task| task.best));
         let before = self.checkpoints_of(&last.job).filter(|of| of.step < last.step);
         let mut checkpoints: Vec<Checkpoint> = before.filter(is_best).map(copied).collect();
         checkpoints.sort_by_key(|checkpoint| checkpoint.step);
         checkpoints.push(copied(last));
-        let best = from.best.filter(|best| best.step <= last.step);
+        let best = from.best.filter(|best| checkpoints.iter().any(|of| of.step == best.step));
         Ok(Start { from: last.name(), best, checkpoints })
     }
 

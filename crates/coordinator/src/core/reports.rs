@@ -172,6 +172,7 @@ impl Core {
             score,
             best,
             pinned,
+            damaged: false,
             attempt,
             epoch,
             create_time: self.now,
@@ -237,6 +238,7 @@ impl Core {
             (JobState::Cancelled, _) => (JobCause::CancelDone, JobReason::Requested),
             (JobState::Paused, _) => (wish.unwrap_or(JobCause::PauseTakenBack), JobReason::Requested),
             (JobState::Queued, _) => (wish.unwrap_or(JobCause::Yielded), JobReason::Requested),
+            (_, JobReason::CheckpointDamaged) => return self.go_back(name, wish, message),
             (_, reason) => {
                 let reason = failure(reason);
                 let again = job.may_retry(reason);
@@ -245,6 +247,27 @@ impl Core {
             }
         };
         self.end_attempt(name, cause, reason, message, Some(step));
+    }
+
+    /// The files of the checkpoint that a job was to go on from cannot be had: it goes on from the one before, if there is one.
+    fn go_back(&mut self, name: &JobName, wish: Option<JobCause>, message: &str) {
+        let Some(mut job) = self.rows.jobs.get(name).cloned() else { return };
+        let damaged = job.open_attempt().map_or(0, |attempt| attempt.start_step);
+        if let Some(checkpoint) = self.rows.checkpoints.get(&(name.clone(), damaged)) {
+            self.put(Resource::Checkpoint(Box::new(Checkpoint { damaged: true, ..checkpoint.clone() })));
+        }
+        let before =
+            self.checkpoints_of(name).find(|checkpoint| !checkpoint.damaged).map(|before| before.step);
+        let reason = JobReason::CheckpointDamaged;
+        let (cause, message) = match before {
+            Some(step) => {
+                job.committed_step = step;
+                self.put_job(job);
+                (wish.unwrap_or(JobCause::WentBack), format!("it goes on from step {step}: {message}"))
+            }
+            None => (JobCause::Failed(reason), format!("it has no checkpoint before that: {message}")),
+        };
+        self.end_attempt(name, cause, reason, &message, None);
     }
 
     fn log_report(

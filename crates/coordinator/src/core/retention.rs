@@ -12,9 +12,13 @@ impl Core {
         let Some(job) = self.rows.jobs.get(name) else { return };
         // The newest is kept whatever is asked for: without it the job could not go on.
         let keep = job.spec.keep.unwrap_or(DEFAULT_KEEP).max(1) as usize;
-        let kept_by_job = self.kept_steps(name);
-        let steps: Vec<u64> = self.checkpoints_of(name).map(|checkpoint| checkpoint.step).collect();
-        for step in steps.into_iter().skip(keep) {
+        let (kept_by_job, last) = (self.kept_steps(name), job.committed_step);
+        let all = || self.checkpoints_of(name);
+        let whole = all().filter(|checkpoint| !checkpoint.damaged).skip(keep);
+        // Its job may come to a damaged one's step again, and then it is whole.
+        let passed = all().filter(|checkpoint| checkpoint.damaged && checkpoint.step < last);
+        let steps: Vec<u64> = whole.chain(passed).map(|checkpoint| checkpoint.step).collect();
+        for step in steps {
             let kept_for_itself = self
                 .checkpoint(name, step)
                 .is_ok_and(|checkpoint| checkpoint.pinned || checkpoint.tasks.iter().any(|task| task.best));

@@ -43,6 +43,8 @@ pub enum JobCause {
     Failed(Jr),
     /// It failed in a way that its retry policy covers.
     Retried,
+    /// The checkpoint that it was to go on from cannot be read, and there is one before that.
+    WentBack,
     /// Its backbone was deleted.
     BackboneDeleted,
 }
@@ -62,6 +64,7 @@ pub const JOB_TRANSITIONS: &[(Option<Js>, JobCause, Js, Jr)] = &[
     (Some(Js::Running), JobCause::RankLost, Js::Queued, Jr::BackboneRecovering),
     (Some(Js::Running), JobCause::EngineLost, Js::Queued, Jr::BackboneRecovering),
     (Some(Js::Running), JobCause::Retried, Js::Queued, Jr::Retrying),
+    (Some(Js::Running), JobCause::WentBack, Js::Queued, Jr::CheckpointDamaged),
     (Some(Js::Running), JobCause::PauseTakenBack, Js::Queued, Jr::WaitingForPlace),
     (Some(Js::Running), JobCause::Yielded, Js::Queued, Jr::BackboneRecovering),
     (Some(Js::Running), JobCause::PauseDone, Js::Paused, Jr::Requested),
@@ -73,6 +76,7 @@ pub const JOB_TRANSITIONS: &[(Option<Js>, JobCause, Js, Jr)] = &[
     (Some(Js::Running), JobCause::Failed(Jr::BadSpec), Js::Failed, Jr::BadSpec),
     (Some(Js::Running), JobCause::Failed(Jr::OutOfMemory), Js::Failed, Jr::OutOfMemory),
     (Some(Js::Running), JobCause::Failed(Jr::Internal), Js::Failed, Jr::Internal),
+    (Some(Js::Running), JobCause::Failed(Jr::CheckpointDamaged), Js::Failed, Jr::CheckpointDamaged),
     (Some(Js::Running), JobCause::BackboneDeleted, Js::Cancelled, Jr::BackboneGone),
     (Some(Js::Paused), JobCause::ResumeRequested, Js::Queued, Jr::WaitingForPlace),
     (Some(Js::Paused), JobCause::ResumedEarly, Js::Queued, Jr::BackboneNotReady),

@@ -172,6 +172,7 @@ pub fn checkpoint(checkpoint: &Checkpoint) -> v1::Checkpoint {
         score: checkpoint.score,
         best: checkpoint.best,
         pinned: checkpoint.pinned,
+        damaged: checkpoint.damaged,
         attempt: checkpoint.attempt,
         epoch: checkpoint.epoch,
         create_time: Some(timestamp(checkpoint.create_time)),

@@ -5,13 +5,13 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use incipit_collective::{Mesh, Options, Ranks, local};
+use candle_core::Device;
+use incipit_collective::{Axis, Mesh, Options, Ranks, local};
 use incipit_model::{Example, Microbatch};
 use incipit_tune::{
     Error, Result,
-    backbone::Backbone,
+    backbone::{Backbone, Opened, Part},
     checkpoint::Checkpoint,
-    device::DeviceChoice,
     engine::{Engine, EngineOptions, Recompute},
     ranks::on_threads,
     spec::{PartialSpec, Precision, TrainSpec},
@@ -25,10 +25,11 @@ pub(crate) fn demo(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo").join(name)
 }
 
-fn load(ranks: &Arc<Ranks>) -> Result<Backbone> {
-    let options = EngineOptions { microbatch_tokens: Some(4000), recompute: Recompute::Off };
-    let model = demo("model").display().to_string();
-    Backbone::load_on(&model, Precision::Bf16, DeviceChoice::Cpu, options, ranks)
+const OPTIONS: EngineOptions = EngineOptions { microbatch_tokens: Some(4000), recompute: Recompute::Off };
+
+/// This rank's part of the model, loaded by itself.
+fn part(ranks: &Ranks) -> Result<Part> {
+    Opened::at(&demo("model"), "demo", Precision::Bf16, Device::Cpu)?.part(ranks.shard(Axis::Tensor))
 }
 
 fn spec() -> TrainSpec {
@@ -65,7 +66,7 @@ fn carry_on(backbone: &Backbone, tenant: &mut Tenant, until: u64) -> Result<Opti
 
 fn undisturbed(mesh: Mesh) -> Vec<Vec<u8>> {
     let results = on_threads(mesh, None, &Options::default(), |ranks| {
-        let backbone = load(&Arc::new(ranks))?;
+        let backbone = part(&ranks)?.meet(OPTIONS, &Arc::new(ranks))?;
         let mut tenant = Tenant::start(&backbone, &spec(), task(&backbone)?)?;
         carry_on(&backbone, &mut tenant, u64::MAX)?.expect("a checkpoint at the end").to_bytes()
     });
@@ -108,7 +109,8 @@ fn disturbed(mesh: Mesh, begins_anew: bool) -> Vec<Vec<u8>> {
     let results = on_threads(mesh, None, &Options::default(), |ranks| {
         let ranks = Arc::new(ranks);
         let (rank, aborts) = (ranks.rank(), ranks.rank() + 1 == mesh.world());
-        let mut backbone = load(&ranks)?;
+        let mut part = part(&ranks)?;
+        let backbone = part.meet(OPTIONS, &ranks)?;
         let mut tenant = Tenant::start(&backbone, &spec(), task(&backbone)?)?;
         let last = carry_on(&backbone, &mut tenant, 3)?.expect("a checkpoint after two steps").to_bytes()?;
         if aborts {
@@ -120,14 +122,12 @@ fn disturbed(mesh: Mesh, begins_anew: bool) -> Vec<Vec<u8>> {
         }
         assert_eq!(tenant.num_steps(), 3);
         let old = Arc::downgrade(&ranks);
-        drop(ranks);
+        drop((ranks, backbone));
         let ranks = second.take(rank);
         if aborts && begins_anew {
-            drop(backbone);
-            backbone = load(&ranks)?;
-        } else {
-            backbone.regroup(&ranks)?;
+            part = self::part(&ranks)?;
         }
+        let backbone = part.meet(OPTIONS, &ranks)?;
         assert!(old.upgrade().is_none(), "somebody holds on to the old group");
         let earlier = Checkpoint::from_bytes(&last)?;
         assert_eq!(earlier.state.step, 2);
@@ -156,15 +156,15 @@ fn a_group_that_is_lost_while_it_is_joined_is_followed_by_yet_another() {
     let results = on_threads(mesh, None, &Options::default(), |ranks| {
         let ranks = Arc::new(ranks);
         let rank = ranks.rank();
-        let mut backbone = load(&ranks)?;
+        let mut part = part(&ranks)?;
         // Rank 1 leaves it before it is met.
         let lost = lost.take(rank);
         if rank == 0 {
-            let error = backbone.regroup(&lost).expect_err("rank 1 is not there");
+            let error = part.meet(OPTIONS, &lost).err().expect("rank 1 is not there");
             assert!(matches!(error, Error::Collective(_)), "{error}");
         }
         drop(lost);
-        backbone.regroup(&third.take(rank))?;
+        let backbone = part.meet(OPTIONS, &third.take(rank))?;
         let mut tenant = Tenant::start(&backbone, &spec(), task(&backbone)?)?;
         carry_on(&backbone, &mut tenant, u64::MAX)?.expect("a checkpoint at the end").to_bytes()
     });
@@ -172,30 +172,28 @@ fn a_group_that_is_lost_while_it_is_joined_is_followed_by_yet_another() {
 }
 
 #[test]
-fn a_group_in_which_the_rank_has_another_place_is_refused() {
+fn a_group_in_which_the_rank_has_another_part_is_refused() {
     let mesh = Mesh::new(2, 1, 2).unwrap();
     let results = on_threads(mesh, None, &Options::default(), |ranks| {
         let ranks = Arc::new(ranks);
-        let mut backbone = load(&ranks)?;
-        let groups = [(mesh, 1 - ranks.rank()), (Mesh::new(1, 2, 2)?, ranks.rank())];
-        for (mesh, rank) in groups {
-            let error = backbone.regroup(&Second::of(mesh).take(rank)).expect_err("another place");
+        let mut part = part(&ranks)?;
+        let others = [(mesh, 1 - ranks.rank()), (Mesh::new(1, 2, 2)?, ranks.rank())];
+        for (mesh, rank) in others {
+            let error = part.meet(OPTIONS, &Second::of(mesh).take(rank)).err().expect("another part");
             assert!(matches!(error, Error::Regroup { .. }), "{error}");
             let message = error.to_string();
-            let would_be = format!("would be rank {rank} of tp {}", mesh.tp());
-            assert!(message.contains(&would_be), "{message}");
+            let place = format!("would have part {} of {} here", rank % mesh.tp(), mesh.tp());
+            assert!(message.contains(&place), "{message}");
         }
-        // And the old group is still there.
+        // And it can still join the right one, one at a time.
+        let backbone = part.meet(OPTIONS, &ranks)?;
+        let error =
+            part.meet(OPTIONS, &Second::of(mesh).take(ranks.rank())).err().expect("two groups at once");
+        assert!(matches!(error, Error::Regroup { .. }), "{error}");
         let mut tenant = Tenant::start(&backbone, &spec(), task(&backbone)?)?;
         tenant.step(&backbone)
     });
     results.into_iter().collect::<Result<Vec<_>>>().unwrap();
-    let model = support::model();
-    let mut shared = Engine::new(model.clone(), EngineOptions::default());
-    let error = shared.regroup(&Arc::new(Ranks::alone())).expect_err("the model is ours as well");
-    assert!(matches!(error, Error::Regroup { .. }), "{error}");
-    drop(model);
-    shared.regroup(&Arc::new(Ranks::alone())).unwrap();
 }
 
 #[test]
@@ -209,22 +207,23 @@ fn a_run_goes_on_with_fewer_replicas_and_with_more_again_to_the_same_bytes() {
     let results = on_threads(two, None, &Options::default(), |ranks| {
         let ranks = Arc::new(ranks);
         let rank = ranks.rank();
-        let mut backbone = load(&ranks)?;
+        let mut part = part(&ranks)?;
+        let backbone = part.meet(OPTIONS, &ranks)?;
         let mut tenant = Tenant::start(&backbone, &spec(), task(&backbone)?)?;
         let after_two =
             carry_on(&backbone, &mut tenant, 3)?.expect("a checkpoint after two steps").to_bytes()?;
         ranks.abort("replica 1 is lost");
-        drop(ranks);
+        drop((ranks, backbone));
+        let ranks = both.take(rank);
         if rank == 0 {
-            backbone.regroup(&alone.take(0))?;
+            let backbone = part.meet(OPTIONS, &alone.take(0))?;
             let mut tenant = resumed(&backbone, &after_two)?;
             let checkpoint = carry_on(&backbone, &mut tenant, 5)?.expect("a checkpoint after four steps");
             *last.lock().unwrap() = checkpoint.to_bytes()?;
-            backbone.regroup(&both.take(0))?;
         } else {
-            drop(backbone);
-            backbone = load(&both.take(1))?;
+            part = self::part(&ranks)?;
         }
+        let backbone = part.meet(OPTIONS, &ranks)?;
         let after_four = last.lock().unwrap().clone();
         let mut tenant = resumed(&backbone, &after_four)?;
         carry_on(&backbone, &mut tenant, u64::MAX)?.expect("a checkpoint at the end").to_bytes()

@@ -119,7 +119,6 @@ pub(crate) fn backbone() -> Backbone {
         engine: engine(64, Recompute::Auto),
         tokenizer: tokenizer(),
         fingerprint: "ab".repeat(32).parse().unwrap(),
-        digests: incipit_weights::Digests::default(),
         num_parameters: config().num_parameters(),
         name: "tiny".to_owned(),
         source: Arc::new(source()),

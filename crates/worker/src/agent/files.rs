@@ -119,11 +119,8 @@ impl Files {
             let path = dir.join(&file.name);
             let of_task = path.parent().unwrap_or(&dir);
             tokio::fs::create_dir_all(of_task).await.map_err(|error| local("create", of_task, &error))?;
-            let mend = format!(
-                "its checkpoint of step {} is lost by that (`incipit checkpoint verify` says what of it): go on from an older one (`incipit job continue --checkpoint`)",
-                checkpoint.step
-            );
-            self.download(client, &file.digest, &path).await.map_err(|stopped| stopped.mended_by(&mend))?;
+            let of_checkpoint = |stopped: Stopped| stopped.of_checkpoint(checkpoint.step);
+            self.download(client, &file.digest, &path).await.map_err(of_checkpoint)?;
         }
         Ok(dir.to_string_lossy().into_owned())
     }
@@ -165,7 +162,7 @@ impl Files {
         }
         // A stream that ended early looks like this as well.
         let what = format!("what came of the blob {digest} has another hash");
-        Err(Stopped::Damaged(Problem::new(Code::DataLoss, "BLOB_DAMAGED", what)))
+        Err(Stopped::Damaged(Problem::new(Code::DataLoss, "BLOB_DAMAGED", what), v1::JobReason::BadData))
     }
 
     async fn upload(&self, client: &Client, file: &v1::CheckpointFile, path: &Path) -> Result<(), Stopped> {

@@ -22,8 +22,9 @@ const WORDS: (Duration, Duration) = (Duration::from_secs(10), Duration::from_sec
 pub(crate) enum Stopped {
     /// The connection broke, the coordinator cannot just now, or has too much to do: trying again may help.
     Broken(Problem),
-    /// What came is not what was asked for. That it broke off looks like this too, so that a few more tries may help.
-    Damaged(Problem),
+    /// What came is not what was asked for. That it broke off looks like this too, so that a few more tries may help. What a job fails by if
+    /// they do not.
+    Damaged(Problem, v1::JobReason),
     /// It was refused.
     Refused(Problem),
     /// This machine's disk is the reason.
@@ -36,7 +37,7 @@ impl From<&tonic::Status> for Stopped {
         let passing =
             [Code::Unavailable, Code::Cancelled, Code::DeadlineExceeded, Code::Unknown, Code::Aborted];
         match problem.code {
-            Code::DataLoss => Self::Damaged(problem),
+            Code::DataLoss => Self::Damaged(problem, v1::JobReason::BadData),
             code if passing.contains(&code) || problem.is_for_now() => Self::Broken(problem),
             // Whoever runs the coordinator makes room, once the warnings tell; no job is to lose what it has trained until then.
             _ if problem.reason == "NO_SPACE" => Self::Broken(problem),
@@ -48,7 +49,7 @@ impl From<&tonic::Status> for Stopped {
 impl std::fmt::Display for Stopped {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Broken(problem) | Self::Damaged(problem) | Self::Refused(problem) => problem.fmt(f),
+            Self::Broken(problem) | Self::Damaged(problem, _) | Self::Refused(problem) => problem.fmt(f),
             Self::Local(what) => f.write_str(what),
         }
     }
@@ -57,17 +58,30 @@ impl std::fmt::Display for Stopped {
 impl Stopped {
     /// Says what to do about it if it is damaged.
     pub(crate) fn mended_by(mut self, mend: &str) -> Self {
-        if let Self::Damaged(problem) = &mut self {
+        if let Self::Damaged(problem, _) = &mut self {
             problem.message = format!("{}; {mend}", problem.message);
         }
         self
+    }
+
+    /// It was to be a file of the checkpoint of this step: if it is damaged or gone, the job can go on from another.
+    pub(crate) fn of_checkpoint(self, step: u64) -> Self {
+        match self {
+            Self::Damaged(mut problem, _) | Self::Refused(mut problem)
+                if matches!(problem.code, Code::DataLoss | Code::NotFound) =>
+            {
+                problem.message = format!("of its checkpoint of step {step}: {}", problem.message);
+                Self::Damaged(problem, v1::JobReason::CheckpointDamaged)
+            }
+            other => other,
+        }
     }
 }
 
 impl From<Stopped> for Refused {
     fn from(stopped: Stopped) -> Self {
         let reason = match &stopped {
-            Stopped::Damaged(_) => v1::JobReason::BadData,
+            Stopped::Damaged(_, reason) => *reason,
             Stopped::Refused(problem) if problem.code == Code::NotFound => v1::JobReason::BadData,
             _ => v1::JobReason::Internal,
         };
@@ -99,7 +113,7 @@ pub(crate) async fn persist<T, F: Future<Output = Result<T, Stopped>>>(
                 damaged = 0;
                 problem
             }
-            Err(Stopped::Damaged(problem)) if damaged + 1 < TRIES => {
+            Err(Stopped::Damaged(problem, _)) if damaged + 1 < TRIES => {
                 damaged += 1;
                 problem
             }
@@ -194,6 +208,19 @@ mod tests {
         let refused = Refused::from(done.unwrap_err());
         assert_eq!(refused.reason, v1::JobReason::BadData);
         assert!(refused.message.ends_with("no; do that"), "{}", refused.message);
+    }
+
+    #[test]
+    fn a_checkpoint_that_is_damaged_or_gone_is_told_as_that() {
+        for (code, reason) in [(Code::DataLoss, "BLOB_DAMAGED"), (Code::NotFound, "BLOB_MISSING")] {
+            let (done, tries, _) = tried(|_| Err(stopped(code, reason).of_checkpoint(7)));
+            assert_eq!(tries, TRIES);
+            let refused = Refused::from(done.unwrap_err());
+            assert_eq!(refused.reason, v1::JobReason::CheckpointDamaged);
+            assert!(refused.message.contains("of its checkpoint of step 7: no"), "{}", refused.message);
+        }
+        let refused = Refused::from(stopped(Code::PermissionDenied, "SCOPE").of_checkpoint(7));
+        assert_eq!(refused.reason, v1::JobReason::Internal);
     }
 
     #[test]

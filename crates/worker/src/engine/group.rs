@@ -6,9 +6,10 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use incipit_collective::{Mesh, Options, Ranks};
+use incipit_collective::store::Store;
+use incipit_collective::{Axis, Mesh, Options, Ranks};
 use incipit_proto::v1::{EngineAssignment, EngineLossCause, EngineReady};
-use incipit_tune::backbone::Backbone;
+use incipit_tune::backbone::{Backbone, Part};
 use incipit_tune::device::DeviceChoice;
 use incipit_tune::engine::EngineOptions;
 use incipit_tune::ranks::on_threads;
@@ -18,6 +19,7 @@ use crate::engine::failure::{Failure, Result};
 use crate::engine::lead::{Leader, State};
 use crate::engine::load::Loader;
 use crate::engine::machine::Machine;
+use crate::engine::parts::{Parts, Reader, Whose, device_failed, told};
 use crate::engine::plan::Plan;
 use crate::engine::rendezvous::Answers;
 use crate::engine::resident::sent;
@@ -25,23 +27,19 @@ use crate::engine::residents::Residents;
 use crate::engine::saver::Saver;
 use crate::engine::voice::Voice;
 use crate::engine::watch::{Farewell, Watch, Watches};
-use crate::engine::{Inbox, Loss, Mail, Next};
+use crate::engine::{Inbox, Loss, Mail, Next, newest_join};
 use crate::frames::{Join, Notice, Ready};
 
-/// How long a rank waits for the others: as long as the slowest disk takes to load a model. A rank that is gone is found by its agent or
-/// by the coordinator long before, and one that waits for it in vain leaves when there is a new group.
+/// How long a rank waits for the others in an exchange. A rank that is gone is found by its agent or by the coordinator long before, and one
+/// that waits for it in vain leaves when there is a new group.
 const DEADLINE: Duration = Duration::from_secs(600);
+/// How long it waits for them to load what they have to: as long as it takes. What does not get on is found by [`Watches`].
+const LOADING: Duration = Duration::from_secs(7 * 24 * 3600);
 /// How long a pass through the backbone may take in any case: on a CPU other programs may have the cores, and its weights may have to be read
 /// from a disk again.
 const HANG_AFTER_ON_CPU: Duration = Duration::from_secs(60);
 /// As above, on a GPU, which has the weights: some of its first kernels may have to be compiled.
 const HANG_AFTER_ON_GPU: Duration = Duration::from_secs(10);
-
-/// What outlives a group: the backbones of this process, by rank.
-#[derive(Default)]
-pub(crate) struct Held {
-    backbones: Vec<Mutex<Option<Backbone>>>,
-}
 
 /// A group that this process takes part in.
 pub(crate) struct Group<'a> {
@@ -66,37 +64,98 @@ struct Settings {
 }
 
 impl Group<'_> {
-    /// Meets the other ranks, loads what is not loaded, and works until the agent wants something else.
+    /// Loads what is not loaded, meets the other ranks, and works until the agent wants something else.
     ///
     /// # Errors
     /// If the model cannot be loaded, or the ranks cannot go on together. What is loaded stays.
-    pub(crate) fn stay(&self, held: &mut Held, inbox: &Inbox) -> std::result::Result<Next, Loss> {
+    pub(crate) fn stay(&self, parts: &mut Parts, inbox: &Inbox) -> std::result::Result<Next, Loss> {
         let bad = |message: String| (EngineLossCause::BadModel, message);
         let assignment =
             self.join.assignment.as_ref().ok_or_else(|| bad("no backbone was named".to_owned()))?;
         let settings = settings(assignment, self.join.local_rank as usize).map_err(bad)?;
-        let world = settings.mesh.world();
-        held.backbones.resize_with(world, Mutex::default);
-        let threads = threads(self.join.neighbours);
+        let parts = parts.places(settings.mesh.world());
         if settings.backend == Backend::Local {
-            let work = |ranks: Ranks| self.work(&settings, ranks, &held.backbones, inbox);
-            let results = on_threads(settings.mesh, Some(threads), &settings.options, |ranks| {
-                Ok::<_, incipit_tune::Error>(work(ranks))
-            });
-            return first_cause(
-                results
-                    .into_iter()
-                    .map(|result| result.unwrap_or_else(|error| Err(Failure::from(error).into()))),
-            );
+            return self.stay_as_threads(&settings, parts, inbox);
         }
         let rank = self.join.rank;
         let named = move |_| format!("rank {rank}");
+        let threads = threads(self.join.neighbours);
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(named).build();
         let pool = pool.map_err(|error| bad(format!("cannot start {threads} threads: {error}")))?;
-        pool.install(|| {
-            let ranks = self.connect(&settings).map_err(Loss::from)?;
-            self.work(&settings, ranks, &held.backbones, inbox)
-        })
+        pool.install(|| self.stay_as_process(&settings, parts, inbox))
+    }
+
+    fn stay_as_process(
+        &self,
+        settings: &Settings,
+        parts: &[Mutex<Option<Part>>],
+        inbox: &Inbox,
+    ) -> std::result::Result<Next, Loss> {
+        let (rank, local_rank) = (self.join.rank as usize, self.join.local_rank as usize);
+        let whose = Whose { rank, shard: settings.mesh.shard(rank, Axis::Tensor), local_rank };
+        let load = || self.reader(settings).load(whose, &parts[rank]);
+        if let Some(next) = self.unless_there_is_another(inbox, load)? {
+            return Ok(next);
+        }
+        let ranks = self.connect(settings).map_err(Loss::from)?;
+        self.work(settings, ranks, parts, inbox)
+    }
+
+    fn stay_as_threads(
+        &self,
+        settings: &Settings,
+        parts: &[Mutex<Option<Part>>],
+        inbox: &Inbox,
+    ) -> std::result::Result<Next, Loss> {
+        let load = |ranks: Ranks| {
+            let (rank, local_rank) = (ranks.rank(), ranks.local_rank());
+            let whose = Whose { rank, shard: ranks.shard(Axis::Tensor), local_rank };
+            self.reader(settings).load(whose, &parts[rank])
+        };
+        let load_all = || self.on_threads(settings, load).try_for_each(|loaded| loaded);
+        if let Some(next) = self.unless_there_is_another(inbox, load_all)? {
+            return Ok(next);
+        }
+        first_cause(self.on_threads(settings, |ranks| self.work(settings, ranks, parts, inbox)))
+    }
+
+    /// Does something on each rank, all of them threads of this process. What is lost names its rank.
+    fn on_threads<T: Send>(
+        &self,
+        settings: &Settings,
+        work: impl Fn(Ranks) -> std::result::Result<T, Loss> + Sync,
+    ) -> impl Iterator<Item = std::result::Result<T, Loss>> {
+        let threads = threads(self.join.neighbours);
+        let results = on_threads(settings.mesh, Some(threads), &settings.options, |ranks| {
+            Ok::<_, incipit_tune::Error>(work(ranks))
+        });
+        let of_rank = |(rank, result): (usize, incipit_tune::Result<_>)| {
+            let result = result.unwrap_or_else(|error| Err(Failure::from(error).into()));
+            result.map_err(|(cause, message): Loss| (cause, format!("rank {rank}: {message}")))
+        };
+        results.into_iter().enumerate().map(of_rank)
+    }
+
+    fn reader<'a>(&'a self, settings: &'a Settings) -> Reader<'a> {
+        let Settings { machine, options, .. } = settings;
+        let (backbone, epoch) = (&*options.job, options.epoch);
+        Reader { machine, backbone, epoch, voice: self.voice, watches: self.watches }
+    }
+
+    /// Has this process's parts loaded. If there is another group meanwhile, that is next, whatever became of loading: its parts are the same.
+    fn unless_there_is_another(
+        &self,
+        inbox: &Inbox,
+        load: impl FnOnce() -> std::result::Result<(), Loss>,
+    ) -> std::result::Result<Option<Next>, Loss> {
+        let loading = self.watches.load();
+        let loaded = load();
+        drop(loading);
+        let another = newest_join(inbox);
+        if another.is_none() {
+            loaded?;
+        }
+        Ok(another)
     }
 
     /// Meets the ranks that are processes.
@@ -109,6 +168,7 @@ impl Group<'_> {
             address: self.join.address.parse().ok(),
         });
         let rank = self.join.rank as usize;
+        await_loads(&*store, rank, settings.mesh.world())?;
         match settings.backend {
             #[cfg(feature = "gloo")]
             Backend::Gloo => {
@@ -127,19 +187,19 @@ impl Group<'_> {
         &self,
         settings: &Settings,
         ranks: Ranks,
-        held: &[Mutex<Option<Backbone>>],
+        parts: &[Mutex<Option<Part>>],
         inbox: &Inbox,
     ) -> std::result::Result<Next, Loss> {
         let ranks = Arc::new(ranks);
         self.watches.met(settings.options.epoch, &ranks);
-        let mut held = held[ranks.rank()].lock().unwrap_or_else(PoisonError::into_inner);
-        let worked = self.load(settings, &ranks, &mut held).and_then(|()| {
-            let Some(backbone) = &*held else { unreachable!("it is loaded") };
-            self.serve(settings, &ranks, backbone, inbox).map_err(Loss::from)
-        });
-        let works = || held.as_ref().is_none_or(|backbone| backbone.engine.device_works());
+        let mut part = parts[ranks.rank()].lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(part) = &mut *part else { unreachable!("it was loaded first") };
+        let worked = self
+            .meet(settings, &ranks, part)
+            .and_then(|backbone| self.serve(settings, &ranks, &backbone, inbox).map_err(Loss::from));
         let worked = worked.map_err(|loss| {
-            if loss.0 == EngineLossCause::Exited || works() { loss } else { device_failed(&loss.1) }
+            let works = loss.0 == EngineLossCause::Exited || part.device_works();
+            if works { loss } else { device_failed(&loss.1) }
         });
         if let Err(loss) = &worked
             && settings.backend != Backend::Local
@@ -147,34 +207,20 @@ impl Group<'_> {
             // Before the others lose this rank, which is all that they could tell. Of threads the weightiest cause is told.
             self.farewell.say(loss);
         }
-        // Those that wait for this rank learn that it comes no more: the backbone keeps the group from being dropped.
+        // Those that wait for this rank learn that it comes no more.
         ranks.abort(worked.as_ref().err().map_or("the group has come to its end", |(_, message)| message));
         worked
     }
 
-    /// Loads the backbone, or has the one that is loaded join the new group.
-    fn load(
+    fn meet(
         &self,
         settings: &Settings,
         ranks: &Arc<Ranks>,
-        held: &mut Option<Backbone>,
-    ) -> std::result::Result<(), Loss> {
-        let Machine { model, dtype, device } = &settings.machine;
+        part: &mut Part,
+    ) -> std::result::Result<Backbone, Loss> {
         let (backbone, epoch) = (&*settings.options.job, settings.options.epoch);
-        let resident = held.is_some();
-        let _span = tracing::info_span!("load", backbone, epoch, rank = ranks.rank(), resident).entered();
-        let told = |error: incipit_tune::Error| {
-            if error.is_of_gpu() {
-                return device_failed(&error.to_string());
-            }
-            let failure = Failure::from(error);
-            if failure.of_group { Loss::from(failure) } else { (EngineLossCause::BadModel, failure.message) }
-        };
-        if let Some(backbone) = held {
-            return backbone.regroup(ranks).map_err(told);
-        }
-        *held = Some(Backbone::load_on(model, *dtype, *device, settings.engine, ranks).map_err(told)?);
-        Ok(())
+        let _span = tracing::info_span!("meet", backbone, epoch, rank = ranks.rank()).entered();
+        part.meet(settings.engine, ranks).map_err(told)
     }
 
     fn serve(
@@ -234,6 +280,21 @@ impl Group<'_> {
     }
 }
 
+/// Waits until all ranks have loaded what they have to.
+fn await_loads(store: &dyn Store, rank: usize, world: usize) -> Result<()> {
+    const ALL: &str = "all have loaded";
+    let key = |rank| format!("{rank} has loaded");
+    if rank > 0 {
+        store.set(&key(rank), &[])?;
+        store.get(ALL, LOADING)?;
+        return Ok(());
+    }
+    for other in 1..world {
+        store.get(&key(other), LOADING)?;
+    }
+    Ok(store.set(ALL, &[])?)
+}
+
 #[cfg(feature = "cuda")]
 fn connect_nccl(
     settings: &Settings,
@@ -251,22 +312,16 @@ impl From<Failure> for Loss {
     }
 }
 
-/// The loss of a rank whose device failed: only a new process can use the device again, if it works again.
-fn device_failed(message: &str) -> Loss {
-    (EngineLossCause::Exited, format!("its device has failed, and so its process ends: {message}"))
-}
-
 /// What the leader came to; or, if a rank failed, why: the ranks that only lost another one know less.
 fn first_cause(
     results: impl Iterator<Item = std::result::Result<Next, Loss>>,
 ) -> std::result::Result<Next, Loss> {
     let mut failure: Option<Loss> = None;
     let mut next = None;
-    for (rank, result) in results.enumerate() {
+    for result in results {
         match result {
             Ok(found) => next = Some(found),
             Err((cause, message)) => {
-                let message = format!("rank {rank}: {message}");
                 if failure.as_ref().is_none_or(|(known, _)| weight(cause) > weight(*known)) {
                     failure = Some((cause, message));
                 }
@@ -346,8 +401,7 @@ mod tests {
         ] {
             let results = causes.map(|cause| Err((cause, format!("{cause:?}"))));
             let Err((cause, message)) = first_cause(results.into_iter()) else { panic!("{causes:?}") };
-            let rank = causes.iter().position(|cause| *cause == told).unwrap();
-            assert_eq!((cause, message), (told, format!("rank {rank}: {told:?}")));
+            assert_eq!((cause, message), (told, format!("{told:?}")));
         }
     }
 

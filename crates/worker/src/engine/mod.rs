@@ -8,6 +8,7 @@ mod group;
 mod lead;
 mod load;
 mod machine;
+mod parts;
 mod plan;
 mod points;
 mod rendezvous;
@@ -25,8 +26,9 @@ use std::time::Duration;
 
 use incipit_proto::v1::EngineLossCause;
 
-use crate::engine::group::{Group, Held};
+use crate::engine::group::Group;
 use crate::engine::load::Loaded;
+use crate::engine::parts::Parts;
 use crate::engine::rendezvous::Answers;
 use crate::engine::voice::Voice;
 use crate::engine::watch::{Farewell, Watches};
@@ -65,7 +67,7 @@ pub fn run(
     let (sender, inbox) = channel();
     voice::listen(input, sender.clone(), answers.clone(), watches.clone());
     let inbox = Mutex::new(inbox);
-    let mut held = Held::default();
+    let mut parts = Parts::default();
     let mut next = await_join(&inbox);
     while let Next::Join(join) = next {
         let epoch = join.assignment.as_ref().map_or(0, |assignment| assignment.epoch);
@@ -73,7 +75,7 @@ pub fn run(
         let farewell = Arc::new(Farewell::new(voice.clone(), epoch));
         let (join, answers, loaded, watches) = (&*join, &answers, &sender, &watches);
         let group = Group { join, voice: &voice, answers, loaded, watches, hang_after, farewell };
-        next = match group.stay(&mut held, &inbox) {
+        next = match group.stay(&mut parts, &inbox) {
             Ok(next) => next,
             Err(loss) => {
                 group.farewell.say(&loss);
@@ -92,6 +94,13 @@ fn await_join(inbox: &Inbox) -> Next {
         }
     }
     Next::End
+}
+
+/// The last group that has come meanwhile, if one has; whatever else has come belongs to one that is gone.
+pub(crate) fn newest_join(inbox: &Inbox) -> Option<Next> {
+    let inbox = inbox.lock().unwrap_or_else(PoisonError::into_inner);
+    let join = |mail| if let Mail::Order(Order::Join(join)) = mail { Some(join) } else { None };
+    inbox.try_iter().filter_map(join).last().map(|join| Next::Join(Box::new(join)))
 }
 
 /// Why a group came to its end.

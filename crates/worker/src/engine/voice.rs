@@ -68,7 +68,7 @@ pub(crate) fn listen(
                 Ok(Some(ToEngine { order: Some(order) })) => {
                     if let Order::Join(Join { assignment: Some(assignment), .. }) = &order {
                         answers.begin(assignment.epoch);
-                        watches.leave_groups_before(assignment.epoch);
+                        watches.begin(assignment.epoch);
                     }
                     if inbox.send(Mail::Order(order)).is_err() {
                         return;

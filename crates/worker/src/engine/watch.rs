@@ -1,7 +1,8 @@
-//! Whether the ranks of this process get on. The thread that tells the agent that the process is alive looks at them each time before; it asks
+//! Whether the ranks of this process get on, in loading and in passes. The thread that tells the agent that the process is alive looks at them each time before; it asks
 //! no device, for that may take as long as a rank that is waited for.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -20,7 +21,8 @@ const LONGEST: Duration = Duration::from_secs(1);
 /// How many times as long as any of late a pass may take. A GPU that others use too, or a disk that is read again, is slower than that
 /// for no long time.
 const TIMES: u32 = 8;
-/// How long a pass may take that is the first of its kind: what it needs may have to be read and compiled.
+/// How long a pass may take that is the first of its kind: what it needs may have to be read and compiled. As long a rank that loads may read
+/// nothing.
 const FIRST: Duration = Duration::from_secs(600);
 
 /// Says why this process leaves a group, once.
@@ -47,12 +49,18 @@ impl Farewell {
 }
 
 /// The ranks of this process.
-#[derive(Clone, Default)]
-pub(crate) struct Watches(Arc<Mutex<State>>);
+#[derive(Clone)]
+pub(crate) struct Watches {
+    state: Arc<Mutex<State>>,
+    voice: Voice,
+}
 
 #[derive(Default)]
 struct State {
     watched: Vec<Arc<Watch>>,
+    reading: Vec<Arc<Reading>>,
+    /// Whether the process loads, and so is in no group.
+    loads: bool,
     /// Those that have met others, by the epoch of their group.
     met: Vec<(u64, Weak<Ranks>)>,
     /// The newest epoch that is known of.
@@ -62,20 +70,29 @@ struct State {
 impl Watches {
     /// Looks at the ranks twice a second from now on, and has `voice` say that the process is alive.
     pub(crate) fn start(voice: Voice) -> Self {
-        let watches = Self::default();
+        let watches = Self { state: Arc::default(), voice };
         let watched = watches.clone();
         std::thread::spawn(move || {
             let mut last = Instant::now();
             loop {
                 let passed = last.elapsed().min(LONGEST);
                 last = Instant::now();
-                let ranks = watched.lock().watched.clone();
+                let (ranks, reading) = watched.all();
                 ranks.iter().for_each(|watch| watch.look(passed));
-                voice.alive();
+                reading
+                    .iter()
+                    .filter_map(|reading| reading.look(passed))
+                    .for_each(|loss| watched.lose(&loss));
+                watched.voice.alive();
                 std::thread::sleep(ALIVE);
             }
         });
         watches
+    }
+
+    fn all(&self) -> (Vec<Arc<Watch>>, Vec<Arc<Reading>>) {
+        let state = self.lock();
+        (state.watched.clone(), state.reading.clone())
     }
 
     /// Watches a rank for as long as what is returned is there.
@@ -83,6 +100,25 @@ impl Watches {
         let watch = Arc::new(watch);
         self.lock().watched.push(watch.clone());
         Watched { watches: self.clone(), watch }
+    }
+
+    /// The process loads for as long as what is returned is there: it is in no group, and so has left those before any other.
+    pub(crate) fn load(&self) -> Loads {
+        self.lock().loads = true;
+        Loads { watches: self.clone() }
+    }
+
+    /// Watches whether a rank gets on with reading `dir`, for as long as what is returned is there.
+    pub(crate) fn read(&self, rank: usize, dir: PathBuf) -> BeingRead {
+        let reading = Arc::new(Reading { rank, dir, counter: Mutex::default(), seen: Mutex::default() });
+        self.lock().reading.push(reading.clone());
+        BeingRead { watches: self.clone(), reading }
+    }
+
+    /// What is lost outside of any group counts for the one that is to be joined.
+    fn lose(&self, loss: &Loss) {
+        let newest = self.lock().newest;
+        Farewell::new(self.voice.clone(), newest).say(loss);
     }
 
     /// A rank of this process has met the others of its group.
@@ -96,15 +132,83 @@ impl Watches {
     }
 
     /// There is a new group: no rank of this process is to wait for one of an older group, which may be gone without a word.
-    pub(crate) fn leave_groups_before(&self, epoch: u64) {
+    pub(crate) fn begin(&self, epoch: u64) {
         let mut state = self.lock();
         state.newest = epoch;
         let older = state.met.iter().filter(|(of, _)| *of < epoch);
         older.filter_map(|(_, ranks)| ranks.upgrade()).for_each(|ranks| abort(ranks, begun(epoch)));
+        if state.loads {
+            // What it loads is for the new group as well.
+            drop(state);
+            self.voice.say(Notice::Joining(epoch));
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The process loads.
+pub(crate) struct Loads {
+    watches: Watches,
+}
+
+impl Drop for Loads {
+    fn drop(&mut self) {
+        self.watches.lock().loads = false;
+    }
+}
+
+/// A rank reads its part of a model.
+struct Reading {
+    rank: usize,
+    dir: PathBuf,
+    /// What grows for as long as it gets on.
+    counter: Mutex<Arc<AtomicU64>>,
+    /// What it was at the last look, and for how long it had been that.
+    seen: Mutex<(u64, Duration)>,
+}
+
+impl Reading {
+    /// Looks at it `passed` after the last time.
+    fn look(&self, passed: Duration) -> Option<Loss> {
+        let count = self.counter.lock().unwrap_or_else(PoisonError::into_inner).load(Ordering::Relaxed);
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let (was, before) = *seen;
+        let still = if count == was { before + passed } else { Duration::ZERO };
+        *seen = (count, still);
+        // Said once.
+        (before <= FIRST && still > FIRST).then(|| (EngineLossCause::Hung, self.hangs()))
+    }
+
+    fn hangs(&self) -> String {
+        format!(
+            "rank {} hangs: it has read nothing of {} for {} s; see whether the directory can be read on its machine, and what the kernel's \
+             log there (dmesg) has of its disk, its network and its GPU",
+            self.rank,
+            self.dir.display(),
+            FIRST.as_secs()
+        )
+    }
+}
+
+/// Ends the watch over a rank that reads when it is dropped.
+pub(crate) struct BeingRead {
+    watches: Watches,
+    reading: Arc<Reading>,
+}
+
+impl BeingRead {
+    /// `counter` grows for as long as the rank gets on.
+    pub(crate) fn counts(&self, counter: Arc<AtomicU64>) {
+        *self.reading.counter.lock().unwrap_or_else(PoisonError::into_inner) = counter;
+    }
+}
+
+impl Drop for BeingRead {
+    fn drop(&mut self) {
+        self.watches.lock().reading.retain(|reading| !Arc::ptr_eq(reading, &self.reading));
     }
 }
 
@@ -268,6 +372,24 @@ mod tests {
             let pass = pass(0, Work::Gradients, usual);
             assert_eq!(until(&mut Seen::default(), &pass, false), (limit + 1, Verdict::Hangs), "{usual:?}");
         }
+    }
+
+    #[test]
+    fn a_rank_that_loads_hangs_when_it_has_read_nothing_for_ten_minutes_and_that_is_said_once() {
+        let counter = Arc::<AtomicU64>::default();
+        let (dir, seen) = ("/models/t5".into(), Mutex::default());
+        let reading = Reading { rank: 3, dir, counter: Mutex::new(counter.clone()), seen };
+        let still = |seconds: u32| (0..seconds).filter_map(|_| reading.look(SECOND)).collect::<Vec<_>>();
+        for _ in 0..10 {
+            assert!(still(600).is_empty());
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+        let said = still(2000);
+        assert!(matches!(&*said, [(EngineLossCause::Hung, _)]), "{said:?}");
+        assert!(
+            said[0].1.starts_with("rank 3 hangs: it has read nothing of /models/t5 for 600 s"),
+            "{said:?}"
+        );
     }
 
     #[test]

@@ -88,6 +88,18 @@ impl Cluster {
         Ok(self.call(async |client| client.jobs().create_job(request.clone()).await)?.into_inner())
     }
 
+    pub(crate) fn pause(&self, id: &str) -> Result<()> {
+        let request =
+            v1::PauseJobRequest { name: format!("jobs/{id}"), etag: String::new(), request_id: self::id() };
+        self.call(async |client| client.jobs().pause_job(request.clone()).await).map(drop)
+    }
+
+    pub(crate) fn resume(&self, id: &str) -> Result<()> {
+        let request =
+            v1::ResumeJobRequest { name: format!("jobs/{id}"), etag: String::new(), request_id: self::id() };
+        self.call(async |client| client.jobs().resume_job(request.clone()).await).map(drop)
+    }
+
     pub(crate) fn cancel(&self, id: &str) -> Result<()> {
         let request = v1::CancelJobRequest { name: format!("jobs/{id}"), ..v1::CancelJobRequest::default() };
         self.call(async |client| client.jobs().cancel_job(request.clone()).await)?;
@@ -148,13 +160,18 @@ impl Cluster {
         })
     }
 
-    /// Steps of a job's checkpoints.
-    pub(crate) fn checkpoint_steps(&self, id: &str) -> Result<Vec<u64>> {
+    /// A job's checkpoints, the newest first.
+    pub(crate) fn checkpoints(&self, id: &str) -> Result<Vec<v1::Checkpoint>> {
         let parent = format!("jobs/{id}");
         let request =
             v1::ListCheckpointsRequest { parent, page_size: 100, ..v1::ListCheckpointsRequest::default() };
         let list = self.call(async |client| client.checkpoints().list_checkpoints(request.clone()).await)?;
-        Ok(list.into_inner().checkpoints.iter().map(|checkpoint| checkpoint.step).collect())
+        Ok(list.into_inner().checkpoints)
+    }
+
+    /// Their steps.
+    pub(crate) fn checkpoint_steps(&self, id: &str) -> Result<Vec<u64>> {
+        Ok(self.checkpoints(id)?.iter().map(|checkpoint| checkpoint.step).collect())
     }
 
     /// What is wrong with a checkpoint's files.
@@ -165,10 +182,9 @@ impl Cluster {
         Ok(answer.into_inner().problems)
     }
 
-    /// The lines of a job's log.
-    pub(crate) fn log(&self, id: &str) -> Result<Vec<String>> {
-        let request =
-            v1::StreamLogsRequest { name: format!("jobs/{id}"), ..v1::StreamLogsRequest::default() };
+    /// The lines of the log of a job or a backbone, by its name.
+    pub(crate) fn log(&self, name: &str) -> Result<Vec<String>> {
+        let request = v1::StreamLogsRequest { name: name.to_owned(), ..v1::StreamLogsRequest::default() };
         self.call(async |client| {
             let mut pages = client.jobs().stream_logs(request.clone()).await?.into_inner();
             let mut lines = Vec::new();

@@ -1,5 +1,6 @@
 //! Stories of jobs.
 
+use incipit_proto::names::PromptName;
 use incipit_proto::v1::{
     EngineLossCause, JobReason, JobState, JobWish, Schedule, TrainingSpec, TrainingTask,
 };
@@ -255,6 +256,64 @@ fn the_newest_the_best_the_pinned_and_the_one_gone_on_from_are_kept() {
     assert_eq!(world.job("j").best, None);
     world.ask(delete(9)).unwrap();
     assert_eq!(world.job("j").committed_step, 9);
+}
+
+#[test]
+fn a_job_whose_checkpoint_is_damaged_goes_on_from_the_one_before_and_fails_where_there_is_none() {
+    let mut world = World::running();
+    for step in 1..=3 {
+        world.job_event("w", "j", saved(step));
+    }
+    world.ask(Request::PauseJob(target("j"))).unwrap();
+    world.job_event("w", "j", left(JobState::Paused, JobReason::Requested));
+    world.ask(Request::ResumeJob(target("j"))).unwrap();
+    let damaged = || left(JobState::Failed, JobReason::CheckpointDamaged);
+    world.job_event("w", "j", damaged());
+    let job = world.job("j");
+    assert_eq!((job.state, job.committed_step, job.num_failures), (JobState::Running, 2, 0));
+    let ended = job.attempts[1].end.as_ref().expect("it went back");
+    assert_eq!(ended.reason, JobReason::CheckpointDamaged);
+    assert!(ended.message.contains("it goes on from step 2"), "{}", ended.message);
+    let sent = &world.agents[&worker_name("w")].jobs[&backbone_name("b")].jobs[0];
+    assert_eq!(sent.checkpoint.as_ref().map(|checkpoint| checkpoint.step), Some(2));
+
+    // Nothing is made of it, and the last one is another.
+    let of = |step| CheckpointRef { job: job_name("j"), step, task: None };
+    let prompt = PromptName::of_id("id", "p").unwrap();
+    let promote =
+        Request::PromotePrompt { prompt, checkpoint: of(StepRef::At(3)), description: String::new() };
+    assert_eq!(world.ask(promote).unwrap_err().reason, "CHECKPOINT_DAMAGED");
+    let start = Some(of(StepRef::At(3)));
+    let job = Box::new(NewJob { start, ..new_job("k", "b") });
+    let go_on = Request::CreateJob { job, validate_only: false };
+    assert_eq!(world.ask(go_on).unwrap_err().reason, "CHECKPOINT_DAMAGED");
+    assert_eq!(world.core.find_checkpoint(&of(StepRef::Last)).unwrap().step, 2);
+
+    // It is whole again once its job has come there again.
+    world.job_event("w", "j", saved(3));
+    assert!(!world.core.checkpoint(&job_name("j"), 3).unwrap().damaged);
+    assert_eq!(world.job("j").committed_step, 3);
+
+    // What was passed is gone; and one after the other may be damaged.
+    for step in [2, 1] {
+        world.ask(Request::PauseJob(target("j"))).unwrap();
+        world.job_event("w", "j", left(JobState::Paused, JobReason::Requested));
+        world.ask(Request::ResumeJob(target("j"))).unwrap();
+        world.job_event("w", "j", damaged());
+        assert_eq!(world.job("j").committed_step, step);
+    }
+    world.job_event("w", "j", saved(4));
+    let steps: Vec<u64> = world.core.checkpoints_of(&job_name("j")).map(|of| of.step).collect();
+    assert_eq!(steps, [4, 1]);
+    for _ in [4, 1] {
+        world.ask(Request::PauseJob(target("j"))).unwrap();
+        world.job_event("w", "j", left(JobState::Paused, JobReason::Requested));
+        world.ask(Request::ResumeJob(target("j"))).unwrap();
+        world.job_event("w", "j", damaged());
+    }
+    let job = world.job("j");
+    assert_eq!((job.state, job.reason), (JobState::Failed, JobReason::CheckpointDamaged));
+    assert!(job.message.contains("no checkpoint before that"), "{}", job.message);
 }
 
 #[test]

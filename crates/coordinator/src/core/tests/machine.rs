@@ -320,7 +320,7 @@ impl Machine {
             1..4 => JobEvent::Measured(vec![training(step), training(step + 1), evaluation]),
             4..7 => JobEvent::Saved(saved(step, c)),
             _ => {
-                let (state, reason) = match c / 8 % 9 {
+                let (state, reason) = match c / 8 % 10 {
                     0 => (JobState::Paused, JobReason::Requested),
                     1 => (JobState::Succeeded, JobReason::StepsDone),
                     2 => (JobState::Succeeded, JobReason::PatienceExhausted),
@@ -329,6 +329,7 @@ impl Machine {
                     5 => (JobState::Cancelled, JobReason::Requested),
                     6 => (JobState::Failed, JobReason::RankLost),
                     7 => (JobState::Queued, JobReason::Requested),
+                    8 => (JobState::Failed, JobReason::CheckpointDamaged),
                     _ => (JobState::Unspecified, JobReason::Unspecified),
                 };
                 JobEvent::Left { state, reason, message: String::new(), step }
@@ -395,8 +396,16 @@ impl Machine {
 }
 
 /// States, with reasons or without, that some of the stories must end in: else they prove nothing.
-const ENDS: [&str; 7] =
-    ["Running", "Paused", "Succeeded", "Failed", "Cancelled", "backbone Ready", "backbone Degraded"];
+const ENDS: [&str; 8] = [
+    "Running",
+    "Paused",
+    "Succeeded",
+    "Failed",
+    "Failed CheckpointDamaged",
+    "Cancelled",
+    "backbone Ready",
+    "backbone Degraded",
+];
 const ROUGH_ENDS: [&str; 2] = ["Failed EngineCrashed", "backbone Failed CrashLoop"];
 
 fn tell_stories(cases: u32, seed: u8, rough: bool) {

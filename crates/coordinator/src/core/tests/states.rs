@@ -30,6 +30,7 @@ fn job_cause(cause: JobCause) -> String {
         JobCause::PatienceExhausted => "nothing got better for as long as its patience allows",
         JobCause::Failed(_) => "it fails for this reason, and is not tried again",
         JobCause::Retried => "it fails for a reason that its retry policy covers",
+        JobCause::WentBack => "files of the checkpoint that it was to go on from are damaged or gone, and there is one before it",
         JobCause::BackboneDeleted => "its backbone is deleted by force",
     }
     .to_owned()

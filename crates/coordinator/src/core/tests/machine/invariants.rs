@@ -26,7 +26,12 @@ impl Machine {
                     if let Some(old) = old {
                         assert_ne!(stamp.kind, EventKind::Created);
                         assert!(!old.is_final() || old.state == job.state, "I2: a final state changed");
-                        assert!(old.committed_step <= job.committed_step, "I6: a committed step went back");
+                        let is_damaged = |step| rows.checkpoints[&(job.name.clone(), step)].damaged;
+                        let went_back = old.committed_step > job.committed_step;
+                        assert!(
+                            !went_back || is_damaged(old.committed_step),
+                            "I6: a committed step went back"
+                        );
                     }
                     self.hold_attempts(&job.name, job.attempts.last().map(|attempt| attempt.number), &rows);
                 }
@@ -117,7 +122,8 @@ impl Machine {
                 self.hold_running(&job.backbone);
             }
             if !job.is_final() && job.committed_step > 0 {
-                assert!(core.checkpoint(&job.name, job.committed_step).is_ok(), "the job cannot go on");
+                let last = core.checkpoint(&job.name, job.committed_step);
+                assert!(last.is_ok_and(|last| !last.damaged), "the job cannot go on");
             }
             if let Some(open) = job.open_attempt().filter(|open| open.start_step > 0) {
                 assert!(
