@@ -13,10 +13,13 @@ use incipit_proto::v1::{self, AttachRequest, attach_request::Message, job_report
 
 use crate::agent::core::{FileKey, Time};
 
-/// More than this, and engines are not listened to until the coordinator has caught up.
-const FULL: usize = 20_000;
-/// Lines of one report, at most.
-const LINES: usize = 200;
+/// More reports, points and lines than this, and engines are not listened to until the coordinator has caught up: they are some hundred
+/// megabytes, and hours of steps.
+const FULL: usize = 1_000_000;
+/// Points or lines of one report, at most.
+const MERGED: usize = 200;
+/// How far back a report is looked for that new points or lines can go with.
+const NEAR: usize = 1000;
 
 /// How long the loss of an engine waits for checkpoints of its backbone whose files are being stored just then, in milliseconds: behind the
 /// loss, which begins another epoch, they would count for nothing.
@@ -29,6 +32,8 @@ const BEHIND: usize = 16;
 pub(crate) struct Outbox {
     /// Those with a number, without gaps, that are not acknowledged.
     reports: VecDeque<Entry>,
+    /// The weight of those.
+    weight: usize,
     /// Those that wait for files, in the order in which they were made.
     waiting: VecDeque<Waiting>,
     /// Sequence of the last report.
@@ -76,11 +81,11 @@ pub(crate) struct ToStore {
 }
 
 impl Outbox {
-    /// A report.
+    /// A report. Points and lines go with those before them of the same thing, where these have not been sent.
     pub(crate) fn report(&mut self, mut message: Message) {
-        let Message::Job(report) = &mut message else { return self.number(message, None) };
+        let Message::Job(report) = &mut message else { return self.merge(message) };
         let job = key(report);
-        let Some(Report::Left(left)) = &mut report.report else { return self.number(message, None) };
+        let Some(Report::Left(left)) = &mut report.report else { return self.merge(message) };
         if let Some(why) = self.unsaved.remove(&job) {
             without_checkpoint(left, &why);
         }
@@ -172,21 +177,25 @@ impl Outbox {
         })
     }
 
-    /// A line, in one report with those before it where that has not been sent.
+    /// A line.
     pub(crate) fn log(&mut self, backbone: &str, job: String, line: v1::LogLine) {
-        if let Some(Entry { sequence, message: Message::Logs(logs), .. }) = self.reports.back_mut()
-            && *sequence > self.sent
-            && (&*logs.backbone, &*logs.job) == (backbone, &*job)
-            && logs.lines.len() < LINES
-        {
-            logs.lines.push(line);
-            return;
-        }
         self.report(Message::Logs(v1::LogReport { backbone: backbone.to_owned(), job, lines: vec![line] }));
+    }
+
+    /// Adds a report to the last one of the same thing, if that has not been sent and has room; or numbers it.
+    fn merge(&mut self, mut message: Message) {
+        let sent = self.sent;
+        let mut unsent = self.reports.iter_mut().rev().take(NEAR).take_while(|entry| entry.sequence > sent);
+        let last = unsent.find(|entry| is_of_one(&entry.message, &message));
+        match last.and_then(|last| take_in(&mut last.message, &mut message)) {
+            Some(added) => self.weight += added,
+            None => self.number(message, None),
+        }
     }
 
     fn number(&mut self, message: Message, dir: Option<String>) {
         self.last += 1;
+        self.weight += weight(&message);
         self.reports.push_back(Entry { sequence: self.last, message, dir });
     }
 
@@ -265,8 +274,9 @@ impl Outbox {
     /// All up to `sequence` is stored at the coordinator. Returns directories that are not needed any more.
     pub(crate) fn acknowledge(&mut self, sequence: u64) -> Vec<String> {
         let mut dirs = Vec::new();
-        while self.reports.front().is_some_and(|entry| entry.sequence <= sequence) {
-            dirs.extend(self.reports.pop_front().and_then(|entry| entry.dir));
+        while let Some(entry) = self.reports.pop_front_if(|entry| entry.sequence <= sequence) {
+            self.weight -= weight(&entry.message);
+            dirs.extend(entry.dir);
         }
         dirs
     }
@@ -289,7 +299,7 @@ impl Outbox {
 
     /// Whether engines should wait.
     pub(crate) fn is_full(&self) -> bool {
-        self.reports.len() + self.waiting.len() >= FULL
+        self.weight + self.waiting.len() >= FULL
     }
 
     /// Whether all is acknowledged.
@@ -317,6 +327,50 @@ impl Waiting {
 fn best_of(saved: &v1::CheckpointSaved) -> impl Iterator<Item = &str> {
     let tasks = saved.tasks.iter().filter(|task| task.best).map(|task| &*task.name);
     saved.best.then_some("").into_iter().chain(tasks)
+}
+
+/// How much a report is: itself, and the points or lines that it has.
+fn weight(message: &Message) -> usize {
+    1 + match message {
+        Message::Job(v1::JobReport { report: Some(Report::Measured(measured)), .. }) => measured.points.len(),
+        Message::Logs(logs) => logs.lines.len(),
+        _ => 0,
+    }
+}
+
+/// Whether both are lines of one log, or points of one stay of a job.
+fn is_of_one(a: &Message, b: &Message) -> bool {
+    match (a, b) {
+        (Message::Logs(a), Message::Logs(b)) => (&a.backbone, &a.job) == (&b.backbone, &b.job),
+        (Message::Job(a), Message::Job(b)) => {
+            let stay = |report: &v1::JobReport| (report.backbone.clone(), report.epoch, key(report));
+            let measured = |report: &v1::JobReport| matches!(report.report, Some(Report::Measured(_)));
+            measured(a) && measured(b) && stay(a) == stay(b)
+        }
+        _ => false,
+    }
+}
+
+/// Has a report take in the points or lines of a later one of the same thing, if there is room for all; how many.
+fn take_in(report: &mut Message, later: &mut Message) -> Option<usize> {
+    match (report, later) {
+        (Message::Logs(report), Message::Logs(later)) => append(&mut report.lines, &mut later.lines),
+        (Message::Job(report), Message::Job(later)) => match (&mut report.report, &mut later.report) {
+            (Some(Report::Measured(report)), Some(Report::Measured(later))) => {
+                append(&mut report.points, &mut later.points)
+            }
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+fn append<T>(before: &mut Vec<T>, later: &mut Vec<T>) -> Option<usize> {
+    let added = later.len();
+    (before.len() + added <= MERGED).then(|| {
+        before.append(later);
+        added
+    })
 }
 
 fn key(report: &v1::JobReport) -> FileKey {

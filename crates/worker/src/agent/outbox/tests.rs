@@ -262,3 +262,71 @@ fn a_job_is_cancelled_although_its_checkpoint_cannot_be_stored() {
     outbox.fails(&attempt());
     assert_eq!(state_at_the_end(&mut outbox), v1::JobState::Cancelled);
 }
+
+/// So many points, from a step on.
+fn measured(job: &str, step: u64, count: u64) -> Message {
+    let points = (step..step + count).map(|step| v1::MetricPoint { step, ..v1::MetricPoint::default() });
+    of(job, Report::Measured(v1::JobMeasured { points: points.collect() }))
+}
+
+#[test]
+fn points_and_lines_that_wait_for_the_coordinator_go_together_each_in_their_order() {
+    let mut outbox = Outbox::default();
+    outbox.report(measured("jobs/j", 0, 1));
+    let sent = outbox.take_unsent();
+    // That is on its way, and stays as it is.
+    for step in 1..1000 {
+        outbox.report(measured("jobs/j", step, 1));
+        outbox.report(measured("jobs/k", step, 1));
+        let text = step.to_string();
+        outbox.log("backbones/b", "jobs/j".to_owned(), v1::LogLine { text, ..v1::LogLine::default() });
+    }
+    // More than goes with what is there; and what is smaller goes behind it.
+    outbox.report(measured("jobs/j", 1000, MERGED as u64 - 1));
+    outbox.report(measured("jobs/j", 999 + MERGED as u64, 1));
+    assert_eq!((sent.len(), outbox.reports.len()), (1, 1 + 3 * 999_usize.div_ceil(MERGED) + 1));
+    let (mut steps, mut lines, mut num_others) = (Vec::new(), Vec::new(), 0);
+    for request in sent.into_iter().chain(outbox.take_unsent()) {
+        match request.message.unwrap() {
+            Message::Job(v1::JobReport { job, report: Some(Report::Measured(measured)), .. }) => {
+                assert!(measured.points.len() <= MERGED);
+                if job == "jobs/j" {
+                    steps.extend(measured.points.iter().map(|point| point.step));
+                } else {
+                    num_others += measured.points.len();
+                }
+            }
+            Message::Logs(logs) => lines.extend(logs.lines.into_iter().map(|line| line.text)),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(steps.into_iter().eq(0..1000 + MERGED as u64));
+    assert!(lines.into_iter().eq((1..1000).map(|step: u32| step.to_string())));
+    assert_eq!(num_others, 999);
+}
+
+#[test]
+fn points_of_another_stay_of_a_job_are_a_report_of_their_own() {
+    let mut outbox = Outbox::default();
+    outbox.report(measured("jobs/j", 0, 1));
+    let Message::Job(of_next) = measured("jobs/j", 0, 1) else { unreachable!() };
+    outbox.report(Message::Job(v1::JobReport { attempt: 2, ..of_next.clone() }));
+    outbox.report(Message::Job(v1::JobReport { epoch: 2, ..of_next }));
+    assert_eq!(said(&mut outbox), ["measured", "measured", "measured"]);
+}
+
+#[test]
+fn engines_wait_when_hours_of_points_wait_and_no_longer_once_they_are_taken() {
+    let mut outbox = Outbox::default();
+    let mut step = 0;
+    while !outbox.is_full() {
+        outbox.report(measured("jobs/j", step, 5));
+        step += 5;
+    }
+    assert!((990_000..1_000_000).contains(&step), "{step}");
+    let last = outbox.last;
+    outbox.acknowledge(last - 1);
+    assert!(!outbox.is_full());
+    outbox.acknowledge(last);
+    assert_eq!(outbox.weight, 0);
+}
