@@ -5,7 +5,7 @@ use std::{
     collections::BTreeSet,
     error::Error as _,
     fmt, io,
-    path::{Path as FilePath, PathBuf},
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::SystemTime,
 };
@@ -14,13 +14,13 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use incipit_proto::Problem;
 use object_store::{
-    GetOptions, GetRange, MultipartUpload, ObjectStore, ObjectStoreExt as _, PutPayload,
-    local::LocalFileSystem, path::Path,
+    GetOptions, GetRange, MultipartUpload, ObjectStore, ObjectStoreExt as _, PutPayload, path::Path,
 };
 use tokio::sync::RwLock;
 use tonic::Code;
 
 pub mod garbage;
+mod place;
 mod upload;
 
 pub use upload::Upload;
@@ -196,8 +196,8 @@ pub struct Blobs {
     prefix: Path,
     place: String,
     limit: u64,
-    /// Where blobs are files and some of the disk is kept: the directory, and the bytes that uploads leave free.
-    reserve: Option<(PathBuf, u64)>,
+    /// Where blobs are files: the directory, and the bytes of its disk that uploads leave free.
+    dir: Option<(PathBuf, u64)>,
     /// Read by whoever has the core name blobs, from looking for them until they are named; written by who deletes some.
     naming: Arc<RwLock<()>>,
     /// Blobs that were read and had another hash, and were not stored again since.
@@ -206,19 +206,24 @@ pub struct Blobs {
 
 impl Blobs {
     /// Opens the blobs at `place`, a directory (which is made) or a URL, each `limit` bytes at most. Of a directory's disk uploads leave
-    /// `min_free` bytes free, which are the coordinator's own. What uploads that were interrupted left in a directory is removed.
+    /// `min_free` bytes free, which are the coordinator's own. What uploads that were interrupted left in a directory is removed. `has_some` is
+    /// whether there are to be blobs already.
     ///
     /// # Errors
-    /// If `place` is no place for blobs, or the directory cannot be made.
-    pub fn open(place: &str, limit: u64, min_free: u64) -> Result<Self> {
+    /// If `place` is no place for blobs, the directory cannot be made, or it is empty where there are to be blobs.
+    pub fn open(place: &str, limit: u64, min_free: u64, has_some: bool) -> Result<Self> {
         let is_remote = place.contains("://");
-        let (store, prefix) = if is_remote { remote(place)? } else { local(FilePath::new(place))? };
+        let (store, prefix) = if is_remote {
+            place::remote(place)?
+        } else {
+            place::local(std::path::Path::new(place), has_some)?
+        };
         Ok(Self {
             store,
             prefix,
             place: place.to_owned(),
             limit,
-            reserve: (!is_remote && min_free > 0).then(|| (PathBuf::from(place), min_free)),
+            dir: (!is_remote).then(|| (PathBuf::from(place), min_free)),
             naming: Arc::default(),
             damaged: Arc::default(),
         })
@@ -236,9 +241,19 @@ impl Blobs {
     pub async fn find(&self, digest: &Digest) -> Result<Option<u64>> {
         match self.store.head(&self.key(digest)).await {
             Ok(object) => Ok(Some(object.size)),
-            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(object_store::Error::NotFound { .. }) => self.check_is_there().await.map(|()| None),
             Err(error) => Err(self.failed(&error)),
         }
+    }
+
+    /// Checks that the directory of the blobs is the one that was opened: what a disk has that is away is not missing.
+    async fn check_is_there(&self) -> Result<()> {
+        let Some((dir, _)) = &self.dir else { return Ok(()) };
+        if tokio::fs::try_exists(dir.join(place::MARKER)).await.unwrap_or(false) {
+            return Ok(());
+        }
+        let why = format!("its file {} is gone; see whether its disk is mounted", place::MARKER);
+        Err(Error::Store { place: self.place.clone(), why })
     }
 
     /// Which of `digests` are missing.
@@ -285,7 +300,7 @@ impl Blobs {
     /// Checks that there is room for `size` more bytes. Uploads that fill the disk would stop the coordinator, which could write down
     /// nothing any more.
     async fn check_room(&self, size: u64) -> Result<()> {
-        let Some((dir, kept)) = self.reserve.clone() else { return Ok(()) };
+        let Some((dir, kept)) = self.dir.clone().filter(|(_, kept)| *kept > 0) else { return Ok(()) };
         let place = self.place.clone();
         // The disk may be another machine's, which does not answer.
         let asked = tokio::task::spawn_blocking(move || Ok(rustix::fs::statvfs(&dir)?)).await;
@@ -442,43 +457,4 @@ fn is_full(error: &object_store::Error) -> bool {
         source = cause.source();
     }
     false
-}
-
-fn local(dir: &FilePath) -> Result<(Arc<dyn ObjectStore>, Path)> {
-    let failed =
-        |why: &dyn fmt::Display| Error::Place { url: dir.display().to_string(), why: why.to_string() };
-    std::fs::create_dir_all(dir).map_err(|e| failed(&e))?;
-    for path in interrupted(dir).map_err(|e| failed(&e))? {
-        std::fs::remove_file(path).map_err(|e| failed(&e))?;
-    }
-    let store = LocalFileSystem::new_with_prefix(dir).map_err(|e| failed(&e))?;
-    Ok((Arc::new(store.with_fsync(true)), Path::default()))
-}
-
-/// Files that uploads did not finish: `object_store` stages them beside their place, as `...#1`.
-fn interrupted(dir: &FilePath) -> io::Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(dir)? {
-        let path = entry?.path();
-        if path.is_dir() {
-            for entry in std::fs::read_dir(&path)? {
-                let path = entry?.path();
-                if path.to_string_lossy().contains('#') {
-                    found.push(path);
-                }
-            }
-        }
-    }
-    Ok(found)
-}
-
-fn remote(url: &str) -> Result<(Arc<dyn ObjectStore>, Path)> {
-    let failed = |why: &dyn fmt::Display| Error::Place { url: url.to_owned(), why: why.to_string() };
-    let parsed = url::Url::parse(url).map_err(|e| failed(&e))?;
-    if !["s3", "gs", "az"].contains(&parsed.scheme()) {
-        return Err(failed(&"no such kind of store"));
-    }
-    let options = std::env::vars().map(|(key, value)| (key.to_ascii_lowercase(), value));
-    let (store, prefix) = object_store::parse_url_opts(&parsed, options).map_err(|e| failed(&e))?;
-    Ok((Arc::from(store), prefix))
 }

@@ -164,7 +164,7 @@ pub async fn serve(
     let guard = guard(&config, tokens.as_deref())?;
     let cluster = core.cluster.to_string();
     let (stop, stopping) = watch::channel(false);
-    let context = core.context(&config, stopping)?;
+    let context = core.context(&config, stopping);
     let (routes, reporter) = routes(&context, &config).await?;
     let metrics = match config.metrics_listen {
         Some(address) => {
@@ -210,6 +210,7 @@ struct Opened {
     handle: Handle,
     end: shell::End,
     reader: store::Reader,
+    blobs: Blobs,
     cluster: Arc<str>,
     telemetry: Arc<Telemetry>,
 }
@@ -221,18 +222,20 @@ fn open(config: &Config) -> Result<Opened, Error> {
     let clock = Clock::start();
     let telemetry = Arc::new(Telemetry::default());
     let core = Core::restore(core::Config::default(), rows, clock.now());
+    let (limits, has_some) = (&config.limits, core.digests().next().is_some());
+    let blobs = Blobs::open(&config.blobs(), limits.max_blob_bytes, limits.min_free_bytes, has_some)?;
     let started = shell::start(core, store, clock, Arc::clone(&telemetry));
     let (handle, end) =
         started.map_err(|source| Error::System { what: "start a thread".to_owned(), source })?;
-    Ok(Opened { handle, end, reader, cluster, telemetry })
+    Ok(Opened { handle, end, reader, blobs, cluster, telemetry })
 }
 
 impl Opened {
-    fn context(&self, config: &Config, stopping: watch::Receiver<bool>) -> Result<Context, Error> {
-        Ok(Context {
+    fn context(&self, config: &Config, stopping: watch::Receiver<bool>) -> Context {
+        Context {
             handle: self.handle.clone(),
             reader: self.reader.clone(),
-            blobs: Blobs::open(&config.blobs(), config.limits.max_blob_bytes, config.limits.min_free_bytes)?,
+            blobs: self.blobs.clone(),
             cluster: Arc::clone(&self.cluster),
             limits: Arc::new(config.limits.clone()),
             roots: Arc::new(Roots {
@@ -242,7 +245,7 @@ impl Opened {
             }),
             stopping,
             watchers: Arc::new(Semaphore::new(config.limits.watchers)),
-        })
+        }
     }
 }
 

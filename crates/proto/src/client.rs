@@ -23,8 +23,9 @@ mod retry;
 
 pub use retry::Repeatable;
 
-/// The protocol that this program speaks.
-pub const PROTOCOL: u32 = 1;
+/// The protocol that this program speaks. It is raised with whatever programs of two versions cannot do together: in the interface, and in what
+/// ranks exchange when they meet.
+pub const PROTOCOL: u32 = 2;
 
 /// The metadata in which a caller says which protocol it speaks.
 pub const PROTOCOL_KEY: &str = "incipit-protocol";

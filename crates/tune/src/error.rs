@@ -185,6 +185,21 @@ pub enum Error {
         /// Fingerprint of the one given.
         now: String,
     },
+    /// A run cannot start from a prompt of another backbone.
+    #[error(
+        "the prompt {} was trained on the backbone {was} and {model} is {now}; pass that one with --model, \
+         or --allow-other-backbone if they are meant to differ", path.display()
+    )]
+    OtherOrigin {
+        /// Where the prompt lies.
+        path: PathBuf,
+        /// The model given.
+        model: String,
+        /// Fingerprint of the one on which the prompt was trained.
+        was: String,
+        /// Fingerprint of the one given.
+        now: String,
+    },
     /// The configuration of a backbone is none that can be trained on.
     #[error("{}: {source}", dir.display())]
     ModelConfig {

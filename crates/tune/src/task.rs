@@ -18,7 +18,7 @@ use incipit_data::{
 };
 use tokenizers::Tokenizer;
 
-use crate::{Error, Result, init::PromptInit, prompt::Prompt, ranks, spec::TrainSpec};
+use crate::{Error, Result, checkpoint, init::PromptInit, prompt::Prompt, ranks, spec::TrainSpec};
 
 /// Examples of a held-out text that a run on a corpus is evaluated on, where nothing else is said.
 const EVAL_EXAMPLES: usize = 256;
@@ -45,6 +45,8 @@ pub struct Task {
     pub eval_hash: Option<String>,
     /// The prompt of `--prompt-init file:PATH`. A run that goes on (`spec.resume`) has no need of it, and the file may be gone.
     pub initial: Option<Prompt>,
+    /// Fingerprint of the backbone on which that was trained, if its files tell.
+    pub initial_backbone: Option<String>,
     /// What was cut, left out or odd.
     pub warnings: Vec<String>,
 }
@@ -84,9 +86,11 @@ impl Task {
                 ));
             }
         }
-        let initial = match &spec.prompt_init {
-            PromptInit::File(path) if !spec.resume => Some(Prompt::read(path)?),
-            _ => None,
+        let (initial, initial_backbone) = match &spec.prompt_init {
+            PromptInit::File(path) if !spec.resume => {
+                (Some(Prompt::read(path)?), checkpoint::backbone_of(path)?)
+            }
+            _ => (None, None),
         };
         let max_new_tokens = loader.max_new_tokens(labels.as_deref())?;
         let (eval, eval_hash, references) = match eval {
@@ -102,6 +106,7 @@ impl Task {
             train_hash: train.hash,
             eval_hash,
             initial,
+            initial_backbone,
             warnings: loader.warnings,
         })
     }
@@ -134,6 +139,7 @@ impl Task {
             // A checkpoint's place in the corpus knows which corpus it is.
             train_hash: String::new(),
             initial: None,
+            initial_backbone: None,
             warnings: Vec::new(),
         })
     }

@@ -1,15 +1,20 @@
 //! Models by name: a directory, or a repository on the Hugging Face Hub.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use hf_hub::api::Progress;
 use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 
 use crate::checkpoint::CONFIG_FILE;
 use crate::error::{Error, Result, io};
 use crate::{layout, tokenizer};
+
+/// How often one looks whether another process has downloaded a model.
+const LOOK: Duration = Duration::from_millis(200);
 
 /// The directory of a model: `model` itself, or the cached files of that id on the Hugging Face Hub
 /// (`google/t5-v1_1-xxl`), which are downloaded first if they are not there yet.
@@ -22,6 +27,14 @@ use crate::{layout, tokenizer};
 /// # Errors
 /// If there is no such directory and no such model, or the Hub cannot be reached.
 pub fn resolve(model: &str) -> Result<PathBuf> {
+    resolve_watched(model, &|| {})
+}
+
+/// As [`resolve`]; `gets_on` is called for as long as a download does, or another process's is waited for.
+///
+/// # Errors
+/// As [`resolve`].
+pub fn resolve_watched(model: &str, gets_on: &dyn Fn()) -> Result<PathBuf> {
     if Path::new(model).is_dir() {
         return Ok(PathBuf::from(model));
     }
@@ -37,20 +50,28 @@ pub fn resolve(model: &str) -> Result<PathBuf> {
             format!("HF_HUB_OFFLINE is set and the cache has no complete copy; {}", fetch_elsewhere(model));
         return Err(hub_error(model, "the files", detail));
     }
-    let _turn = turn(&cache, model)?;
+    let _turn = turn(&cache, model, gets_on)?;
     // Somebody else may have had it meanwhile.
-    cached(&cache, model).map_or_else(|| download(model), Ok)
+    cached(&cache, model).map_or_else(|| download(&cache, model, gets_on), Ok)
 }
 
 /// Waits until no other process downloads `model`, and keeps others waiting for as long as what is returned is there.
-fn turn(cache: &Cache, model: &str) -> Result<File> {
+fn turn(cache: &Cache, model: &str, gets_on: &dyn Fn()) -> Result<File> {
     let folder = Repo::new(model.to_owned(), RepoType::Model).folder_name();
     let dir = cache.path().join(".locks").join(folder);
     std::fs::create_dir_all(&dir).map_err(io("create", &dir))?;
     let path = dir.join("incipit.lock");
     let file = File::create(&path).map_err(io("create", &path))?;
-    file.lock().map_err(io("lock", &path))?;
-    Ok(file)
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) => {
+                gets_on();
+                std::thread::sleep(LOOK);
+            }
+            Err(TryLockError::Error(error)) => return Err(io("lock", &path)(error)),
+        }
+    }
 }
 
 /// `name` or `owner/name`, in the characters that the Hub allows.
@@ -78,7 +99,7 @@ fn cached(cache: &Cache, model: &str) -> Option<PathBuf> {
     complete.then(|| dir.to_owned())
 }
 
-fn download(model: &str) -> Result<PathBuf> {
+fn download(cache: &Cache, model: &str, gets_on: &dyn Fn()) -> Result<PathBuf> {
     let mut builder = ApiBuilder::from_env().with_progress(std::io::stderr().is_terminal()).with_retries(3);
     if let Ok(token) = std::env::var("HF_TOKEN") {
         builder = builder.with_token(Some(token));
@@ -91,7 +112,7 @@ fn download(model: &str) -> Result<PathBuf> {
     // If an older revision was cached in part, the first pass moves the cache to the newer one as soon as it downloads a
     // file, and leaves the earlier files behind: the second pass gets those.
     for _ in 0..2 {
-        let dirs = fetch(&repo, model, &wanted)?;
+        let dirs = fetch(cache, &repo, model, &wanted, gets_on)?;
         if let Some(first) = dirs.first().filter(|first| dirs.iter().all(|dir| dir == *first)) {
             return Ok(first.clone());
         }
@@ -99,11 +120,40 @@ fn download(model: &str) -> Result<PathBuf> {
     Err(hub_error(model, "the files", "the repository changed during the download; run again".to_owned()))
 }
 
+/// Passes on that a download gets on.
+struct Watched<'a>(&'a dyn Fn());
+
+impl Progress for Watched<'_> {
+    fn init(&mut self, _: usize, _: &str) {
+        (self.0)();
+    }
+
+    fn update(&mut self, _: usize) {
+        (self.0)();
+    }
+
+    fn finish(&mut self) {}
+}
+
 /// The directory in which each file came to lie.
-fn fetch(repo: &ApiRepo, model: &str, wanted: &[String]) -> Result<Vec<PathBuf>> {
+fn fetch(
+    cache: &Cache,
+    repo: &ApiRepo,
+    model: &str,
+    wanted: &[String],
+    gets_on: &dyn Fn(),
+) -> Result<Vec<PathBuf>> {
     let mut dirs = Vec::with_capacity(wanted.len());
     for name in wanted {
-        let path = repo.get(name).map_err(|error| api_error(model, name, &error))?;
+        gets_on();
+        let there = cache.model(model.to_owned()).get(name);
+        let path = match there {
+            Some(path) => Ok(path),
+            // On a terminal a bar is drawn, and a person watches it.
+            None if std::io::stderr().is_terminal() => repo.download(name),
+            None => repo.download_with_progress(name, Watched(gets_on)),
+        };
+        let path = path.map_err(|error| api_error(model, name, &error))?;
         dirs.extend(path.parent().map(Path::to_owned));
     }
     Ok(dirs)

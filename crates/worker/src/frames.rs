@@ -130,7 +130,7 @@ pub enum Notice {
     /// A question for what other ranks have left.
     #[prost(message, tag = "8")]
     Get(v1::RendezvousGet),
-    /// It has left every group but that of this epoch, which it joins now.
+    /// It has left every group but that of this epoch, which it joins now, or once it has loaded.
     #[prost(uint64, tag = "9")]
     Joining(u64),
 }

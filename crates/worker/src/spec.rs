@@ -236,6 +236,20 @@ pub fn tasks(wire: &TrainingSpec) -> Vec<(&str, [TrainingSpec; 2])> {
     wire.tasks.iter().map(|task| (&*task.name, both(task))).collect()
 }
 
+/// The paths on the workers' machines that a job names.
+#[must_use]
+pub fn paths(wire: &TrainingSpec) -> Vec<&str> {
+    let tasks = wire.tasks.iter().filter_map(|task| task.spec.as_ref());
+    let named = [wire].into_iter().chain(tasks).flat_map(|spec| [&spec.train, &spec.eval, &spec.initial]);
+    let mut paths = Vec::new();
+    for data in named.flatten() {
+        if let Some(Source::Path(path)) = &data.source {
+            paths.push(path.as_str());
+        }
+    }
+    paths
+}
+
 /// The path of a source that is a path on the workers' machines.
 ///
 /// # Errors

@@ -43,6 +43,8 @@ pub(crate) struct Engine {
     progress: u64,
     peers: BTreeMap<u32, Pid>,
     orders: VecDeque<Order>,
+    /// The group that is to come once it has loaded.
+    next: Option<Join>,
     said: VecDeque<Said>,
 }
 
@@ -75,6 +77,7 @@ impl World {
             progress: 0,
             peers: BTreeMap::new(),
             orders: VecDeque::new(),
+            next: None,
             said: VecDeque::new(),
         };
         self.engines.insert(pid, engine);
@@ -153,17 +156,14 @@ impl World {
             return;
         }
         let Some(engine) = self.engines.get_mut(&pid) else { return };
-        // Whoever loads or waits for others reads no orders meanwhile, but hears the answers of the rendezvous.
-        let alone = engine.peers.len() as u64 + 1 < engine.world;
-        let waits = engine.stage == Stage::Loading || (engine.stage == Stage::Meeting && alone);
-        let next = engine.orders.iter().position(|order| !waits || matches!(order, Order::Rendezvous(_)));
-        let Some(order) = next.and_then(|next| engine.orders.remove(next)) else {
-            if waits && !engine.orders.is_empty() {
-                self.later(100, Event::EngineHears(pid));
-            }
-            return;
-        };
+        let Some(order) = engine.orders.pop_front() else { return };
         match order {
+            // What it loads is for the next group as well.
+            Order::Join(join) if engine.stage == Stage::Loading => {
+                let epoch = join.assignment.as_ref().map_or(0, |assignment| assignment.epoch);
+                engine.next = Some(join);
+                self.notice(pid, Notice::Joining(epoch));
+            }
             Order::Join(join) => self.join(pid, join),
             Order::Jobs(jobs) => self.take_jobs(pid, jobs),
             Order::Rendezvous(value) => self.meet(pid, &value),
@@ -206,6 +206,9 @@ impl World {
         }
         let Some(engine) = self.engines.get_mut(&pid) else { return };
         (engine.loaded, engine.stage) = (true, Stage::Meeting);
+        if let Some(next) = engine.next.take() {
+            return self.join(pid, next);
+        }
         let (world, epoch, rank) = (engine.world, engine.epoch, engine.key.rank);
         let backbone = engine.key.backbone.clone();
         if world == 1 {
@@ -307,6 +310,10 @@ impl World {
     pub(crate) fn engine_fails(&mut self, pid: Pid, cause: EngineLossCause, message: &str) {
         self.leave_group(pid);
         let Some(engine) = self.engines.get_mut(&pid) else { return };
+        if let Some(next) = engine.next.take() {
+            // It tries again for that one, and says nothing of the one before.
+            return self.join(pid, next);
+        }
         engine.stage = Stage::Idle;
         engine.group += 1;
         engine.peers.clear();

@@ -146,7 +146,7 @@ impl World {
             let Some(link) = self.links.get_mut(&id).filter(|link| link.open && !link.ended) else { return };
             let next = std::pin::pin!(link.outbox.next()).poll(&mut Context::from_waker(Waker::noop()));
             let Poll::Ready(Some(message)) = next else { return };
-            let message = message.and_then(|message| wire::to_agent(message, CLUSTER));
+            let message = message.and_then(|message| wire::to_agent(message, CLUSTER, &[]));
             link.ended = message.is_err();
             link.down.push_back(message.ok());
             let (ended, lost) = (link.ended, link.gone());

@@ -87,7 +87,7 @@ pub(crate) struct TrainArgs {
     named: NamedTaskArgs,
     #[command(flatten)]
     training: TrainingArgs,
-    /// Resume on a backbone with another fingerprint
+    /// Resume, or start from a prompt, on a backbone with another fingerprint
     #[arg(long, help_heading = "Evaluation and checkpoints")]
     allow_other_backbone: bool,
     #[command(flatten)]

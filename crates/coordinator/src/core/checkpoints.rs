@@ -1,10 +1,13 @@
 //! Checkpoints and prompts: what is asked of them.
 
-use incipit_proto::{Problem, names::PromptName};
+use incipit_proto::{
+    Problem,
+    names::{JobName, PromptName},
+};
 
 use super::{
     Core,
-    checkpoint::{PROMPT_FILE, PromptVersion, version_name},
+    checkpoint::{Checkpoint, PROMPT_FILE, PromptVersion, version_name},
     effects::{Change, Resource},
     input::{CheckpointRef, StepRef},
     rows::{Counter, Target},
@@ -50,6 +53,14 @@ impl Core {
             self.put(Resource::Checkpoint(Box::new(checkpoint)));
         }
         Ok(Target::Checkpoint(target.job.clone(), step))
+    }
+
+    /// The files of a checkpoint are whole: it was marked as damaged by what has passed, if it was.
+    pub(super) fn verified(&mut self, job: &JobName, step: u64) {
+        if let Some(checkpoint) = self.rows.checkpoints.get(&(job.clone(), step)).filter(|of| of.damaged) {
+            let checkpoint = Checkpoint { damaged: false, ..checkpoint.clone() };
+            self.put(Resource::Checkpoint(Box::new(checkpoint)));
+        }
     }
 
     pub(super) fn promote(
@@ -104,10 +115,7 @@ impl Core {
     ///
     /// # Errors
     /// If there is none, or it is damaged.
-    pub(super) fn find_whole_checkpoint(
-        &self,
-        target: &CheckpointRef,
-    ) -> Result<&super::checkpoint::Checkpoint, Problem> {
+    pub(super) fn find_whole_checkpoint(&self, target: &CheckpointRef) -> Result<&Checkpoint, Problem> {
         let checkpoint = self.find_checkpoint(target)?;
         if checkpoint.damaged {
             let name = checkpoint.name();
@@ -121,7 +129,7 @@ impl Core {
     ///
     /// # Errors
     /// If there is none.
-    pub fn find_checkpoint(&self, target: &CheckpointRef) -> Result<&super::checkpoint::Checkpoint, Problem> {
+    pub fn find_checkpoint(&self, target: &CheckpointRef) -> Result<&Checkpoint, Problem> {
         let job = self.job(&target.job)?;
         if target.task.is_some() || target.step == StepRef::Best {
             let tasks = job.spec.tasks.iter().map(|task| &*task.name);

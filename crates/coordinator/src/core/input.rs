@@ -49,6 +49,13 @@ pub enum Input {
         /// The connection.
         connection: u64,
     },
+    /// The files of a checkpoint were read, and are whole.
+    Verified {
+        /// Its job.
+        job: JobName,
+        /// Its step.
+        step: u64,
+    },
     /// Time went on: ten times a second.
     Tick,
 }

@@ -168,6 +168,10 @@ impl Core {
                 self.disconnected(&worker, connection);
                 None
             }
+            Input::Verified { job, step } => {
+                self.verified(&job, step);
+                None
+            }
             Input::Tick => {
                 self.tick();
                 None

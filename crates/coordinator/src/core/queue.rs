@@ -73,11 +73,13 @@ fn why_it_waits(job: &Job, state: BackboneState) -> String {
 
 /// What changes for a job that waits for this reason, now that its backbone stands there.
 fn waiting_for(state: BackboneState, reason: JobReason) -> Option<JobCause> {
-    use JobReason::{BackboneNotReady, BackboneRecovering, Retrying, WaitingForPlace};
+    use JobReason::{BackboneNotReady, BackboneRecovering, CheckpointDamaged, Retrying, WaitingForPlace};
     match (state, reason) {
         (BackboneState::Ready, BackboneNotReady | BackboneRecovering) => Some(JobCause::BackboneReady),
         (BackboneState::Ready, _) => None,
-        (BackboneState::Failed, BackboneRecovering | Retrying) => Some(JobCause::BackboneNotReady),
+        (BackboneState::Failed, BackboneRecovering | Retrying | CheckpointDamaged) => {
+            Some(JobCause::BackboneNotReady)
+        }
         (_, WaitingForPlace) => Some(JobCause::BackboneNotReady),
         _ => None,
     }

@@ -1,6 +1,6 @@
 //! What the core shows.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use incipit_proto::{
     Problem,
@@ -288,6 +288,14 @@ impl Core {
         let items = versions.map(|version| (newest_first(version.created_revision), version.clone()));
         let scope = prompt.map_or("-", PromptName::as_str);
         paginate(&format!("versions {scope}"), size, token, items)
+    }
+
+    /// Those of `digests` that are of a damaged checkpoint.
+    pub fn damaged<'a>(&self, digests: &'a [String]) -> impl Iterator<Item = &'a String> {
+        let damaged = self.rows.checkpoints.values().filter(|checkpoint| checkpoint.damaged);
+        let files: BTreeSet<&str> =
+            damaged.flat_map(|checkpoint| &checkpoint.files).map(|file| file.digest.as_str()).collect();
+        digests.iter().filter(move |digest| files.contains(digest.as_str()))
     }
 
     /// Digests of all blobs that must stay: those of checkpoints, of prompts, and of the data of jobs that are there.

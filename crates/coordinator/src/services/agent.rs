@@ -88,7 +88,7 @@ fn outgoing(inbound: &Inbound, listening: oneshot::Sender<()>) -> Out<AttachResp
             next = outbox.next() => next?,
             () = context.stopped() => Err(stopping()),
         };
-        match next.and_then(|message| wire::to_agent(message, &context.cluster)) {
+        match next.and_then(|message| wire::to_agent(message, &context.cluster, &context.roots.data)) {
             Ok(message) => Some((Ok(message), (context, outbox, listening))),
             Err(problem) => Some((Err(Status::from(problem)), (context, outbox, None))),
         }

@@ -95,6 +95,10 @@ impl CheckpointService for Checkpoints {
             bytes += read;
         }
         let (name, valid) = (checkpoint.name(), problems.is_empty());
+        if valid && checkpoint.damaged {
+            let core::Checkpoint { job, step, .. } = checkpoint;
+            self.0.handle.tell(core::Input::Verified { job, step }).await?;
+        }
         Ok(Response::new(VerifyCheckpointResponse { name, valid, problems, bytes }))
     }
 

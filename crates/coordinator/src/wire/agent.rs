@@ -1,5 +1,7 @@
 //! What agents say, checked, and what they are told.
 
+use std::path::PathBuf;
+
 use incipit_proto::{
     Problem,
     client::PROTOCOL,
@@ -196,11 +198,15 @@ fn logs(message: v1::LogReport) -> Result<Report, Problem> {
     Ok(Report::Logs { backbone, job, lines: message.lines })
 }
 
-/// What an agent is told, as a message.
+/// What an agent is told, as a message; data of jobs lie under `data_roots`.
 ///
 /// # Errors
 /// Of [`ToAgent::Close`]: the problem that the stream is to end with.
-pub fn to_agent(message: ToAgent, cluster_id: &str) -> Result<v1::AttachResponse, Problem> {
+pub fn to_agent(
+    message: ToAgent,
+    cluster_id: &str,
+    data_roots: &[PathBuf],
+) -> Result<v1::AttachResponse, Problem> {
     let told = match message {
         ToAgent::Close(problem) => return Err(problem),
         ToAgent::Welcome { protocol, heartbeat_interval_ms, lease_ms, acknowledged } => {
@@ -214,7 +220,7 @@ pub fn to_agent(message: ToAgent, cluster_id: &str) -> Result<v1::AttachResponse
         ToAgent::Jobs(jobs) => Told::Jobs(v1::JobAssignments {
             backbone: jobs.backbone.to_string(),
             epoch: jobs.epoch,
-            jobs: jobs.jobs.into_iter().map(job_assignment).collect(),
+            jobs: jobs.jobs.into_iter().map(|job| job_assignment(job, data_roots)).collect(),
         }),
         ToAgent::Rendezvous { key, value } => Told::Rendezvous(v1::RendezvousValue {
             backbone: key.backbone.to_string(),
@@ -242,7 +248,7 @@ fn engine_assignment(assignment: EngineAssignment) -> v1::EngineAssignment {
     }
 }
 
-fn job_assignment(assignment: JobAssignment) -> v1::JobAssignment {
+fn job_assignment(assignment: JobAssignment, data_roots: &[PathBuf]) -> v1::JobAssignment {
     v1::JobAssignment {
         job: assignment.job.to_string(),
         attempt: assignment.attempt.number,
@@ -251,5 +257,6 @@ fn job_assignment(assignment: JobAssignment) -> v1::JobAssignment {
         checkpoint: assignment.checkpoint.map(|checkpoint| show::checkpoint(&checkpoint)),
         wish: assignment.wish.into(),
         start_time: Some(show::timestamp(assignment.attempt.start_time)),
+        data_roots: data_roots.iter().map(|root| root.to_string_lossy().into_owned()).collect(),
     }
 }

@@ -332,7 +332,7 @@ fn an_agent_of_another_cluster_or_another_protocol_is_refused() {
     assert_eq!(hello(good.clone(), "c").unwrap().protocol, incipit_proto::client::PROTOCOL);
     let other = v1::Hello { cluster_id: "d".to_owned(), ..good.clone() };
     assert_eq!(hello(other, "c").unwrap_err().reason, "OTHER_CLUSTER");
-    let newer = v1::Hello { protocol_min: 2, ..good };
+    let newer = v1::Hello { protocol_min: incipit_proto::client::PROTOCOL + 1, ..good };
     assert_eq!(hello(newer, "c").unwrap_err().reason, "PROTOCOL");
 }
 

@@ -5,7 +5,10 @@ use incipit_coordinator::{Config, Limits};
 use incipit_proto::{
     Problem,
     client::Client,
-    v1::{CollectGarbageRequest, FindBlobsRequest, ReadBlobRequest, WriteBlobRequest},
+    v1::{
+        self, CollectGarbageRequest, FindBlobsRequest, ReadBlobRequest, WriteBlobRequest, attach_response,
+        data_source::Source, job_report::Report,
+    },
 };
 use std::{
     fs,
@@ -18,6 +21,9 @@ fn files(dir: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
+        if path.ends_with("incipit-blobs") {
+            continue;
+        }
         if path.is_dir() { found.extend(files(&path)) } else { found.push(path) }
     }
     found
@@ -142,6 +148,105 @@ async fn a_damaged_blob_is_healed_by_another_upload() {
     upload(&client, b"right").await.unwrap();
     assert_eq!(find().await, [""; 0]);
     assert_eq!(read(&client, &digest, 0).await.unwrap(), b"right");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blobs_whose_disk_is_away_are_not_missing() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(config(dir.path())).await;
+    let client = with_backbone(&running).await;
+    let digest = upload(&client, b"data").await.unwrap();
+    let mut request = job_request("j");
+    let train = request.job.as_mut().unwrap().spec.as_mut().unwrap().train.as_mut().unwrap();
+    train.source = Some(Source::Digest(digest.clone()));
+    client.jobs().create_job(request).await.unwrap();
+    // What is left where a disk was mounted.
+    let (blobs, away) = (dir.path().join("blobs"), dir.path().join("away"));
+    fs::rename(&blobs, &away).unwrap();
+    fs::create_dir(&blobs).unwrap();
+    let refused = read(&client, &digest, 0).await.unwrap_err();
+    assert_eq!(reason(&refused), (Code::Unavailable, "BLOB_STORE".to_owned()), "{refused}");
+    assert!(refused.message().contains("mounted"), "{refused}");
+    drop(running);
+    let refused = serve_once(dir.path()).await.unwrap_err().to_string();
+    assert!(refused.contains("it is empty") && refused.contains("mounted"), "{refused}");
+    fs::remove_dir(&blobs).unwrap();
+    fs::rename(&away, &blobs).unwrap();
+    let running = start(config(dir.path())).await;
+    let client = connect(&running).await;
+    assert_eq!(read(&client, &digest, 0).await.unwrap(), b"data");
+}
+
+/// Whether a coordinator can be started again, as far as it comes.
+async fn serve_once(dir: &Path) -> Result<(), incipit_coordinator::Error> {
+    let mut outcome = Ok(());
+    for _ in 0..100 {
+        // The one before may have its directory still.
+        outcome = incipit_coordinator::serve(config(dir), std::future::pending()).await.map(drop);
+        match &outcome {
+            Err(error) if error.to_string().contains("another coordinator") => {}
+            _ => break,
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    outcome
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_of_a_damaged_checkpoint_are_asked_for_until_they_are_verified_also_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(config(dir.path())).await;
+    let client = with_backbone(&running).await;
+    submit(&client, "j").await;
+    let mut agent = Agent::attach(&client, hello("w")).await.unwrap();
+    agent.load().await;
+    let first = agent.job().await;
+    let digest = upload(&client, b"weights").await.unwrap();
+    let file = v1::CheckpointFile { name: "prompt.safetensors".to_owned(), digest: digest.clone(), size: 7 };
+    let saved = v1::CheckpointSaved { step: 5, files: vec![file], ..v1::CheckpointSaved::default() };
+    agent.of_job(&first, Report::Saved(saved)).await;
+    let left = |state: v1::JobState, reason: v1::JobReason| {
+        Report::Left(v1::JobLeft { state: state.into(), reason: reason.into(), ..v1::JobLeft::default() })
+    };
+    agent.of_job(&first, left(v1::JobState::Queued, v1::JobReason::Requested)).await;
+    let second = agent
+        .until(|message| match message {
+            attach_response::Message::Jobs(jobs) => {
+                jobs.jobs.first().filter(|job| job.attempt == 2).cloned().map(|job| (jobs.clone(), job))
+            }
+            _ => None,
+        })
+        .await
+        .unwrap();
+    let damaged = left(v1::JobState::Failed, v1::JobReason::CheckpointDamaged);
+    let last = agent.of_job(&second, damaged).await;
+    agent.acknowledged(last).await.unwrap();
+    let job = v1::GetJobRequest { name: "jobs/j".to_owned() };
+    let job = client.jobs().get_job(job).await.unwrap().into_inner();
+    assert_eq!((job.state(), job.reason()), (v1::JobState::Failed, v1::JobReason::CheckpointDamaged));
+    drop((agent, running));
+
+    let running = start(config(dir.path())).await;
+    let client = connect(&running).await;
+    let name = "jobs/j/checkpoints/00000005".to_owned();
+    let state = async || {
+        let request = v1::GetCheckpointRequest { name: name.clone(), task: String::new() };
+        let checkpoint = client.checkpoints().get_checkpoint(request).await.unwrap().into_inner();
+        let request = FindBlobsRequest { digests: vec![digest.clone()] };
+        (checkpoint.damaged, client.blobs().find_blobs(request).await.unwrap().into_inner().missing)
+    };
+    assert_eq!(state().await, (true, vec![digest.clone()]));
+    let path = dir.path().join("blobs").join(&digest[..2]).join(&digest[2..]);
+    let verify = async || {
+        let request = v1::VerifyCheckpointRequest { name: name.clone(), task: String::new() };
+        client.checkpoints().verify_checkpoint(request).await.unwrap().into_inner().valid
+    };
+    fs::write(&path, b"wrongly").unwrap();
+    assert!(!verify().await);
+    assert_eq!(state().await, (true, vec![digest.clone()]));
+    upload(&client, b"weights").await.unwrap();
+    assert!(verify().await);
+    assert_eq!(state().await, (false, Vec::new()));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,7 +5,7 @@ use std::{path::Path, time::Duration};
 
 use incipit_coordinator::{Config, Running, serve};
 use incipit_proto::{
-    client::{Client, ClientConfig},
+    client::{Client, ClientConfig, PROTOCOL},
     v1::{
         self, AttachRequest, AttachResponse, Backbone, CreateBackboneRequest, CreateJobRequest, DataSource,
         Hello, Job, Machine, TrainingSpec, attach_request, attach_response, data_source,
@@ -103,8 +103,8 @@ pub struct Agent {
 
 pub fn hello(worker: &str) -> Hello {
     Hello {
-        protocol_min: 1,
-        protocol_max: 1,
+        protocol_min: PROTOCOL,
+        protocol_max: PROTOCOL,
         worker: format!("workers/{worker}"),
         incarnation: uuid(),
         version: "0".to_owned(),

@@ -4,7 +4,7 @@ use super::common::*;
 use incipit_coordinator::{Config, Limits, Running, SERVICES, doors::tls::TlsFiles, init, serve};
 use incipit_proto::{
     Problem,
-    client::{Client, ClientConfig, PROTOCOL_KEY, problem_of},
+    client::{Client, ClientConfig, PROTOCOL, PROTOCOL_KEY, problem_of},
     v1::{GetServerInfoRequest, ListJobsRequest, event_service_client::EventServiceClient},
 };
 use std::{
@@ -226,10 +226,10 @@ async fn a_client_of_another_protocol_is_told_which_one_is_spoken() {
     let mut client = EventServiceClient::connect(endpoint).await.unwrap();
     client.get_server_info(GetServerInfoRequest {}).await.expect("who says nothing is let in");
     let mut request = Request::new(GetServerInfoRequest {});
-    request.metadata_mut().insert(PROTOCOL_KEY, "2".parse().unwrap());
+    request.metadata_mut().insert(PROTOCOL_KEY, (PROTOCOL + 1).into());
     let problem = Problem::from(&client.get_server_info(request).await.unwrap_err());
     assert_eq!((problem.code, &*problem.reason), (Code::FailedPrecondition, "PROTOCOL"));
-    assert_eq!(problem.metadata["protocol_max"], "1");
+    assert_eq!(problem.metadata["protocol_max"], PROTOCOL.to_string());
 }
 
 #[tokio::test(flavor = "multi_thread")]

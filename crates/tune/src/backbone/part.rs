@@ -154,20 +154,20 @@ fn same_instructions(ranks: &Ranks, on_gpus: bool) -> Result<()> {
 }
 
 /// Where the files of a model lie: in the directory of that name, or in the cache of what is on the hub, where they are fetched if they
-/// are not there.
+/// are not there. `gets_on` is called for as long as that gets on.
 ///
 /// # Errors
 /// If there is no such model, or it cannot be fetched.
-pub fn find(model: &str) -> Result<PathBuf> {
-    Ok(incipit_weights::resolve(model)?)
+pub fn find_watched(model: &str, gets_on: &dyn Fn()) -> Result<PathBuf> {
+    Ok(incipit_weights::resolve_watched(model, gets_on)?)
 }
 
-/// As [`find`], on all ranks together. What is on the hub is fetched by one rank of each machine, and found in the cache by the others.
+/// Where the model's files lie, on all ranks together. What is on the hub is fetched by one rank of each machine, and found in the cache by the others.
 fn directory(model: &str, ranks: &Ranks) -> Result<PathBuf> {
     if !ranks::any(ranks, !Path::new(model).is_dir())? {
-        return find(model);
+        return Ok(incipit_weights::resolve(model)?);
     }
-    ranks::while_others_wait(ranks, || find(model))
+    ranks::while_others_wait(ranks, || Ok(incipit_weights::resolve(model)?))
 }
 
 /// What each rank of a replica hashes: what it reads anyway.

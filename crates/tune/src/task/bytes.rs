@@ -11,7 +11,7 @@ use super::Task;
 use crate::{Error, Result, prompt::Prompt};
 
 /// The version of the bytes written here.
-const FORMAT: u64 = 3;
+const FORMAT: u64 = 4;
 
 impl Task {
     /// All of it as bytes, to be sent to another rank.
@@ -30,6 +30,7 @@ impl Task {
             out.list(&prompt.shape(), |out, dim| out.number(*dim));
             out.words(prompt.values().iter().map(|value| value.to_bits()));
         });
+        out.list(self.initial_backbone.as_slice(), |out, fingerprint| out.text(fingerprint));
         out.list(&self.warnings, |out, warning| out.text(warning));
         let Writer(mut bytes) = out;
         let hash = blake3::hash(&bytes[blake3::OUT_LEN..]);
@@ -118,6 +119,7 @@ impl<'a> Reader<'a> {
             train_hash: self.text()?,
             eval_hash: self.option(Self::text)?,
             initial: self.option(Self::prompt)?,
+            initial_backbone: self.option(Self::text)?,
             warnings: self.list(Self::text)?,
         })
     }
@@ -223,6 +225,7 @@ mod tests {
             train_hash: "ab".repeat(32),
             eval_hash: Some("cd".repeat(32)),
             initial: Some(Prompt::new(2, 3, vec![0.5, -0.0, 1e-40, 3.0, 4.0, f32::MAX]).unwrap()),
+            initial_backbone: Some("ab".repeat(32)),
             warnings: vec!["3 inputs were cut".to_owned()],
         }
     }
@@ -236,6 +239,7 @@ mod tests {
             labels: None,
             eval_hash: None,
             initial: None,
+            initial_backbone: None,
             warnings: Vec::new(),
             ..task()
         };

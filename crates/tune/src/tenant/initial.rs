@@ -1,7 +1,9 @@
 //! The prompt that a job begins with.
 
+use std::path::Path;
+
 use crate::{
-    Result,
+    Error, Result,
     backbone::Backbone,
     init::{Initial, PromptInit, Sources, check_shape, initial_prompt},
     prompt::Prompt,
@@ -40,11 +42,21 @@ fn behind_shared(
 fn own_rows(backbone: &Backbone, spec: &TrainSpec, task: &Task, shared: usize) -> Result<Initial> {
     let (length, d_model) = (spec.prompt_length - shared, backbone.config().d_model);
     if let PromptInit::File(path) = &spec.prompt_init {
+        check_origin(backbone, spec, task, path)?;
         let prompt = task.initial.clone().map_or_else(|| Prompt::read(path), Ok)?;
         check_shape(&prompt, path, (length, shared), d_model)?;
         return Ok(Initial { prompt, warnings: Vec::new() });
     }
     with_sources(backbone, spec, task, |sources| initial_prompt(&spec.prompt_init, length, d_model, sources))
+}
+
+/// Checks that a prompt to start from was trained on this backbone, if its files tell: elsewhere its numbers mean nothing.
+fn check_origin(backbone: &Backbone, spec: &TrainSpec, task: &Task, path: &Path) -> Result<()> {
+    let (model, now) = (backbone.name.clone(), backbone.fingerprint.to_string());
+    match task.initial_backbone.clone().filter(|was| *was != now && !spec.allow_other_backbone) {
+        Some(was) => Err(Error::OtherOrigin { path: path.to_owned(), model, was, now }),
+        None => Ok(()),
+    }
 }
 
 /// Does what draws on the model, the tokenizer and the task's words to make a prompt.

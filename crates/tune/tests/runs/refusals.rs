@@ -107,6 +107,28 @@ fn a_run_does_not_go_on_on_another_backbone_unless_allowed() {
 }
 
 #[test]
+fn a_run_does_not_start_from_a_prompt_of_another_backbone_unless_allowed() {
+    let (files, backbone) = (Files::new(), backbone());
+    train_on(&backbone, &files.spec("first"), &Control::new(), &mut ()).unwrap();
+    let from = |place: &str| format!("file:{}", files.path("first").join(place).display()).parse().unwrap();
+    let other =
+        Backbone { fingerprint: "cd".repeat(32).parse().unwrap(), name: "other".to_owned(), ..backbone };
+    let places = ["", "last", "last/prompt.safetensors", "adapter", "prompt.npy"];
+    for (i, place) in places.into_iter().enumerate() {
+        let spec = TrainSpec { prompt_init: from(place), ..files.spec("second") };
+        contains(&refusal(&other, &spec), &["first", "abab", "other", "cdcd", "--allow-other-backbone"]);
+        let out = files.path(&format!("allowed-{i}"));
+        let allowed = TrainSpec { allow_other_backbone: true, steps: 1, out, ..spec };
+        assert_eq!(train_on(&other, &allowed, &Control::new(), &mut ()).unwrap().step, 1, "{place}");
+    }
+    // A file that was taken out of its run does not tell.
+    fs::copy(files.path("first/prompt.npy"), files.path("alone.npy")).unwrap();
+    let init = format!("file:{}", files.path("alone.npy").display());
+    let spec = TrainSpec { prompt_init: init.parse().unwrap(), steps: 1, ..files.spec("third") };
+    assert_eq!(train_on(&other, &spec, &Control::new(), &mut ()).unwrap().step, 1);
+}
+
+#[test]
 fn a_run_does_not_go_on_with_other_data() {
     let (files, backbone) = (Files::new(), backbone());
     let spec = TrainSpec { steps: 6, resume: true, ..files.spec("out") };

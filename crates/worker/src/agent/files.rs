@@ -160,9 +160,10 @@ impl Files {
         if hasher.finalize().to_hex().as_str() == digest {
             return Ok(());
         }
-        // A stream that ended early looks like this as well.
-        let what = format!("what came of the blob {digest} has another hash");
-        Err(Stopped::Damaged(Problem::new(Code::DataLoss, "BLOB_DAMAGED", what), v1::JobReason::BadData))
+        // The coordinator says so itself where that is its store's doing. A stream that ended early looks like this as well.
+        let what =
+            format!("what came of the blob {digest} has another hash: it breaks on its way to this machine");
+        Err(Stopped::Damaged(Problem::new(Code::DataLoss, "BLOB_DAMAGED", what), v1::JobReason::Internal))
     }
 
     async fn upload(&self, client: &Client, file: &v1::CheckpointFile, path: &Path) -> Result<(), Stopped> {

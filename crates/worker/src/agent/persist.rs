@@ -64,10 +64,10 @@ impl Stopped {
         self
     }
 
-    /// It was to be a file of the checkpoint of this step: if it is damaged or gone, the job can go on from another.
+    /// It was to be a file of the checkpoint of this step: if the coordinator has it damaged or not at all, the job can go on from another.
     pub(crate) fn of_checkpoint(self, step: u64) -> Self {
         match self {
-            Self::Damaged(mut problem, _) | Self::Refused(mut problem)
+            Self::Damaged(mut problem, v1::JobReason::BadData) | Self::Refused(mut problem)
                 if matches!(problem.code, Code::DataLoss | Code::NotFound) =>
             {
                 problem.message = format!("of its checkpoint of step {step}: {}", problem.message);
@@ -219,8 +219,13 @@ mod tests {
             assert_eq!(refused.reason, v1::JobReason::CheckpointDamaged);
             assert!(refused.message.contains("of its checkpoint of step 7: no"), "{}", refused.message);
         }
-        let refused = Refused::from(stopped(Code::PermissionDenied, "SCOPE").of_checkpoint(7));
-        assert_eq!(refused.reason, v1::JobReason::Internal);
+        // It says nothing of the checkpoint that it is refused, or that it breaks on its way to here.
+        let broken = Problem::new(Code::DataLoss, "BLOB_DAMAGED", "other bytes came");
+        for stopped in
+            [stopped(Code::PermissionDenied, "SCOPE"), Stopped::Damaged(broken, v1::JobReason::Internal)]
+        {
+            assert_eq!(Refused::from(stopped.of_checkpoint(7)).reason, v1::JobReason::Internal);
+        }
     }
 
     #[test]

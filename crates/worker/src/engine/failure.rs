@@ -45,7 +45,8 @@ fn reason(error: &Error) -> JobReason {
         | Error::PromptFile { .. }
         | Error::PromptWidth { .. }
         | Error::OtherSpec { .. }
-        | Error::OtherBackbone { .. } => JobReason::BadSpec,
+        | Error::OtherBackbone { .. }
+        | Error::OtherOrigin { .. } => JobReason::BadSpec,
         error if error.is_out_of_memory() => JobReason::OutOfMemory,
         _ => JobReason::Internal,
     }

@@ -33,8 +33,9 @@ use crate::frames::{Join, Notice, Ready};
 /// How long a rank waits for the others in an exchange. A rank that is gone is found by its agent or by the coordinator long before, and one
 /// that waits for it in vain leaves when there is a new group.
 const DEADLINE: Duration = Duration::from_secs(600);
-/// How long it waits for them to load what they have to: as long as it takes. What does not get on is found by [`Watches`].
-const LOADING: Duration = Duration::from_secs(7 * 24 * 3600);
+/// How long it waits for them to load what they have to: a download of the largest models over a slow line. What does not get on is found by
+/// [`Watches`] long before; this is for a process that cannot be started, since the one before does not end.
+const LOADING: Duration = Duration::from_secs(2 * 3600);
 /// How long a pass through the backbone may take in any case: on a CPU other programs may have the cores, and its weights may have to be read
 /// from a disk again.
 const HANG_AFTER_ON_CPU: Duration = Duration::from_secs(60);
@@ -94,7 +95,7 @@ impl Group<'_> {
         let (rank, local_rank) = (self.join.rank as usize, self.join.local_rank as usize);
         let whose = Whose { rank, shard: settings.mesh.shard(rank, Axis::Tensor), local_rank };
         let load = || self.reader(settings).load(whose, &parts[rank]);
-        if let Some(next) = self.unless_there_is_another(inbox, load)? {
+        if let Some(next) = self.unless_there_is_another(settings.options.epoch, inbox, load)? {
             return Ok(next);
         }
         let ranks = self.connect(settings).map_err(Loss::from)?;
@@ -113,7 +114,7 @@ impl Group<'_> {
             self.reader(settings).load(whose, &parts[rank])
         };
         let load_all = || self.on_threads(settings, load).try_for_each(|loaded| loaded);
-        if let Some(next) = self.unless_there_is_another(inbox, load_all)? {
+        if let Some(next) = self.unless_there_is_another(settings.options.epoch, inbox, load_all)? {
             return Ok(next);
         }
         first_cause(self.on_threads(settings, |ranks| self.work(settings, ranks, parts, inbox)))
@@ -145,10 +146,11 @@ impl Group<'_> {
     /// Has this process's parts loaded. If there is another group meanwhile, that is next, whatever became of loading: its parts are the same.
     fn unless_there_is_another(
         &self,
+        epoch: u64,
         inbox: &Inbox,
         load: impl FnOnce() -> std::result::Result<(), Loss>,
     ) -> std::result::Result<Option<Next>, Loss> {
-        let loading = self.watches.load();
+        let loading = self.watches.load(epoch);
         let loaded = load();
         drop(loading);
         let another = newest_join(inbox);
@@ -282,8 +284,8 @@ impl Group<'_> {
 
 /// Waits until all ranks have loaded what they have to.
 fn await_loads(store: &dyn Store, rank: usize, world: usize) -> Result<()> {
-    const ALL: &str = "all have loaded";
-    let key = |rank| format!("{rank} has loaded");
+    const ALL: &str = "all ranks have loaded";
+    let key = |rank| format!("rank {rank} has loaded");
     if rank > 0 {
         store.set(&key(rank), &[])?;
         store.get(ALL, LOADING)?;

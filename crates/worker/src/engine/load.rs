@@ -91,7 +91,10 @@ impl Shelf {
     }
 
     fn begin(&self, assignment: &JobAssignment, local: &LocalJob) -> Result<Vec<Begin>> {
-        let specs = self.machine.specs(&assignment.spec.clone().unwrap_or_default(), &local.tasks)?;
+        let wire = assignment.spec.clone().unwrap_or_default();
+        let paths = crate::spec::paths(&wire);
+        paths.iter().try_for_each(|path| check_path(path, &assignment.data_roots))?;
+        let specs = self.machine.specs(&wire, &local.tasks)?;
         let begin = |((name, spec), files): ((String, TrainSpec), &LocalTask)| {
             let named = |error| of_task(&name, error);
             let checkpoint = match &*local.checkpoint {
@@ -131,6 +134,28 @@ impl Shelf {
     }
 }
 
+/// Checks that a path of this machine leads to something under one of `roots`, also where it has links. Their names were compared by the
+/// coordinator, which does not see this machine's disk.
+fn check_path(path: &str, roots: &[String]) -> Result<()> {
+    let failure = |reason, message| Err(Failure { reason, message, of_group: false });
+    let found = match std::fs::canonicalize(path) {
+        Ok(found) => found,
+        Err(error) => {
+            let what = format!("{path} cannot be found on this machine ({error}); copy or mount it there");
+            return failure(JobReason::BadData, what);
+        }
+    };
+    // A root that this machine has not has nothing in it.
+    let is_within = |root: &String| std::fs::canonicalize(root).is_ok_and(|root| found.starts_with(root));
+    if roots.iter().any(is_within) {
+        return Ok(());
+    }
+    let (found, roots) = (found.display(), roots.join(", "));
+    let what =
+        format!("{path} leads to {found}, which is under none of the coordinator's data roots ({roots})");
+    failure(JobReason::BadSpec, what)
+}
+
 /// What of a specification decides the examples. Files of uploaded data are named by their content; others may change between two
 /// jobs, so that their data are told apart by the time of the last change as well.
 fn decides_data(spec: &TrainSpec) -> PartialSpec {
@@ -150,5 +175,41 @@ fn decides_data(spec: &TrainSpec) -> PartialSpec {
         max_target_length: Some(spec.max_target_length),
         skip_bad_records: Some(spec.skip_bad_records),
         ..PartialSpec::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_may_lead_nowhere_but_under_a_root_whatever_its_links() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name).to_string_lossy().into_owned();
+        for name in ["data", "elsewhere", "data/mine"] {
+            std::fs::create_dir(path(name)).unwrap();
+        }
+        for name in ["data/a.jsonl", "elsewhere/secret", "database.jsonl"] {
+            std::fs::write(path(name), "{}").unwrap();
+        }
+        let link = |to: &str, name: &str| std::os::unix::fs::symlink(path(to), path(name)).unwrap();
+        link("data/a.jsonl", "data/mine/same.jsonl");
+        link("elsewhere/secret", "data/mine/secret.jsonl");
+        link("elsewhere", "data/mine/dir");
+        link("data", "mounted");
+        let roots = [path("nowhere"), path("mounted")];
+        for name in ["data/a.jsonl", "mounted/a.jsonl", "mounted/mine/same.jsonl"] {
+            assert!(check_path(&path(name), &roots).is_ok(), "{name}");
+        }
+        let outside =
+            ["mounted/mine/secret.jsonl", "mounted/mine/dir/secret", "elsewhere/secret", "database.jsonl"];
+        for name in outside {
+            let failure = check_path(&path(name), &roots).expect_err(name);
+            assert_eq!(failure.reason, JobReason::BadSpec, "{name}");
+            assert!(failure.message.contains("under none of the coordinator's data roots"), "{failure:?}");
+        }
+        let failure = check_path(&path("mounted/b.jsonl"), &roots).expect_err("it is not there");
+        assert_eq!(failure.reason, JobReason::BadData);
+        assert!(failure.message.contains("b.jsonl cannot be found on this machine"), "{failure:?}");
     }
 }

@@ -63,9 +63,8 @@ impl Reader<'_> {
         let Machine { model, dtype, device } = self.machine;
         let _span = tracing::info_span!("load", backbone = self.backbone, epoch = self.epoch, rank).entered();
         let start = Instant::now();
-        // A download may take hours, and the network has deadlines of its own.
-        let dir = backbone::find(model)?;
-        let reading = self.watches.read(rank, dir.clone());
+        let reading = self.watches.read(rank, model);
+        let dir = backbone::find_watched(model, &|| reading.gets_on())?;
         let opened = Opened::at(&dir, model, *dtype, device.open_for(local_rank)?)?;
         reading.counts(opened.reads());
         let part = opened.part(shard)?;

@@ -44,6 +44,12 @@ impl Answers {
         self.arrived.notify_all();
     }
 
+    /// The newest group that was ordered, where that is a later one.
+    fn later_than(&self, epoch: u64) -> Option<u64> {
+        let newest = self.known.lock().unwrap_or_else(PoisonError::into_inner).epoch;
+        (newest > epoch).then_some(newest)
+    }
+
     fn wait(&self, epoch: u64, key: &str, until: Instant) -> Option<Vec<u8>> {
         let key = (epoch, key.to_owned());
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -84,10 +90,13 @@ impl Store for CoordinatorStore {
     fn get(&self, key: &str, deadline: Duration) -> Result<Vec<u8>> {
         self.ask(key);
         let value = self.answers.wait(self.epoch, key, Instant::now() + deadline);
-        value.ok_or_else(|| Error::StoreDeadline {
-            store: "the coordinator".to_owned(),
-            key: key.to_owned(),
-            seconds: deadline.as_secs_f64(),
+        value.ok_or_else(|| match self.answers.later_than(self.epoch) {
+            Some(newer) => Error::Aborted { rank: None, reason: format!("epoch {newer} has begun") },
+            None => Error::StoreDeadline {
+                store: "the coordinator".to_owned(),
+                key: key.to_owned(),
+                seconds: deadline.as_secs_f64(),
+            },
         })
     }
 

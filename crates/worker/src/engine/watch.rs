@@ -1,7 +1,6 @@
 //! Whether the ranks of this process get on, in loading and in passes. The thread that tells the agent that the process is alive looks at them each time before; it asks
 //! no device, for that may take as long as a rank that is waited for.
 
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -65,6 +64,8 @@ struct State {
     met: Vec<(u64, Weak<Ranks>)>,
     /// The newest epoch that is known of.
     newest: u64,
+    /// The last epoch for which it was said that this process does not get on with loading.
+    told: u64,
 }
 
 impl Watches {
@@ -102,23 +103,38 @@ impl Watches {
         Watched { watches: self.clone(), watch }
     }
 
-    /// The process loads for as long as what is returned is there: it is in no group, and so has left those before any other.
-    pub(crate) fn load(&self) -> Loads {
-        self.lock().loads = true;
+    /// The process loads for the group of `epoch`, for as long as what is returned is there: it is in no group, and so has left those before
+    /// any other.
+    pub(crate) fn load(&self, epoch: u64) -> Loads {
+        let newest = {
+            let mut state = self.lock();
+            state.loads = true;
+            state.newest
+        };
+        if newest > epoch {
+            self.voice.say(Notice::Joining(newest));
+        }
         Loads { watches: self.clone() }
     }
 
-    /// Watches whether a rank gets on with reading `dir`, for as long as what is returned is there.
-    pub(crate) fn read(&self, rank: usize, dir: PathBuf) -> BeingRead {
-        let reading = Arc::new(Reading { rank, dir, counter: Mutex::default(), seen: Mutex::default() });
+    /// Watches whether a rank gets on with reading `model`, for as long as what is returned is there.
+    pub(crate) fn read(&self, rank: usize, model: &str) -> BeingRead {
+        let (model, counter, seen) = (model.to_owned(), Mutex::default(), Mutex::default());
+        let reading = Arc::new(Reading { rank, model, counter, seen });
         self.lock().reading.push(reading.clone());
         BeingRead { watches: self.clone(), reading }
     }
 
-    /// What is lost outside of any group counts for the one that is to be joined.
+    /// What is lost outside of any group counts for the one that is to be joined, and is said once for each: the agent may not hear it for one
+    /// that is no more.
     fn lose(&self, loss: &Loss) {
-        let newest = self.lock().newest;
-        Farewell::new(self.voice.clone(), newest).say(loss);
+        let mut state = self.lock();
+        if state.told < state.newest {
+            state.told = state.newest;
+            let farewell = Farewell::new(self.voice.clone(), state.newest);
+            drop(state);
+            farewell.say(loss);
+        }
     }
 
     /// A rank of this process has met the others of its group.
@@ -163,7 +179,7 @@ impl Drop for Loads {
 /// A rank reads its part of a model.
 struct Reading {
     rank: usize,
-    dir: PathBuf,
+    model: String,
     /// What grows for as long as it gets on.
     counter: Mutex<Arc<AtomicU64>>,
     /// What it was at the last look, and for how long it had been that.
@@ -178,16 +194,15 @@ impl Reading {
         let (was, before) = *seen;
         let still = if count == was { before + passed } else { Duration::ZERO };
         *seen = (count, still);
-        // Said once.
-        (before <= FIRST && still > FIRST).then(|| (EngineLossCause::Hung, self.hangs()))
+        (still > FIRST).then(|| (EngineLossCause::Hung, self.hangs()))
     }
 
     fn hangs(&self) -> String {
         format!(
-            "rank {} hangs: it has read nothing of {} for {} s; see whether the directory can be read on its machine, and what the kernel's \
-             log there (dmesg) has of its disk, its network and its GPU",
+            "rank {} hangs: it has read nothing of {} for {} s; see whether that can be read on its machine, and what the kernel's log there \
+             (dmesg) has of its disk, its network and its GPU",
             self.rank,
-            self.dir.display(),
+            self.model,
             FIRST.as_secs()
         )
     }
@@ -200,6 +215,12 @@ pub(crate) struct BeingRead {
 }
 
 impl BeingRead {
+    /// The rank gets on, with what no counter tells of.
+    pub(crate) fn gets_on(&self) {
+        let counter = self.reading.counter.lock().unwrap_or_else(PoisonError::into_inner);
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// `counter` grows for as long as the rank gets on.
     pub(crate) fn counts(&self, counter: Arc<AtomicU64>) {
         *self.reading.counter.lock().unwrap_or_else(PoisonError::into_inner) = counter;
@@ -375,21 +396,76 @@ mod tests {
     }
 
     #[test]
-    fn a_rank_that_loads_hangs_when_it_has_read_nothing_for_ten_minutes_and_that_is_said_once() {
+    fn a_rank_that_loads_hangs_when_it_has_read_nothing_for_ten_minutes() {
         let counter = Arc::<AtomicU64>::default();
-        let (dir, seen) = ("/models/t5".into(), Mutex::default());
-        let reading = Reading { rank: 3, dir, counter: Mutex::new(counter.clone()), seen };
-        let still = |seconds: u32| (0..seconds).filter_map(|_| reading.look(SECOND)).collect::<Vec<_>>();
+        let (model, seen) = ("/models/t5".to_owned(), Mutex::default());
+        let reading = Reading { rank: 3, model, counter: Mutex::new(counter.clone()), seen };
+        let first = |seconds: u32| (0..seconds).find_map(|_| reading.look(SECOND));
         for _ in 0..10 {
-            assert!(still(600).is_empty());
+            assert!(first(600).is_none());
             counter.fetch_add(1, Ordering::Relaxed);
         }
-        let said = still(2000);
-        assert!(matches!(&*said, [(EngineLossCause::Hung, _)]), "{said:?}");
+        let (cause, message) = first(602).expect("it hangs");
+        assert_eq!(cause, EngineLossCause::Hung);
         assert!(
-            said[0].1.starts_with("rank 3 hangs: it has read nothing of /models/t5 for 600 s"),
-            "{said:?}"
+            message.starts_with("rank 3 hangs: it has read nothing of /models/t5 for 600 s"),
+            "{message}"
         );
+    }
+
+    /// What comes out of a pipe to an agent.
+    #[derive(Clone, Default)]
+    struct Pipe(Arc<Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Pipe {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Pipe {
+        /// Epochs that the process was said to join, and those for which it was said to hang.
+        fn told(&self) -> (Vec<u64>, Vec<u64>) {
+            let bytes = std::mem::take(&mut *self.0.lock().unwrap());
+            let (mut bytes, mut joins, mut hangs) = (&*bytes, Vec::new(), Vec::new());
+            while let Ok(Some(said)) = crate::frames::read::<crate::frames::FromEngine>(&mut bytes) {
+                match said.notice {
+                    Some(Notice::Joining(epoch)) => joins.push(epoch),
+                    Some(Notice::Failed(failed)) => hangs.push(failed.epoch),
+                    _ => {}
+                }
+            }
+            (joins, hangs)
+        }
+    }
+
+    #[test]
+    fn a_process_that_loads_answers_for_each_new_group_and_says_for_each_that_it_hangs() {
+        let pipe = Pipe::default();
+        let watches = Watches { state: Arc::default(), voice: Voice::new(pipe.clone()) };
+        let hangs = (EngineLossCause::Hung, "it hangs".to_owned());
+        watches.begin(1);
+        watches.begin(2);
+        assert_eq!(pipe.told(), (vec![], vec![]), "it may be in a group");
+        // What came before it knew that it was to load is for it as well.
+        let loads = watches.load(1);
+        watches.begin(3);
+        assert_eq!(pipe.told(), (vec![2, 3], vec![]));
+        watches.lose(&hangs);
+        watches.lose(&hangs);
+        watches.begin(4);
+        watches.lose(&hangs);
+        assert_eq!(pipe.told(), (vec![4], vec![3, 4]));
+        drop(loads);
+        watches.begin(5);
+        assert_eq!(pipe.told(), (vec![], vec![]), "it has loaded");
+        drop(watches.load(5));
+        assert_eq!(pipe.told(), (vec![], vec![]), "that is said by whoever begins with it");
     }
 
     #[test]

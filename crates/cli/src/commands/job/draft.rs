@@ -6,7 +6,7 @@ use anyhow::Result;
 use incipit_data::tasks::{Split, Task};
 use incipit_proto::client::Client;
 use incipit_proto::v1::data_source::Source;
-use incipit_proto::v1::{TrainingSpec, TrainingTask};
+use incipit_proto::v1::{Backbone, TrainingSpec, TrainingTask};
 use incipit_tune::multitask;
 use incipit_tune::spec::{PartialSpec, TrainSpec};
 use incipit_worker::spec::to_wire;
@@ -28,6 +28,8 @@ pub(super) struct Draft {
     pub(super) model: Option<String>,
     /// Whether the files are on the workers' machines.
     on_workers: bool,
+    /// Whether prompts to start as may be of another backbone.
+    any_backbone: bool,
 }
 
 struct DraftTask {
@@ -46,6 +48,7 @@ impl Draft {
     /// If the settings mean nothing, or the tasks cannot share rows.
     pub(super) fn resolve(given: PartialSpec, tasks: Option<&Path>, on_workers: bool) -> Result<Self> {
         let mut model = given.model.clone();
+        let any_backbone = given.allow_other_backbone.unwrap_or(false);
         let tasks = match tasks {
             Some(path) => {
                 let (tasks, of_all) = several(&given, path, on_workers)?;
@@ -59,7 +62,7 @@ impl Draft {
             }
             None => vec![DraftTask::resolve(String::new(), given, on_workers)?],
         };
-        Ok(Self { tasks, model, on_workers })
+        Ok(Self { tasks, model, on_workers, any_backbone })
     }
 
     /// The whole specifications of the tasks.
@@ -104,10 +107,15 @@ impl Draft {
     /// Puts the prompts to start as into `wire`.
     ///
     /// # Errors
-    /// What the coordinator says of one that was promoted.
-    pub(super) async fn start(&self, wire: &mut TrainingSpec, client: &Client) -> Result<()> {
+    /// As [`Start::source`].
+    pub(super) async fn start(
+        &self,
+        wire: &mut TrainingSpec,
+        client: &Client,
+        backbone: &Backbone,
+    ) -> Result<()> {
         for (task, wire) in self.tasks.iter().zip(of_tasks(wire)) {
-            wire.initial = task.start.source(client).await?;
+            wire.initial = task.start.source(client, backbone, self.any_backbone).await?;
         }
         Ok(())
     }
@@ -220,7 +228,6 @@ fn ignored(file: &PartialSpec) -> Vec<&'static str> {
         ("collective", file.collective.is_some()),
         ("microbatch-tokens", file.microbatch_tokens.is_some()),
         ("recompute", file.recompute.is_some()),
-        ("allow-other-backbone", file.allow_other_backbone.is_some()),
         ("threads", file.threads.is_some()),
     ];
     given.into_iter().filter(|(_, given)| *given).map(|(name, _)| name).collect()

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use incipit_proto::client::Client;
-use incipit_proto::v1::{DataSource, GetPromptVersionRequest};
+use incipit_proto::v1::{Backbone, DataSource, GetPromptVersionRequest};
 use incipit_tune::checkpoint;
 use incipit_tune::init::PromptInit;
 use incipit_tune::placement::PromptLayers;
@@ -11,7 +11,8 @@ use incipit_tune::spec::{PartialSpec, TrainSpec};
 use incipit_worker::spec::initial_of;
 
 use crate::cluster::blobs::LocalFile;
-use crate::cluster::{call, names};
+use crate::cluster::call;
+use crate::cluster::names::{self, short};
 use crate::exit::bad_input;
 
 /// What `--prompt-init` begins with for a prompt of the cluster's registry.
@@ -22,8 +23,8 @@ const PROMOTED: &str = "prompt:";
 pub(super) enum Start {
     /// A prompt that is made where the job is trained.
     Made,
-    /// A prompt of this machine, to be handed in.
-    Here(LocalFile),
+    /// A prompt of this machine, to be handed in, and the fingerprint of the backbone on which it was trained, if its files tell.
+    Here(LocalFile, Option<String>),
     /// A version of a promoted prompt, by its whole name.
     Promoted(String),
 }
@@ -70,30 +71,47 @@ impl Start {
                 length + shared
             ));
         }
-        Ok(Self::Here(LocalFile::made(path, checkpoint::prompt_bytes(&prompt)?)))
+        let file = LocalFile::made(path, checkpoint::prompt_bytes(&prompt)?);
+        Ok(Self::Here(file, checkpoint::backbone_of(path)?))
     }
 
     /// The file to hand in, if there is one.
     pub(super) fn file(&self) -> Option<&LocalFile> {
         match self {
-            Self::Here(file) => Some(file),
+            Self::Here(file, _) => Some(file),
             Self::Made | Self::Promoted(_) => None,
         }
     }
 
-    /// What goes with the job.
+    /// What goes with the job on `backbone`; from a prompt of any other one it starts where that is `allowed`.
     ///
     /// # Errors
-    /// What the coordinator says of a promoted prompt.
-    pub(super) async fn source(&self, client: &Client) -> Result<Option<DataSource>> {
-        Ok(match self {
-            Self::Made => None,
-            Self::Here(file) => Some(initial_of(&file.digest)),
+    /// If the prompt was trained on another backbone; what the coordinator says of a promoted one.
+    pub(super) async fn source(
+        &self,
+        client: &Client,
+        backbone: &Backbone,
+        allowed: bool,
+    ) -> Result<Option<DataSource>> {
+        let (digest, was) = match self {
+            Self::Made => return Ok(None),
+            Self::Here(file, origin) => (file.digest.clone(), origin.clone().unwrap_or_default()),
             Self::Promoted(name) => {
                 let request = GetPromptVersionRequest { name: name.clone() };
-                Some(initial_of(&call!(client, prompts.get_prompt_version(request))?.digest))
+                let version = call!(client, prompts.get_prompt_version(request))?;
+                (version.digest, version.backbone_fingerprint)
             }
-        })
+        };
+        // One that has not loaded yet has none.
+        let now = &backbone.fingerprint;
+        if !allowed && !was.is_empty() && !now.is_empty() && was != *now {
+            return bad_input(format!(
+                "the prompt of --prompt-init was trained on the backbone {was}, and {} is {now}; choose that one with --backbone, or pass \
+                 --allow-other-backbone if they are meant to differ",
+                short(&backbone.name)
+            ));
+        }
+        Ok(Some(initial_of(&digest)))
     }
 }
 

@@ -87,6 +87,9 @@ pub(super) struct SubmitArgs {
     /// The files are on the workers' machines, under these paths; nothing is read here, or uploaded
     #[arg(long, help_heading = "Job")]
     data_on_workers: bool,
+    /// Start as a prompt of another backbone, such as a copy in another type
+    #[arg(long, help_heading = "Job")]
+    allow_other_backbone: bool,
     /// Check everything, print what the job would be, and hand nothing in
     #[arg(long, help_heading = "Job", conflicts_with = "watch")]
     dry_run: bool,
@@ -120,8 +123,8 @@ pub(super) async fn run(args: SubmitArgs, connect: &ConnectArgs, global: &Global
     let mut wire = draft.wire()?;
     let data = draft.read(&mut wire, global)?;
     let client = connect.connect().await?;
-    draft.start(&mut wire, &client).await?;
     let backbone = choose(&client, backbone.as_deref(), draft.model.as_deref()).await?;
+    draft.start(&mut wire, &client, &backbone).await?;
     let missing = blobs::missing(&client, &data.files).await?;
     (job.backbone, job.spec) = (backbone.name.clone(), Some(wire));
     let request = CreateJobRequest {
@@ -157,6 +160,7 @@ fn draft(args: SubmitArgs) -> Result<Draft> {
         task: args.named.task,
         data_dir: args.named.data_dir,
         shared_length: args.shared_length,
+        allow_other_backbone: args.allow_other_backbone.then_some(true),
         ..args.training.into_spec()
     };
     let mut file = args.config.as_deref().map(PartialSpec::read).transpose()?.unwrap_or_default();
