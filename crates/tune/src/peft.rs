@@ -61,9 +61,10 @@ fn write_files(dir: &Path, weights: &[u8], config: &Value) -> Result<()> {
 
 /// The keys are those of PEFT's own file, in its order.
 fn config(prompt: &Prompt, base: &BaseModel) -> Value {
+    let (model, revision) = incipit_weights::split_revision(&base.name);
     json!({
         "auto_mapping": null,
-        "base_model_name_or_path": base.name,
+        "base_model_name_or_path": model,
         "inference_mode": true,
         "modules_to_save": null,
         "num_attention_heads": base.num_heads,
@@ -74,7 +75,7 @@ fn config(prompt: &Prompt, base: &BaseModel) -> Value {
         "peft_version": PEFT_VERSION,
         "prompt_tuning_init": "RANDOM",
         "prompt_tuning_init_text": null,
-        "revision": null,
+        "revision": revision,
         "task_type": "SEQ_2_SEQ_LM",
         "token_dim": prompt.width(),
         "tokenizer_kwargs": null,

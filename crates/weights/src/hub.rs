@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use hf_hub::api::Progress;
 use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
-use hf_hub::{Cache, Repo, RepoType};
+use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 
 use crate::checkpoint::CONFIG_FILE;
 use crate::error::{Error, Result, io};
@@ -17,7 +17,8 @@ use crate::{layout, tokenizer};
 const LOOK: Duration = Duration::from_millis(200);
 
 /// The directory of a model: `model` itself, or the cached files of that id on the Hugging Face Hub
-/// (`google/t5-v1_1-xxl`), which are downloaded first if they are not there yet.
+/// (`google/t5-v1_1-xxl`, or `google/t5-v1_1-xxl@REVISION` for a branch, a tag or a commit), which are downloaded first if they
+/// are not there yet.
 ///
 /// Only the configuration, the tokenizer and one set of weights are downloaded, safetensors where there are any. The
 /// cache is that of Hugging Face's own tools (`HF_HOME`); `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` are respected.
@@ -38,27 +39,69 @@ pub fn resolve_watched(model: &str, gets_on: &dyn Fn()) -> Result<PathBuf> {
     if Path::new(model).is_dir() {
         return Ok(PathBuf::from(model));
     }
-    if !is_hub_id(model) {
-        return Err(Error::NotAModel(model.to_owned()));
-    }
+    let id = HubId::parse(model).ok_or_else(|| Error::NotAModel(model.to_owned()))?;
     let cache = Cache::from_env();
-    if let Some(dir) = cached(&cache, model) {
+    if let Some(dir) = cached(&cache, id) {
         return Ok(dir);
     }
     if std::env::var("HF_HUB_OFFLINE").is_ok_and(|value| is_set(&value)) {
         let detail =
-            format!("HF_HUB_OFFLINE is set and the cache has no complete copy; {}", fetch_elsewhere(model));
+            format!("HF_HUB_OFFLINE is set and the cache has no complete copy; {}", fetch_elsewhere(id));
         return Err(hub_error(model, "the files", detail));
     }
-    let _turn = turn(&cache, model, gets_on)?;
+    let _turn = turn(&cache, id, gets_on)?;
     // Somebody else may have had it meanwhile.
-    cached(&cache, model).map_or_else(|| download(&cache, model, gets_on), Ok)
+    cached(&cache, id).map_or_else(|| download(&cache, model, id, gets_on), Ok)
 }
 
-/// Waits until no other process downloads `model`, and keeps others waiting for as long as what is returned is there.
-fn turn(cache: &Cache, model: &str, gets_on: &dyn Fn()) -> Result<File> {
-    let folder = Repo::new(model.to_owned(), RepoType::Model).folder_name();
-    let dir = cache.path().join(".locks").join(folder);
+/// The id of a model on the Hub and the revision behind it, if `model` is such an id and no directory; else all of it.
+#[must_use]
+pub fn split_revision(model: &str) -> (&str, Option<&str>) {
+    match HubId::parse(model).filter(|_| !Path::new(model).is_dir()) {
+        Some(HubId { name, revision }) => (name, revision),
+        None => (model, None),
+    }
+}
+
+/// A model on the Hub.
+#[derive(Clone, Copy)]
+struct HubId<'a> {
+    /// `name` or `owner/name`.
+    name: &'a str,
+    /// A branch, a tag or a commit; of the main branch where there is none.
+    revision: Option<&'a str>,
+}
+
+impl<'a> HubId<'a> {
+    /// `name`, `owner/name` or `owner/name@revision`, in the characters that the Hub allows.
+    fn parse(text: &'a str) -> Option<Self> {
+        let (name, revision) = match text.split_once('@') {
+            Some((name, revision)) => (name, Some(revision)),
+            None => (text, None),
+        };
+        let is_part = |part: &str| {
+            part.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
+                && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+                && !part.contains("..")
+                && part.len() <= 96
+        };
+        let is_name = name.split('/').count() <= 2 && name.split('/').all(is_part);
+        let is_revision = revision.is_none_or(|revision| revision.split('/').all(is_part));
+        (is_name && is_revision).then_some(Self { name, revision })
+    }
+
+    fn repo(self) -> Repo {
+        let (name, kind) = (self.name.to_owned(), RepoType::Model);
+        self.revision.map_or_else(
+            || Repo::new(name.clone(), kind),
+            |revision| Repo::with_revision(name.clone(), kind, revision.to_owned()),
+        )
+    }
+}
+
+/// Waits until no other process downloads the model, and keeps others waiting for as long as what is returned is there.
+fn turn(cache: &Cache, id: HubId<'_>, gets_on: &dyn Fn()) -> Result<File> {
+    let dir = cache.path().join(".locks").join(id.repo().folder_name());
     std::fs::create_dir_all(&dir).map_err(io("create", &dir))?;
     let path = dir.join("incipit.lock");
     let file = File::create(&path).map_err(io("create", &path))?;
@@ -74,45 +117,36 @@ fn turn(cache: &Cache, model: &str, gets_on: &dyn Fn()) -> Result<File> {
     }
 }
 
-/// `name` or `owner/name`, in the characters that the Hub allows.
-fn is_hub_id(text: &str) -> bool {
-    let parts: Vec<&str> = text.split('/').collect();
-    let is_name = |part: &&str| {
-        part.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
-            && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
-            && !part.contains("..")
-            && part.len() <= 96
-    };
-    parts.len() <= 2 && parts.iter().all(is_name)
-}
-
 /// Hugging Face's tools take these for yes.
 fn is_set(value: &str) -> bool {
     matches!(value.to_ascii_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE")
 }
 
-/// The snapshot of `model` in the cache, if it is complete.
-fn cached(cache: &Cache, model: &str) -> Option<PathBuf> {
-    let config = cache.model(model.to_owned()).get(CONFIG_FILE)?;
+/// The snapshot of a model in the cache, if it is complete.
+fn cached(cache: &Cache, id: HubId<'_>) -> Option<PathBuf> {
+    let repo = cache.repo(id.repo());
+    // Hugging Face's own tools write down no name for what was asked for as a commit.
+    let of_commit = || id.revision.map(|commit| repo.pointer_path(commit).join(CONFIG_FILE));
+    let config = repo.get(CONFIG_FILE).or_else(of_commit).filter(|config| config.is_file())?;
     let dir = config.parent()?;
     let complete = layout::find(dir).is_ok() && tokenizer::is_present(dir);
     complete.then(|| dir.to_owned())
 }
 
-fn download(cache: &Cache, model: &str, gets_on: &dyn Fn()) -> Result<PathBuf> {
+fn download(cache: &Cache, model: &str, id: HubId<'_>, gets_on: &dyn Fn()) -> Result<PathBuf> {
     let mut builder = ApiBuilder::from_env().with_progress(std::io::stderr().is_terminal()).with_retries(3);
     if let Ok(token) = std::env::var("HF_TOKEN") {
         builder = builder.with_token(Some(token));
     }
     let api = builder.build().map_err(|error| api_error(model, "the files", &error))?;
-    let repo = api.repo(Repo::new(model.to_owned(), RepoType::Model));
+    let repo = api.repo(id.repo());
     let info = repo.info().map_err(|error| api_error(model, "the list of files", &error))?;
     let names: Vec<String> = info.siblings.into_iter().map(|file| file.rfilename).collect();
     let wanted = choose_files(model, &names)?;
     // If an older revision was cached in part, the first pass moves the cache to the newer one as soon as it downloads a
     // file, and leaves the earlier files behind: the second pass gets those.
     for _ in 0..2 {
-        let dirs = fetch(cache, &repo, model, &wanted, gets_on)?;
+        let dirs = fetch(&cache.repo(id.repo()), &repo, model, &wanted, gets_on)?;
         if let Some(first) = dirs.first().filter(|first| dirs.iter().all(|dir| dir == *first)) {
             return Ok(first.clone());
         }
@@ -137,7 +171,7 @@ impl Progress for Watched<'_> {
 
 /// The directory in which each file came to lie.
 fn fetch(
-    cache: &Cache,
+    cache: &CacheRepo,
     repo: &ApiRepo,
     model: &str,
     wanted: &[String],
@@ -146,8 +180,7 @@ fn fetch(
     let mut dirs = Vec::with_capacity(wanted.len());
     for name in wanted {
         gets_on();
-        let there = cache.model(model.to_owned()).get(name);
-        let path = match there {
+        let path = match cache.get(name) {
             Some(path) => Ok(path),
             // On a terminal a bar is drawn, and a person watches it.
             None if std::io::stderr().is_terminal() => repo.download(name),
@@ -216,12 +249,16 @@ fn explain(model: &str, text: &str) -> String {
     } else if text.starts_with("I/O error") || text.starts_with("Lock acquisition") {
         format!("{text}; see that HF_HOME is on a disk with room that you may write to")
     } else {
-        format!("{text}; if this machine has no network, {}", fetch_elsewhere(model))
+        let elsewhere = HubId::parse(model).map(fetch_elsewhere).unwrap_or_default();
+        format!("{text}; if this machine has no network, {elsewhere}")
     }
 }
 
-fn fetch_elsewhere(model: &str) -> String {
-    format!("run `hf download {model}` where there is one, copy the files here, and give their directory")
+fn fetch_elsewhere(HubId { name, revision }: HubId<'_>) -> String {
+    let revision = revision.map(|revision| format!(" --revision {revision}")).unwrap_or_default();
+    format!(
+        "run `hf download {name}{revision}` where there is one, copy the files here, and give their directory"
+    )
 }
 
 #[cfg(test)]
@@ -247,13 +284,38 @@ mod tests {
 
     #[test]
     fn ids_of_the_hub_are_told_from_paths() {
-        for id in ["t5-small", "google/t5-v1_1-xxl", "google/flan-t5-small", "a.b/c_d"] {
-            assert!(is_hub_id(id), "{id}");
+        fn split(id: &str) -> Option<(&str, Option<&str>)> {
+            HubId::parse(id).map(|id| (id.name, id.revision))
         }
-        for path in
-            ["", "/models/t5", "./t5", "../t5", "a/b/c", "a/", "models/..", "a b", "~/t5", "C:\\t5", "a/é"]
-        {
-            assert!(!is_hub_id(path), "{path}");
+        for id in ["t5-small", "google/t5-v1_1-xxl", "google/flan-t5-small", "a.b/c_d"] {
+            assert_eq!(split(id), Some((id, None)), "{id}");
+            for revision in ["main", "v1.0", "refs/pr/3", "0123456789abcdef0123456789abcdef01234567"] {
+                let with = format!("{id}@{revision}");
+                assert_eq!(split(&with), Some((id, Some(revision))), "{with}");
+                assert_eq!(split_revision(&with), (id, Some(revision)));
+            }
+        }
+        for path in [
+            "",
+            "/models/t5",
+            "./t5",
+            "../t5",
+            "a/b/c",
+            "a/",
+            "models/..",
+            "a b",
+            "~/t5",
+            "C:\\t5",
+            "a/é",
+            "a/b@",
+            "@main",
+            "a/b@../x",
+            "a/b@/x",
+            "a/b@x@y",
+            "a/b@x y",
+        ] {
+            assert!(split(path).is_none(), "{path}");
+            assert_eq!(split_revision(path), (path, None));
             assert!(matches!(resolve(path), Err(Error::NotAModel(_))), "{path}");
         }
     }
@@ -334,13 +396,18 @@ mod tests {
         let missing = explain("owner/model", "request error: http status: 404");
         assert!(missing.contains("check the spelling") && missing.contains("HF_TOKEN"), "{missing}");
         let offline = explain("owner/model", "request error: io: failed to lookup address information");
-        assert!(offline.contains("hf download owner/model"), "{offline}");
+        assert!(offline.contains("hf download owner/model`"), "{offline}");
+        let offline = explain("owner/model@v1", "request error: io: failed to lookup address information");
+        assert!(offline.contains("hf download owner/model --revision v1`"), "{offline}");
         let disk = explain("owner/model", "I/O error No space left on device");
         assert!(disk.contains("HF_HOME"), "{disk}");
     }
 
     #[test]
     fn a_complete_snapshot_in_the_cache_is_used_and_a_partial_one_is_not() {
+        fn of(id: &str) -> HubId<'_> {
+            HubId::parse(id).expect("an id")
+        }
         let home = tempfile::tempdir().expect("a temporary directory");
         let cache = Cache::new(home.path().to_owned());
         let repo = home.path().join("models--owner--model");
@@ -357,7 +424,13 @@ mod tests {
         ] {
             let content = r#"{"weight_map": {"a": "model-00001-of-00001.safetensors"}}"#;
             fs::write(snapshot.join(name), content).expect("a writable directory");
-            assert_eq!(cached(&cache, "owner/model"), expected, "with {name}");
+            assert_eq!(cached(&cache, of("owner/model")), expected, "with {name}");
+        }
+        assert_eq!(cached(&cache, of("owner/model@v1")), None);
+        fs::write(repo.join("refs/v1"), "abc").expect("a writable directory");
+        for revision in ["main", "v1", "abc"] {
+            let id = format!("owner/model@{revision}");
+            assert_eq!(cached(&cache, of(&id)), Some(snapshot.clone()), "{id}");
         }
     }
 }

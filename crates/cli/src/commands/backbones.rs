@@ -61,7 +61,8 @@ struct CreateArgs {
     /// Name of the backbone
     #[arg(long, value_name = "BACKBONE", value_parser = names::new_id)]
     name: String,
-    /// Model: a directory as the workers see it, or a name on the Hugging Face Hub
+    /// Model: a directory as the workers see it, or a name on the Hugging Face Hub (ORG/NAME, or ORG/NAME@REVISION for a
+    /// branch, a tag or a commit)
     #[arg(long, value_name = "DIR|HUB_ID")]
     model: String,
     /// Type of the weights [default: bf16]

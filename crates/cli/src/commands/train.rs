@@ -65,7 +65,8 @@ Next: open OUT/report.html, and try `incipit generate --prompt OUT`.";
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct TrainArgs {
-    /// Backbone: a directory with config.json, weights and tokenizer, or a name on the Hugging Face Hub
+    /// Backbone: a directory with config.json, weights and tokenizer, or a name on the Hugging Face Hub (ORG/NAME, or
+    /// ORG/NAME@REVISION for a branch, a tag or a commit)
     #[arg(long, value_name = "DIR|HUB_ID", help_heading = "Run")]
     model: Option<String>,
     /// Training examples

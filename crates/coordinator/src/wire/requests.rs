@@ -179,7 +179,10 @@ fn backbone_spec(checks: &mut Checks, backbone: &v1::Backbone, roots: &Roots) ->
     if spec.model.starts_with('/') {
         checks.path("backbone.model", &spec.model, &roots.models, "model");
     } else if !is_hub_id(&spec.model) {
-        let what = format!("is {:.100?}; give an absolute path, or a name on the Hub (ORG/NAME)", spec.model);
+        let what = format!(
+            "is {:.100?}; give an absolute path, or a name on the Hub (ORG/NAME or ORG/NAME@REVISION)",
+            spec.model
+        );
         checks.wrong("backbone.model", what);
     } else if !roots.hub {
         let what =
@@ -225,7 +228,9 @@ fn is_hub_id(text: &str) -> bool {
             && !part.starts_with(['.', '-'])
             && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
     };
-    text.split_once('/').is_some_and(|(organisation, name)| part(organisation) && part(name))
+    let (id, revision) = text.split_once('@').unwrap_or((text, "main"));
+    id.split_once('/').is_some_and(|(organisation, name)| part(organisation) && part(name))
+        && revision.split('/').all(part)
 }
 
 /// `RetryBackbone`.

@@ -256,7 +256,8 @@ fn a_model_is_a_path_under_a_root_or_one_of_the_hub_where_that_is_allowed() {
         !refused("/models/t5", &roots()) && refused("/models/../t5", &roots()) && refused("/t5", &roots())
     );
     assert!(refused("google/t5-small", &roots()) && !refused("google/t5-small", &with_hub));
-    for model in ["", "t5", "../t5", "a/b/c", "a/..", "https://x/y"] {
+    assert!(!refused("google/t5-small@refs/pr/3", &with_hub));
+    for model in ["", "t5", "../t5", "a/b/c", "a/..", "https://x/y", "a/b@", "a/b@../c", "a/b@c@d"] {
         assert!(refused(model, &with_hub), "{model}");
     }
 }

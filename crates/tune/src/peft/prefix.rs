@@ -65,9 +65,10 @@ pub fn write(dir: &Path, prefix: &[NamedTensor], base: &BaseModel) -> Result<()>
 
 /// The keys are those of PEFT's own file, in its order.
 fn config(num_layers: usize, [length, width]: [usize; 2], base: &BaseModel) -> Value {
+    let (model, revision) = incipit_weights::split_revision(&base.name);
     json!({
         "auto_mapping": null,
-        "base_model_name_or_path": base.name,
+        "base_model_name_or_path": model,
         "encoder_hidden_size": width,
         "inference_mode": true,
         "init_weights": null,
@@ -79,7 +80,7 @@ fn config(num_layers: usize, [length, width]: [usize; 2], base: &BaseModel) -> V
         "peft_type": TYPE,
         "peft_version": PEFT_VERSION,
         "prefix_projection": false,
-        "revision": null,
+        "revision": revision,
         "task_type": "SEQ_2_SEQ_LM",
         "token_dim": width,
     })

@@ -276,6 +276,6 @@ mod tests {
         };
         assert_eq!(ignored(&file), ["out", "threads"]);
         assert_eq!(job_fields(file), PartialSpec { lr: Some(0.5), ..PartialSpec::default() });
-        assert_eq!(ignored(&PartialSpec::defaults()).len(), 7);
+        assert_eq!(ignored(&PartialSpec::defaults()).len(), 6);
     }
 }
