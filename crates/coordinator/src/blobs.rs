@@ -23,6 +23,7 @@ pub mod garbage;
 mod place;
 mod upload;
 
+pub use place::Expected;
 pub use upload::Upload;
 
 /// BLAKE3 of a blob, 64 hexadecimal digits.
@@ -189,6 +190,16 @@ pub struct Listed {
     pub stored: SystemTime,
 }
 
+/// A directory of blobs.
+#[derive(Clone, Debug)]
+struct Dir {
+    path: PathBuf,
+    /// What its marker says.
+    marker: String,
+    /// Bytes of its disk that uploads leave free.
+    min_free: u64,
+}
+
 /// The blobs of a cluster. Clones share them.
 #[derive(Clone, Debug)]
 pub struct Blobs {
@@ -196,8 +207,8 @@ pub struct Blobs {
     prefix: Path,
     place: String,
     limit: u64,
-    /// Where blobs are files: the directory, and the bytes of its disk that uploads leave free.
-    dir: Option<(PathBuf, u64)>,
+    /// Where blobs are files.
+    dir: Option<Dir>,
     /// Read by whoever has the core name blobs, from looking for them until they are named; written by who deletes some.
     naming: Arc<RwLock<()>>,
     /// Blobs that were read and had another hash, and were not stored again since.
@@ -206,27 +217,33 @@ pub struct Blobs {
 
 impl Blobs {
     /// Opens the blobs at `place`, a directory (which is made) or a URL, each `limit` bytes at most. Of a directory's disk uploads leave
-    /// `min_free` bytes free, which are the coordinator's own. What uploads that were interrupted left in a directory is removed. `has_some` is
-    /// whether there are to be blobs already.
+    /// `min_free` bytes free, which are the coordinator's own. What uploads that were interrupted left in a directory is removed.
     ///
     /// # Errors
-    /// If `place` is no place for blobs, the directory cannot be made, or it is empty where there are to be blobs.
-    pub fn open(place: &str, limit: u64, min_free: u64, has_some: bool) -> Result<Self> {
+    /// If `place` is no place for blobs, the directory cannot be made, or it is not the one that is `expected`.
+    pub fn open(place: &str, limit: u64, min_free: u64, expected: &Expected) -> Result<Self> {
+        let path = std::path::Path::new(place);
         let is_remote = place.contains("://");
-        let (store, prefix) = if is_remote {
-            place::remote(place)?
-        } else {
-            place::local(std::path::Path::new(place), has_some)?
+        let ((store, prefix), marker) = match is_remote {
+            true => (place::remote(place)?, None),
+            false => (place::local(path)?, Some(place::claim(path, expected)?)),
         };
+        let dir = marker.map(|marker| Dir { path: path.to_owned(), marker, min_free });
         Ok(Self {
             store,
             prefix,
             place: place.to_owned(),
             limit,
-            dir: (!is_remote).then(|| (PathBuf::from(place), min_free)),
+            dir,
             naming: Arc::default(),
             damaged: Arc::default(),
         })
+    }
+
+    /// What the marker of the directory says, where blobs are files.
+    #[must_use]
+    pub fn marker(&self) -> Option<&str> {
+        self.dir.as_ref().map(|dir| &*dir.marker)
     }
 
     /// While this is held no blob is deleted: look for blobs, and have them named.
@@ -248,11 +265,14 @@ impl Blobs {
 
     /// Checks that the directory of the blobs is the one that was opened: what a disk has that is away is not missing.
     async fn check_is_there(&self) -> Result<()> {
-        let Some((dir, _)) = &self.dir else { return Ok(()) };
-        if tokio::fs::try_exists(dir.join(place::MARKER)).await.unwrap_or(false) {
+        let Some(Dir { path, marker, .. }) = &self.dir else { return Ok(()) };
+        if tokio::fs::read_to_string(path.join(place::MARKER)).await.is_ok_and(|found| found == *marker) {
             return Ok(());
         }
-        let why = format!("its file {} is gone; see whether its disk is mounted", place::MARKER);
+        let why = format!(
+            "its file {} is gone, or another; see whether its disk is mounted, and if all there was lost, restart the coordinator",
+            place::MARKER
+        );
         Err(Error::Store { place: self.place.clone(), why })
     }
 
@@ -293,6 +313,7 @@ impl Blobs {
         if size > self.limit {
             return Err(Error::TooLarge { digest, size, limit: self.limit });
         }
+        self.check_is_there().await?;
         self.check_room(size).await?;
         Ok(Upload::new(self.clone(), digest, size))
     }
@@ -300,10 +321,12 @@ impl Blobs {
     /// Checks that there is room for `size` more bytes. Uploads that fill the disk would stop the coordinator, which could write down
     /// nothing any more.
     async fn check_room(&self, size: u64) -> Result<()> {
-        let Some((dir, kept)) = self.dir.clone().filter(|(_, kept)| *kept > 0) else { return Ok(()) };
+        let Some(Dir { path, min_free: kept, .. }) = self.dir.clone().filter(|dir| dir.min_free > 0) else {
+            return Ok(());
+        };
         let place = self.place.clone();
         // The disk may be another machine's, which does not answer.
-        let asked = tokio::task::spawn_blocking(move || Ok(rustix::fs::statvfs(&dir)?)).await;
+        let asked = tokio::task::spawn_blocking(move || Ok(rustix::fs::statvfs(&path)?)).await;
         let free = match asked.unwrap_or_else(|broke| Err(io::Error::other(broke))) {
             Ok(disk) => disk.f_bavail.saturating_mul(disk.f_frsize),
             Err(error) => return Err(Error::Store { place, why: error.to_string() }),

@@ -24,7 +24,7 @@ use tonic::{
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
-    blobs::Blobs,
+    blobs::{Blobs, Expected},
     config::{self, Config},
     core::{self, Core},
     doors::{Guard, GuardLayer, Rate, audit::Audit, tls, tokens},
@@ -223,7 +223,11 @@ fn open(config: &Config) -> Result<Opened, Error> {
     let telemetry = Arc::new(Telemetry::default());
     let core = Core::restore(core::Config::default(), rows, clock.now());
     let (limits, has_some) = (&config.limits, core.digests().next().is_some());
-    let blobs = Blobs::open(&config.blobs(), limits.max_blob_bytes, limits.min_free_bytes, has_some)?;
+    let expected = Expected { marker: store.blobs()?, has_some };
+    let blobs = Blobs::open(&config.blobs(), limits.max_blob_bytes, limits.min_free_bytes, &expected)?;
+    if let Some(marker) = blobs.marker().filter(|marker| expected.marker.as_deref() != Some(*marker)) {
+        store.set_blobs(marker)?;
+    }
     let started = shell::start(core, store, clock, Arc::clone(&telemetry));
     let (handle, end) =
         started.map_err(|source| Error::System { what: "start a thread".to_owned(), source })?;

@@ -141,6 +141,23 @@ impl Store {
         &self.cluster
     }
 
+    /// What the marker of the directory of blobs says that this store goes with, if that was written down.
+    ///
+    /// # Errors
+    /// If SQLite fails.
+    pub fn blobs(&self) -> Result<Option<String>> {
+        load::blobs(&self.connection).map_err(|source| Error::Database { path: self.path.clone(), source })
+    }
+
+    /// Writes down what that marker says.
+    ///
+    /// # Errors
+    /// If SQLite fails.
+    pub fn set_blobs(&self, marker: &str) -> Result<()> {
+        let written = load::set_blobs(&self.connection, marker);
+        written.map_err(|source| Error::Database { path: self.path.clone(), source })
+    }
+
     /// A reader of pages.
     #[must_use]
     pub fn reader(&self) -> Reader {

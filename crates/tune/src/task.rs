@@ -45,7 +45,7 @@ pub struct Task {
     pub eval_hash: Option<String>,
     /// The prompt of `--prompt-init file:PATH`. A run that goes on (`spec.resume`) has no need of it, and the file may be gone.
     pub initial: Option<Prompt>,
-    /// Fingerprint of the backbone on which that was trained, if its files tell.
+    /// Fingerprint of the backbone on which that was trained, if its files tell, and it is to be this one.
     pub initial_backbone: Option<String>,
     /// What was cut, left out or odd.
     pub warnings: Vec<String>,
@@ -88,7 +88,9 @@ impl Task {
         }
         let (initial, initial_backbone) = match &spec.prompt_init {
             PromptInit::File(path) if !spec.resume => {
-                (Some(Prompt::read(path)?), checkpoint::backbone_of(path)?)
+                // Only where that matters: the checkpoint of its run may be of another version.
+                let origin = if spec.allow_other_backbone { None } else { checkpoint::backbone_of(path)? };
+                (Some(Prompt::read(path)?), origin)
             }
             _ => (None, None),
         };

@@ -111,7 +111,7 @@ impl UpArgs {
     fn backbone(&self) -> Result<Option<(String, v1::Backbone)>> {
         let Some(model) = &self.model else { return Ok(None) };
         let model = super::backbones::as_elsewhere(model);
-        let last = model.rsplit('/').next().unwrap_or_default();
+        let last = incipit_weights::split_revision(&model).0.rsplit('/').next().unwrap_or_default();
         let Some(name) = name_of(last) else {
             return bad_input(format!(
                 "--model {model}: no name can be made of it; use `incipit backbone create --name`"

@@ -165,7 +165,7 @@ impl Records {
 
     /// The backbone's name: the last part of its path or Hub id that tells something.
     pub(crate) fn model_name(&self) -> String {
-        telling(self.setting("model").rsplit('/'), &["model", "models"])
+        telling(incipit_weights::split_revision(&self.setting("model")).0.rsplit('/'), &["model", "models"])
     }
 
     /// What the run is about: the name of its data on its backbone.
@@ -307,6 +307,7 @@ mod tests {
     fn a_run_is_named_by_the_parts_of_its_paths_that_tell_something() {
         for (train, model, title) in [
             ("data/subj/train.jsonl", "models/t5-v1.1/", "subj on t5-v1.1"),
+            ("data/subj/train.jsonl", "google/t5-small@refs/pr/3", "subj on t5-small"),
             ("questions.csv.gz", "google/t5-base", "questions on t5-base"),
             ("/tmp/demo/data/train.jsonl", "/tmp/demo/model", "demo"),
             ("train.jsonl", "model", "train on model"),

@@ -10,30 +10,81 @@ use object_store::{ObjectStore, local::LocalFileSystem, path::Path};
 
 use super::{Error, Result};
 
-/// A file in a directory of blobs. Where it is not, neither is the directory's disk, and no blob can be said to be missing.
+/// A file in a directory of blobs, with a text that no other has: where it is not, neither is the directory's disk, and no blob can be said to
+/// be missing.
 pub(super) const MARKER: &str = "incipit-blobs";
 
-/// The directory `dir`, which is made. `has_some` is whether there are to be blobs already.
+/// What a directory of blobs should be.
+#[derive(Debug)]
+pub struct Expected {
+    /// What its marker says, where that is known.
+    pub marker: Option<String>,
+    /// Whether there are to be blobs in it.
+    pub has_some: bool,
+}
+
+/// The directory `dir`, which is made.
 ///
 /// # Errors
-/// If the system refuses, or the directory is empty where there are to be blobs.
-pub(super) fn local(dir: &FilePath, has_some: bool) -> Result<(Arc<dyn ObjectStore>, Path)> {
-    let failed =
-        |why: &dyn fmt::Display| Error::Place { url: dir.display().to_string(), why: why.to_string() };
+/// If the system refuses.
+pub(super) fn local(dir: &FilePath) -> Result<(Arc<dyn ObjectStore>, Path)> {
+    let failed = failed(dir);
     std::fs::create_dir_all(dir).map_err(|e| failed(&e))?;
-    if has_some && std::fs::read_dir(dir).map_err(|e| failed(&e))?.next().is_none() {
-        let why = format!(
-            "it is empty, and jobs of this coordinator have files there: is its disk mounted? if they are lost, make a file {MARKER} there to \
-             go on without them"
-        );
-        return Err(failed(&why));
-    }
-    std::fs::write(dir.join(MARKER), "").map_err(|e| failed(&e))?;
     for path in interrupted(dir).map_err(|e| failed(&e))? {
         std::fs::remove_file(path).map_err(|e| failed(&e))?;
     }
     let store = LocalFileSystem::new_with_prefix(dir).map_err(|e| failed(&e))?;
     Ok((Arc::new(store.with_fsync(true)), Path::default()))
+}
+
+/// What the marker of `dir` says, which is made where the directory can be the one that is `expected` and has none, or that of another
+/// coordinator of which nothing is expected here. An empty marker, which a person has made, is taken for any.
+///
+/// # Errors
+/// If it is another directory, or the system refuses.
+pub(super) fn claim(dir: &FilePath, expected: &Expected) -> Result<String> {
+    let (failed, path) = (failed(dir), dir.join(MARKER));
+    let found = match std::fs::read_to_string(&path) {
+        Ok(found) => Some(found),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => return Err(failed(&error)),
+    };
+    if let Some(found) =
+        found.clone().filter(|found| !found.is_empty() && expected.marker.as_ref() == Some(found))
+    {
+        return Ok(found);
+    }
+    let is_it = match &found {
+        Some(found) => found.is_empty(),
+        // One from before there were markers.
+        None => expected.marker.is_none() && has_blobs(dir).map_err(|e| failed(&e))?,
+    };
+    if expected.has_some && !is_it {
+        let why = format!(
+            "it is not the directory in which jobs of this coordinator have files: is its disk mounted? if they are lost, make an empty file \
+             {MARKER} there to go on without them"
+        );
+        return Err(failed(&why));
+    }
+    let marker = uuid::Uuid::new_v4().to_string();
+    std::fs::write(&path, &marker).map_err(|e| failed(&e))?;
+    Ok(marker)
+}
+
+/// Whether a directory has blobs: they lie in directories of two hexadecimal digits.
+fn has_blobs(dir: &FilePath) -> io::Result<bool> {
+    for entry in std::fs::read_dir(dir)? {
+        let name = entry?.file_name();
+        if name.len() == 2 && name.to_string_lossy().chars().all(|c| c.is_ascii_hexdigit()) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn failed(dir: &FilePath) -> impl Fn(&dyn fmt::Display) -> Error {
+    let url = dir.display().to_string();
+    move |why| Error::Place { url: url.clone(), why: why.to_string() }
 }
 
 /// Files that uploads did not finish: `object_store` stages them beside their place, as `...#1`.

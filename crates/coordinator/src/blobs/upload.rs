@@ -79,6 +79,10 @@ impl Upload {
             self.abort().await;
             return Err(Error::Hash { announced, found });
         }
+        if let Err(away) = self.blobs.check_is_there().await {
+            self.abort().await;
+            return Err(away);
+        }
         match self.sink {
             Sink::Small(parts) => self.blobs.put(&self.digest, PutPayload::from_iter(parts)).await?,
             Sink::Large(writer) => {

@@ -63,6 +63,17 @@ pub(super) fn cluster(connection: &Connection) -> rusqlite::Result<String> {
     connection.query_row("SELECT value FROM meta WHERE key = 'cluster'", [], |row| row.get(0))
 }
 
+/// What the marker of the blobs' directory says, where there is one.
+pub(super) fn blobs(connection: &Connection) -> rusqlite::Result<Option<String>> {
+    let mut select = connection.prepare("SELECT value FROM meta WHERE key = 'blobs'")?;
+    select.query_row([], |row| row.get(0)).optional()
+}
+
+/// Writes that down.
+pub(super) fn set_blobs(connection: &Connection, marker: &str) -> rusqlite::Result<()> {
+    connection.execute("INSERT OR REPLACE INTO meta (key, value) VALUES ('blobs', ?1)", [marker]).map(drop)
+}
+
 /// Everything that the core holds.
 pub(super) fn rows(connection: &Connection, path: &Path) -> Result<Rows> {
     let database = |source| Error::Database { path: path.to_owned(), source };

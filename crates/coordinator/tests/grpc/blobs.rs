@@ -164,17 +164,35 @@ async fn blobs_whose_disk_is_away_are_not_missing() {
     let (blobs, away) = (dir.path().join("blobs"), dir.path().join("away"));
     fs::rename(&blobs, &away).unwrap();
     fs::create_dir(&blobs).unwrap();
-    let refused = read(&client, &digest, 0).await.unwrap_err();
-    assert_eq!(reason(&refused), (Code::Unavailable, "BLOB_STORE".to_owned()), "{refused}");
-    assert!(refused.message().contains("mounted"), "{refused}");
+    // What a coordinator left there that was started before the disk was mounted, and a directory of the file system's.
+    fs::write(blobs.join("incipit-blobs"), "another").unwrap();
+    fs::create_dir(blobs.join("lost+found")).unwrap();
+    for refused in [read(&client, &digest, 0).await.map(drop), upload(&client, b"more").await.map(drop)] {
+        let refused = refused.unwrap_err();
+        assert_eq!(reason(&refused), (Code::Unavailable, "BLOB_STORE".to_owned()), "{refused}");
+        assert!(refused.message().contains("mounted"), "{refused}");
+    }
+    assert_eq!(files(&blobs), [""; 0].map(PathBuf::from), "nothing is stored in its place");
     drop(running);
     let refused = serve_once(dir.path()).await.unwrap_err().to_string();
-    assert!(refused.contains("it is empty") && refused.contains("mounted"), "{refused}");
-    fs::remove_dir(&blobs).unwrap();
+    assert!(refused.contains("not the directory") && refused.contains("mounted"), "{refused}");
+    fs::remove_file(blobs.join("incipit-blobs")).unwrap();
+    assert!(serve_once(dir.path()).await.is_err(), "nor is it where it has no marker");
+    fs::remove_dir_all(&blobs).unwrap();
     fs::rename(&away, &blobs).unwrap();
     let running = start(config(dir.path())).await;
     let client = connect(&running).await;
     assert_eq!(read(&client, &digest, 0).await.unwrap(), b"data");
+    drop(running);
+    // Who says that all is lost goes on without it.
+    fs::remove_dir_all(&blobs).unwrap();
+    fs::create_dir(&blobs).unwrap();
+    fs::write(blobs.join("incipit-blobs"), "").unwrap();
+    let running = start(config(dir.path())).await;
+    let client = connect(&running).await;
+    let missing = read(&client, &digest, 0).await.unwrap_err();
+    assert_eq!(reason(&missing), (Code::NotFound, "BLOB_MISSING".to_owned()));
+    upload(&client, b"data").await.unwrap();
 }
 
 /// Whether a coordinator can be started again, as far as it comes.

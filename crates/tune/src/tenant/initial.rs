@@ -42,7 +42,7 @@ fn behind_shared(
 fn own_rows(backbone: &Backbone, spec: &TrainSpec, task: &Task, shared: usize) -> Result<Initial> {
     let (length, d_model) = (spec.prompt_length - shared, backbone.config().d_model);
     if let PromptInit::File(path) = &spec.prompt_init {
-        check_origin(backbone, spec, task, path)?;
+        check_origin(backbone, task, path)?;
         let prompt = task.initial.clone().map_or_else(|| Prompt::read(path), Ok)?;
         check_shape(&prompt, path, (length, shared), d_model)?;
         return Ok(Initial { prompt, warnings: Vec::new() });
@@ -51,9 +51,9 @@ fn own_rows(backbone: &Backbone, spec: &TrainSpec, task: &Task, shared: usize) -
 }
 
 /// Checks that a prompt to start from was trained on this backbone, if its files tell: elsewhere its numbers mean nothing.
-fn check_origin(backbone: &Backbone, spec: &TrainSpec, task: &Task, path: &Path) -> Result<()> {
+fn check_origin(backbone: &Backbone, task: &Task, path: &Path) -> Result<()> {
     let (model, now) = (backbone.name.clone(), backbone.fingerprint.to_string());
-    match task.initial_backbone.clone().filter(|was| *was != now && !spec.allow_other_backbone) {
+    match task.initial_backbone.clone().filter(|was| *was != now) {
         Some(was) => Err(Error::OtherOrigin { path: path.to_owned(), model, was, now }),
         None => Ok(()),
     }

@@ -56,9 +56,9 @@ impl std::fmt::Display for Stopped {
 }
 
 impl Stopped {
-    /// Says what to do about it if it is damaged.
+    /// Says what to do about it if the coordinator has it damaged.
     pub(crate) fn mended_by(mut self, mend: &str) -> Self {
-        if let Self::Damaged(problem, _) = &mut self {
+        if let Self::Damaged(problem, v1::JobReason::BadData) = &mut self {
             problem.message = format!("{}; {mend}", problem.message);
         }
         self

@@ -33,9 +33,9 @@ use crate::frames::{Join, Notice, Ready};
 /// How long a rank waits for the others in an exchange. A rank that is gone is found by its agent or by the coordinator long before, and one
 /// that waits for it in vain leaves when there is a new group.
 const DEADLINE: Duration = Duration::from_secs(600);
-/// How long it waits for them to load what they have to: a download of the largest models over a slow line. What does not get on is found by
+/// How long it waits for them to load what they have to, which may be a download over a slow line. What does not get on is found by
 /// [`Watches`] long before; this is for a process that cannot be started, since the one before does not end.
-const LOADING: Duration = Duration::from_secs(2 * 3600);
+const LOADING: Duration = Duration::from_secs(24 * 3600);
 /// How long a pass through the backbone may take in any case: on a CPU other programs may have the cores, and its weights may have to be read
 /// from a disk again.
 const HANG_AFTER_ON_CPU: Duration = Duration::from_secs(60);

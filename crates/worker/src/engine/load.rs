@@ -150,9 +150,11 @@ fn check_path(path: &str, roots: &[String]) -> Result<()> {
     if roots.iter().any(is_within) {
         return Ok(());
     }
-    let (found, roots) = (found.display(), roots.join(", "));
-    let what =
-        format!("{path} leads to {found}, which is under none of the coordinator's data roots ({roots})");
+    let roots = if roots.is_empty() { "none".to_owned() } else { roots.join(", ") };
+    let found = found.display();
+    let what = format!(
+        "{path} leads to {found}, which is under none of the coordinator's data roots ({roots}; its --data-root)"
+    );
     failure(JobReason::BadSpec, what)
 }
 

@@ -28,8 +28,6 @@ pub(super) struct Draft {
     pub(super) model: Option<String>,
     /// Whether the files are on the workers' machines.
     on_workers: bool,
-    /// Whether prompts to start as may be of another backbone.
-    any_backbone: bool,
 }
 
 struct DraftTask {
@@ -39,6 +37,8 @@ struct DraftTask {
     /// The whole, checked.
     whole: TrainSpec,
     start: Start,
+    /// Whether the prompt to start as may be of another backbone.
+    any_backbone: bool,
 }
 
 impl Draft {
@@ -48,7 +48,6 @@ impl Draft {
     /// If the settings mean nothing, or the tasks cannot share rows.
     pub(super) fn resolve(given: PartialSpec, tasks: Option<&Path>, on_workers: bool) -> Result<Self> {
         let mut model = given.model.clone();
-        let any_backbone = given.allow_other_backbone.unwrap_or(false);
         let tasks = match tasks {
             Some(path) => {
                 let (tasks, of_all) = several(&given, path, on_workers)?;
@@ -62,7 +61,7 @@ impl Draft {
             }
             None => vec![DraftTask::resolve(String::new(), given, on_workers)?],
         };
-        Ok(Self { tasks, model, on_workers, any_backbone })
+        Ok(Self { tasks, model, on_workers })
     }
 
     /// The whole specifications of the tasks.
@@ -115,7 +114,7 @@ impl Draft {
         backbone: &Backbone,
     ) -> Result<()> {
         for (task, wire) in self.tasks.iter().zip(of_tasks(wire)) {
-            wire.initial = task.start.source(client, backbone, self.any_backbone).await?;
+            wire.initial = task.start.source(client, backbone, task.any_backbone).await?;
         }
         Ok(())
     }
@@ -155,6 +154,7 @@ fn several(given: &PartialSpec, path: &Path, on_workers: bool) -> Result<(Vec<Dr
 
 impl DraftTask {
     fn resolve(name: String, given: PartialSpec, on_workers: bool) -> Result<Self> {
+        let any_backbone = given.allow_other_backbone.unwrap_or(false);
         let mut given = job_fields(given);
         if on_workers && given.data_dir.is_some() {
             return bad_input(
@@ -165,7 +165,7 @@ impl DraftTask {
         let promoted = Start::promoted(&mut given)?;
         let whole = trained_elsewhere(given.clone())?;
         let start = promoted.map_or_else(|| Start::read(&whole), Ok)?;
-        Ok(Self { name, given, whole, start })
+        Ok(Self { name, given, whole, start, any_backbone })
     }
 }
 

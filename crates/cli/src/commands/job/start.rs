@@ -72,7 +72,8 @@ impl Start {
             ));
         }
         let file = LocalFile::made(path, checkpoint::prompt_bytes(&prompt)?);
-        Ok(Self::Here(file, checkpoint::backbone_of(path)?))
+        // The checkpoint of its run may be of another version, and tell nothing.
+        Ok(Self::Here(file, checkpoint::backbone_of(path).ok().flatten()))
     }
 
     /// The file to hand in, if there is one.
