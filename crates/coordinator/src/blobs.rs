@@ -211,7 +211,7 @@ pub struct Blobs {
     dir: Option<Dir>,
     /// Read by whoever has the core name blobs, from looking for them until they are named; written by who deletes some.
     naming: Arc<RwLock<()>>,
-    /// Blobs that were read and had another hash, and were not stored again since.
+    /// Blobs that were read and had another hash, or are suspected of it, and were not stored again since.
     damaged: Arc<Mutex<BTreeSet<Digest>>>,
 }
 
@@ -299,6 +299,11 @@ impl Blobs {
         };
         wanting.extend(self.missing(others).await?);
         Ok(wanting)
+    }
+
+    /// One of these blobs may be damaged, as is known from before: they are to be uploaded until they are read and are whole.
+    pub fn suspect(&self, digests: impl Iterator<Item = Digest>) {
+        self.damaged().extend(digests);
     }
 
     fn damaged(&self) -> MutexGuard<'_, BTreeSet<Digest>> {

@@ -24,7 +24,7 @@ use tonic::{
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
-    blobs::{Blobs, Expected},
+    blobs::{Blobs, Digest, Expected},
     config::{self, Config},
     core::{self, Core},
     doors::{Guard, GuardLayer, Rate, audit::Audit, tls, tokens},
@@ -225,6 +225,7 @@ fn open(config: &Config) -> Result<Opened, Error> {
     let (limits, has_some) = (&config.limits, core.digests().next().is_some());
     let expected = Expected { marker: store.blobs()?, has_some };
     let blobs = Blobs::open(&config.blobs(), limits.max_blob_bytes, limits.min_free_bytes, &expected)?;
+    blobs.suspect(core.damaged().filter_map(|digest| Digest::parse("digest", digest).ok()));
     if let Some(marker) = blobs.marker().filter(|marker| expected.marker.as_deref() != Some(*marker)) {
         store.set_blobs(marker)?;
     }

@@ -91,11 +91,8 @@ impl<'a> HubId<'a> {
     }
 
     fn repo(self) -> Repo {
-        let (name, kind) = (self.name.to_owned(), RepoType::Model);
-        self.revision.map_or_else(
-            || Repo::new(name.clone(), kind),
-            |revision| Repo::with_revision(name.clone(), kind, revision.to_owned()),
-        )
+        let revision = self.revision.unwrap_or("main").to_owned();
+        Repo::with_revision(self.name.to_owned(), RepoType::Model, revision)
     }
 }
 

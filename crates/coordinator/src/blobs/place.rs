@@ -49,17 +49,13 @@ pub(super) fn claim(dir: &FilePath, expected: &Expected) -> Result<String> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => return Err(failed(&error)),
     };
-    if let Some(found) =
-        found.clone().filter(|found| !found.is_empty() && expected.marker.as_ref() == Some(found))
-    {
-        return Ok(found);
+    if let Some(found) = found.as_ref().filter(|found| expected.marker.as_ref() == Some(*found)) {
+        return Ok(found.clone());
     }
-    let is_it = match &found {
-        Some(found) => found.is_empty(),
-        // One from before there were markers.
-        None => expected.marker.is_none() && has_blobs(dir).map_err(|e| failed(&e))?,
-    };
-    if expected.has_some && !is_it {
+    let is_made_by_hand = found.is_some_and(|found| found.is_empty());
+    // No marker was written down: the directory is from before there were any.
+    let is_older = expected.marker.is_none() && has_blobs(dir).map_err(|e| failed(&e))?;
+    if expected.has_some && !is_made_by_hand && !is_older {
         let why = format!(
             "it is not the directory in which jobs of this coordinator have files: is its disk mounted? if they are lost, make an empty file \
              {MARKER} there to go on without them"

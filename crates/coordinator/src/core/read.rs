@@ -1,6 +1,6 @@
 //! What the core shows.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use incipit_proto::{
     Problem,
@@ -290,12 +290,10 @@ impl Core {
         paginate(&format!("versions {scope}"), size, token, items)
     }
 
-    /// Those of `digests` that are of a damaged checkpoint.
-    pub fn damaged<'a>(&self, digests: &'a [String]) -> impl Iterator<Item = &'a String> {
+    /// Digests of the blobs of damaged checkpoints.
+    pub fn damaged(&self) -> impl Iterator<Item = &str> {
         let damaged = self.rows.checkpoints.values().filter(|checkpoint| checkpoint.damaged);
-        let files: BTreeSet<&str> =
-            damaged.flat_map(|checkpoint| &checkpoint.files).map(|file| file.digest.as_str()).collect();
-        digests.iter().filter(move |digest| files.contains(digest.as_str()))
+        damaged.flat_map(|checkpoint| &checkpoint.files).map(|file| file.digest.as_str())
     }
 
     /// Digests of all blobs that must stay: those of checkpoints, of prompts, and of the data of jobs that are there.

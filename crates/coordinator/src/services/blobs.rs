@@ -1,6 +1,6 @@
 //! The blobs' service.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, TryStreamExt as _};
 use incipit_proto::{
@@ -16,7 +16,6 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use super::{Context, pages::Out};
 use crate::{
     blobs::{Digest, Upload},
-    core::Core,
     doors::{Subject, about},
 };
 
@@ -56,14 +55,11 @@ impl BlobService for Blobs {
             let what = format!("has {} digests; ask for {DIGESTS} at once", digests.len());
             return Err(Problem::field("digests", what).into());
         }
-        let asked = digests.iter().map(|digest| Digest::parse("digests", digest));
-        let asked = asked.collect::<Result<Vec<_>, _>>()?;
-        let missing = self.context.blobs.wanting(asked).await.map_err(Problem::from)?;
-        let mut missing: BTreeSet<String> = missing.into_iter().map(|digest| digest.to_string()).collect();
-        // Which blobs of a damaged checkpoint are the reason, only the coordinator knew that found it.
-        let damaged = move |core: &Core, _| core.damaged(&digests).cloned().collect::<Vec<_>>();
-        missing.extend(self.context.handle.read(damaged).await?);
-        Ok(Response::new(FindBlobsResponse { missing: missing.into_iter().collect() }))
+        let digests = digests.iter().map(|digest| Digest::parse("digests", digest));
+        let digests = digests.collect::<Result<Vec<_>, _>>()?;
+        let missing = self.context.blobs.wanting(digests).await.map_err(Problem::from)?;
+        let missing = missing.into_iter().map(|digest| digest.to_string()).collect();
+        Ok(Response::new(FindBlobsResponse { missing }))
     }
 
     async fn write_blob(

@@ -215,10 +215,7 @@ async fn files_of_a_damaged_checkpoint_are_asked_for_until_they_are_verified_als
     let dir = tempfile::tempdir().unwrap();
     let running = start(config(dir.path())).await;
     let client = with_backbone(&running).await;
-    submit(&client, "j").await;
-    let mut agent = Agent::attach(&client, hello("w")).await.unwrap();
-    agent.load().await;
-    let first = agent.job().await;
+    let (mut agent, first) = training(&client).await;
     let digest = upload(&client, b"weights").await.unwrap();
     let file = v1::CheckpointFile { name: "prompt.safetensors".to_owned(), digest: digest.clone(), size: 7 };
     let saved = v1::CheckpointSaved { step: 5, files: vec![file], ..v1::CheckpointSaved::default() };

@@ -223,6 +223,15 @@ impl Agent {
     }
 }
 
+/// The agent `w`, which has loaded its backbone, and the job `j`, which it was given.
+pub async fn training(client: &Client) -> (Agent, (v1::JobAssignments, v1::JobAssignment)) {
+    submit(client, "j").await;
+    let mut agent = Agent::attach(client, hello("w")).await.unwrap();
+    agent.load().await;
+    let assigned = agent.job().await;
+    (agent, assigned)
+}
+
 /// Points of steps.
 pub fn points(steps: std::ops::RangeInclusive<u64>) -> v1::JobMeasured {
     let point = |step| v1::MetricPoint {

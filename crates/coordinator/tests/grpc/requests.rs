@@ -156,10 +156,7 @@ async fn a_job_goes_from_the_queue_over_an_agent_to_its_end() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(config(dir.path())).await;
     let client = with_backbone(&running).await;
-    submit(&client, "j").await;
-    let mut agent = Agent::attach(&client, hello("w")).await.unwrap();
-    agent.load().await;
-    let assigned = agent.job().await;
+    let (mut agent, assigned) = training(&client).await;
     let started = incipit_proto::v1::JobStarted::default();
     agent.of_job(&assigned, job_report::Report::Started(started)).await;
     agent.of_job(&assigned, job_report::Report::Measured(points(1..=100))).await;

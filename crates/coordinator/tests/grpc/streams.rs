@@ -145,10 +145,7 @@ async fn metrics_and_logs_are_followed_as_they_come_until_the_job_has_ended() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(config(dir.path())).await;
     let client = with_backbone(&running).await;
-    submit(&client, "j").await;
-    let mut agent = Agent::attach(&client, hello("w")).await.unwrap();
-    agent.load().await;
-    let assigned = agent.job().await;
+    let (mut agent, assigned) = training(&client).await;
     let request = StreamMetricsRequest { name: "jobs/j".to_owned(), offset: 2, follow: true };
     let mut metrics = client.jobs().stream_metrics(request).await.unwrap().into_inner();
     let request =

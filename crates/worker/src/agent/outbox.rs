@@ -13,8 +13,7 @@ use incipit_proto::v1::{self, AttachRequest, attach_request::Message, job_report
 
 use crate::agent::core::{FileKey, Time};
 
-/// More reports, points and lines than this, and engines are not listened to until the coordinator has caught up: they are some hundred
-/// megabytes, and hours of steps.
+/// More reports, points and lines than this, and engines are not listened to until the coordinator has caught up: they fill this machine's memory.
 const FULL: usize = 1_000_000;
 /// Points or lines of one report, at most.
 const MERGED: usize = 200;
@@ -343,9 +342,10 @@ fn is_of_one(a: &Message, b: &Message) -> bool {
     match (a, b) {
         (Message::Logs(a), Message::Logs(b)) => (&a.backbone, &a.job) == (&b.backbone, &b.job),
         (Message::Job(a), Message::Job(b)) => {
-            let stay = |report: &v1::JobReport| (report.backbone.clone(), report.epoch, key(report));
             let measured = |report: &v1::JobReport| matches!(report.report, Some(Report::Measured(_)));
-            measured(a) && measured(b) && stay(a) == stay(b)
+            let is_of_one_stay = (a.attempt, a.epoch) == (b.attempt, b.epoch)
+                && (&a.job, &a.backbone) == (&b.job, &b.backbone);
+            measured(a) && measured(b) && is_of_one_stay
         }
         _ => false,
     }
