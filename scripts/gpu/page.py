@@ -105,7 +105,7 @@ def kernels(run: dict, ceilings: dict | None, pytorch: dict) -> list[str]:
     share = lambda seconds: f"{seconds / total:.1%}"
     groups = {"products": 0.0, "attention": 0.0, "all else": 0.0}
     for kernel in found:
-        group = {"product": "products", "attention": "attention", "absorbed": "attention"}.get(kernel["name"].replace("_", " ").split(" ")[0], "all else")
+        group = {"product": "products", "attention": "attention", "group": "attention", "absorbed": "attention"}.get(kernel["name"].replace("_", " ").split(" ")[0], "all else")
         groups[group] += kernel["seconds"]
     rows = [["kernel", "launches", "ms", "share", "TFLOP/s", "PyTorch's", "GB/s"]]
     rows += [[k["name"], k["launches"], f"{1e3 * k['seconds']:.3f}", share(k["seconds"]), *rate(k, ceilings, pytorch)] for k in found[:SHOWN]]

@@ -89,6 +89,23 @@ template <typename T> __device__ inline void absorbed_output(const AbsorbedParam
   store_rows(sums, out, p.width, queries, columns, [](int) { return 1.0f; });
 }
 
+// Adds the lane's numbers of rows that are there to its sums; two at once if they are `paired`.
+template <int N> __device__ inline void add_rows_of(float (&sums)[N][4], const float *from, int width, int rows, int columns, bool paired) {
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int row = 16 * warp() + row_of(half), column = column_of(8 * n);
+      if (row >= rows || column >= columns) continue;
+      const float *const place = from + static_cast<int64_t>(row) * width + column;
+      Several<float, 2> two{{place[0], 0.0f}};
+      if (paired) two = load<2>(place);
+      else if (column + 1 < columns) two.values[1] = place[1];
+      sums[n][2 * half] = two.values[0] + sums[n][2 * half], sums[n][2 * half + 1] = two.values[1] + sums[n][2 * half + 1];
+    }
+  }
+}
+
 // The gradient to a tile of rows, a tile of its columns: P^T dY + dS^T Q, and the sum.
 template <typename T> __device__ inline void absorbed_row_gradients(const AbsorbedParams &p) {
   constexpr int LD = LEADING<T, SIDE<T>>;
@@ -117,22 +134,19 @@ template <typename T> __device__ inline void absorbed_row_gradients(const Absorb
   __syncthreads(); // the last tile was read
   add(p.score_gradients, p.queries);
   const int64_t place = static_cast<int64_t>(e.first_row + tile.first) * p.width + column;
-  each_sum(sums, [&](float sum, int half, int n) {
-    const int row = 16 * warp() + row_of(half), c = column_of(n);
-    if (row >= rows || c >= columns) return;
-    const int64_t at = place + static_cast<int64_t>(row) * p.width + c;
-    p.row_gradients[at] = p.sum == nullptr ? sum : p.sum[at] + sum;
-  });
+  const bool paired = p.width % 2 == 0;
+  if (p.sum != nullptr) add_rows_of(sums, p.sum + place, p.width, rows, columns, paired);
+  store_rows(sums, p.row_gradients + place, p.width, rows, columns, [](int) { return 1.0f; });
 }
 
-constexpr int SOFTMAX_THREADS = 256;
+constexpr int SOFTMAX_THREADS = 128;
 
-// Calls `f(scores, probabilities, example, query)` for each query of a tile, a warp a query.
+// Calls `f(scores, probabilities, example, query)` for a few queries of a tile, a warp a query.
 template <typename T, typename F> __device__ inline void each_query(const AbsorbedParams &p, F f) {
   const Tile tile = p.tiles[blockIdx.x];
   const Absorbing e(p, tile.example);
-  for (int row = warp(); row < SIDE<T> && tile.first + row < e.queries; row += SOFTMAX_THREADS / 32)
-    f(e.scores_of<float>(p.scores, tile.first + row), e.scores_of<T>(p.probabilities, tile.first + row), e, tile.first + row);
+  const int query = tile.first + static_cast<int>(blockIdx.y) * (SOFTMAX_THREADS / 32) + warp();
+  if (query < e.queries) f(e.scores_of<float>(p.scores, query), e.scores_of<T>(p.probabilities, query), e, query);
 }
 
 // Probabilities of the scores, and zeros behind a row's end.

@@ -3,6 +3,7 @@
 // fixed order. Exponentials are powers of 2, of scores times log2(e).
 #pragma once
 #include "common.cuh"
+#include "groups.cuh"
 #include "tiles.cuh"
 
 // Rows of an example that a block works on.
@@ -57,6 +58,13 @@ template <typename T> struct Head {
   template <int WIDTH> __device__ void copy_keys(T *to, const Rows &all, int first) const {
     copy_tile<T, WIDTH>(to, row(all, first_key + first), keys - first, all.stride, p.width, p.aligned);
   }
+  // The same into tiles of groups.
+  __device__ void copy_group_queries(T *to, const Rows &all, int first) const {
+    copy_group_tile(to, row(all, first_query + first), queries - first, all.stride, p.width, p.aligned);
+  }
+  __device__ void copy_group_keys(T *to, const Rows &all, int first) const {
+    copy_group_tile(to, row(all, first_key + first), keys - first, all.stride, p.width, p.aligned);
+  }
   // The bias of a query and a key of the sequence; others' stand by their distance from it.
   __device__ const float *bias(int query, int key) const {
     return p.bias + static_cast<int64_t>(head) * p.bias_stride + p.bias_zero + key - p.prefix - query;
@@ -85,6 +93,30 @@ template <typename T, int WIDTH> struct AttentionLayout {
 template <bool TURNED> __device__ inline int query_of(int row, int column) { return TURNED ? column : row; }
 template <bool TURNED> __device__ inline int key_of(int row, int column) { return TURNED ? row : column; }
 
+// Times log2(e), with the bias of the sequence's keys. `bias` is that of the lane's first row and column.
+template <bool TURNED, typename T, int N>
+__device__ inline void add_bias(const Head<T> &h, float (&scores)[N][4], const float *bias, int row, int column) {
+  if (key_of<TURNED>(row, column) >= h.p.prefix) {
+    each_sum(scores, [&](float &s, int half, int n) { s = s * LOG2_E + bias[TURNED ? 8 * half - n : n - 8 * half]; });
+  } else {
+    each_sum(scores, [&](float &s, int half, int n) {
+      const bool before = key_of<TURNED>(row + row_of(half), column + column_of(n)) < h.p.prefix;
+      s = s * LOG2_E + (before ? 0.0f : bias[TURNED ? 8 * half - n : n - 8 * half]);
+    });
+  }
+}
+
+// -infinity where a row that is there does not see a column.
+template <bool TURNED, typename T, int N>
+__device__ inline void hide_unseen(const Head<T> &h, float (&scores)[N][4], int row, int column) {
+  if (h.template seen<TURNED>(row + 15).begin <= column && h.template seen<TURNED>(row).end >= column + 8 * N) return;
+  const Span seen[2] = {h.template seen<TURNED>(row + row_of(0)), h.template seen<TURNED>(row + row_of(1))};
+  each_sum(scores, [&](float &s, int half, int n) {
+    const int c = column + column_of(n);
+    if (c < seen[half].begin || c >= seen[half].end) s = -INFINITY;
+  });
+}
+
 // The scores of a warp's 16 rows, from `row` on, and of a tile's columns, from `column` on, with the bias and times log2(e);
 // -infinity where a row that is there does not see a column.
 template <typename T, int WIDTH, bool TURNED>
@@ -97,23 +129,10 @@ __device__ inline void score(const Head<T> &h, float (&scores)[Tiles<T>::ROWS / 
   if (h.p.bias == nullptr) {
     each_sum(scores, [&](float &s, int, int) { s *= LOG2_E; });
   } else {
-    const float *const bias = h.bias(query, key) + (TURNED ? row_of(0) - column_of(0) : column_of(0) - row_of(0));
-    if (key >= h.p.prefix) {
-      each_sum(scores, [&](float &s, int half, int n) { s = s * LOG2_E + bias[TURNED ? 8 * half - n : n - 8 * half]; });
-    } else {
-      each_sum(scores, [&](float &s, int half, int n) {
-        const bool before = key_of<TURNED>(row + row_of(half), column + column_of(n)) < h.p.prefix;
-        s = s * LOG2_E + (before ? 0.0f : bias[TURNED ? 8 * half - n : n - 8 * half]);
-      });
-    }
+    const int distance = TURNED ? row_of(0) - column_of(0) : column_of(0) - row_of(0);
+    add_bias<TURNED>(h, scores, h.bias(query, key) + distance, row, column);
   }
-  if (h.template seen<TURNED>(row + 15).begin > column || h.template seen<TURNED>(row).end < column + L::ROWS) {
-    const Span seen[2] = {h.template seen<TURNED>(row + row_of(0)), h.template seen<TURNED>(row + row_of(1))};
-    each_sum(scores, [&](float &s, int half, int n) {
-      const int c = column + column_of(n);
-      if (c < seen[half].begin || c >= seen[half].end) s = -INFINITY;
-    });
-  }
+  hide_unseen<TURNED>(h, scores, row, column);
 }
 
 // Times dropout's factors, if there is any.
@@ -125,13 +144,29 @@ template <typename T, bool TURNED, int N> __device__ inline void drop(const Head
   });
 }
 
+// Writes two numbers of a row, of which so many are there; at once if they are `paired`, aligned to that.
+template <typename T> __device__ inline void store_two(T *to, T first, T second, int there, bool paired) {
+  if (paired && there > 1) {
+    store(to, Several<T, 2>{{first, second}});
+  } else {
+    if (there > 0) to[0] = first;
+    if (there > 1) to[1] = second;
+  }
+}
+
 // Writes the lane's sums times `scale(half)` to the rows of a head that are there.
 template <typename T, int N, typename Scale>
-__device__ inline void store_rows(float (&sums)[N][4], T *to, int64_t stride, int rows, int width, Scale scale) {
-  each_sum(sums, [&](float sum, int half, int n) {
-    const int row = 16 * warp() + row_of(half), column = column_of(n);
-    if (row < rows && column < width) to[row * stride + column] = narrow<T>(sum * scale(half));
-  });
+__device__ inline void store_rows(const float (&sums)[N][4], T *to, int64_t stride, int rows, int width, Scale scale) {
+  const bool paired = stride % 2 == 0 && reinterpret_cast<uintptr_t>(to) % (2 * sizeof(T)) == 0;
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int row = 16 * warp() + row_of(half), column = column_of(8 * n);
+      const T first = narrow<T>(sums[n][2 * half] * scale(half)), second = narrow<T>(sums[n][2 * half + 1] * scale(half));
+      if (row < rows) store_two(to + row * stride + column, first, second, width - column, paired);
+    }
+  }
 }
 
 // The largest of what the four lanes of a row have, and their sum.
@@ -168,6 +203,20 @@ struct RowSoftmax {
   }
 };
 
+// Ends attention of the warp's queries, from `own` on: `store` gets by halves what rows are to be multiplied by. A query that sees no key
+// gets 0.
+template <typename T, typename Store>
+__device__ inline void store_attended(const Head<T> &h, const RowSoftmax &softmax, const float (&total)[2], int own, Store store) {
+  const float inverse[2] = {total[0] == 0.0f ? 0.0f : 1.0f / total[0], total[1] == 0.0f ? 0.0f : 1.0f / total[1]};
+  store(inverse);
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int query = own + row_of(half);
+    if (lane() % 4 == 0 && query < h.queries)
+      h.p.normalisers[h.of_row(query)] = total[half] == 0.0f ? INFINITY : softmax.top[half] + log2f(total[half]);
+  }
+}
+
 template <typename T, int WIDTH> __device__ inline void attention(const AttentionParams &p) {
   using L = AttentionLayout<T, WIDTH>;
   SHARED_MEMORY(memory);
@@ -197,13 +246,7 @@ template <typename T, int WIDTH> __device__ inline void attention(const Attentio
     multiply_sums<WIDTH, L::ROWS, L::LDS>(y, scores, scratch, v, L::LD);
   });
   const float total[2] = {row_sum(softmax.total[0]), row_sum(softmax.total[1])};
-  // A query that sees no key gets 0.
-  const float inverse[2] = {total[0] == 0.0f ? 0.0f : 1.0f / total[0], total[1] == 0.0f ? 0.0f : 1.0f / total[1]};
-  store_rows(y, h.row(p.out, h.first_query + tile.first), p.out.stride, rows, p.width, [&](int half) { return inverse[half]; });
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const int query = own + row_of(half);
-    if (lane() % 4 == 0 && query < h.queries)
-      p.normalisers[h.of_row(query)] = total[half] == 0.0f ? INFINITY : softmax.top[half] + log2f(total[half]);
-  }
+  store_attended(h, softmax, total, own, [&](const float(&inverse)[2]) {
+    store_rows(y, h.row(p.out, h.first_query + tile.first), p.out.stride, rows, p.width, [&](int half) { return inverse[half]; });
+  });
 }

@@ -40,6 +40,40 @@ template <typename T> __device__ inline void add_diagonals(const AttentionParams
   sums[place] += sum;
 }
 
+// By halves the normalisers of the warp's queries, from `own` on, and their deltas, which are kept for the keys' kernel. Rows that are not
+// there have no probabilities: the sums by distances take them in.
+template <typename T> __device__ inline void load_rows(const Head<T> &h, int own, float (&shift)[2], float (&delta)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int query = own + row_of(half);
+    shift[half] = INFINITY;
+    delta[half] = row_product(h, query);
+    if (query >= h.queries) continue;
+    shift[half] = h.p.normalisers[h.of_row(query)];
+    if (lane() % 4 == 0) h.p.delta[h.of_row(query)] = delta[half];
+  }
+}
+
+// Adds a block's gradients to scores, of which a warp has 16 rows, to the sums of their distances. All warps call this.
+template <typename T, int N>
+__device__ inline void add_distances(const AttentionParams &p, float (&ds)[N][4], float *by_rows, int first_key, int first_query) {
+  each_sum(ds, [&](float d, int half, int n) {
+    // The prefix has no bias.
+    const int column = column_of(n);
+    by_rows[(16 * warp() + row_of(half)) * (8 * N + 1) + column] = first_key + column < p.prefix ? 0.0f : d;
+  });
+  __syncthreads(); // all warps' gradients are there
+  add_diagonals<T>(p, by_rows, first_key, first_query);
+}
+
+// Begins to copy the normalisers and the deltas of `rows` queries: a thread copies one number, and a block has twice as many threads.
+template <typename T> __device__ inline void copy_row_numbers(const Head<T> &h, float *to, int first, int rows) {
+  const int own = static_cast<int>(threadIdx.x), query = first + own % rows;
+  const float *const from = own < rows ? h.p.normalisers : h.p.delta;
+  const bool there = query < h.queries;
+  copy_async<4>(to + own, from + (there ? h.of_row(query) : 0), there);
+}
+
 // With probabilities `P`, dropout's factors `f` and `dP = (dy v^T) f`: dS = P (dP - delta), dq = dS k. With BIAS, dS is also summed
 // by distances.
 template <typename T, int WIDTH, bool BIAS> __device__ inline void attention_gradient_queries(const AttentionParams &p) {
@@ -55,16 +89,8 @@ template <typename T, int WIDTH, bool BIAS> __device__ inline void attention_gra
 
   h.template copy_queries<WIDTH>(q, p.q, tile.first);
   h.template copy_queries<WIDTH>(dy, p.dy, tile.first);
-  // Rows that are not there have no probabilities: the sums by distances take them in.
-  float shift[2] = {INFINITY, INFINITY}, delta[2];
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const int query = own + row_of(half);
-    delta[half] = row_product(h, query);
-    if (query >= h.queries) continue;
-    shift[half] = p.normalisers[h.of_row(query)];
-    if (lane() % 4 == 0) p.delta[h.of_row(query)] = delta[half]; // for the keys' kernel
-  }
+  float shift[2], delta[2];
+  load_rows(h, own, shift, delta);
   float dq[WIDTH / 8][4];
   clear(dq);
   const auto copy = [&](int first, int stage) {
@@ -82,15 +108,7 @@ template <typename T, int WIDTH, bool BIAS> __device__ inline void attention_gra
     drop<T, false>(h, dp, own, first);
     each_pair(ds, dp, [&](float &s, float dp, int half, int) { s = power_of_2(s - shift[half]) * (dp - delta[half]); });
     multiply_sums<WIDTH, L::ROWS, L::LDS>(dq, ds, scratch, k, L::LD);
-    if constexpr (BIAS) {
-      each_sum(ds, [&](float d, int half, int n) {
-        // The prefix has no bias.
-        const int column = column_of(n);
-        by_rows[(16 * warp() + row_of(half)) * (L::ROWS + 1) + column] = first + column < p.prefix ? 0.0f : d;
-      });
-      __syncthreads(); // all warps' gradients are there
-      add_diagonals<T>(p, by_rows, first, tile.first);
-    }
+    if constexpr (BIAS) add_distances<T>(p, ds, by_rows, first, tile.first);
   });
   store_rows(dq, h.row(p.dq, h.first_query + tile.first), p.dq.stride, rows, p.width, [](int) { return 1.0f; });
 }
@@ -116,11 +134,7 @@ template <typename T, int WIDTH> __device__ inline void attention_gradient_keys(
     T *const to = stages + 2 * stage * L::TILE;
     h.template copy_queries<WIDTH>(to, p.q, first);
     h.template copy_queries<WIDTH>(to + L::TILE, p.dy, first);
-    // A thread copies one number: a block has twice as many threads as a tile rows.
-    const int i = static_cast<int>(threadIdx.x) % L::ROWS;
-    const float *const from = static_cast<int>(threadIdx.x) < L::ROWS ? p.normalisers : p.delta;
-    const bool there = first + i < h.queries;
-    copy_async<4>(of_queries + 2 * stage * L::ROWS + threadIdx.x, from + (there ? h.of_row(first + i) : 0), there);
+    copy_row_numbers(h, of_queries + 2 * stage * L::ROWS, first, L::ROWS);
   };
   const Span queries = h.template seen<true>(tile.first);
   each_tile<T, L::STAGES>(queries.begin, queries.end, copy, [&](int first, int stage) {

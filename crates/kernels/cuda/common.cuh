@@ -18,6 +18,8 @@ using bf16 = __nv_bfloat16;
 #define RESIDENT_KERNEL(name, Params, threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks) name(const Params p)
 // The block's memory, as much as the launch asks for, aligned to 16 bytes.
 #define SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
+// The same for tiles of groups, which begin at multiples of 1024 bytes; by another name than the former.
+#define GROUP_SHARED_MEMORY(name) extern __shared__ __align__(1024) unsigned char name[]
 
 __device__ inline float widen(bf16 x) { return __bfloat162float(x); }
 __device__ inline float widen(float x) { return x; }

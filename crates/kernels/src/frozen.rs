@@ -29,7 +29,7 @@ pub struct Frozen {
 }
 
 /// A microbatch of middling size.
-const USUAL_ROWS: usize = 4096;
+const USUAL_ROWS: usize = 16_384;
 
 #[derive(Clone)]
 enum Data {

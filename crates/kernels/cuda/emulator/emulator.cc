@@ -61,8 +61,10 @@ struct Fiber {
   // Two, by turns: a fast lane may give its next one while a slow one still reads.
   unsigned char given[2][LARGEST_EXCHANGE];
   unsigned turn = 0;
-  // Copies that began and were not waited for.
-  std::vector<Copy> copies;
+  // Copies that began and were not waited for, and those that were and the matrix instructions of groups need not see yet.
+  std::vector<Copy> copies, unseen;
+  // Products of the thread's group that began and were not waited for.
+  std::vector<GroupProduct> products;
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;
@@ -76,6 +78,7 @@ Order order;
 void start_fiber() {
   body(params);
   if (!fibers[current]->copies.empty()) fail("a thread ends before its copies into shared memory");
+  if (!fibers[current]->products.empty()) fail("a thread ends before its group's products");
   fibers[current]->state = State::Done;
   _longjmp(scheduler, 1);
 }
@@ -132,7 +135,7 @@ void run_alone(unsigned begin, unsigned end) {
 }
 
 bool run_block(unsigned threads) {
-  for (unsigned i = 0; i < threads; i++) fibers[i]->state = State::New, fibers[i]->turn = 0, fibers[i]->copies.clear();
+  for (unsigned i = 0; i < threads; i++) fibers[i]->state = State::New, fibers[i]->turn = 0, fibers[i]->copies.clear(), fibers[i]->unseen.clear(), fibers[i]->products.clear();
   for (;;) {
     const unsigned count = order.mixed ? threads : WARP;
     for (unsigned n = 0; n < threads && failure.empty(); n += count) {
@@ -171,7 +174,7 @@ void carry_out(const Copy &copy) {
 }
 
 void begin_copy(const Copy &copy) {
-  if (order.mixed ? order.draw() % 2 == 1 : order.copies_at_once) carry_out(copy);
+  if (order.mixed ? order.draw() % 2 == 1 : order.copies_at_once) carry_out(copy), fibers[current]->unseen.push_back(copy);
   else fibers[current]->copies.push_back(copy);
 }
 
@@ -193,9 +196,11 @@ const void *of_lane(int lane) {
 
 void wait_for_copies() {
   auto &copies = emulator::fibers[emulator::current]->copies;
-  for (const auto &copy : copies) emulator::carry_out(copy);
+  for (const auto &copy : copies) emulator::carry_out(copy), emulator::fibers[emulator::current]->unseen.push_back(copy);
   copies.clear();
 }
+
+void show_copies() { emulator::fibers[emulator::current]->unseen.clear(); }
 
 namespace {
 
@@ -240,6 +245,63 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   }
 }
 
+namespace emulator {
+namespace {
+
+// A tile that a product of a group reads, and that some thread has not shown to it.
+bool is_unseen(const bf16 *tile) {
+  const auto *const begin = reinterpret_cast<const unsigned char *>(tile), *const end = begin + GROUP_TILE * sizeof(bf16);
+  for (unsigned i = 0; i < block_size.x; i++)
+    for (const auto *const copies : {&fibers[i]->copies, &fibers[i]->unseen})
+      for (const Copy &copy : *copies)
+        if (copy.to >= begin && copy.to < end) return true;
+  return false;
+}
+
+void carry_out(const GroupProduct &product) {
+  const int lane = static_cast<int>(threadIdx.x % 32), first = static_cast<int>(threadIdx.x) / 32 * 16;
+  if (lane == 0 && (is_unseen(product.b) || (product.a != nullptr && is_unseen(product.a))))
+    fail("a group's product reads copies that were not shown to it");
+  const auto number = [](const bf16 *tile, int row, int column) { return widen(tile[part_of_row(row, column / 8) + column % 8]); };
+  for (int k = 0; k < 64; k++) {
+    if (product.a == nullptr && k % 16 == 0) exchange(product.left[k / 16], sizeof product.left[0]);
+    const auto left = [&](int row) {
+      if (product.a != nullptr) return number(product.a, first + row, k);
+      // As in multiply_add.
+      const int i = k % 16;
+      return half_of(static_cast<const uint32_t *>(of_lane(row % 8 * 4 + i % 8 / 2))[i / 8 * 2 + row / 8], i % 2);
+    };
+    for (int i = 0; i < 32; i++) {
+      const int row = lane / 4 + 8 * (i % 4 / 2), column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      float &sum = product.sums[i / 4][i % 4];
+      if (product.a != nullptr && k == 0) sum = 0.0f;
+      sum += left(row) * (product.a != nullptr ? number(product.b, column, k) : number(product.b, k, column));
+    }
+  }
+  __syncwarp(); // what was exchanged is read
+}
+
+} // namespace
+
+// A product reads its tiles when it begins, or when it is waited for.
+void start(const GroupProduct &product) {
+  if (reinterpret_cast<uintptr_t>(product.b) % 1024 != 0 || reinterpret_cast<uintptr_t>(product.a) % 1024 != 0)
+    fail("a group's tile does not begin at a multiple of 1024 bytes");
+  if (!order.mixed && order.copies_at_once) carry_out(product);
+  else fibers[current]->products.push_back(product);
+}
+
+void await(size_t left) {
+  auto &products = fibers[current]->products;
+  while (products.size() > left) {
+    const GroupProduct product = products.front();
+    products.erase(products.begin());
+    carry_out(product);
+  }
+}
+
+} // namespace emulator
+
 // Runs a kernel; 0, or 1 with a message. `number` is that of the order in which threads run: below 4 warp by warp, odd ones
 // descending, 2 and 3 with copies at once; from 4 on a mixed one each.
 extern "C" int incipit_emulate(const char *name, const unsigned grid[3], unsigned threads, unsigned shared_bytes, const void *params,
@@ -254,8 +316,8 @@ extern "C" int incipit_emulate(const char *name, const unsigned grid[3], unsigne
   if (threads == 0 || threads % WARP != 0 || threads > found->second.threads) return say("a block of a wrong size");
   if (shared_bytes > 227 * 1024) return say("more shared memory than a block can have");
   while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
-  std::vector<uint32_t> memory(shared_bytes / 4 + 8);
-  shared_memory = reinterpret_cast<unsigned char *>((reinterpret_cast<uintptr_t>(memory.data()) + 15) / 16 * 16);
+  std::vector<uint32_t> memory(shared_bytes / 4 + 256);
+  shared_memory = reinterpret_cast<unsigned char *>((reinterpret_cast<uintptr_t>(memory.data()) + 1023) / 1024 * 1024);
   body = found->second.body;
   ::emulator::params = params;
   grid_size = {grid[0], grid[1], grid[2]};

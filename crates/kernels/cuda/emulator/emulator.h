@@ -7,6 +7,10 @@
 #include <cstring>
 #include <limits>
 
+struct bf16 {
+  uint16_t bits;
+};
+
 namespace emulator {
 
 struct Index {
@@ -30,6 +34,16 @@ struct Copy {
   size_t size;
 };
 void begin_copy(const Copy &copy);
+// The sums of a lane of a group of four warps, and what is added to them: `left b^T` or, with `left` in registers, `left b`.
+struct GroupProduct {
+  float (*sums)[4];
+  const bf16 *a; // null for those in registers
+  uint32_t left[4][4];
+  const bf16 *b;
+};
+void start(const GroupProduct &product);
+// Until so many are left.
+void await(size_t left);
 
 using Body = void (*)(const void *params);
 struct Registration {
@@ -54,10 +68,7 @@ struct Registration {
   static void name(const Params &p)
 #define RESIDENT_KERNEL(name, Params, threads, blocks) KERNEL(name, Params, threads)
 #define SHARED_MEMORY(name) unsigned char *const name = ::emulator::shared_memory
-
-struct bf16 {
-  uint16_t bits;
-};
+#define GROUP_SHARED_MEMORY(name) SHARED_MEMORY(name)
 
 inline uint32_t bits_of(float x) {
   uint32_t bits;
@@ -118,3 +129,14 @@ inline unsigned atomicMax(unsigned *place, unsigned x) {
 void load_matrices(uint32_t (&r)[4], const bf16 *row);
 void load_matrices_transposed(uint32_t (&r)[4], const bf16 *row);
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+// Those of groups, see groups.cuh.
+inline void before_products() {}
+void show_copies();
+template <int PENDING> inline void await_products(float (&)[8][4]) { ::emulator::await(PENDING); }
+inline void start_rows(float (&sums)[8][4], const bf16 *a, const bf16 *b) { ::emulator::start({sums, a, {}, b}); }
+inline void start_sums(float (&sums)[8][4], const uint32_t (&a)[4][4], const bf16 *b) {
+  ::emulator::GroupProduct product{sums, nullptr, {}, b};
+  std::memcpy(product.left, a, sizeof a);
+  ::emulator::start(product);
+}

@@ -35,7 +35,7 @@ struct AbsorbedParams {
 unsafe impl Params for AbsorbedParams {}
 
 /// `SOFTMAX_THREADS` of `absorbed.cuh`.
-const SOFTMAX_THREADS: u32 = 256;
+const SOFTMAX_THREADS: u32 = 128;
 
 /// A call's sizes and parameters.
 struct Call<'a> {
@@ -93,14 +93,15 @@ impl<'a> Call<'a> {
         unsafe { self.gpu.launch(&format!("absorbed_{name}_{}", suffix(self.dtype)), launch, &self.params) }
     }
 
-    /// Launches a kernel that goes through the scores, a block a tile of queries.
+    /// Launches a kernel that goes through the scores, a warp a query.
     ///
     /// # Safety
     /// The parameters must be set for it.
     unsafe fn rows(&mut self, name: &str) -> Result<()> {
         let (tiles, count) = self.readers.wide().tiles_on(self.gpu, self.side())?;
         self.params.tiles = tiles;
-        let launch = Launch::blocks(count, SOFTMAX_THREADS);
+        let blocks = (self.side() as u32).div_ceil(SOFTMAX_THREADS / 32);
+        let launch = Launch { grid: [count as u32, blocks], threads: SOFTMAX_THREADS, shared_bytes: 0 };
         // SAFETY: the caller's promise.
         unsafe { self.gpu.launch(&format!("absorbed_{name}_{}", suffix(self.dtype)), launch, &self.params) }
     }

@@ -62,6 +62,8 @@ struct Call<'a> {
     dtype: DType,
     /// Columns of a tile.
     width: usize,
+    /// Whether the kernels for the instructions of groups serve, see `attention_groups.cuh`.
+    by_groups: bool,
     params: AttentionParams,
     _random: Option<Uploaded>,
 }
@@ -117,7 +119,9 @@ impl<'a> Call<'a> {
             params.random = random.address;
             params.dropping = Dropping { threshold, kept };
         }
-        Ok(Self { gpu, spec, device: q.device(), dtype: q.dtype(), width, params, _random: random })
+        let dtype = q.dtype();
+        let by_groups = dtype == DType::BF16 && width == WIDTHS[0] && gpu.multiplies_by_groups();
+        Ok(Self { gpu, spec, device: q.device(), dtype, width, by_groups, params, _random: random })
     }
 
     /// Rows of a tile.
@@ -130,11 +134,12 @@ impl<'a> Call<'a> {
         if self.width == WIDTHS[0] { 2 } else { 1 }
     }
 
-    /// Whether the rows of a head can be read 16 bytes at a time.
+    /// Whether the rows of a head can be read and written 16 bytes at a time.
     fn aligned(&self) -> bool {
-        let AttentionParams { q, k, v, y, dy, width, .. } = self.params;
+        let AttentionParams { q, k, v, y, dy, out, dq, dk, dv, width, .. } = self.params;
         let pack = 16 / self.dtype.size_in_bytes() as i64;
-        let rows = [q, k, v, y, dy].iter().all(|rows| rows.first.0 % 16 == 0 && rows.stride % pack == 0);
+        let all = [q, k, v, y, dy, out, dq, dk, dv];
+        let rows = all.iter().all(|rows| rows.first.0 % 16 == 0 && rows.stride % pack == 0);
         rows && i64::from(width) % pack == 0
     }
 
@@ -149,11 +154,8 @@ impl<'a> Call<'a> {
         segments: &Segments,
         (own, besides): (usize, usize),
     ) -> Result<()> {
-        let size = self.dtype.size_in_bytes();
-        let (rows, padding) = (self.rows(), 16 / size);
-        let scores = if self.dtype == DType::F32 { rows + padding } else { 0 };
-        let numbers = rows * ((own + 2 * self.stages()) * (self.width + padding) + scores);
-        let shared_bytes = (numbers * size + besides * rows * 4) as u32;
+        let rows = self.rows();
+        let shared_bytes = (self.tile_bytes(own) + besides * rows * 4) as u32;
         let (tiles, count) = segments.tiles_on(self.gpu, rows)?;
         self.params.tiles = tiles;
         let launch = Launch {
@@ -161,9 +163,29 @@ impl<'a> Call<'a> {
             threads: (rows / 16 * 32) as u32,
             shared_bytes,
         };
-        let kernel = format!("{name}_{}_{}", suffix(self.dtype), self.width);
         // SAFETY: the caller's promise.
-        unsafe { self.gpu.launch(&kernel, launch, &self.params) }
+        unsafe { self.gpu.launch(&self.kernel(name), launch, &self.params) }
+    }
+
+    /// Bytes of the block's `own` tiles and the stages', and of what belongs to these: a row's scores in f32, the bias for groups.
+    fn tile_bytes(&self, own: usize) -> usize {
+        let (rows, tiles, size) = (self.rows(), own + 2 * self.stages(), self.dtype.size_in_bytes());
+        if self.by_groups {
+            let distances = 2 * rows;
+            return tiles * rows * self.width * size + self.stages() * distances * size_of::<f32>();
+        }
+        let padding = 16 / size;
+        let scores = if self.dtype == DType::F32 { rows + padding } else { 0 };
+        rows * (tiles * (self.width + padding) + scores) * size
+    }
+
+    /// The full name of a kernel. That for a bias knows dropout, too.
+    fn kernel(&self, name: &str) -> String {
+        match (self.by_groups, self.params.random) {
+            (false, _) => format!("{name}_{}_{}", suffix(self.dtype), self.width),
+            (true, random) if random == Address::NONE || name.ends_with("_bias") => format!("group_{name}"),
+            (true, _) => format!("group_{name}_dropped"),
+        }
     }
 
     /// Launches the kernels for the gradients to the queries and to the table of the bias.

@@ -40,6 +40,8 @@ pub(super) fn is_out_of_memory(error: &(dyn std::error::Error + Send + Sync + 's
 pub(crate) struct Handle {
     pub(super) stream: Arc<CudaStream>,
     device: CudaDevice,
+    /// Compute capability.
+    pub(super) capability: (i32, i32),
     module: Arc<CudaModule>,
     /// By name, with the shared memory that each was allowed.
     functions: Mutex<HashMap<String, (CudaFunction, u32)>>,
@@ -175,6 +177,10 @@ impl Handle {
             module.map_err(failed("loading the kernels (they need compute capability 8.0 or more)"))?;
         Ok(Self {
             blas: Blas::new(stream.clone())?,
+            capability: stream
+                .context()
+                .compute_capability()
+                .map_err(failed("asking what the GPU can do"))?,
             stream,
             device: device.clone(),
             module,

@@ -214,6 +214,20 @@ impl Gpu {
         }
     }
 
+    /// Whether it has Hopper's instructions, by which four warps multiply as a group. No other generation has them.
+    pub(crate) fn multiplies_by_groups(&self) -> bool {
+        #[cfg(all(test, any(feature = "cuda", feature = "emulator")))]
+        if tests::is_older() {
+            return false;
+        }
+        match *self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(ref handle) => handle.capability == (9, 0),
+            #[cfg(feature = "emulator")]
+            Self::Emulated => true,
+        }
+    }
+
     /// A tensor's numbers.
     pub(crate) fn operand<'a>(&self, op: &'static str, tensor: &'a Tensor) -> Result<Operand<'a>> {
         let (storage, layout) = tensor.storage_and_layout();

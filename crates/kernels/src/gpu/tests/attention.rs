@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{bound, compare, frozen, matrix, on, places};
+use super::{bound, by_groups_and_by_warps, compare, frozen, matrix, on, places};
 use crate::tests::{TYPES, generator, numbers};
 use crate::{
     Attention, Buckets, Dropout, Frozen, PositionBias, Segments, attention, attention_gradient,
@@ -184,7 +184,7 @@ fn attention_and_its_gradient_equal_the_cpus_in_f32() {
 
 #[test]
 fn attention_and_its_gradient_equal_the_cpus_in_bf16() {
-    CASES.iter().zip(40..).for_each(|(case, seed)| case.check(seed, DType::BF16));
+    by_groups_and_by_warps(|| CASES.iter().zip(40..).for_each(|(case, seed)| case.check(seed, DType::BF16)));
 }
 
 /// For heads of every tile's width.
