@@ -89,18 +89,23 @@ template <typename T> __device__ inline void absorbed_output(const AbsorbedParam
   store_rows(sums, out, p.width, queries, columns, [](int) { return 1.0f; });
 }
 
-// Adds the lane's numbers of rows that are there to its sums; two at once if they are `paired`.
-template <int N> __device__ inline void add_rows_of(float (&sums)[N][4], const float *from, int width, int rows, int columns, bool paired) {
+// Adds the lane's numbers of rows that are there to its sums; two at once where that is aligned.
+template <int N> __device__ inline void add_rows_of(float (&sums)[N][4], const float *from, int width, int rows, int columns) {
+  const bool paired = width % 2 == 0 && reinterpret_cast<uintptr_t>(from) % 8 == 0;
 #pragma unroll
   for (int n = 0; n < N; n++) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int row = 16 * warp() + row_of(half), column = column_of(8 * n);
-      if (row >= rows || column >= columns) continue;
-      const float *const place = from + static_cast<int64_t>(row) * width + column;
-      Several<float, 2> two{{place[0], 0.0f}};
-      if (paired) two = load<2>(place);
-      else if (column + 1 < columns) two.values[1] = place[1];
+      const int row = 16 * warp() + row_of(half), there = columns - column_of(8 * n);
+      if (row >= rows || there <= 0) continue;
+      const float *const place = from + static_cast<int64_t>(row) * width + column_of(8 * n);
+      Several<float, 2> two{{0.0f, 0.0f}};
+      if (paired && there > 1) {
+        two = load<2>(place);
+      } else {
+        two.values[0] = place[0];
+        if (there > 1) two.values[1] = place[1];
+      }
       sums[n][2 * half] = two.values[0] + sums[n][2 * half], sums[n][2 * half + 1] = two.values[1] + sums[n][2 * half + 1];
     }
   }
@@ -134,8 +139,7 @@ template <typename T> __device__ inline void absorbed_row_gradients(const Absorb
   __syncthreads(); // the last tile was read
   add(p.score_gradients, p.queries);
   const int64_t place = static_cast<int64_t>(e.first_row + tile.first) * p.width + column;
-  const bool paired = p.width % 2 == 0;
-  if (p.sum != nullptr) add_rows_of(sums, p.sum + place, p.width, rows, columns, paired);
+  if (p.sum != nullptr) add_rows_of(sums, p.sum + place, p.width, rows, columns);
   store_rows(sums, p.row_gradients + place, p.width, rows, columns, [](int) { return 1.0f; });
 }
 

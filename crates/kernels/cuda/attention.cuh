@@ -3,7 +3,6 @@
 // fixed order. Exponentials are powers of 2, of scores times log2(e).
 #pragma once
 #include "common.cuh"
-#include "groups.cuh"
 #include "tiles.cuh"
 
 // Rows of an example that a block works on.
@@ -57,13 +56,6 @@ template <typename T> struct Head {
   }
   template <int WIDTH> __device__ void copy_keys(T *to, const Rows &all, int first) const {
     copy_tile<T, WIDTH>(to, row(all, first_key + first), keys - first, all.stride, p.width, p.aligned);
-  }
-  // The same into tiles of groups.
-  __device__ void copy_group_queries(T *to, const Rows &all, int first) const {
-    copy_group_tile(to, row(all, first_query + first), queries - first, all.stride, p.width, p.aligned);
-  }
-  __device__ void copy_group_keys(T *to, const Rows &all, int first) const {
-    copy_group_tile(to, row(all, first_key + first), keys - first, all.stride, p.width, p.aligned);
   }
   // The bias of a query and a key of the sequence; others' stand by their distance from it.
   __device__ const float *bias(int query, int key) const {
@@ -142,31 +134,6 @@ template <typename T, bool TURNED, int N> __device__ inline void drop(const Head
     const int r = row + row_of(half), c = column + column_of(n);
     sum *= h.dropped(query_of<TURNED>(r, c), key_of<TURNED>(r, c));
   });
-}
-
-// Writes two numbers of a row, of which so many are there; at once if they are `paired`, aligned to that.
-template <typename T> __device__ inline void store_two(T *to, T first, T second, int there, bool paired) {
-  if (paired && there > 1) {
-    store(to, Several<T, 2>{{first, second}});
-  } else {
-    if (there > 0) to[0] = first;
-    if (there > 1) to[1] = second;
-  }
-}
-
-// Writes the lane's sums times `scale(half)` to the rows of a head that are there.
-template <typename T, int N, typename Scale>
-__device__ inline void store_rows(const float (&sums)[N][4], T *to, int64_t stride, int rows, int width, Scale scale) {
-  const bool paired = stride % 2 == 0 && reinterpret_cast<uintptr_t>(to) % (2 * sizeof(T)) == 0;
-#pragma unroll
-  for (int n = 0; n < N; n++) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int row = 16 * warp() + row_of(half), column = column_of(8 * n);
-      const T first = narrow<T>(sums[n][2 * half] * scale(half)), second = narrow<T>(sums[n][2 * half + 1] * scale(half));
-      if (row < rows) store_two(to + row * stride + column, first, second, width - column, paired);
-    }
-  }
 }
 
 // The largest of what the four lanes of a row have, and their sum.

@@ -2,7 +2,7 @@
 // attention_gradient.cuh, where a group has a tile's rows and its products go on while the group works on other numbers. The bias of a
 // tile's rows and columns depends on their distance alone, so that it is copied with the tile.
 //
-// Without dropout a thread needs so few registers that a multiprocessor holds one or two blocks more, hence DROP.
+// Without dropout a thread needs so few registers that a multiprocessor holds one block more, hence DROP.
 #pragma once
 #include "attention_gradient.cuh"
 #include "groups.cuh"
@@ -23,6 +23,18 @@ template <int OWN> struct GroupMemory {
   }
   __device__ float *rest() const { return window(STAGES); }
 };
+
+// Begin to copy a tile of an operand's rows, from `first` on.
+__device__ inline void copy_queries(const Head<bf16> &h, bf16 *to, const Rows &all, int first) {
+  copy_group_tile(to, h.row(all, h.first_query + first), h.queries - first, all.stride, h.p.width, h.p.aligned);
+}
+__device__ inline void copy_keys(const Head<bf16> &h, bf16 *to, const Rows &all, int first) {
+  copy_group_tile(to, h.row(all, h.first_key + first), h.keys - first, all.stride, h.p.width, h.p.aligned);
+}
+// A tile's rows of a result, of which the example's first is `first`.
+__device__ inline GroupRows result_rows(const Head<bf16> &h, const Rows &all, int first, int rows) {
+  return {h.row(all, first), all.stride, rows, h.p.width, h.p.aligned != 0};
+}
 
 // Begins to copy the bias of a tile's rows, from `row` on, and columns: that of column - row, turned row - column, at
 // GROUP_ROWS - 1 more.
@@ -57,13 +69,13 @@ template <bool DROP> __device__ inline void group_attention(const AttentionParam
   const int rows = h.queries - tile.first < GROUP_ROWS ? h.queries - tile.first : GROUP_ROWS;
   const int own = tile.first + 16 * warp();
 
-  h.copy_group_queries(q, p.q, tile.first);
+  copy_queries(h, q, p.q, tile.first);
   float y[8][4];
   clear(y);
   RowSoftmax softmax;
   const auto copy = [&](int first, int stage) {
-    h.copy_group_keys(memory.stage(stage), p.k, first);
-    h.copy_group_keys(memory.stage(stage) + GROUP_TILE, p.v, first);
+    copy_keys(h, memory.stage(stage), p.k, first);
+    copy_keys(h, memory.stage(stage) + GROUP_TILE, p.v, first);
     copy_window<false>(h, memory.window(stage), tile.first, first);
   };
   each_group_tile(0, h.template seen<false>(tile.first + rows - 1).end, copy, [&](int first, int stage) {
@@ -78,15 +90,14 @@ template <bool DROP> __device__ inline void group_attention(const AttentionParam
     if (shrink[0] != 1.0f || shrink[1] != 1.0f) each_sum(y, [&](float &sum, int half, int) { sum *= shrink[half]; });
     uint32_t left[4][4];
     narrow_sums(left, scores);
-    before_products();
+    before_products(y, left);
     start_sums(y, left, v);
     await_products<0>(y);
   });
   const float total[2] = {row_sum(softmax.total[0]), row_sum(softmax.total[1])};
   __syncthreads(); // the queries were read
   store_attended(h, softmax, total, own, [&](const float(&inverse)[2]) {
-    store_group_rows(y, q, h.row(p.out, h.first_query + tile.first), p.out.stride, rows, p.width, p.aligned,
-                     [&](int half) { return inverse[half]; });
+    store_group_rows(y, q, result_rows(h, p.out, h.first_query + tile.first, rows), [&](int half) { return inverse[half]; });
   });
 }
 
@@ -99,15 +110,15 @@ template <bool DROP, bool BIAS> __device__ inline void group_gradient_queries(co
   const int rows = h.queries - tile.first < GROUP_ROWS ? h.queries - tile.first : GROUP_ROWS;
   const int own = tile.first + 16 * warp();
 
-  h.copy_group_queries(q, p.q, tile.first);
-  h.copy_group_queries(dy, p.dy, tile.first);
+  copy_queries(h, q, p.q, tile.first);
+  copy_queries(h, dy, p.dy, tile.first);
   float shift[2], delta[2];
   load_rows(h, own, shift, delta);
   float dq[8][4];
   clear(dq);
   const auto copy = [&](int first, int stage) {
-    h.copy_group_keys(memory.stage(stage), p.k, first);
-    h.copy_group_keys(memory.stage(stage) + GROUP_TILE, p.v, first);
+    copy_keys(h, memory.stage(stage), p.k, first);
+    copy_keys(h, memory.stage(stage) + GROUP_TILE, p.v, first);
     copy_window<false>(h, memory.window(stage), tile.first, first);
   };
   each_group_tile(0, h.template seen<false>(tile.first + rows - 1).end, copy, [&](int first, int stage) {
@@ -124,13 +135,13 @@ template <bool DROP, bool BIAS> __device__ inline void group_gradient_queries(co
     each_pair(ds, dp, [&](float &s, float dp, int half, int) { s *= dp - delta[half]; });
     uint32_t left[4][4];
     narrow_sums(left, ds);
-    before_products();
+    before_products(dq, left);
     start_sums(dq, left, k);
     if constexpr (BIAS) add_distances<bf16>(p, ds, memory.rest(), first, tile.first);
     await_products<0>(dq);
   });
   __syncthreads(); // the queries were read
-  store_group_rows(dq, q, h.row(p.dq, h.first_query + tile.first), p.dq.stride, rows, p.width, p.aligned, [](int) { return 1.0f; });
+  store_group_rows(dq, q, result_rows(h, p.dq, h.first_query + tile.first, rows), [](int) { return 1.0f; });
 }
 
 template <bool DROP> __device__ inline void group_gradient_keys(const AttentionParams &p) {
@@ -143,13 +154,13 @@ template <bool DROP> __device__ inline void group_gradient_keys(const AttentionP
   const int rows = h.keys - tile.first < GROUP_ROWS ? h.keys - tile.first : GROUP_ROWS;
   const int own = tile.first + 16 * warp();
 
-  h.copy_group_keys(k, p.k, tile.first);
-  h.copy_group_keys(v, p.v, tile.first);
+  copy_keys(h, k, p.k, tile.first);
+  copy_keys(h, v, p.v, tile.first);
   float dk[8][4], dv[8][4];
   clear(dk), clear(dv);
   const auto copy = [&](int first, int stage) {
-    h.copy_group_queries(memory.stage(stage), p.q, first);
-    h.copy_group_queries(memory.stage(stage) + GROUP_TILE, p.dy, first);
+    copy_queries(h, memory.stage(stage), p.q, first);
+    copy_queries(h, memory.stage(stage) + GROUP_TILE, p.dy, first);
     copy_window<true>(h, memory.window(stage), tile.first, first);
     copy_row_numbers(h, of_queries + 2 * stage * GROUP_ROWS, first, GROUP_ROWS);
   };
@@ -173,22 +184,22 @@ template <bool DROP> __device__ inline void group_gradient_keys(const AttentionP
     } else {
       narrow_sums(left, ds);
     }
-    before_products();
+    before_products(dv, left);
     start_sums(dv, left, dy);
     await_products<1>(dp);
     if (DROP) drop<bf16, true>(h, dp, own, first);
     each_pair(ds, dp, [&](float &s, float dp, int, int n) { s *= dp - delta[n]; });
     uint32_t right[4][4];
     narrow_sums(right, ds);
-    before_products();
+    before_products(dk, right);
     start_sums(dk, right, q);
     await_products<0>(dv);
     await_products<0>(dk);
   });
   __syncthreads(); // the keys and values were read
   const int first = h.first_key + tile.first;
-  store_group_rows(dk, k, h.row(p.dk, first), p.dk.stride, rows, p.width, p.aligned, [](int) { return 1.0f; });
-  store_group_rows(dv, v, h.row(p.dv, first), p.dv.stride, rows, p.width, p.aligned, [](int) { return 1.0f; });
+  store_group_rows(dk, k, result_rows(h, p.dk, first, rows), [](int) { return 1.0f; });
+  store_group_rows(dv, v, result_rows(h, p.dv, first, rows), [](int) { return 1.0f; });
 }
 
 // These exist for the one architecture that has the instructions, and on the emulator.

@@ -21,8 +21,6 @@ __device__ inline uint64_t descriptor(const bf16 *tile) {
   return (place & 0x3ffff) >> 4 | uint64_t{1} << 16 | uint64_t{64} << 32 | uint64_t{1} << 62;
 }
 
-// Sums and left operands in registers are ready for the instructions that follow.
-__device__ inline void before_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // What the thread copied into shared memory can be seen by the instructions of all who meet it at a barrier.
 __device__ inline void show_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -32,6 +30,17 @@ __device__ inline void show_copies() { asm volatile("fence.proxy.async.shared::c
 #define SUMS_LIST                                                                                                                    \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, "  \
   "%28, %29, %30, %31}"
+
+// Before products of tiles, whose sums begin anew.
+__device__ inline void before_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// Before products that add to `sums`, of a left operand in registers: what makes these must not come behind the fence.
+__device__ inline void before_products(float (&sums)[8][4], uint32_t (&left)[4][4]) {
+#pragma unroll
+  for (int n = 0; n < 8; n++) asm volatile("" : SUMS_OF(sums, n)::"memory");
+#pragma unroll
+  for (int k = 0; k < 4; k++) asm volatile("" : "+r"(left[k][0]), "+r"(left[k][1]), "+r"(left[k][2]), "+r"(left[k][3])::"memory");
+  before_products();
+}
 
 // Waits until but the last PENDING products that were started are done; then `sums` can be read.
 template <int PENDING> __device__ inline void await_products(float (&sums)[8][4]) {
@@ -112,12 +121,18 @@ template <typename Copy, typename F> __device__ inline void each_group_tile(int 
   wait_for_copies(); // of what was to be used with tiles, if there were none
 }
 
-// Writes the lane's sums times `scale(half)` to the rows of a head that are there, where it can be 16 bytes at a time: they go through
-// the warp's own rows of a tile, which nobody reads any more.
-template <typename Scale>
-__device__ inline void store_group_rows(float (&sums)[8][4], bf16 *tile, bf16 *to, int64_t stride, int rows, int width, bool aligned,
-                                        Scale scale) {
-  if (!aligned) return store_rows(sums, to, stride, rows, width, scale);
+// Rows of a head that are there, `width` numbers of each. `aligned`: as for copy_tile.
+struct GroupRows {
+  bf16 *first;
+  int64_t stride;
+  int rows, width;
+  bool aligned;
+};
+
+// Writes the lane's sums times `scale(half)` to a tile's rows, 16 bytes at a time where that can be: they go through the warp's own rows of
+// a tile in shared memory, which nobody reads any more.
+template <typename Scale> __device__ inline void store_group_rows(const float (&sums)[8][4], bf16 *tile, const GroupRows &to, Scale scale) {
+  if (!to.aligned) return store_rows(sums, to.first, to.stride, to.rows, to.width, scale);
   const int first = 16 * warp();
 #pragma unroll
   for (int n = 0; n < 8; n++) {
@@ -131,6 +146,6 @@ __device__ inline void store_group_rows(float (&sums)[8][4], bf16 *tile, bf16 *t
 #pragma unroll
   for (int n = 0; n < 16; n += 4) {
     const int row = first + n + lane() / 8, part = lane() % 8;
-    if (row < rows && part * 8 < width) store(to + row * stride + part * 8, load<8>(tile + part_of_row(row, part)));
+    if (row < to.rows && part * 8 < to.width) store(to.first + row * to.stride + part * 8, load<8>(tile + part_of_row(row, part)));
   }
 }

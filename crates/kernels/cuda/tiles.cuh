@@ -202,3 +202,28 @@ template <int N> __device__ inline void clear(float (&sums)[N][4]) {
 #pragma unroll
   for (int n = 0; n < N; n++) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0.0f;
 }
+
+// Writes two numbers of a row, of which so many are there; at once if they are `paired`, aligned to that.
+template <typename T> __device__ inline void store_two(T *to, T first, T second, int there, bool paired) {
+  if (paired && there > 1) {
+    store(to, Several<T, 2>{{first, second}});
+  } else {
+    if (there > 0) to[0] = first;
+    if (there > 1) to[1] = second;
+  }
+}
+
+// Writes the lane's sums times `scale(half)` to the rows that are there, of `width` numbers from `to` on.
+template <typename T, int N, typename Scale>
+__device__ inline void store_rows(const float (&sums)[N][4], T *to, int64_t stride, int rows, int width, Scale scale) {
+  const bool paired = stride % 2 == 0 && reinterpret_cast<uintptr_t>(to) % (2 * sizeof(T)) == 0;
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int row = 16 * warp() + row_of(half), column = column_of(8 * n);
+      const T first = narrow<T>(sums[n][2 * half] * scale(half)), second = narrow<T>(sums[n][2 * half + 1] * scale(half));
+      if (row < rows) store_two(to + row * stride + column, first, second, width - column, paired);
+    }
+  }
+}

@@ -135,7 +135,11 @@ void run_alone(unsigned begin, unsigned end) {
 }
 
 bool run_block(unsigned threads) {
-  for (unsigned i = 0; i < threads; i++) fibers[i]->state = State::New, fibers[i]->turn = 0, fibers[i]->copies.clear(), fibers[i]->unseen.clear(), fibers[i]->products.clear();
+  for (unsigned i = 0; i < threads; i++) {
+    Fiber &fiber = *fibers[i];
+    fiber.state = State::New, fiber.turn = 0;
+    fiber.copies.clear(), fiber.unseen.clear(), fiber.products.clear();
+  }
   for (;;) {
     const unsigned count = order.mixed ? threads : WARP;
     for (unsigned n = 0; n < threads && failure.empty(); n += count) {

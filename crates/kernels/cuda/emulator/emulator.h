@@ -132,6 +132,7 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 
 // Those of groups, see groups.cuh.
 inline void before_products() {}
+inline void before_products(float (&)[8][4], uint32_t (&)[4][4]) {}
 void show_copies();
 template <int PENDING> inline void await_products(float (&)[8][4]) { ::emulator::await(PENDING); }
 inline void start_rows(float (&sums)[8][4], const bf16 *a, const bf16 *b) { ::emulator::start({sums, a, {}, b}); }

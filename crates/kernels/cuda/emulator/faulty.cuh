@@ -1,6 +1,7 @@
 // A kernel with a fault, for the emulator alone: a test holds the emulator to showing each in those orders that can show it.
 #pragma once
 #include "common.cuh"
+#include "groups.cuh"
 
 // What is left out or comes too early.
 enum class Fault { None, Wait, WarpBarrier, BarrierBeforeReading, BarrierBeforeWriting, EarlyCopy };
@@ -34,4 +35,36 @@ KERNEL(faulty, FaultyParams, FAULTY_THREADS) {
   wait_for_copies();
   __syncthreads();
   p.out[own] = sum + numbers[next_warp];
+}
+
+// What is wrong with a group's product.
+enum class GroupFault { None, NotShown, NotAwaited, ReadEarly, WrongPlace, CopyTooEarly };
+
+struct FaultyGroupParams {
+  const bf16 *in; // [2, 64, 64]
+  float *out;     // [64, 64]: the first matrix times itself, transposed
+  GroupFault fault;
+};
+
+KERNEL(faulty_group, FaultyGroupParams, GROUP_THREADS) {
+  GROUP_SHARED_MEMORY(memory);
+  bf16 *const tile = reinterpret_cast<bf16 *>(memory) + (p.fault == GroupFault::WrongPlace ? 64 : 0);
+  copy_group_tile(tile, p.in, GROUP_ROWS, 64, 64, true);
+  wait_for_copies();
+  if (p.fault != GroupFault::NotShown) show_copies();
+  __syncthreads();
+  float sums[8][4];
+  clear(sums);
+  before_products();
+  start_rows(sums, tile, tile);
+  if (p.fault == GroupFault::CopyTooEarly) {
+    __syncthreads();
+    copy_group_tile(tile, p.in + GROUP_TILE, GROUP_ROWS, 64, 64, true);
+    wait_for_copies(), show_copies();
+    __syncthreads();
+  }
+  const float early = sums[0][0];
+  if (p.fault != GroupFault::NotAwaited) await_products<0>(sums);
+  if (p.fault == GroupFault::ReadEarly) sums[0][0] = early;
+  store_rows(sums, p.out, 64, 64, 64, [](int) { return 1.0f; });
 }

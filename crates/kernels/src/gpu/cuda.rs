@@ -40,8 +40,8 @@ pub(super) fn is_out_of_memory(error: &(dyn std::error::Error + Send + Sync + 's
 pub(crate) struct Handle {
     pub(super) stream: Arc<CudaStream>,
     device: CudaDevice,
-    /// Compute capability.
-    pub(super) capability: (i32, i32),
+    /// Whether the image that was loaded has the kernels for Hopper's instructions.
+    pub(super) multiplies_by_groups: bool,
     module: Arc<CudaModule>,
     /// By name, with the shared memory that each was allowed.
     functions: Mutex<HashMap<String, (CudaFunction, u32)>>,
@@ -177,10 +177,8 @@ impl Handle {
             module.map_err(failed("loading the kernels (they need compute capability 8.0 or more)"))?;
         Ok(Self {
             blas: Blas::new(stream.clone())?,
-            capability: stream
-                .context()
-                .compute_capability()
-                .map_err(failed("asking what the GPU can do"))?,
+            // They are in the machine code for Hopper alone, and not in what the driver translates for others.
+            multiplies_by_groups: module.load_function("group_attention").is_ok(),
             stream,
             device: device.clone(),
             module,

@@ -222,7 +222,7 @@ impl Gpu {
         }
         match *self {
             #[cfg(feature = "cuda")]
-            Self::Cuda(ref handle) => handle.capability == (9, 0),
+            Self::Cuda(ref handle) => handle.multiplies_by_groups,
             #[cfg(feature = "emulator")]
             Self::Emulated => true,
         }

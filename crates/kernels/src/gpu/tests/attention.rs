@@ -21,7 +21,7 @@ struct Case {
     dropout: f32,
 }
 
-const CASES: [Case; 12] = [
+const CASES: [Case; 14] = [
     // One row, no rows, whole tiles, and one row more.
     Case {
         lengths: &[(5, 5), (0, 0), (1, 1), (70, 70)],
@@ -94,6 +94,17 @@ const CASES: [Case; 12] = [
     Case { lengths: &[(130, 140)], heads: 1, width: 64, causal: false, prefix: 0, bias: false, dropout: 0.0 },
     Case { lengths: &[(66, 70)], heads: 1, width: 128, causal: false, prefix: 0, bias: false, dropout: 0.0 },
     Case { lengths: &[(66, 70)], heads: 1, width: 256, causal: false, prefix: 0, bias: false, dropout: 0.0 },
+    // The same with dropout, and rows that see nothing.
+    Case { lengths: &[(130, 140)], heads: 1, width: 64, causal: false, prefix: 0, bias: false, dropout: 0.3 },
+    Case {
+        lengths: &[(2, 0), (66, 9)],
+        heads: 2,
+        width: 8,
+        causal: false,
+        prefix: 0,
+        bias: false,
+        dropout: 0.0,
+    },
 ];
 
 impl Case {
@@ -187,9 +198,31 @@ fn attention_and_its_gradient_equal_the_cpus_in_bf16() {
     by_groups_and_by_warps(|| CASES.iter().zip(40..).for_each(|(case, seed)| case.check(seed, DType::BF16)));
 }
 
+/// They take the same steps in the same order.
+#[test]
+fn attention_by_groups_has_the_bits_of_attention_by_warps() {
+    let places = places();
+    for (case, place) in CASES.iter().flat_map(|case| [(case, places.first()), (case, places.last())]) {
+        let Some(place) = place else { continue };
+        case.with(62, DType::BF16, |run| {
+            let mut results: Vec<Vec<Vec<f32>>> = Vec::new();
+            by_groups_and_by_warps(|| {
+                results.push(
+                    place.run(|device| run(device, DType::BF16, case.bias).iter().map(numbers).collect()),
+                );
+            });
+            assert!(results[0] == results[1], "{:?}, {} numbers a head", case.lengths, case.width);
+        });
+    }
+}
+
 /// For heads of every tile's width.
 #[test]
 fn the_gradient_to_the_bias_leaves_the_others_to_the_bit() {
+    by_groups_and_by_warps(check_gradients_beside_that_to_the_bias);
+}
+
+fn check_gradients_beside_that_to_the_bias() {
     let cases = [8, 10, 11].map(|i| Case { bias: true, ..CASES[i] });
     cases.iter().for_each(|case| case.check(60, DType::F32));
     for (case, dtype) in cases.iter().flat_map(|case| TYPES.map(|dtype| (case, dtype))) {
@@ -210,15 +243,20 @@ fn the_gradient_to_the_bias_leaves_the_others_to_the_bit() {
 /// A bias whose exponential is beyond f32, and examples that end within a tile: rows that are not there must not come in.
 #[test]
 fn the_gradient_to_a_large_bias_is_finite() {
+    // A score near 100 is rounded by up to 4e-6, times log2(e) by 8e-6 more.
+    check_large_bias(DType::F32, 3e-5);
+    by_groups_and_by_warps(|| check_large_bias(DType::BF16, bound(DType::BF16)));
+}
+
+fn check_large_bias(dtype: DType, bound: f64) {
     let mut g = generator(61);
     let (heads, width) = (2, 8);
     let segments = Segments::new([70, 5, 33]);
-    let [q, k, v, dy] = [(); 4].map(|()| matrix(&mut g, segments.total(), heads * width, DType::F32));
+    let [q, k, v, dy] = [(); 4].map(|()| matrix(&mut g, segments.total(), heads * width, dtype));
     let buckets = Buckets { count: 8, max_distance: 20, bidirectional: true };
     let table =
         Frozen::from_f32((0..8 * heads).map(|i| if i % 3 == 0 { 100.0 } else { 0.0 }).collect(), 8, heads);
-    // A score near 100 is rounded by up to 4e-6, times log2(e) by 8e-6 more.
-    compare("attention with a large bias", 3e-5, |device| {
+    compare("attention with a large bias", bound, |device| {
         let segments = segments.fresh();
         let bias = PositionBias::new(&table, buckets, segments.longest()).unwrap();
         let spec = Attention {
@@ -241,6 +279,10 @@ fn the_gradient_to_a_large_bias_is_finite() {
 
 #[test]
 fn an_example_that_is_not_finite_leaves_its_neighbours_to_the_bit() {
+    by_groups_and_by_warps(check_neighbours_of_what_is_not_finite);
+}
+
+fn check_neighbours_of_what_is_not_finite() {
     let mut g = generator(60);
     let (lengths, row) = ([70, 40, 5], 2 * 16);
     let x = matrix(&mut g, 115, row, DType::BF16);
