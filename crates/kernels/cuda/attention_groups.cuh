@@ -47,6 +47,14 @@ template <bool TURNED> __device__ inline void copy_window(const Head<bf16> &h, f
   copy_async<4>(window + i, h.p.bias + (there ? static_cast<int64_t>(h.head) * h.p.bias_stride + place : 0), there);
 }
 
+// Begins to copy what queries from `query` on meet in a stage: keys from `key` on, their values, and the bias between them.
+template <int OWN>
+__device__ inline void copy_keys_and_values(const Head<bf16> &h, const GroupMemory<OWN> &memory, int stage, int query, int key) {
+  copy_keys(h, memory.stage(stage), h.p.k, key);
+  copy_keys(h, memory.stage(stage) + GROUP_TILE, h.p.v, key);
+  copy_window<false>(h, memory.window(stage), query, key);
+}
+
 // Makes scores of a tile's products, as `score` does: of rows from `row` on, of which the warp has 16, and of columns from `column` on.
 template <bool TURNED>
 __device__ inline void finish_scores(const Head<bf16> &h, float (&scores)[8][4], const float *window, int row, int column) {
@@ -73,11 +81,7 @@ template <bool DROP> __device__ inline void group_attention(const AttentionParam
   float y[8][4];
   clear(y);
   RowSoftmax softmax;
-  const auto copy = [&](int first, int stage) {
-    copy_keys(h, memory.stage(stage), p.k, first);
-    copy_keys(h, memory.stage(stage) + GROUP_TILE, p.v, first);
-    copy_window<false>(h, memory.window(stage), tile.first, first);
-  };
+  const auto copy = [&](int first, int stage) { copy_keys_and_values(h, memory, stage, tile.first, first); };
   each_group_tile(0, h.template seen<false>(tile.first + rows - 1).end, copy, [&](int first, int stage) {
     const bf16 *const k = memory.stage(stage), *const v = k + GROUP_TILE;
     float scores[8][4], shrink[2];
@@ -116,11 +120,7 @@ template <bool DROP, bool BIAS> __device__ inline void group_gradient_queries(co
   load_rows(h, own, shift, delta);
   float dq[8][4];
   clear(dq);
-  const auto copy = [&](int first, int stage) {
-    copy_keys(h, memory.stage(stage), p.k, first);
-    copy_keys(h, memory.stage(stage) + GROUP_TILE, p.v, first);
-    copy_window<false>(h, memory.window(stage), tile.first, first);
-  };
+  const auto copy = [&](int first, int stage) { copy_keys_and_values(h, memory, stage, tile.first, first); };
   each_group_tile(0, h.template seen<false>(tile.first + rows - 1).end, copy, [&](int first, int stage) {
     const bf16 *const k = memory.stage(stage), *const v = k + GROUP_TILE;
     float ds[8][4], dp[8][4];
