@@ -17,20 +17,14 @@ import os
 import pathlib
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 
 import page
+from ran import BEGAN, FOLDER, INCIPIT, OURS, OUT, ROOT, Ran, libraries
 
-FOLDER, OUT = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-INCIPIT = str(FOLDER / "incipit")
-BEGAN = time.monotonic()
-LIMIT = float(os.environ.get("INCIPIT_CHECK_SECONDS", 540))
 # C1's ragged lengths, doubled: the same lognormal, 406 tokens at most.
 C1 = "96,82,131,95,64,111,195,158,58,41,61,91,22,78,42,57,64,74,114,167,82,203,60,110,154,94,57,51,68,102,48,79"
 RAGGED = ",".join(str(2 * int(length)) for length in C1.split(","))
@@ -40,85 +34,10 @@ ROOM = {"xl": 14 * GIB, "xxl": 39 * GIB}
 # What the losses of the CPU and of the GPU may differ by after an update: their ratio less 1. In bf16 the paths of a CPU are apart by 5e-4.
 SAME_LOSS = {"f32": 1e-3, "bf16": 3e-3}
 STEP = ["--prompt-length", "100", "--target-length", "4", "--steps", "5", "--json"]
-
-
-def libraries() -> str:
-    """Where CUDA's libraries are: the driver's, those of an installed toolkit, and those that PyTorch brought. The stand-in for a driver
-    must not be there."""
-    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda", "/usr/local/nvidia"]
-    places = [pathlib.Path(home) / "lib64" for home in homes if home]
-    places += [lib for root in sys.path if root for lib in sorted(pathlib.Path(root).glob("nvidia/*/lib"))]
-    given = os.environ.get("LD_LIBRARY_PATH", "").split(":")
-    found = [str(place) for place in places if place.is_dir()] + [place for place in given if place]
-    return ":".join(place for place in found if "stand-in" not in place)
-
-
-# What the driver translates for this GPU, for all programs of a check.
-TRANSLATED = tempfile.TemporaryDirectory()
-# For our programs alone: PyTorch finds its own.
-OURS = os.environ | {
-    "LD_LIBRARY_PATH": libraries(), "CARGO_MANIFEST_DIR": str(ROOT / "tests"), "CUDA_CACHE_PATH": TRANSLATED.name, "RUST_BACKTRACE": "1"
-}  # fmt: skip
 # So two ranks can share a GPU: to NCCL, which allows a GPU one rank of a machine, they look like those of two machines.
 SHARE_A_GPU = {"NCCL_IB_DISABLE": "1", "NCCL_SOCKET_IFNAME": "lo", "NCCL_MAX_CTAS": "4", "NCCL_NVLS_ENABLE": "0"}
 # Each launch waits, so that an error comes with the name of its kernel.
 ONE_BY_ONE = {"CUDA_LAUNCH_BLOCKING": "1"}
-# What is said where a device has failed. cuBLASLt has words of its own for it.
-LOST = "CUDA_ERROR_(?!OUT_OF_MEMORY)|CUBLAS_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)"
-
-
-class Ran:
-    """A command that has ended, perhaps by its time limit. It is killed with all processes that it started."""
-
-    def __init__(self, part: str, command: list[str], limit: float, settings: dict | None = OURS, cwd: pathlib.Path = ROOT) -> None:
-        left = LIMIT - (time.monotonic() - BEGAN)
-        self.out = self.err = self.why = ""
-        self.code, limit, start = 125, min(limit, left), time.monotonic()
-        if left < 5:
-            self.why = "no time was left"
-            return
-        with tempfile.TemporaryFile("w+", errors="replace") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
-            try:
-                process = subprocess.Popen(
-                    command, cwd=cwd, env=settings, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
-                )  # fmt: skip
-                try:
-                    self.code = process.wait(limit)
-                except subprocess.TimeoutExpired:
-                    self.code, self.why = 124, f"not done within {limit:.0f} s"
-                    os.killpg(process.pid, signal.SIGKILL)
-                    self.given_up(process)
-            except OSError as error:
-                self.code, self.why = 127, str(error)
-            for file, name in ((out, "out"), (err, "err")):
-                file.seek(0)
-                setattr(self, name, file.read())
-        lines = [line.strip() for line in (self.err + "\n" + self.out).splitlines() if line.strip()]
-        told = [line for line in lines if re.match(r"error|.*Error\b|.*error while loading", line)] or lines
-        self.why = self.why or (f"code {self.code}: {told[-1][:160]}" if told and self.code else f"code {self.code}")
-        with (OUT / "check.log").open("a") as log:
-            words = " ".join(word if len(word) < 300 else "..." for word in command)
-            log.write(f"\n===== {part}: {words}\n===== {time.monotonic() - start:.1f} s, code {self.code}\n{self.out}\n----- stderr\n{self.err}\n")
-
-    def lost_device(self) -> bool:
-        """Whether it ended as one does whose device has failed: that shows at a later call than the one that is to blame."""
-        return self.code < 0 or bool(re.search(LOST, self.out + self.err))
-
-    @staticmethod
-    def given_up(process: subprocess.Popen) -> None:
-        """One that waits within the driver ends when the driver lets it."""
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            pass
-
-    def json(self) -> dict | None:
-        """What it printed, if it ended well."""
-        try:
-            return json.loads(self.out) if self.code == 0 else None
-        except ValueError:
-            self.why = "what it printed is no JSON"
-            return None
 
 
 class Check:
@@ -284,25 +203,29 @@ class Check:
                 self.tell(name, "FAILED", alone.why if alone.code else "does not fail")
         return ran
 
-    def train(self, part: str) -> None:
-        if self.lacks(part, "incipit"):
-            return
+    @staticmethod
+    def task() -> tuple[str, dict[str, pathlib.Path], list[str], str]:
+        """The name of what is learned, its files by flag, flags that say how it is read, and the field of its answers."""
         carried = FOLDER / "carried"
         shared = carried if carried.is_dir() else pathlib.Path(os.environ.get("INCIPIT_SHARED") or ROOT.parent / "shared")
         trec, model = shared / "data" / "trec", shared / "models" / "t5-mini-lm"
-        flags = ["--prompt-length", "20", "--batch-size", "32", "--lr", "0.3"]
         if trec.is_dir() and model.is_dir():
-            what, data, evaluation, field = "trec", trec / "train.jsonl", trec / "dev.jsonl", "label"
-            flags += ["--inputs", "{question}", "--targets", "{label}", "--steps", "1000", "--eval-every", "250", "--max-input-length", "128"]
-        else:
-            what, model, data, evaluation = "the demo", *(ROOT / "demo" / part for part in ("model", "data/train.jsonl", "data/eval.jsonl"))
-            field = "targets"
-            flags += ["--steps", "300", "--eval-every", "50", "--max-input-length", "96", "--max-target-length", "8"]
-        labels = collections.Counter(json.loads(line)[field] for line in evaluation.open(encoding="utf-8"))
+            files = {"--model": model, "--train": trec / "train.jsonl", "--eval": trec / "dev.jsonl"}
+            return "trec", files, ["--inputs", "{question}", "--targets", "{label}", "--max-input-length", "128"], "label"
+        demo = ROOT / "demo"
+        files = {"--model": demo / "model", "--train": demo / "data/train.jsonl", "--eval": demo / "data/eval.jsonl"}
+        return "the demo", files, ["--max-input-length", "96"], "targets"
+
+    def train(self, part: str) -> None:
+        if self.lacks(part, "incipit"):
+            return
+        what, files, flags, field = self.task()
+        labels = collections.Counter(json.loads(line)[field] for line in files["--eval"].open(encoding="utf-8"))
         majority = max(labels.values()) / sum(labels.values())
+        steps = ["--steps", "1000", "--eval-every", "250"] if what == "trec" else ["--steps", "300", "--eval-every", "50"]
+        flags = [*flags, *steps, "--prompt-length", "20", "--batch-size", "32", "--lr", "0.3"]
         with tempfile.TemporaryDirectory() as out:
-            files = ["--model", model, "--train", data, "--eval", evaluation, "--out", pathlib.Path(out) / "run"]
-            ran = Ran(part, [INCIPIT, "train", "--device", "cuda", *map(str, files), *flags, "--json", "--quiet"], 120)
+            ran = Ran(part, [INCIPIT, "train", "--device", "cuda", *words(files), "--out", f"{out}/run", *flags, "--json", "--quiet"], 120)
         result = ran.json()
         if result is None:
             self.tell(part, "FAILED", f"{what}: {ran.why}")
@@ -310,6 +233,20 @@ class Check:
         accuracy = result["metrics"]["accuracy"]
         self.figures[part] = {"task": what, "majority": majority} | result
         self.tell(part, "ok" if accuracy > majority else "FAILED", f"{what}: accuracy {accuracy:.1%}, majority {majority:.1%}")
+
+    def jobs(self, part: str) -> None:
+        """Jobs over gRPC on a resident backbone: what starting, pausing and losing the engine take, and that bytes stay what they are alone."""
+        if self.lacks(part, "incipit"):
+            return
+        what, files, flags, _ = self.task()
+        lifecycle = [sys.executable, "-B", "scripts/bench/lifecycle.py", "--program", INCIPIT, "--device", "cuda", "--steps", "2000", "--limit", "60"]
+        ran = Ran(part, [*lifecycle, *words(files), *flags], 120)
+        found = ran.json()
+        if found is None:
+            self.tell(part, "FAILED", f"{what}: {ran.why}")
+            return
+        self.figures[part] = {"task": what} | found
+        self.tell(part, "ok" if found["same_bytes"] else "FAILED", page.jobs(found))
 
     def ceilings(self, part: str) -> None:
         if not self.gpu or not importlib.util.find_spec("torch"):
@@ -395,6 +332,10 @@ print(json.dumps([product(*size) for size in json.loads(sys.argv[1])]))
 """
 
 
+def words(files: dict[str, pathlib.Path]) -> list[str]:
+    return [str(word) for pair in files.items() for word in pair]
+
+
 def host_memory() -> int:
     total = re.search(r"MemTotal: +(\d+)", pathlib.Path("/proc/meminfo").read_text())
     return int(total.group(1)) * 1024 if total else 0
@@ -458,6 +399,7 @@ def parts(check: Check) -> dict[str, Callable[[str], None]]:
         "G1 xxl": lambda part: check.step(part, "32x512", 150),
         "PyTorch's products": check.products,
         "training": check.train,
+        "jobs on a backbone": check.jobs,
         "NCCL": lambda part: check.each_test(part, "nccl-tests", 120, last=long),
         "ranks over NCCL": check.ranks,
         "G2 xxl": lambda part: check.step(part, RAGGED, 120),

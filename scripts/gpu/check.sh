@@ -3,11 +3,12 @@
 #
 #   scripts/gpu/check.sh [FOLDER|FILE]     what build.sh made; default: target/gpu, built first if it is not there and cargo is
 #
-# Prints GPU, driver, CUDA and NCCL; runs kernel parity, model parity, isolation of jobs, NCCL with two ranks on one GPU, a training run, and
-# G1 and G2 beside PyTorch + PEFT where those are installed; ends with one table, and with 1 if a part failed. A part that cannot run
-# here is skipped, with the reason. The logs in one file, the figures and a Markdown page go to OUT (default: target/gpu/logs). Each
-# part has a time limit, all of them together INCIPIT_CHECK_SECONDS (540); INCIPIT_CHECK_PARTS picks parts by how their names begin, as in
-# "NCCL,G1 xxl". INCIPIT_PYTHON names a Python with PyTorch, if it is not python3.
+# Prints GPU, driver, CUDA and NCCL; runs kernel parity, model parity, isolation of jobs, NCCL with two ranks on one GPU, a training run, jobs
+# over gRPC on a resident backbone that are paused and lose their engine, and G1 and G2 beside PyTorch + PEFT where those are installed; ends
+# with one table, and with 1 if a part failed. A part that cannot run here is skipped, with the reason. The logs in one file, the figures
+# and a Markdown page go to OUT (default: target/gpu/logs). Each part has a time limit, all of them together INCIPIT_CHECK_SECONDS (540);
+# INCIPIT_CHECK_PARTS picks parts by how their names begin, as in "NCCL,G1 xxl". INCIPIT_PYTHON names a Python with PyTorch, if it is not
+# python3.
 set -euo pipefail
 given="${1:+$(realpath -m "$1")}"
 out="${OUT:+$(realpath -m "$OUT")}"

@@ -34,6 +34,17 @@ def peer(both: dict) -> str:
     return ", ".join(words + ["with gradient checkpointing, since it ran out of memory without"] * run["checkpointing"])
 
 
+def jobs(found: dict) -> str:
+    """What a job on a resident backbone takes, beside another one."""
+    took = {
+        "first step after submitting": "start_s", "pausing": "pause_s", "first step after resuming": "resume_s",
+        "first step after the engine was killed": "recover_s", "a step": "step_s",
+    }  # fmt: skip
+    told = ", ".join(f"{name} {found[key]:.3f} s" for name, key in took.items())
+    bytes_of = "the bytes of runs alone" if found["same_bytes"] else "NOT the bytes of runs alone"
+    return f"{bytes_of}; {told}, a checkpoint {found['checkpoint_bytes'] / 1024:.0f} KiB"
+
+
 def mfu(run: dict, ceilings: dict) -> float:
     return run["useful_tflop"] / run["median_s"] / ceilings["tflop_s"]
 

@@ -15,7 +15,20 @@ const INCIPIT: &str = r#"
 case "$1" in
   --version) echo "incipit 0.1.0" ;;
   doctor) echo "ok  GPU 0 (Good GPU): --device cuda:0" ;;
-  train) echo '{"metrics": {"accuracy": 0.9}}' ;;
+  train) echo '{"metrics": {"accuracy": 0.9}}'
+    while [ "$1" != --out ]; do shift; done
+    mkdir -p "$2/last" && printf alone >"$2/last/prompt.safetensors" ;;
+  up) sleep 60 & echo $! >"$0.engine"; exec sleep 60 ;;
+  backbone) [ -e "$0.engine" ] && echo "[{\"state\": \"BACKBONE_STATE_READY\", \"ranks\": [{\"pid\": $(cat "$0.engine")}]}]" ;;
+  job) state=RUNNING
+    case "$2" in pause) touch "$0.paused" ;; resume) rm "$0.paused" ;; esac
+    [ ! -e "$0.paused" ] || state=PAUSED
+    case "$2" in
+      watch) for second in 0 1; do echo "{\"point\": {\"time\": \"2100-01-01T00:00:0$second.5+00:00\", \"training\": {}}}"; done ;;
+      *) echo "{\"state\": \"JOB_STATE_$state\", \"progress\": {\"step\": \"1500\"}, \"createTime\": \"2099-12-31T23:59:58+00:00\",
+        \"attempts\": [{\"epoch\": \"2\", \"endTime\": \"2100-01-01T00:00:00+00:00\"}]}" ;;
+    esac ;;
+  checkpoint) mkdir -p "$5" && printf alone >"$5/prompt.safetensors" ;;
   bench) case "$*" in *nccl*) [ "$WORLD_SIZE" = 2 ] && [ "$NCCL_HOSTID" = "rank-$RANK" ] && [ -n "$INCIPIT_STORE" ] || exit 9 ;; esac
     echo '{"median_s": 0.5, "examples": 32, "launches": 900, "useful_tflop": 120.0, "parameters": 3000000000, "dtype": "bf16",
     "loss": 2.5, "kernels": [{"name": "product 100 x 200 x 300 BF16", "launches": 10, "seconds": 0.00012}]}' ;;
@@ -131,6 +144,8 @@ fn every_part_runs_from_the_carried_file_and_they_end_in_one_table() -> Result<(
     checked.told("machine", "ok", "1 x Good GPU, 80 GiB, driver 580.1, CUDA of the driver 13.0")?;
     let widths = ["losses at real widths, f32", "losses at real widths, bf16"];
     let ranks = ["ranks over NCCL, --tp 2", "ranks over NCCL, --dp 2"];
+    let jobs = "the bytes of runs alone; first step after submitting 2.500 s";
+    checked.told("jobs on a backbone", "ok", jobs)?;
     let others = ["doctor", "kernels against the CPU", "training", "G1 xxl", "G2 xxl"];
     for part in others.into_iter().chain(widths).chain(ranks) {
         checked.told(part, "ok", "")?;
@@ -163,7 +178,8 @@ fn a_part_that_fails_is_told_with_its_cause_and_costs_no_other() -> Result<()> {
     let mut incipit = INCIPIT.replace("ok  GPU 0", "missing  GPU 0").replace(r#""launches": 900, "#, "");
     let fault = "case $CUDA_LAUNCH_BLOCKING in 1) echo the third kernel ;; *) echo CUDA_ERROR_ILLEGAL_ADDRESS ;; esac";
     write!(incipit, "\ncase \"$*\" in *small*cuda*) {fault}; exit 7 ;; esac")?;
-    program(&carried.at("gpu/incipit"), &incipit.replace("--device cuda:0", "it is too old"))?;
+    let other = incipit.replace("printf alone >\"$5", "printf other >\"$5");
+    program(&carried.at("gpu/incipit"), &other.replace("--device cuda:0", "it is too old"))?;
     program(
         &carried.at("gpu/nccl-tests"),
         "case \"$*\" in *--list*) echo 'slow: test' ;; *) sleep 60 ;; esac",
@@ -194,6 +210,7 @@ fn a_part_that_fails_is_told_with_its_cause_and_costs_no_other() -> Result<()> {
     checked.told("losses at real widths, f32, launch by launch", "FAILED", "code 7: the third kernel")?;
     checked.told("G1 xl", "FAILED", "KeyError: 'launches'")?;
     checked.told("training", "ok", "")?;
+    checked.told("jobs on a backbone", "FAILED", "NOT the bytes of runs alone")?;
     checked.told("NCCL: slow", "FAILED", "not done within")?;
     checked.told("G2 xxl", "FAILED", "no time was left")?;
     ensure!(checked.figures["rows"].as_array().context("rows")?.len() > 8, "{}", checked.figures);
