@@ -3,7 +3,8 @@
     python lifecycle.py --model DIR --train train.jsonl --eval dev.jsonl --inputs "{question}" --targets "{label}" --device cuda
 
 Needs a built program and nothing from PyPI. Two jobs train beside each other through one `incipit up`; the first is paused and resumed,
-and then the engine is killed. The prompt of each must be, to the byte, that of `incipit train` with the same settings. Prints JSON.
+and then an engine is killed. The prompt of each must be, to the byte, that of `incipit train` with the same settings. Several ranks over
+Gloo or NCCL (`--tp 2 --collective gloo`) have a worker each, and jobs are then compared with others that train alone. Prints JSON.
 """
 
 from __future__ import annotations
@@ -34,8 +35,20 @@ def settings(options: argparse.Namespace, seed: int) -> list[str]:
     return [str(word) for pair in flags.items() for word in pair]
 
 
-def alone(options: argparse.Namespace, seed: int, out: pathlib.Path) -> bytes:
-    """The prompt that `incipit train` ends with."""
+def prompt(cluster: LocalCluster, job: str, directory: pathlib.Path) -> bytes:
+    """That of a job's last checkpoint, which is kept in a directory of its name."""
+    cluster.ask("checkpoint", "download", f"{job}/last", "--out", str(directory / job))
+    return (directory / job / "prompt.safetensors").read_bytes()
+
+
+def alone(options: argparse.Namespace, cluster: LocalCluster, seed: int, directory: pathlib.Path) -> bytes:
+    """The prompt that training ends with where nothing disturbs it: `incipit train`, or where there are several ranks another job."""
+    name = f"alone-{seed}"
+    if options.tp * options.dp > 1:
+        cluster.ask("job", "submit", "--name", name, *settings(options, seed))
+        cluster.ask("job", "watch", name)
+        return prompt(cluster, name, directory)
+    out = directory / name
     command = [options.program, "train", "--model", options.model, "--device", options.device, "--out", str(out), "--quiet"]
     subprocess.run([*command, *settings(options, seed)], check=True, stdin=subprocess.DEVNULL, stdout=sys.stderr)
     return (out / "last" / "prompt.safetensors").read_bytes()
@@ -58,8 +71,8 @@ def pause(cluster: LocalCluster, job: str) -> float:
 
 
 def lose_engine(cluster: LocalCluster) -> float:
-    """Kills the only engine once it is there. When that was."""
-    [rank] = cluster.backbone()["ranks"]
+    """Kills the last rank's engine. When that was."""
+    rank = cluster.backbone()["ranks"][-1]
     killed = time.time()
     os.kill(int(rank["pid"]), signal.SIGKILL)
     return killed
@@ -71,8 +84,11 @@ def after(times: list[float], moment: float) -> float:
 
 
 def measure(options: argparse.Namespace, directory: pathlib.Path) -> dict:
-    flags = ["--device", options.device.partition(":")[0], "--slots", "1"]
-    with LocalCluster(options.program, options.model, directory, flags, limit=options.limit) as cluster:
+    flags = ["--device", options.device.partition(":")[0], "--tp", str(options.tp), "--dp", str(options.dp)]
+    ranks = options.tp * options.dp
+    if ranks > 1:
+        flags += ["--collective", options.collective]
+    with LocalCluster(options.program, options.model, directory, flags, options.limit, ranks) as cluster:
         for name, seed in SEEDS.items():
             cluster.ask("job", "submit", "--name", name, *settings(options, seed))
         cluster.wait_for("step", lambda: step_of(cluster, "first") > options.steps // 8, options.limit)
@@ -84,13 +100,12 @@ def measure(options: argparse.Namespace, directory: pathlib.Path) -> dict:
         # A watch ends as its job does.
         times = {name: cluster.times(name) for name in SEEDS}
         jobs = {name: cluster.job(name) for name in SEEDS}
-        for name in SEEDS:
-            cluster.ask("checkpoint", "download", f"{name}/last", "--out", str(directory / name))
+        ended = {name: prompt(cluster, name, directory) for name in SEEDS}
+        same = [ended[name] == alone(options, cluster, seed, directory) for name, seed in SEEDS.items()]
     created = seconds(jobs["second"]["createTime"])
-    ended = {name: (directory / name / "prompt.safetensors").read_bytes() for name in SEEDS}
-    whole = sum(file.stat().st_size for file in (directory / "first").iterdir())
     return {
-        "same_bytes": all(ended[name] == alone(options, seed, directory / f"{name}-alone") for name, seed in SEEDS.items()),
+        "same_bytes": all(same),
+        "ranks": ranks,
         "epochs": int(jobs["first"]["attempts"][-1]["epoch"]),
         "load_s": cluster.seconds_to_ready,
         "step_s": statistics.median(b - a for a, b in zip(times["second"], times["second"][1:])),
@@ -98,7 +113,7 @@ def measure(options: argparse.Namespace, directory: pathlib.Path) -> dict:
         "pause_s": pause_s,
         "resume_s": after(times["first"], resumed),
         "recover_s": after(times["first"], killed),
-        "checkpoint_bytes": whole,
+        "checkpoint_bytes": sum(file.stat().st_size for file in (directory / "first").iterdir()),
     }
 
 
@@ -111,6 +126,9 @@ def main() -> None:
     parser.add_argument("--inputs", default="{inputs}")
     parser.add_argument("--targets", default="{targets}")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--dp", type=int, default=1)
+    parser.add_argument("--collective", default="gloo", choices=["gloo", "nccl"])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--prompt-length", type=int, default=20)
     parser.add_argument("--max-input-length", type=int, default=128)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import pathlib
 import socket
 import subprocess
@@ -12,38 +13,56 @@ from collections.abc import Callable
 
 
 class LocalCluster:
-    """One `incipit up` with one backbone, from the moment that this is READY to the end of the block."""
+    """A coordinator and one backbone on this machine, from the moment that this is READY to the end of the block.
 
-    def __init__(self, program: str, model: str, directory: pathlib.Path, flags: list[str], settings: dict | None = None, limit: float = 600):
+    `flags` are those of the backbone, as `--device`. One rank is one of `incipit up`; several, over `collective`, have a worker each, and to
+    NCCL these look like machines, so that they can share a GPU.
+    """
+
+    def __init__(self, program: str, model: str, directory: pathlib.Path, flags: list[str], limit: float = 600, ranks: int = 1):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        self.program, self.settings, self.limit, self.url = program, settings, limit, f"http://{address}"
-        command = [program, "up", "--data", str(directory / "up"), "--listen", address, "--model", model, *flags, "-q"]
+        self.program, self.limit, self.url = program, limit, f"http://{address}"
+        self.processes: list[subprocess.Popen] = []
         began = time.monotonic()
-        self.process = subprocess.Popen(command, env=settings, stdin=subprocess.DEVNULL)
         try:
-            self.wait_for("a backbone that is READY", lambda: self.backbone().get("state") == "BACKBONE_STATE_READY", limit)
+            if ranks == 1:
+                self.start("up", "--data", str(directory / "up"), "--listen", address, "--model", model, "--slots", "1", *flags)
+            else:
+                self.start("coordinator", "--data", str(directory / "up"), "--listen", address, "--insecure", "--model-root", model)
+                for rank in range(ranks):
+                    state = str(directory / f"worker-{rank}")
+                    worker = ["worker", "--coordinator", self.url, "--name", f"w{rank}", "--slots", "1", "--state-dir", state]
+                    self.start(*worker, settings=os.environ | {"NCCL_HOSTID": f"rank-{rank}"})
+                self.wait_for("coordinator", lambda: self.answers("workers", "list"), 60)
+                self.ask("backbone", "create", "--name", "backbone", "--model", model, *flags)
+            self.wait_for("backbone that is READY", lambda: self.backbone().get("state") == "BACKBONE_STATE_READY", limit)
         except BaseException:
             self.__exit__()
             raise
         self.seconds_to_ready = time.monotonic() - began
 
+    def start(self, *command: str, settings: dict | None = None) -> None:
+        self.processes.append(subprocess.Popen([self.program, *command, "-q"], env=settings, stdin=subprocess.DEVNULL))
+
     def __enter__(self) -> LocalCluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(40)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        # Workers end before the coordinator, which takes what they have saved.
+        for process in reversed(self.processes):
+            process.terminate()
+            try:
+                process.wait(40)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
     def ask(self, *arguments: str) -> list[dict]:
         """What a command prints as JSON: a document a line, or one over all lines."""
         command = [self.program, *arguments, "--coordinator", self.url, "--json"]
-        ran = subprocess.run(command, env=self.settings, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=self.limit)
+        ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=self.limit)
         if ran.returncode:
             raise RuntimeError(f"incipit {' '.join(arguments[:3])} ended with {ran.returncode}: {ran.stderr.strip()[-200:]}")
         decoder, place, found = json.JSONDecoder(), 0, []
@@ -56,11 +75,18 @@ class LocalCluster:
     def wait_for(self, what: str, holds: Callable[[], bool], limit: float) -> None:
         end = time.monotonic() + limit
         while not holds():
-            if self.process.poll() is not None:
-                raise RuntimeError(f"incipit up has ended with {self.process.returncode}")
+            for process in self.processes:
+                if process.poll() is not None:
+                    raise RuntimeError(f"incipit {process.args[1]} has ended with {process.returncode}")
             if time.monotonic() > end:
                 raise RuntimeError(f"there was no {what} within {limit:.0f} s")
             time.sleep(0.02)
+
+    def answers(self, *arguments: str) -> bool:
+        try:
+            return bool(self.ask(*arguments))
+        except RuntimeError:
+            return False
 
     def backbone(self) -> dict:
         """The one that there is; nothing of it while nobody answers."""

@@ -50,7 +50,7 @@ def main() -> None:
         whole.write_text("".join(records))
         for i, part in enumerate(parts):
             part.write_text("".join(records[4 * i : 4 * i + 4]))
-        with LocalCluster(options.program, options.model, directory, ["--slots", "1"]) as cluster:
+        with LocalCluster(options.program, options.model, directory, []) as cluster:
             one, eight = [], []
             for repeat in range(options.repeat):
                 one.append(train(cluster, [f"one-{repeat}"], [whole], options.steps))

@@ -235,18 +235,21 @@ class Check:
         self.tell(part, "ok" if accuracy > majority else "FAILED", f"{what}: accuracy {accuracy:.1%}, majority {majority:.1%}")
 
     def jobs(self, part: str) -> None:
-        """Jobs over gRPC on a resident backbone: what starting, pausing and losing the engine take, and that bytes stay what they are alone."""
+        """Jobs over gRPC on a resident backbone: what starting, pausing and losing the engine take, and that bytes stay what they are alone.
+        Then on a backbone of two ranks over NCCL, which on one GPU take some ten milliseconds for each sum: a few steps."""
         if self.lacks(part, "incipit"):
             return
         what, files, flags, _ = self.task()
-        lifecycle = [sys.executable, "-B", "scripts/bench/lifecycle.py", "--program", INCIPIT, "--device", "cuda", "--steps", "2000", "--limit", "60"]
-        ran = Ran(part, [*lifecycle, *words(files), *flags], 120)
-        found = ran.json()
-        if found is None:
-            self.tell(part, "FAILED", f"{what}: {ran.why}")
-            return
-        self.figures[part] = {"task": what} | found
-        self.tell(part, "ok" if found["same_bytes"] else "FAILED", page.jobs(found))
+        lifecycle = [sys.executable, "-B", "scripts/bench/lifecycle.py", "--program", INCIPIT, "--device", "cuda", "--limit", "60"]
+        of_two = ["--steps", "24", "--tp", "2", "--collective", "nccl"]
+        for name, steps, settings in ((part, ["--steps", "2000"], OURS), (f"{part}, --tp 2", of_two, OURS | SHARE_A_GPU)):
+            ran = Ran(name, [*lifecycle, *words(files), *flags, *steps], 120, settings)
+            found = ran.json()
+            if found is None:
+                self.tell(name, "FAILED", f"{what}: {ran.why}")
+                continue
+            self.figures[name] = {"task": what} | found
+            self.tell(name, "ok" if found["same_bytes"] else "FAILED", page.jobs(found))
 
     def ceilings(self, part: str) -> None:
         if not self.gpu or not importlib.util.find_spec("torch"):

@@ -18,7 +18,9 @@ case "$1" in
   train) echo '{"metrics": {"accuracy": 0.9}}'
     while [ "$1" != --out ]; do shift; done
     mkdir -p "$2/last" && printf alone >"$2/last/prompt.safetensors" ;;
-  up) sleep 60 & echo $! >"$0.engine"; exec sleep 60 ;;
+  up|worker) sleep 60 & echo $! >"$0.engine"; exec sleep 60 ;;
+  coordinator) exec sleep 60 ;;
+  workers) echo '[]' ;;
   backbone) [ -e "$0.engine" ] && echo "[{\"state\": \"BACKBONE_STATE_READY\", \"ranks\": [{\"pid\": $(cat "$0.engine")}]}]" ;;
   job) state=RUNNING
     case "$2" in pause) touch "$0.paused" ;; resume) rm "$0.paused" ;; esac
@@ -146,6 +148,7 @@ fn every_part_runs_from_the_carried_file_and_they_end_in_one_table() -> Result<(
     let ranks = ["ranks over NCCL, --tp 2", "ranks over NCCL, --dp 2"];
     let jobs = "the bytes of runs alone; first step after submitting 2.500 s";
     checked.told("jobs on a backbone", "ok", jobs)?;
+    checked.told("jobs on a backbone, --tp 2", "ok", jobs)?;
     let others = ["doctor", "kernels against the CPU", "training", "G1 xxl", "G2 xxl"];
     for part in others.into_iter().chain(widths).chain(ranks) {
         checked.told(part, "ok", "")?;

@@ -13,7 +13,7 @@ use crate::unmet::Unmet;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reduce {
     /// Their sum; `i64` wraps around, and is exact everywhere. Floating-point numbers are added by ascending rank, `bf16` in
-    /// f32 and rounded once; but over NCCL, those of a tensor on the GPU are added in an order of NCCL's, `bf16` in bf16.
+    /// f32 and rounded once.
     Sum,
     /// The largest. NaN if one of them is NaN.
     Max,

@@ -2,7 +2,7 @@
 //!
 //! [`Collective`] is a group as one of its ranks sees it, and [`Ranks`] all that a rank has: its place in the mesh and
 //! its three groups. [`local::ranks`] makes them for the threads of one process. Whichever backend carries the
-//! numbers, the results are the same bits; only floating-point sums of tensors that stay on a GPU are NCCL's own.
+//! numbers, and wherever they lie, the results are the same bits.
 
 #[cfg(test)]
 extern crate self as incipit_collective;

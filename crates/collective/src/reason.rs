@@ -32,17 +32,24 @@ impl Reason {
 
     /// Leaves a reason, unless there is one: the first is the cause. Without a store there is none.
     pub(crate) fn leave(&self, reason: &str) {
-        if matches!(self.store.try_get(&self.key), Ok(None)) {
+        if !matches!(self.store.try_get(&self.key), Ok(Some(_))) {
             let _ = self.store.set(&self.key, format!("{} {reason}", self.members[self.rank]).as_bytes());
         }
     }
 
     /// The reason, if one is left within `wait`.
+    #[cfg(feature = "gloo")]
     pub(crate) fn find(&self, wait: Duration) -> Option<Broken> {
-        let text = match wait.is_zero() {
-            true => self.store.try_get(&self.key).ok()??,
-            false => self.store.get(&self.key, wait).ok()?,
-        };
+        self.read(self.store.get(&self.key, wait).ok()?)
+    }
+
+    /// The reason, if one is known to be left.
+    #[cfg(any(test, feature = "nccl"))]
+    pub(crate) fn last_known(&self) -> Option<Broken> {
+        self.read(self.store.last_known(&self.key).ok()??)
+    }
+
+    fn read(&self, text: Vec<u8>) -> Option<Broken> {
         let text = String::from_utf8(text).ok()?;
         let (rank, reason) = text.split_once(' ')?;
         let rank: usize = rank.parse().ok()?;

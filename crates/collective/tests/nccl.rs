@@ -1,4 +1,4 @@
-//! Ranks that are processes, connected by NCCL: two that share one GPU. Where there is none, these tests say so and pass.
+//! Ranks that are processes, connected by NCCL: two or three that share one GPU. Where there is none, these tests say so and pass.
 #![allow(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
 mod suite;
@@ -18,7 +18,7 @@ fn gpu() -> Option<Device> {
     catch_unwind(|| Device::new_cuda(0)).ok()?.ok()
 }
 
-/// What each rank's process is told, so that two of them may share one GPU.
+/// What each rank's process is told, so that some of them may share one GPU.
 fn share_a_gpu(command: &mut Command, rank: usize) {
     let settings = [
         ("NCCL_IB_DISABLE", "1"),
@@ -43,7 +43,12 @@ fn share_a_gpu(command: &mut Command, rank: usize) {
 
 /// Runs this program's test `test` once for each rank of two, and returns what each printed.
 fn two_processes(test: &str, words: &str) -> Vec<String> {
-    suite::at_once(vec![0, 1], |rank: usize| {
+    processes(2, test, words)
+}
+
+/// As [`two_processes`], for as many ranks.
+fn processes(count: usize, test: &str, words: &str) -> Vec<String> {
+    suite::at_once((0..count).collect(), |rank: usize| {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", test, "--nocapture"]).env(RANK, format!("{rank} {words}"));
         share_a_gpu(&mut command, rank);
@@ -177,6 +182,32 @@ fn tensors_on_a_gpu_are_reduced_there_and_disagreements_are_found() {
     let words = format!("tcp://{}", server.address());
     let seen = two_processes("tensors_on_a_gpu_are_reduced_there_and_disagreements_are_found", &words);
     assert_eq!(seen[0], seen[1]);
+}
+
+#[test]
+fn sums_of_three_ranks_on_a_gpu_have_the_bits_of_main_memory() {
+    if let Ok(words) = std::env::var(RANK) {
+        let [rank, store] = words.split(' ').collect::<Vec<_>>()[..] else { panic!("{words}") };
+        let (mesh, gpu, rank) = (Mesh::new(3, 1, 3).unwrap(), gpu().unwrap(), rank.parse().unwrap());
+        let ranks = nccl::connect(mesh, rank, open(store).unwrap(), &gpu, &Options::default()).unwrap();
+        for (n, dtype) in [(7, DType::F32), (300_000, DType::F32), (1000, DType::BF16)] {
+            let number = |i| suite::random(rank as u64, i) as f32 / 3e18 + 1e3 * (i % 3) as f32;
+            let x = Tensor::from_iter((0..n).map(number), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+            let sum = |x: &Tensor| ranks.tensor().all_reduce(x, Reduce::Sum).unwrap();
+            let sums = [sum(&x), sum(&x.to_device(&gpu).unwrap())];
+            let [host, device] = sums.map(|sum| sum.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap());
+            assert!(host.iter().zip(&device).all(|(a, b)| a.to_bits() == b.to_bits()), "{n} of {dtype:?}");
+        }
+        ranks.tensor().barrier().unwrap();
+        println!("\n{MARK}");
+        return;
+    }
+    if !has_gpu() {
+        return;
+    }
+    let server = TcpServer::new("127.0.0.1:0").unwrap();
+    let words = format!("tcp://{}", server.address());
+    processes(3, "sums_of_three_ranks_on_a_gpu_have_the_bits_of_main_memory", &words);
 }
 
 #[test]

@@ -219,7 +219,8 @@ impl World {
         self.notice(pid, Notice::Put(put));
         for other in (0..world as u32).filter(|other| *other != rank) {
             let key = format!("rank{other}");
-            self.notice(pid, Notice::Get(v1::RendezvousGet { backbone: backbone.clone(), epoch, key }));
+            let (backbone, follow) = (backbone.clone(), false);
+            self.notice(pid, Notice::Get(v1::RendezvousGet { backbone, epoch, key, follow }));
         }
     }
 

@@ -148,6 +148,7 @@ impl Lane for GpuLane {
         match step {
             Step::Sum => self.communicator.all_reduce(from, to, x.dtype(), true),
             Step::Max => self.communicator.all_reduce(from, to, x.dtype(), false),
+            Step::Exchange => self.communicator.exchange(from, to, self.size),
             Step::Gather => self.communicator.all_gather(from, to),
             Step::From(root) => self.communicator.broadcast(from, to, root),
         }?;

@@ -20,6 +20,8 @@ pub(crate) enum Route {
 pub(crate) enum Step {
     /// The sum, in an order of NCCL's own.
     Sum,
+    /// As many equal pieces as there are ranks, along the first dim: those that are this rank's, by rank.
+    Exchange,
     /// The largest; NaN is passed over.
     Max,
     /// One after the other, along the first dim.

@@ -12,7 +12,7 @@ use candle_core::Tensor;
 
 use super::gate::{End, Gate, Stop};
 use super::lane::{Fault, Lane, Route, Step};
-use super::notes::{Absence, Notes, SILENCE};
+use super::notes::{Absence, BEAT, Notes, SILENCE};
 use super::patience::{HEALTH, LOOK, Patience};
 use super::watchdog::Watchdog;
 use crate::Mismatch;
@@ -78,6 +78,14 @@ impl<L: Lane> std::fmt::Debug for Line<L> {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn read_disagreement(found: crate::Result<Option<Vec<u8>>>) -> Option<Broken> {
+    let text = String::from_utf8(found.ok()??).ok()?;
+    let mut words = text.splitn(3, ' ');
+    let kind = *Mismatch::ALL.get(words.next()?.parse::<usize>().ok()?)?;
+    let sequence = words.next()?.parse().ok()?;
+    Some(Broken::Mismatch { kind, sequence, what: words.next()?.to_owned() })
 }
 
 /// What a line needs besides its lane.
@@ -205,11 +213,10 @@ impl<L: Lane> Line<L> {
 
     /// Looks into the store for the reason why operation `sequence` does not end.
     fn look(&self, sequence: u64) -> Option<Broken> {
-        self.notes.beat();
         self.notes.publish();
         *lock(&self.looked) = Instant::now();
         let sequence = self.oldest(sequence);
-        self.disagreement().or_else(|| self.reason.find(Duration::ZERO)).or_else(|| {
+        self.disagreement().or_else(|| self.reason.last_known()).or_else(|| {
             let (rank, absence) = self.notes.absent(self.seat.group, sequence, &self.seat.members)?;
             let what = match absence {
                 Absence::Left => "it has left the group".to_owned(),
@@ -228,20 +235,16 @@ impl<L: Lane> Line<L> {
     fn knock(&self) -> Result<(), Broken> {
         if self.has_not_looked_for(LOOK / 2) {
             *lock(&self.looked) = Instant::now();
-            if let Some(broken) = self.disagreement().or_else(|| self.reason.find(Duration::ZERO)) {
+            if let Some(broken) = self.disagreement().or_else(|| self.reason.last_known()) {
                 return Err(broken);
             }
         }
         Ok(())
     }
 
-    /// What another rank of this group has found out about operations that do not match.
+    /// What another rank of this group is known to have found out about operations that do not match.
     fn disagreement(&self) -> Option<Broken> {
-        let text = String::from_utf8(self.store.try_get(&self.disagreement).ok()??).ok()?;
-        let mut words = text.splitn(3, ' ');
-        let kind = *Mismatch::ALL.get(words.next()?.parse::<usize>().ok()?)?;
-        let sequence = words.next()?.parse().ok()?;
-        Some(Broken::Mismatch { kind, sequence, what: words.next()?.to_owned() })
+        read_disagreement(self.store.last_known(&self.disagreement))
     }
 
     fn late(&self, sequence: u64) -> Broken {
@@ -254,9 +257,11 @@ impl<L: Lane> Line<L> {
         match stop {
             Stop::Closed => self.ended(),
             // NCCL itself may refuse what another rank has found not to match.
-            Stop::Fault(Fault::Here(what)) => self.disagreement().unwrap_or(Broken::Device { what }),
+            Stop::Fault(Fault::Here(what)) => {
+                read_disagreement(self.store.try_get(&self.disagreement)).unwrap_or(Broken::Device { what })
+            }
             Stop::Fault(Fault::Peer(what)) => {
-                let until = Until::after(SILENCE + 2 * LOOK);
+                let until = Until::after(SILENCE + 2 * BEAT);
                 loop {
                     if let Some(broken) = self.look(sequence) {
                         return broken;
@@ -309,21 +314,27 @@ impl<L: Lane> Line<L> {
         Ok(self.lane().open(ManuallyDrop::into_inner(parcel)))
     }
 
-    /// Puts an operation on a tensor of the device into the queue, behind the frame that says what it is.
-    pub(super) fn run(&self, frame: &[u8], until: Until, step: Step, x: &Tensor) -> Result<Tensor, Broken> {
+    /// Puts an operation on a tensor of the device into the queue, behind the frame that says what it is; what goes on with one has none.
+    pub(super) fn run(
+        &self,
+        frame: Option<&[u8]>,
+        until: Until,
+        step: Step,
+        x: &Tensor,
+    ) -> Result<Tensor, Broken> {
         self.start(frame, until, step, x).inspect_err(|broken| self.remember(broken))
     }
 
-    fn start(&self, frame: &[u8], until: Until, step: Step, x: &Tensor) -> Result<Tensor, Broken> {
+    fn start(&self, frame: Option<&[u8]>, until: Until, step: Step, x: &Tensor) -> Result<Tensor, Broken> {
         let sequence = self.sequence.load(Ordering::Relaxed);
         self.knock()?;
         self.check()?;
         self.wait(sequence, until, |_| Ok(lock(&self.pending).len() < SLOTS))?;
-        let frames = ManuallyDrop::new(self.send(sequence, until, Route::Gather, frame)?);
+        let send = |frame| self.send(sequence, until, Route::Gather, frame).map(ManuallyDrop::new);
+        let frames = frame.map(send).transpose()?;
         let (run, result) = self.enqueue(sequence, until, |lane| lane.run(step, x), L::seal_run)?;
-        let frames = Some(ManuallyDrop::into_inner(frames));
-        let pending = Pending { sequence, frames, run, since: Instant::now() };
-        lock(&self.pending).push_back(pending);
+        let frames = frames.map(ManuallyDrop::into_inner);
+        lock(&self.pending).push_back(Pending { sequence, frames, run, since: Instant::now() });
         Ok(result)
     }
 

@@ -1,8 +1,9 @@
 //! Ranks that each have a GPU: NCCL moves the numbers.
 //!
 //! Tensors in main memory go through the protocol that all backends share, so that their results are the same bits as
-//! everywhere. Tensors on the group's GPU stay there and are reduced by NCCL, in an order of its own, while the host
-//! goes on. What the ranks say of such an operation travels before it and is compared behind the fact.
+//! everywhere. Tensors on the group's GPU stay there, and the host goes on meanwhile. NCCL adds up what has one sum in any order;
+//! of more than two floating-point numbers each rank adds up a piece, in the order of ranks. What the ranks say of such an operation
+//! travels before it and is compared behind the fact.
 
 #[cfg(feature = "nccl")]
 mod device;

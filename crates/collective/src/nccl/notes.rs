@@ -1,7 +1,8 @@
 //! What ranks tell each other of themselves in the store while they train: that they live, and how far they are.
 //!
 //! NCCL says neither which rank is late nor, between GPUs of one machine, that one has died. A note of each rank says
-//! both. Notes are only read by a rank that has been waiting for a while.
+//! both. Notes are only read by a rank that has been waiting for a while. A rank's own note tells it how fresh those of others are: what
+//! the store does not bring back of its own it does not bring of theirs.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,9 +12,11 @@ use std::time::{Duration, Instant};
 use crate::store::Store;
 
 /// How often a rank writes that it lives.
-const BEAT: Duration = Duration::from_secs(1);
+pub(super) const BEAT: Duration = Duration::from_secs(1);
 /// After how long without a sign of life a rank is taken for dead.
 pub(super) const SILENCE: Duration = Duration::from_secs(10);
+/// How many signs of life of its own a rank must have got back from the store meanwhile.
+const BEATS: u64 = SILENCE.as_secs() / BEAT.as_secs();
 
 /// What a rank wrote of itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,8 +44,8 @@ impl Note {
 #[derive(Clone, Copy, Debug)]
 struct Seen {
     note: Note,
-    /// When its note was last found changed.
-    at: Instant,
+    /// The last beat of this rank's own that the store had given back when the note was found changed.
+    at: u64,
 }
 
 /// What notes say of a rank that others wait for.
@@ -111,16 +114,19 @@ impl Notes {
         if last.is_none_or(|last| last.elapsed() >= BEAT) {
             *last = Some(Instant::now());
             drop(last);
-            self.beat.fetch_add(1, Ordering::Relaxed);
-            self.publish();
+            self.sign();
         }
+    }
+
+    fn sign(&self) {
+        self.beat.fetch_add(1, Ordering::Relaxed);
+        self.publish();
     }
 
     /// Writes that this rank will begin nothing more.
     pub(super) fn leave(&self) {
         if !std::mem::replace(&mut lock(&self.mine).left, true) {
-            self.beat.fetch_add(1, Ordering::Relaxed);
-            self.publish();
+            self.sign();
         }
     }
 
@@ -128,35 +134,42 @@ impl Notes {
         format!("{}/note/{rank}", self.prefix)
     }
 
-    /// What `rank` of the world has written, and since when it has written nothing new.
-    fn look_up(&self, rank: usize) -> Option<Seen> {
-        let read = self.store.try_get(&self.key(rank)).ok()?.and_then(|text| Note::read(&text));
-        let note = read.unwrap_or_default();
+    /// What `rank` of the world has written last; nothing if the store cannot be asked.
+    fn read(&self, rank: usize) -> Option<Note> {
+        let text = self.store.last_known(&self.key(rank)).ok()?;
+        Some(text.and_then(|text| Note::read(&text)).unwrap_or_default())
+    }
+
+    /// What `rank` of the world has written last, and since which of this rank's own beats it has written nothing new; `own` is the last.
+    fn look_up(&self, rank: usize, own: u64) -> Option<Seen> {
+        let note = self.read(rank)?;
         let mut others = lock(&self.others);
-        let seen = others[rank].get_or_insert_with(|| Seen { note, at: Instant::now() });
+        let seen = others[rank].get_or_insert(Seen { note, at: own });
         if seen.note != note {
-            *seen = Seen { note, at: Instant::now() };
+            *seen = Seen { note, at: own };
         }
         Some(*seen)
     }
 
     /// The first of `members`, by its place among them, that will not come to operation `sequence` of the group number
-    /// `group`, or has died in it.
+    /// `group`, or has died in it. Nothing where the store cannot be asked.
     pub(super) fn absent(&self, group: usize, sequence: u64, members: &[usize]) -> Option<(usize, Absence)> {
-        members.iter().enumerate().filter(|(_, rank)| **rank != self.rank).find_map(|(place, rank)| {
-            let Seen { note, at } = self.look_up(*rank)?;
+        let own = self.read(self.rank)?.beat;
+        for (place, rank) in members.iter().enumerate().filter(|(_, rank)| **rank != self.rank) {
+            let Seen { note, at } = self.look_up(*rank, own)?;
             match note.left {
-                true if note.begun[group] <= sequence => Some((place, Absence::Left)),
-                false if at.elapsed() > SILENCE => Some((place, Absence::Silent)),
-                _ => None,
+                true if note.begun[group] <= sequence => return Some((place, Absence::Left)),
+                false if own >= at + BEATS => return Some((place, Absence::Silent)),
+                _ => {}
             }
-        })
+        }
+        None
     }
 
     /// Those of `members`, by place, that have not begun operation `sequence`.
     pub(super) fn late(&self, group: usize, sequence: u64, members: &[usize]) -> Vec<usize> {
         let others = members.iter().enumerate().filter(|(_, rank)| **rank != self.rank);
-        let is_late = |rank: usize| self.look_up(rank).is_some_and(|seen| seen.note.begun[group] <= sequence);
+        let is_late = |rank: usize| self.read(rank).is_some_and(|note| note.begun[group] <= sequence);
         others.filter(|(_, rank)| is_late(**rank)).map(|(place, _)| place).collect()
     }
 }
@@ -175,18 +188,75 @@ mod tests {
         }
     }
 
+    /// As many beats of a rank as others need to take it for dead if they saw none.
+    fn live(notes: &Notes) {
+        (0..BEATS).for_each(|_| notes.sign());
+    }
+
     #[test]
     fn a_rank_without_a_sign_of_life_is_given_up_unless_it_left() {
         let folder = tempfile::tempdir().unwrap();
         let notes = Notes::new(Arc::new(FileStore::new(folder.path()).unwrap()), "epoch/0", 0, 2);
         assert_eq!(notes.absent(0, 1, &[0, 1]), None);
-        let long_ago = Instant::now().checked_sub(SILENCE + BEAT).unwrap();
-        lock(&notes.others)[1] = Some(Seen { note: Note::default(), at: long_ago });
+        (1..BEATS).for_each(|_| notes.sign());
+        assert_eq!(notes.absent(0, 1, &[0, 1]), None);
+        notes.sign();
         assert_eq!(notes.absent(0, 1, &[0, 1]), Some((1, Absence::Silent)));
         let note = Note { left: true, begun: [9, 0, 0], ..Note::default() };
         notes.store.set(&notes.key(1), note.write().as_bytes()).unwrap();
-        lock(&notes.others)[1] = Some(Seen { note, at: long_ago });
         assert_eq!(notes.absent(0, 1, &[0, 1]), None);
+        live(&notes);
+        assert_eq!(notes.absent(0, 1, &[0, 1]), None);
+    }
+
+    #[test]
+    fn a_rank_is_not_given_up_for_what_was_not_looked_at_or_for_a_store_that_brings_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let [frozen, notes] = [0, 1].map(|_| Arc::new(Frozen::of(folder.path())));
+        let mine = Notes::new(frozen.clone(), "epoch/0", 0, 2);
+        let other = Notes::new(notes, "epoch/0", 1, 2);
+        assert_eq!(mine.absent(0, 1, &[0, 1]), None);
+        // Both live, and for a long time nobody looks.
+        live(&mine);
+        live(&other);
+        assert_eq!(mine.absent(0, 1, &[0, 1]), None);
+        // What the store says of anybody stays what it was, this rank's own note among it.
+        frozen.freeze(&[&mine.key(0), &mine.key(1)]);
+        live(&mine);
+        live(&mine);
+        assert_eq!(mine.absent(0, 1, &[0, 1]), None);
+    }
+
+    /// A store that can be made to say what it said before.
+    struct Frozen {
+        store: FileStore,
+        said: Mutex<std::collections::BTreeMap<String, Option<Vec<u8>>>>,
+    }
+
+    impl Frozen {
+        fn of(folder: &std::path::Path) -> Self {
+            Self { store: FileStore::new(folder).unwrap(), said: Mutex::default() }
+        }
+
+        fn freeze(&self, keys: &[&String]) {
+            let said = keys.iter().map(|key| ((*key).clone(), self.store.try_get(key).unwrap()));
+            *self.said.lock().unwrap() = said.collect();
+        }
+    }
+
+    impl Store for Frozen {
+        fn set(&self, key: &str, value: &[u8]) -> crate::Result<()> {
+            self.store.set(key, value)
+        }
+
+        fn get(&self, key: &str, deadline: Duration) -> crate::Result<Vec<u8>> {
+            self.store.get(key, deadline)
+        }
+
+        fn try_get(&self, key: &str) -> crate::Result<Option<Vec<u8>>> {
+            let said = self.said.lock().unwrap().get(key).cloned();
+            said.map_or_else(|| self.store.try_get(key), Ok)
+        }
     }
 
     #[test]

@@ -30,11 +30,13 @@ impl Patience {
         due
     }
 
-    /// Most waits are short, and long ones must not keep a core busy.
+    /// Most waits are short, and long ones must not keep a core busy. A call of NCCL's ends within a few tenths of a millisecond, in which a
+    /// thread that slept would wake late.
     pub(super) fn rest(&self) {
         match self.start.elapsed().as_micros() {
             0..50 => std::hint::spin_loop(),
-            50..5000 => thread::sleep(Duration::from_micros(20)),
+            50..300 => thread::yield_now(),
+            300..5000 => thread::sleep(Duration::from_micros(20)),
             _ => thread::sleep(Duration::from_micros(500)),
         }
     }

@@ -1,7 +1,9 @@
 //! The protocol over a fake of NCCL: all that can be tested without a GPU.
 
+mod distant;
 #[path = "../../tests/suite/mod.rs"]
 mod suite;
+mod sums;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -257,7 +259,8 @@ fn a_rank_that_does_not_come_to_an_operation_on_the_device_is_named_at_the_deadl
             return;
         }
         let start = Instant::now();
-        group.all_reduce(&full(1.0, 5), Reduce::Sum).unwrap();
+        // Integers: after an exchange of floats the fake waits, in place of its queue.
+        group.all_reduce(&Tensor::ones(5, DType::I64, &Device::Cpu).unwrap(), Reduce::Sum).unwrap();
         assert!(start.elapsed() < deadline, "the host does not wait");
         synchronize(&group);
         assert!(start.elapsed() < deadline + SOON, "{:?}", start.elapsed());

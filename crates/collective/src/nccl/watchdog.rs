@@ -1,4 +1,5 @@
-//! One thread of each rank: it writes that the rank lives, and looks after operations that no thread waits for.
+//! Two threads of each rank: one writes that the rank lives, the other looks after operations that no thread waits for. The latter asks the
+//! device, and a driver that loads a kernel answers nobody until what is in the queue is done, which may take as long as another rank likes.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -7,15 +8,17 @@ use std::time::Duration;
 
 use super::notes::Notes;
 
-/// How often it looks.
+/// How often operations are looked at.
 const NAP: Duration = Duration::from_millis(20);
+/// How often the rank looks whether it is time to write that it lives.
+const PULSE: Duration = Duration::from_millis(100);
 
 /// Something to be looked after. Called over and over; does not wait for other ranks.
 pub(super) trait Watched: Send + Sync {
     fn watch(&self);
 }
 
-/// Ends its thread when it is dropped.
+/// Ends its threads when it is dropped.
 #[derive(Debug)]
 pub(super) struct Watchdog {
     shared: Arc<Shared>,
@@ -36,9 +39,11 @@ impl Watchdog {
     /// Starts one.
     pub(super) fn start(notes: Arc<Notes>) -> std::io::Result<Self> {
         let shared = Arc::new(Shared { watched: Mutex::default(), stopped: AtomicBool::new(false) });
-        let seen = shared.clone();
-        thread::Builder::new().name("nccl watchdog".to_owned()).spawn(move || seen.run(&notes))?;
-        Ok(Self { shared })
+        let watchdog = Self { shared: shared.clone() };
+        let beating = shared.clone();
+        thread::Builder::new().name("nccl heartbeat".to_owned()).spawn(move || beating.beat(&notes))?;
+        thread::Builder::new().name("nccl watchdog".to_owned()).spawn(move || shared.watch())?;
+        Ok(watchdog)
     }
 
     pub(super) fn add(&self, watched: Weak<dyn Watched>) {
@@ -53,9 +58,15 @@ impl Drop for Watchdog {
 }
 
 impl Shared {
-    fn run(&self, notes: &Notes) {
+    fn beat(&self, notes: &Notes) {
         while !self.stopped.load(Ordering::Relaxed) {
             notes.beat();
+            thread::sleep(PULSE);
+        }
+    }
+
+    fn watch(&self) {
+        while !self.stopped.load(Ordering::Relaxed) {
             let watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner).clone();
             watched.iter().filter_map(Weak::upgrade).for_each(|watched| watched.watch());
             thread::sleep(NAP);

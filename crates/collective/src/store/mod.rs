@@ -32,6 +32,15 @@ pub trait Store: Send + Sync {
     /// If the store cannot be reached or read.
     fn try_get(&self, key: &str) -> Result<Option<Vec<u8>>>;
 
+    /// The value of `key` as it was last heard of here, perhaps a moment ago. Ranks ask for it between operations: where an answer takes
+    /// long, a store must not wait for it, but have all that is written from the first call on brought here.
+    ///
+    /// # Errors
+    /// If the store cannot be reached or read.
+    fn last_known(&self, key: &str) -> Result<Option<Vec<u8>>> {
+        self.try_get(key)
+    }
+
     /// The address by which this machine reaches the store, where that is known: other ranks probably reach this
     /// machine by it.
     fn local_address(&self) -> Option<std::net::IpAddr> {

@@ -315,7 +315,12 @@ pub enum AgentMessage {
         value: Bytes,
     },
     /// A rank asks for what another has left.
-    RendezvousGet(RendezvousKey),
+    RendezvousGet {
+        /// What and of whom.
+        key: RendezvousKey,
+        /// Whether for all that comes after it, too.
+        follows: bool,
+    },
 }
 
 /// Names what a rank leaves for others.

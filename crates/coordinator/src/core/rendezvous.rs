@@ -1,7 +1,7 @@
 //! Where the ranks of a group find each other: values by backbone, epoch and key, in memory. They are needed while a group meets, and an
 //! agent asks again after a break, so that nothing of it has to be stored.
 
-use std::collections::{BTreeMap, btree_map::Entry};
+use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use incipit_proto::{Problem, names::BackboneName, names::WorkerName};
@@ -14,7 +14,7 @@ const MAX_KEYS: usize = 4096;
 /// Bytes of a value, at most.
 const MAX_VALUE: usize = 64 * 1024;
 /// Questions that a group may have open, at most.
-const MAX_WAITING: usize = 65_536;
+const MAX_OPEN: usize = 65_536;
 
 #[derive(Debug, Default)]
 pub(super) struct Rendezvous {
@@ -25,7 +25,17 @@ pub(super) struct Rendezvous {
 struct Group {
     epoch: u64,
     values: BTreeMap<String, Bytes>,
-    waiting: BTreeMap<String, Vec<(WorkerName, u64)>>,
+    /// By key, and by the connection over which they came: two ranks of one worker may ask for the same, and one answer serves both.
+    open: BTreeMap<String, BTreeMap<(WorkerName, u64), Open>>,
+}
+
+/// A question that is not answered, or not for the last time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Open {
+    /// For the first value.
+    Once,
+    /// For each value.
+    Follows,
 }
 
 impl Rendezvous {
@@ -60,38 +70,40 @@ impl Core {
             return;
         }
         group.values.insert(key.key.clone(), value.clone());
-        for (asker, connection) in group.waiting.remove(&key.key).unwrap_or_default() {
+        let Some(open) = group.open.get_mut(&key.key) else { return };
+        let askers: Vec<_> = open.keys().cloned().collect();
+        open.retain(|_, question| *question == Open::Follows);
+        for (asker, connection) in askers {
             let message = ToAgent::Rendezvous { key: key.clone(), value: value.clone() };
             self.send_over(&asker, connection, message);
         }
     }
 
-    /// A rank asks for a value: it gets it, now or once it is there.
-    pub(super) fn rendezvous_get(&mut self, worker: &WorkerName, connection: u64, key: RendezvousKey) {
+    /// A rank asks for a value: it gets it, now or once it is there, and if it `follows` the value, each newer one.
+    pub(super) fn rendezvous_get(
+        &mut self,
+        worker: &WorkerName,
+        connection: u64,
+        (key, follows): (RendezvousKey, bool),
+    ) {
         if !self.is_of_group(worker, &key) {
             return;
         }
         let group = self.rendezvous.group(&key);
-        if let Some(value) = group.values.get(&key.key) {
-            let value = value.clone();
-            self.send_over(worker, connection, ToAgent::Rendezvous { key, value });
-            return;
-        }
-        let num_waiting = group.waiting.values().map(Vec::len).sum::<usize>();
-        if num_waiting >= MAX_WAITING {
-            let what = format!("{worker} asks too much: {} has {MAX_WAITING} open questions", key.backbone);
-            self.close(worker, Problem::new(Code::ResourceExhausted, "RENDEZVOUS_FULL", what));
-            return;
-        }
-        match group.waiting.entry(key.key) {
-            Entry::Vacant(entry) => drop(entry.insert(vec![(worker.clone(), connection)])),
-            // Two ranks of one worker may ask for the same: one answer serves both.
-            Entry::Occupied(mut entry) => {
-                let asker = (worker.clone(), connection);
-                if !entry.get().contains(&asker) {
-                    entry.get_mut().push(asker);
-                }
+        let value = group.values.get(&key.key).cloned();
+        if value.is_none() || follows {
+            if group.open.values().map(BTreeMap::len).sum::<usize>() >= MAX_OPEN {
+                let what = format!("{worker} asks too much: {} has {MAX_OPEN} open questions", key.backbone);
+                return self.close(worker, Problem::new(Code::ResourceExhausted, "RENDEZVOUS_FULL", what));
             }
+            let open = group.open.entry(key.key.clone()).or_default();
+            // Over its connections before this one nothing more is heard.
+            open.retain(|(asker, over), _| asker != worker || *over == connection);
+            let question = open.entry((worker.clone(), connection)).or_insert(Open::Once);
+            *question = (*question).max(if follows { Open::Follows } else { Open::Once });
+        }
+        if let Some(value) = value {
+            self.send_over(worker, connection, ToAgent::Rendezvous { key, value });
         }
     }
 

@@ -152,7 +152,9 @@ impl Core {
             AgentMessage::Heartbeat { draining: false } => {}
             AgentMessage::Report { sequence, report } => self.report(worker, sequence, report),
             AgentMessage::RendezvousPut { key, value } => self.rendezvous_put(worker, &key, &value),
-            AgentMessage::RendezvousGet(key) => self.rendezvous_get(worker, connection, key),
+            AgentMessage::RendezvousGet { key, follows } => {
+                self.rendezvous_get(worker, connection, (key, follows));
+            }
         }
     }
 

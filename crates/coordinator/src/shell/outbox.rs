@@ -47,12 +47,17 @@ impl Outbox {
             ToAgent::Jobs(ref jobs) => {
                 waiting.jobs.insert(jobs.backbone.clone(), message);
             }
-            ToAgent::Rendezvous { .. } if waiting.answers.len() < ANSWERS => {
-                waiting.answers.push_back(message);
-            }
-            ToAgent::Rendezvous { .. } => {
-                let what = "the agent does not take what it asked for; it is cut off, and may come back";
-                waiting.close = Some(Problem::new(Code::ResourceExhausted, "AGENT_TOO_SLOW", what));
+            ToAgent::Rendezvous { ref key, .. } => {
+                let is_older =
+                    |other: &ToAgent| matches!(other, ToAgent::Rendezvous { key: of, .. } if of == key);
+                if let Some(place) = waiting.answers.iter().position(is_older) {
+                    waiting.answers[place] = message;
+                } else if waiting.answers.len() < ANSWERS {
+                    waiting.answers.push_back(message);
+                } else {
+                    let what = "the agent does not take what it asked for; it is cut off, and may come back";
+                    waiting.close = Some(Problem::new(Code::ResourceExhausted, "AGENT_TOO_SLOW", what));
+                }
             }
             ToAgent::Close(problem) => waiting.close = Some(problem),
         }
@@ -96,7 +101,10 @@ impl Outbox {
 
 #[cfg(test)]
 mod tests {
+    use incipit_proto::names::BackboneName;
+
     use super::*;
+    use crate::core::input::RendezvousKey;
 
     #[tokio::test]
     async fn what_was_not_sent_is_replaced_by_what_is_newer() {
@@ -116,5 +124,20 @@ mod tests {
         assert_eq!(outbox.next().await, Some(Ok(ToAgent::Acknowledged(7))));
         assert!(matches!(outbox.next().await, Some(Err(_))));
         assert_eq!(outbox.next().await, None);
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_was_not_sent_is_replaced_by_a_newer_one_to_the_same_question() {
+        let outbox = Outbox::default();
+        let answer = |key: &str, value: &'static str| {
+            let backbone = BackboneName::parse("backbone", "backbones/b").unwrap();
+            let key = RendezvousKey { backbone, epoch: 1, key: key.to_owned() };
+            ToAgent::Rendezvous { key, value: value.into() }
+        };
+        for (key, value) in [("a", "1"), ("b", "2"), ("a", "3")] {
+            outbox.push(answer(key, value));
+        }
+        assert_eq!(outbox.next().await, Some(Ok(answer("a", "3"))));
+        assert_eq!(outbox.next().await, Some(Ok(answer("b", "2"))));
     }
 }

@@ -89,7 +89,8 @@ pub fn agent_message(message: v1::AttachRequest) -> Result<AgentMessage, Problem
             Ok(AgentMessage::RendezvousPut { key, value: put.value })
         }
         Some(Said::RendezvousGet(get)) => {
-            Ok(AgentMessage::RendezvousGet(rendezvous_key(&get.backbone, get.epoch, get.key)?))
+            let key = rendezvous_key(&get.backbone, get.epoch, get.key)?;
+            Ok(AgentMessage::RendezvousGet { key, follows: get.follow })
         }
     }
 }

@@ -160,9 +160,7 @@ impl Core {
                 self.hand_on();
             }
             Some(Message::Rendezvous(value)) => {
-                self.rendezvous.gets.retain(|get| {
-                    (&get.backbone, get.epoch, &get.key) != (&value.backbone, value.epoch, &value.key)
-                });
+                self.rendezvous.answered(&value);
                 let keys: Vec<Key> = self.engines.of_group(&value.backbone, value.epoch);
                 for key in keys {
                     self.act(Action::Tell(key, Box::new(Order::Rendezvous(value.clone()))));
@@ -185,11 +183,8 @@ impl Core {
         self.welcomed = true;
         self.acknowledged(welcome.acknowledged);
         self.outbox.say_again();
-        for put in self.rendezvous.puts.clone() {
-            self.send(attach_request::Message::RendezvousPut(put));
-        }
-        for get in self.rendezvous.gets.clone() {
-            self.send(attach_request::Message::RendezvousGet(get));
+        for message in self.rendezvous.again() {
+            self.send(message);
         }
         self.beat(now);
     }
@@ -236,13 +231,11 @@ impl Core {
             Notice::Saved(saved) => self.saved(key, saved),
             Notice::Log(log) => self.log(key, log.job, log.line.unwrap_or_default()),
             Notice::Put(put) => {
-                self.rendezvous.puts.push(put.clone());
+                self.rendezvous.put(put.clone());
                 self.send(attach_request::Message::RendezvousPut(put));
             }
             Notice::Get(get) => {
-                if !self.rendezvous.gets.contains(&get) {
-                    self.rendezvous.gets.push(get.clone());
-                }
+                self.rendezvous.get(get.clone());
                 self.send(attach_request::Message::RendezvousGet(get));
             }
         }

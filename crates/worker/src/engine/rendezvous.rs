@@ -1,6 +1,6 @@
 //! Where ranks leave their addresses: the coordinator's memory, reached through the agent.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -24,6 +24,8 @@ pub(crate) struct Answers {
 #[derive(Default)]
 struct Known {
     values: BTreeMap<(u64, String), Vec<u8>>,
+    /// What the coordinator was asked to send each time that it is new.
+    followed: BTreeSet<(u64, String)>,
     /// Epoch of the newest group that was ordered.
     epoch: u64,
 }
@@ -41,6 +43,7 @@ impl Answers {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         known.epoch = epoch;
         known.values.retain(|(of, _), _| *of >= epoch);
+        known.followed.retain(|(of, _)| *of >= epoch);
         self.arrived.notify_all();
     }
 
@@ -48,6 +51,13 @@ impl Answers {
     fn later_than(&self, epoch: u64) -> Option<u64> {
         let newest = self.known.lock().unwrap_or_else(PoisonError::into_inner).epoch;
         (newest > epoch).then_some(newest)
+    }
+
+    /// The last value that came, and whether it is the first time that somebody asks so.
+    fn follow(&self, epoch: u64, key: &str) -> (Option<Vec<u8>>, bool) {
+        let key = (epoch, key.to_owned());
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        (known.values.get(&key).cloned(), known.followed.insert(key))
     }
 
     fn wait(&self, epoch: u64, key: &str, until: Instant) -> Option<Vec<u8>> {
@@ -74,9 +84,9 @@ pub(crate) struct CoordinatorStore {
 }
 
 impl CoordinatorStore {
-    fn ask(&self, key: &str) {
+    fn ask(&self, key: &str, follow: bool) {
         let (backbone, epoch, key) = (self.backbone.clone(), self.epoch, key.to_owned());
-        self.voice.say(Notice::Get(v1::RendezvousGet { backbone, epoch, key }));
+        self.voice.say(Notice::Get(v1::RendezvousGet { backbone, epoch, key, follow }));
     }
 }
 
@@ -88,7 +98,7 @@ impl Store for CoordinatorStore {
     }
 
     fn get(&self, key: &str, deadline: Duration) -> Result<Vec<u8>> {
-        self.ask(key);
+        self.ask(key, false);
         let value = self.answers.wait(self.epoch, key, Instant::now() + deadline);
         value.ok_or_else(|| match self.answers.later_than(self.epoch) {
             Some(newer) => Error::Aborted { rank: None, reason: format!("epoch {newer} has begun") },
@@ -101,11 +111,101 @@ impl Store for CoordinatorStore {
     }
 
     fn try_get(&self, key: &str) -> Result<Option<Vec<u8>>> {
-        self.ask(key);
+        self.ask(key, false);
         Ok(self.answers.wait(self.epoch, key, Instant::now() + GLANCE))
+    }
+
+    /// What the coordinator has sent: a question goes to it once, and it answers for as long as there is the group.
+    fn last_known(&self, key: &str) -> Result<Option<Vec<u8>>> {
+        let (value, is_first) = self.answers.follow(self.epoch, key);
+        if is_first {
+            self.ask(key, true);
+        }
+        Ok(value)
     }
 
     fn local_address(&self) -> Option<IpAddr> {
         self.address
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frames::{self, FromEngine};
+
+    /// What an engine says, for whoever holds the other end.
+    #[derive(Clone, Default)]
+    struct Pipe(Arc<Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Pipe {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Pipe {
+        /// The questions that were asked since the last call: each key, and whether it is followed.
+        fn questions(&self) -> Vec<(String, bool)> {
+            let bytes = std::mem::take(&mut *self.0.lock().unwrap());
+            let (mut bytes, mut found) = (&bytes[..], Vec::new());
+            while let Some(said) = frames::read::<FromEngine>(&mut bytes).unwrap() {
+                let Some(Notice::Get(get)) = said.notice else { panic!("{said:?}") };
+                found.push((get.key, get.follow));
+            }
+            found
+        }
+    }
+
+    fn store(pipe: &Pipe, epoch: u64) -> CoordinatorStore {
+        let (voice, backbone) = (Voice::new(pipe.clone()), "backbones/b".to_owned());
+        CoordinatorStore { voice, answers: Arc::default(), backbone, epoch, address: None }
+    }
+
+    fn value(epoch: u64, key: &str, value: &'static str) -> v1::RendezvousValue {
+        let (backbone, key) = ("backbones/b".to_owned(), key.to_owned());
+        v1::RendezvousValue { backbone, epoch, key, value: value.into() }
+    }
+
+    #[test]
+    fn what_is_followed_is_asked_for_once_and_known_without_waiting() {
+        let pipe = Pipe::default();
+        let store = store(&pipe, 3);
+        for _ in 0..100 {
+            assert_eq!(store.last_known("note").unwrap(), None);
+        }
+        assert_eq!(pipe.questions(), [("note".to_owned(), true)]);
+        for note in ["1", "2"] {
+            store.answers.put(value(3, "note", note));
+            assert_eq!(store.last_known("note").unwrap().unwrap(), note.as_bytes());
+        }
+        assert_eq!(pipe.questions(), []);
+    }
+
+    #[test]
+    fn a_group_follows_nothing_of_the_one_before() {
+        let pipe = Pipe::default();
+        let old = store(&pipe, 3);
+        assert_eq!(old.last_known("note").unwrap(), None);
+        old.answers.put(value(3, "note", "old"));
+        old.answers.begin(4);
+        let new = CoordinatorStore { answers: old.answers, ..store(&pipe, 4) };
+        assert_eq!(new.last_known("note").unwrap(), None);
+        assert_eq!(pipe.questions(), [("note".to_owned(), true), ("note".to_owned(), true)]);
+    }
+
+    #[test]
+    fn a_value_that_nobody_leaves_is_waited_for_until_the_deadline_or_the_next_group() {
+        let store = store(&Pipe::default(), 3);
+        let error = store.get("id", Duration::from_millis(20)).unwrap_err();
+        assert!(matches!(&error, Error::StoreDeadline { key, .. } if key == "id"), "{error}");
+        store.answers.begin(4);
+        let error = store.get("id", Duration::from_secs(600)).unwrap_err();
+        assert!(error.to_string().contains("epoch 4 has begun"), "{error}");
     }
 }

@@ -223,16 +223,47 @@ fn ranks_find_each_other_whoever_comes_first_and_an_old_epoch_is_forgotten() {
     let mut world = World::of_two();
     let key = |epoch, key: &str| RendezvousKey { backbone: backbone_name("b"), epoch, key: key.to_owned() };
     let put = |epoch, name: &str| AgentMessage::RendezvousPut { key: key(epoch, name), value: "v".into() };
+    let get = |epoch, name: &str| AgentMessage::RendezvousGet { key: key(epoch, name), follows: false };
     let answers = |effects: &crate::core::Effects| {
         effects.sends.iter().filter(|send| matches!(send.message, ToAgent::Rendezvous { .. })).count()
     };
-    assert_eq!(answers(&world.say("w2", AgentMessage::RendezvousGet(key(1, "a")))), 0);
+    assert_eq!(answers(&world.say("w2", get(1, "a"))), 0);
     assert_eq!(answers(&world.say("w1", put(1, "a"))), 1);
-    assert_eq!(answers(&world.say("w2", AgentMessage::RendezvousGet(key(1, "a")))), 1);
+    assert_eq!(answers(&world.say("w2", get(1, "a"))), 1);
     world.load("w1");
     world.engine_lost("w1", "b", 0, incipit_proto::v1::EngineLossCause::Exited);
     assert_eq!(world.backbone("b").epoch, 2);
-    assert_eq!(answers(&world.say("w2", AgentMessage::RendezvousGet(key(1, "a")))), 0);
-    assert_eq!(answers(&world.say("w2", AgentMessage::RendezvousGet(key(2, "a")))), 0);
+    assert_eq!(answers(&world.say("w2", get(1, "a"))), 0);
+    assert_eq!(answers(&world.say("w2", get(2, "a"))), 0);
     assert_eq!(answers(&world.say("w1", put(2, "a"))), 1);
+}
+
+#[test]
+fn who_follows_a_value_is_sent_each_new_one_over_the_connection_that_it_has() {
+    let mut world = World::of_two();
+    ["w1", "w2"].into_iter().for_each(|worker| world.load(worker));
+    let key = || RendezvousKey { backbone: backbone_name("b"), epoch: 1, key: "note".to_owned() };
+    let put = |value: &'static str| AgentMessage::RendezvousPut { key: key(), value: value.into() };
+    let get = |follows| AgentMessage::RendezvousGet { key: key(), follows };
+    let answers = |effects: &crate::core::Effects| -> Vec<(String, String)> {
+        let answer = |send: &crate::core::Send| match &send.message {
+            ToAgent::Rendezvous { value, .. } => {
+                Some((send.worker.to_string(), String::from_utf8_lossy(value).into_owned()))
+            }
+            _ => None,
+        };
+        effects.sends.iter().filter_map(answer).collect()
+    };
+    let told = |worker: &str, value: &str| (format!("workers/{worker}"), value.to_owned());
+    assert_eq!(answers(&world.say("w2", get(true))), []);
+    // A question for the first value alone does not end the one for all of them.
+    assert_eq!(answers(&world.say("w2", get(false))), []);
+    assert_eq!(answers(&world.say("w1", get(false))), []);
+    assert_eq!(answers(&world.say("w1", put("1"))), [told("w1", "1"), told("w2", "1")]);
+    assert_eq!(answers(&world.say("w1", put("2"))), [told("w2", "2")]);
+    world.disconnect("w2");
+    world.connect("w2", 1, false);
+    assert_eq!(answers(&world.say("w1", put("3"))), []);
+    assert_eq!(answers(&world.say("w2", get(true))), [told("w2", "3")]);
+    assert_eq!(answers(&world.say("w1", put("4"))), [told("w2", "4")]);
 }
