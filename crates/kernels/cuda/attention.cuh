@@ -66,10 +66,6 @@ template <typename T> struct Head {
     if (TURNED) return {p.causal && row > p.prefix ? row - p.prefix : 0, queries};
     return {0, p.causal && row + p.prefix + 1 < keys ? row + p.prefix + 1 : keys};
   }
-  __device__ float dropped(int query, int key) const {
-    const uint64_t block = static_cast<uint64_t>(query) * static_cast<uint64_t>((keys + 7) / 8) + static_cast<uint64_t>(key / 8);
-    return factor(p.dropping, random_block(p.random[example * p.heads + head], block), key % 8);
-  }
 };
 
 template <typename T, int WIDTH> struct AttentionLayout {
@@ -127,13 +123,39 @@ __device__ inline void score(const Head<T> &h, float (&scores)[Tiles<T>::ROWS / 
   hide_unseen<TURNED>(h, scores, row, column);
 }
 
-// Times dropout's factors, if there is any.
-template <typename T, bool TURNED, int N> __device__ inline void drop(const Head<T> &h, float (&sums)[N][4], int row, int column) {
+// Words of what dropout keeps of a tile of queries and keys, a bit each, in the order of a query's keys.
+template <typename T> constexpr int KEPT = Tiles<T>::ROWS * Tiles<T>::ROWS / 32;
+
+// Draws for a tile of queries, from `query` on, and of keys, from `key` on, a multiple of 8, what is kept, if there is dropout: a block of
+// random words serves 8 keys of a query, and is drawn once. The tile's next barrier shows it to the others.
+template <typename T> __device__ inline void draw_kept(const Head<T> &h, uint32_t *kept, int query, int key) {
   if (h.p.random == nullptr) return;
-  each_sum(sums, [&](float &sum, int half, int n) {
-    const int r = row + row_of(half), c = column + column_of(n);
-    sum *= h.dropped(query_of<TURNED>(r, c), key_of<TURNED>(r, c));
-  });
+  constexpr int BLOCKS = Tiles<T>::ROWS / 8;
+  const Random random = h.p.random[h.example * h.p.heads + h.head];
+  const uint64_t of_query = static_cast<uint64_t>(h.keys + 7) / 8;
+  const int queries = h.queries - query < Tiles<T>::ROWS ? h.queries - query : Tiles<T>::ROWS;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < queries * BLOCKS; i += TILE_THREADS<T>) {
+    const uint64_t block = static_cast<uint64_t>(query + i / BLOCKS) * of_query + static_cast<uint64_t>(key / 8 + i % BLOCKS);
+    reinterpret_cast<uint8_t *>(kept)[i] = static_cast<uint8_t>(kept_of(h.p.dropping, random_block(random, block)));
+  }
+}
+
+// Times dropout's factors, if there is any: those of a tile, of whose rows the warp has 16.
+template <typename T, bool TURNED>
+__device__ inline void drop(const Head<T> &h, float (&sums)[Tiles<T>::ROWS / 8][4], const uint32_t *kept) {
+  if (h.p.random == nullptr) return;
+  constexpr int ROWS = Tiles<T>::ROWS;
+  if (TURNED) {
+    // The lane's two keys are 8 apart: their bits lie in a half of a word, of which a warp has one.
+    const uint16_t *const own = reinterpret_cast<const uint16_t *>(kept) + column_of(0) * (ROWS / 16) + warp();
+    each_sum(sums, [&](float &sum, int half, int n) { sum *= factor(h.p.dropping, own[n * (ROWS / 16)], row_of(half)); });
+  } else {
+    const uint32_t *const own = kept + (16 * warp() + row_of(0)) * (ROWS / 32);
+    each_sum(sums, [&](float &sum, int half, int n) {
+      sum *= factor(h.p.dropping, own[(8 * half * ROWS + n) / 32] >> column_of(0), n % 32);
+    });
+  }
 }
 
 // The largest of what the four lanes of a row have, and their sum.
@@ -188,6 +210,7 @@ template <typename T, int WIDTH> __device__ inline void attention(const Attentio
   using L = AttentionLayout<T, WIDTH>;
   SHARED_MEMORY(memory);
   T *const q = reinterpret_cast<T *>(memory), *const stages = q + L::TILE, *const scratch = stages + L::STAGED + warp() * L::SCRATCH;
+  uint32_t *const kept = reinterpret_cast<uint32_t *>(stages + L::STAGED + L::ROWS / 16 * L::SCRATCH); // of each stage
   const Tile tile = p.tiles[blockIdx.x];
   const Head<T> h(p, tile.example, static_cast<int>(blockIdx.y));
   const int rows = h.queries - tile.first < L::ROWS ? h.queries - tile.first : L::ROWS;
@@ -201,6 +224,7 @@ template <typename T, int WIDTH> __device__ inline void attention(const Attentio
     T *const to = stages + 2 * stage * L::TILE;
     h.template copy_keys<WIDTH>(to, p.k, first);
     h.template copy_keys<WIDTH>(to + L::TILE, p.v, first);
+    draw_kept(h, kept + stage * KEPT<T>, tile.first, first);
   };
   each_tile<T, L::STAGES>(0, h.template seen<false>(tile.first + rows - 1).end, copy, [&](int first, int stage) {
     if (16 * warp() >= rows) return;
@@ -208,7 +232,7 @@ template <typename T, int WIDTH> __device__ inline void attention(const Attentio
     float scores[L::ROWS / 8][4], shrink[2];
     score<T, WIDTH, false>(h, scores, q + 16 * warp() * L::LD, k, own, first);
     softmax.soften(scores, shrink);
-    drop<T, false>(h, scores, own, first);
+    drop<T, false>(h, scores, kept + stage * KEPT<T>);
     each_sum(y, [&](float &sum, int half, int) { sum *= shrink[half]; });
     multiply_sums<WIDTH, L::ROWS, L::LDS>(y, scores, scratch, v, L::LD);
   });

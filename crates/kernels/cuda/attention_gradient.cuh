@@ -82,6 +82,7 @@ template <typename T, int WIDTH, bool BIAS> __device__ inline void attention_gra
   T *const q = reinterpret_cast<T *>(memory), *const dy = q + L::TILE, *const stages = dy + L::TILE;
   T *const scratch = stages + L::STAGED + warp() * L::SCRATCH;
   float *const by_rows = reinterpret_cast<float *>(stages + L::STAGED + L::ROWS / 16 * L::SCRATCH);
+  uint32_t *const kept = reinterpret_cast<uint32_t *>(by_rows + (BIAS ? L::ROWS * (L::ROWS + 1) : 0)); // of each stage
   const Tile tile = p.tiles[blockIdx.x];
   const Head<T> h(p, tile.example, static_cast<int>(blockIdx.y));
   const int rows = h.queries - tile.first < L::ROWS ? h.queries - tile.first : L::ROWS;
@@ -97,6 +98,7 @@ template <typename T, int WIDTH, bool BIAS> __device__ inline void attention_gra
     T *const to = stages + 2 * stage * L::TILE;
     h.template copy_keys<WIDTH>(to, p.k, first);
     h.template copy_keys<WIDTH>(to + L::TILE, p.v, first);
+    draw_kept(h, kept + stage * KEPT<T>, tile.first, first);
   };
   each_tile<T, L::STAGES>(0, h.template seen<false>(tile.first + rows - 1).end, copy, [&](int first, int stage) {
     if (!BIAS && 16 * warp() >= rows) return; // the sums by distances take all warps
@@ -105,7 +107,7 @@ template <typename T, int WIDTH, bool BIAS> __device__ inline void attention_gra
     score<T, WIDTH, false>(h, ds, q + 16 * warp() * L::LD, k, own, first);
     clear(dp);
     multiply_rows<L::ROWS, WIDTH>(dp, dy + 16 * warp() * L::LD, L::LD, v, L::LD);
-    drop<T, false>(h, dp, own, first);
+    drop<T, false>(h, dp, kept + stage * KEPT<T>);
     each_pair(ds, dp, [&](float &s, float dp, int half, int) { s = power_of_2(s - shift[half]) * (dp - delta[half]); });
     multiply_sums<WIDTH, L::ROWS, L::LDS>(dq, ds, scratch, k, L::LD);
     if constexpr (BIAS) add_distances<T>(p, ds, by_rows, first, tile.first);
@@ -119,8 +121,9 @@ template <typename T, int WIDTH> __device__ inline void attention_gradient_keys(
   SHARED_MEMORY(memory);
   T *const k = reinterpret_cast<T *>(memory), *const v = k + L::TILE, *const stages = v + L::TILE;
   T *const scratch = stages + L::STAGED + warp() * L::SCRATCH;
-  // Of each stage the queries' normalisers and deltas.
+  // Of each stage the queries' normalisers and deltas, and what dropout keeps.
   float *const of_queries = reinterpret_cast<float *>(stages + L::STAGED + L::ROWS / 16 * L::SCRATCH);
+  uint32_t *const kept = reinterpret_cast<uint32_t *>(of_queries + L::STAGES * 2 * L::ROWS);
   const Tile tile = p.tiles[blockIdx.x];
   const Head<T> h(p, tile.example, static_cast<int>(blockIdx.y));
   const int rows = h.keys - tile.first < L::ROWS ? h.keys - tile.first : L::ROWS;
@@ -135,6 +138,7 @@ template <typename T, int WIDTH> __device__ inline void attention_gradient_keys(
     h.template copy_queries<WIDTH>(to, p.q, first);
     h.template copy_queries<WIDTH>(to + L::TILE, p.dy, first);
     copy_row_numbers(h, of_queries + 2 * stage * L::ROWS, first, L::ROWS);
+    draw_kept(h, kept + stage * KEPT<T>, first, tile.first);
   };
   const Span queries = h.template seen<true>(tile.first);
   each_tile<T, L::STAGES>(queries.begin, queries.end, copy, [&](int first, int stage) {
@@ -147,13 +151,13 @@ template <typename T, int WIDTH> __device__ inline void attention_gradient_keys(
     if (p.random == nullptr) {
       multiply_sums<WIDTH, L::ROWS, L::LDS>(dv, ds, scratch, dy, L::LD);
     } else {
-      each_pair(dp, ds, [](float &kept, float s, int, int) { kept = s; });
-      drop<T, true>(h, dp, own, first);
+      each_pair(dp, ds, [](float &probability, float s, int, int) { probability = s; });
+      drop<T, true>(h, dp, kept + stage * KEPT<T>);
       multiply_sums<WIDTH, L::ROWS, L::LDS>(dv, dp, scratch, dy, L::LD);
     }
     clear(dp);
     multiply_rows<L::ROWS, WIDTH>(dp, v + 16 * warp() * L::LD, L::LD, dy, L::LD);
-    drop<T, true>(h, dp, own, first);
+    drop<T, true>(h, dp, kept + stage * KEPT<T>);
     each_pair(ds, dp, [&](float &s, float dp, int, int n) { s *= dp - delta[n]; });
     multiply_sums<WIDTH, L::ROWS, L::LDS>(dk, ds, scratch, q, L::LD);
   });

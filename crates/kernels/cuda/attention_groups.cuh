@@ -22,6 +22,10 @@ template <int OWN> struct GroupMemory {
     return reinterpret_cast<float *>(tiles + (OWN + 2 * STAGES) * GROUP_TILE) + stage * WINDOW;
   }
   __device__ float *rest() const { return window(STAGES); }
+  // What dropout keeps of a stage, behind so many numbers of the rest.
+  __device__ uint32_t *kept(int stage, int behind) const {
+    return reinterpret_cast<uint32_t *>(rest() + behind) + stage * KEPT<bf16>;
+  }
 };
 
 // Begin to copy a tile of an operand's rows, from `first` on.
@@ -81,7 +85,10 @@ template <bool DROP> __device__ inline void group_attention(const AttentionParam
   float y[8][4];
   clear(y);
   RowSoftmax softmax;
-  const auto copy = [&](int first, int stage) { copy_keys_and_values(h, memory, stage, tile.first, first); };
+  const auto copy = [&](int first, int stage) {
+    copy_keys_and_values(h, memory, stage, tile.first, first);
+    if (DROP) draw_kept(h, memory.kept(stage, 0), tile.first, first);
+  };
   each_group_tile(0, h.template seen<false>(tile.first + rows - 1).end, copy, [&](int first, int stage) {
     const bf16 *const k = memory.stage(stage), *const v = k + GROUP_TILE;
     float scores[8][4], shrink[2];
@@ -90,7 +97,7 @@ template <bool DROP> __device__ inline void group_attention(const AttentionParam
     await_products<0>(scores);
     finish_scores<false>(h, scores, memory.window(stage), tile.first, first);
     softmax.soften(scores, shrink);
-    if (DROP) drop<bf16, false>(h, scores, own, first);
+    if (DROP) drop<bf16, false>(h, scores, memory.kept(stage, 0));
     if (shrink[0] != 1.0f || shrink[1] != 1.0f) each_sum(y, [&](float &sum, int half, int) { sum *= shrink[half]; });
     uint32_t left[4][4];
     narrow_sums(left, scores);
@@ -120,7 +127,11 @@ template <bool DROP, bool BIAS> __device__ inline void group_gradient_queries(co
   load_rows(h, own, shift, delta);
   float dq[8][4];
   clear(dq);
-  const auto copy = [&](int first, int stage) { copy_keys_and_values(h, memory, stage, tile.first, first); };
+  constexpr int SCORES = BIAS ? GROUP_ROWS * (GROUP_ROWS + 1) : 0; // for the sums by distances
+  const auto copy = [&](int first, int stage) {
+    copy_keys_and_values(h, memory, stage, tile.first, first);
+    if (DROP) draw_kept(h, memory.kept(stage, SCORES), tile.first, first);
+  };
   each_group_tile(0, h.template seen<false>(tile.first + rows - 1).end, copy, [&](int first, int stage) {
     const bf16 *const k = memory.stage(stage), *const v = k + GROUP_TILE;
     float ds[8][4], dp[8][4];
@@ -131,7 +142,7 @@ template <bool DROP, bool BIAS> __device__ inline void group_gradient_queries(co
     finish_scores<false>(h, ds, memory.window(stage), tile.first, first);
     each_sum(ds, [&](float &s, int half, int) { s = power_of_2(s - shift[half]); });
     await_products<0>(dp);
-    if (DROP) drop<bf16, false>(h, dp, own, first);
+    if (DROP) drop<bf16, false>(h, dp, memory.kept(stage, SCORES));
     each_pair(ds, dp, [&](float &s, float dp, int half, int) { s *= dp - delta[half]; });
     uint32_t left[4][4];
     narrow_sums(left, ds);
@@ -152,7 +163,7 @@ template <bool DROP> __device__ inline void group_gradient_keys(const AttentionP
   const Tile tile = p.tiles[blockIdx.x];
   const Head<bf16> h(p, tile.example, static_cast<int>(blockIdx.y));
   const int rows = h.keys - tile.first < GROUP_ROWS ? h.keys - tile.first : GROUP_ROWS;
-  const int own = tile.first + 16 * warp();
+  constexpr int NUMBERS = memory.STAGES * 2 * GROUP_ROWS; // of the stages' queries
 
   copy_keys(h, k, p.k, tile.first);
   copy_keys(h, v, p.v, tile.first);
@@ -163,6 +174,7 @@ template <bool DROP> __device__ inline void group_gradient_keys(const AttentionP
     copy_queries(h, memory.stage(stage) + GROUP_TILE, p.dy, first);
     copy_window<true>(h, memory.window(stage), tile.first, first);
     copy_row_numbers(h, of_queries + 2 * stage * GROUP_ROWS, first, GROUP_ROWS);
+    if (DROP) draw_kept(h, memory.kept(stage, NUMBERS), first, tile.first);
   };
   const Span queries = h.template seen<true>(tile.first);
   each_group_tile(queries.begin, queries.end, copy, [&](int first, int stage) {
@@ -177,17 +189,17 @@ template <bool DROP> __device__ inline void group_gradient_keys(const AttentionP
     finish_scores<true>(h, ds, memory.window(stage), tile.first, first);
     each_sum(ds, [&](float &s, int, int n) { s = power_of_2(s - shift[n]); });
     if (DROP) {
-      float kept[8][4];
-      each_pair(kept, ds, [](float &kept, float s, int, int) { kept = s; });
-      drop<bf16, true>(h, kept, own, first);
-      narrow_sums(left, kept);
+      float dropped[8][4];
+      each_pair(dropped, ds, [](float &probability, float s, int, int) { probability = s; });
+      drop<bf16, true>(h, dropped, memory.kept(stage, NUMBERS));
+      narrow_sums(left, dropped);
     } else {
       narrow_sums(left, ds);
     }
     before_products(dv, left);
     start_sums(dv, left, dy);
     await_products<1>(dp);
-    if (DROP) drop<bf16, true>(h, dp, own, first);
+    if (DROP) drop<bf16, true>(h, dp, memory.kept(stage, NUMBERS));
     each_pair(ds, dp, [&](float &s, float dp, int, int n) { s *= dp - delta[n]; });
     uint32_t right[4][4];
     narrow_sums(right, ds);

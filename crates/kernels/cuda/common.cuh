@@ -156,7 +156,7 @@ struct Words {
 __device__ inline Words random_block(const Random &random, uint64_t n) {
   uint32_t a = static_cast<uint32_t>(n), b = static_cast<uint32_t>(n >> 32), c = random.stream[0], d = random.stream[1];
   uint32_t key0 = random.key[0], key1 = random.key[1];
-#pragma unroll 1 // attention has it 32 times
+#pragma unroll
   for (int round = 0; round < 10; round++) {
     const uint32_t high0 = high_product(0xD2511F53u, a), low0 = 0xD2511F53u * a;
     const uint32_t high1 = high_product(0xCD9E8D57u, c), low1 = 0xCD9E8D57u * c;
@@ -173,9 +173,14 @@ struct Dropping {
   uint32_t threshold; // in steps of 2^-16; 0 drops nothing
   float kept;
 };
-__device__ inline float factor(const Dropping &dropping, const Words &words, int i) {
-  // An index that the compiler does not know would put the words into memory.
-  const uint32_t low = i & 2 ? words.word[1] : words.word[0], high = i & 2 ? words.word[3] : words.word[2];
-  const uint32_t bits = ((i & 4 ? high : low) >> (16 * (i % 2))) & 0xffff;
-  return bits < dropping.threshold ? 0.0f : dropping.kept;
+// Of a block's numbers those that are kept, a bit each.
+__device__ inline uint32_t kept_of(const Dropping &dropping, const Words &words) {
+  uint32_t kept = 0;
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const uint32_t bits = (words.word[i / 2] >> (16 * (i % 2))) & 0xffff;
+    kept |= bits < dropping.threshold ? 0 : 1u << i;
+  }
+  return kept;
 }
+__device__ inline float factor(const Dropping &dropping, uint32_t kept, int i) { return kept >> i & 1 ? dropping.kept : 0.0f; }

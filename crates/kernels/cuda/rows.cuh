@@ -77,10 +77,10 @@ template <typename T> __device__ inline void dropout(const DropoutParams &p) {
   // A thread takes the numbers of one block of random words.
   const int end = p.first + p.width;
   for (int block = p.first / 8 + static_cast<int>(threadIdx.x); block * 8 < end; block += static_cast<int>(blockDim.x)) {
-    const Words words = random_block(random, first_block + static_cast<uint64_t>(block));
+    const uint32_t kept = kept_of(p.dropping, random_block(random, first_block + static_cast<uint64_t>(block)));
     for (int i = 0; i < 8; i++) {
       const int column = block * 8 + i - p.first;
-      if (column >= 0 && column < p.width) out[column] = narrow<T>(widen(x[column]) * factor(p.dropping, words, i));
+      if (column >= 0 && column < p.width) out[column] = narrow<T>(widen(x[column]) * factor(p.dropping, kept, i));
     }
   }
 }

@@ -144,7 +144,7 @@ impl<'a> Call<'a> {
     }
 
     /// Launches a kernel with a block for each tile of `segments` and head. In shared memory lie the block's `own` tiles of rows, two
-    /// for each stage, in f32 a row's scores, and `besides` f32 numbers a row.
+    /// for each stage, in f32 a row's scores, `besides` f32 numbers a row, and what dropout keeps.
     ///
     /// # Safety
     /// The parameters must be set for it.
@@ -155,7 +155,7 @@ impl<'a> Call<'a> {
         (own, besides): (usize, usize),
     ) -> Result<()> {
         let rows = self.rows();
-        let shared_bytes = (self.tile_bytes(own) + besides * rows * 4) as u32;
+        let shared_bytes = (self.tile_bytes(own) + besides * rows * 4 + self.kept_bytes()) as u32;
         let (tiles, count) = segments.tiles_on(self.gpu, rows)?;
         self.params.tiles = tiles;
         let launch = Launch {
@@ -177,6 +177,11 @@ impl<'a> Call<'a> {
         let padding = 16 / size;
         let scores = if self.dtype == DType::F32 { rows + padding } else { 0 };
         rows * (tiles * (self.width + padding) + scores) * size
+    }
+
+    /// Bytes of what dropout keeps of each stage's scores, a bit each.
+    fn kept_bytes(&self) -> usize {
+        if self.spec.dropout.is_some() { self.stages() * self.rows() * self.rows() / 8 } else { 0 }
     }
 
     /// The full name of a kernel. That for a bias knows dropout, too.

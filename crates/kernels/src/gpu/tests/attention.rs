@@ -21,7 +21,7 @@ struct Case {
     dropout: f32,
 }
 
-const CASES: [Case; 14] = [
+const CASES: [Case; 17] = [
     // One row, no rows, whole tiles, and one row more.
     Case {
         lengths: &[(5, 5), (0, 0), (1, 1), (70, 70)],
@@ -105,6 +105,26 @@ const CASES: [Case; 14] = [
         bias: false,
         dropout: 0.0,
     },
+    // Dropout where tiles of queries begin between multiples of 8, where a prefix is longer than a tile, and with one stage of tiles.
+    Case {
+        lengths: &[(130, 133), (1, 4)],
+        heads: 2,
+        width: 64,
+        causal: true,
+        prefix: 3,
+        bias: true,
+        dropout: 0.3,
+    },
+    Case {
+        lengths: &[(66, 137), (1, 72)],
+        heads: 2,
+        width: 5,
+        causal: true,
+        prefix: 71,
+        bias: true,
+        dropout: 0.1,
+    },
+    Case { lengths: &[(66, 70)], heads: 1, width: 128, causal: false, prefix: 0, bias: true, dropout: 0.3 },
 ];
 
 impl Case {
@@ -223,7 +243,7 @@ fn the_gradient_to_the_bias_leaves_the_others_to_the_bit() {
 }
 
 fn check_gradients_beside_that_to_the_bias() {
-    let cases = [8, 10, 11].map(|i| Case { bias: true, ..CASES[i] });
+    let cases = [8, 10, 11, 14].map(|i| Case { bias: true, ..CASES[i] });
     cases.iter().for_each(|case| case.check(60, DType::F32));
     for (case, dtype) in cases.iter().flat_map(|case| TYPES.map(|dtype| (case, dtype))) {
         case.with(60, dtype, |run| {
