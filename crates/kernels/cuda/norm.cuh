@@ -1,5 +1,5 @@
 // RMSNorm, a block a row: `y = x r w` with `r = 1 / sqrt(mean(x^2) + epsilon)`, and the gradient
-// `dx = r g - x r^3 mean(g x) + residual` with `g = dy w`; and the gradient to the weight, the sum of `dy x r` over the rows.
+// `dx = r g - x r^3 mean(g x) + residual` with `g = dy w`, and the same rounded; and the gradient to the weight, the sum of `dy x r` over the rows.
 #pragma once
 #include "common.cuh"
 
@@ -7,6 +7,7 @@ struct NormParams {
   const float *x, *weight, *dy, *residual; // the last one may be null
   const float *scales;                     // `r` of each row
   void *out;
+  bf16 *rounded; // of the gradient; null for none
   int rows, width;
   float epsilon;
   int aligned; // whether four numbers can be read and written at once
@@ -63,6 +64,10 @@ template <int SIZE> __device__ inline void rms_norm_gradient_row(const NormParam
       dx.values[j] = p.residual == nullptr ? g : g + dx.values[j];
     }
     store(static_cast<float *>(p.out) + place + i, dx);
+    if (p.rounded == nullptr) return;
+    Several<bf16, SIZE> rounded;
+    for (int j = 0; j < SIZE; j++) rounded.values[j] = narrow<bf16>(dx.values[j]);
+    store(p.rounded + place + i, rounded);
   });
 }
 

@@ -125,8 +125,8 @@ fn elementwise(dtype: DType, report: Report<'_>) -> Result<()> {
     report("rms_norm", "GB/s", bytes(1, 1, D), &mut || {
         rms_norm(&x, &scale, 1e-6, dtype).map(|y| drop(black_box(y)))
     })?;
-    report("rms_norm_gradient", "GB/s", bytes(4, 0, D), &mut || {
-        rms_norm_gradient(&dy, &x, &scale, 1e-6, Some(&x)).map(|y| drop(black_box(y)))
+    report("rms_norm_gradient", "GB/s", bytes(4, usize::from(dtype != DType::F32), D), &mut || {
+        rms_norm_gradient(&dy, &x, &scale, 1e-6, Some(&x), dtype).map(|y| drop(black_box(y)))
     })?;
     let (gate, up) = (random(&[rows, 2048], dtype)?, random(&[rows, 2048], dtype)?);
     report("gated gelu_new", "GB/s", bytes(0, 3, 2048), &mut || {

@@ -69,12 +69,14 @@ fn forward<O: Element>(isa: Isa, x: &Tensor, weight: &Tensor, epsilon: f32) -> R
     tensor(values, &[rows, d])
 }
 
-/// The gradient to `x` of [`rms_norm`], added to `residual`, the gradient that reaches `x` past the norm.
+/// The gradient to `x` of [`rms_norm`], added to `residual`, the gradient that reaches `x` past the norm; and the same rounded to `out`,
+/// as products read it.
 ///
 /// With `r = 1 / sqrt(mean(x^2) + epsilon)` and `g = dy * weight`: `dx = r g - x r^3 mean(g x)`.
 ///
 /// # Shapes
-/// `dy`, `x` and `residual` `[T, D]` f32, `weight` `[D]` f32; the result is `[T, D]` f32.
+/// `dy`, `x` and `residual` `[T, D]` f32, `weight` `[D]` f32; the results are `[T, D]`, f32 and of type `out` (bf16, or f32 for the same
+/// tensor).
 ///
 /// # Errors
 /// If the shapes or types do not fit.
@@ -84,11 +86,13 @@ pub fn rms_norm_gradient(
     weight: &Tensor,
     epsilon: f32,
     residual: Option<&Tensor>,
-) -> Result<Tensor> {
+    out: DType,
+) -> Result<(Tensor, Tensor)> {
     if let Some(gpu) = Gpu::of(x)? {
-        return gpu::elementwise::rms_norm_gradient(&gpu, [dy, x, weight], epsilon, residual);
+        expect_activation("rms_norm_gradient", out)?;
+        return gpu::elementwise::rms_norm_gradient(&gpu, [dy, x, weight], epsilon, residual, out);
     }
-    rms_norm_gradient_on(isa(), [dy, x, weight], epsilon, residual)
+    rms_norm_gradient_on(isa(), [dy, x, weight], epsilon, residual, out)
 }
 
 pub(crate) fn rms_norm_gradient_on(
@@ -96,8 +100,10 @@ pub(crate) fn rms_norm_gradient_on(
     [dy, x, weight]: [&Tensor; 3],
     epsilon: f32,
     residual: Option<&Tensor>,
-) -> Result<Tensor> {
+    out: DType,
+) -> Result<(Tensor, Tensor)> {
     let op = "rms_norm_gradient";
+    expect_activation(op, out)?;
     let (rows, d) = dims2(op, x)?;
     expect_dims(op, "the gradient", dy, &[rows, d])?;
     expect_dims(op, "the weight", weight, &[d])?;
@@ -107,14 +113,18 @@ pub(crate) fn rms_norm_gradient_on(
     let (dy, x, weight) = (View::new(op, dy)?, View::new(op, x)?, View::new(op, weight)?);
     let (dy, x, weight) = (dy.slice::<f32>()?, x.slice::<f32>()?, weight.slice::<f32>()?);
     let mut values: Vec<f32> = Vec::with_capacity(rows * d);
-    let out = SharedMut::uninit(&mut values);
+    // Of rows in f32 nothing is written a second time.
+    let narrow = if out == DType::F32 { 0 } else { d };
+    let mut narrowed: Vec<bf16> = Vec::with_capacity(rows * narrow);
+    let (exact, rounded) = (SharedMut::uninit(&mut values), SharedMut::uninit(&mut narrowed));
     (0..rows).into_par_iter().step_by(ROWS).for_each(|first| {
         isa.vectorize(
             #[inline(always)]
             || {
                 for row in first..rows.min(first + ROWS) {
-                    // SAFETY: each row of the result is written by one thread.
-                    let out = unsafe { out.range(row * d, d) };
+                    // SAFETY: each row of the results is written by one thread.
+                    let (out, rounded) =
+                        unsafe { (exact.range(row * d, d), rounded.range(row * narrow, narrow)) };
                     let range = row * d..(row + 1) * d;
                     let (dy, x) = (&dy[range.clone()], &x[range.clone()]);
                     match residual {
@@ -124,13 +134,22 @@ pub(crate) fn rms_norm_gradient_on(
                         }
                         None => gradient_row((dy, x, weight), epsilon, |_, g| g, out),
                     }
+                    for (narrow, exact) in rounded.iter_mut().zip(out.iter()) {
+                        // SAFETY: the row was written.
+                        narrow.write(bf16::narrow(unsafe { exact.assume_init() }));
+                    }
                 }
             },
         );
     });
-    // SAFETY: the rows cover the result.
-    unsafe { values.set_len(rows * d) };
-    tensor(values, &[rows, d])
+    // SAFETY: the rows cover the results.
+    unsafe {
+        values.set_len(rows * d);
+        narrowed.set_len(rows * narrow);
+    }
+    let exact = tensor(values, &[rows, d])?;
+    let rounded = if out == DType::F32 { exact.clone() } else { tensor(narrowed, &[rows, d])? };
+    Ok((exact, rounded))
 }
 
 /// Columns of the weight that a thread takes at a time: some cache lines of each row.

@@ -6,7 +6,7 @@ use incipit_kernels::{
 };
 
 use crate::Result;
-use crate::gradients::WeightGradients;
+use crate::gradients::{Gradient, WeightGradients};
 use crate::layers::{AttentionLayer, Rows};
 
 /// What the backward pass of such a sub-layer needs.
@@ -42,7 +42,7 @@ impl AttentionLayer {
     /// The gradients to the queries, and to the `memory`: this rank's part, added to the `sum` of other layers'.
     pub(crate) fn absorbed_backward(
         &self,
-        (dy, sum): (&Tensor, Option<&Tensor>),
+        (dy, sum): (&Gradient, Option<&Tensor>),
         state: &AbsorbedState,
         (memory, readers): (&Tensor, &Readers),
         rows: Rows<'_>,

@@ -4,7 +4,7 @@ use candle_core::{DType, Tensor};
 use incipit_kernels::{Activation, activate, activate_gradient, add, linear, linear_gradient, rounded};
 
 use crate::Result;
-use crate::gradients::WeightGradients;
+use crate::gradients::{Gradient, WeightGradients};
 use crate::sharding::{Slices, Weight};
 
 /// `h + up(relu(down(h)))` on a sub-layer's result, before it is added to what went into the sub-layer. It has `B` inner columns. Every
@@ -55,23 +55,23 @@ impl Adapter {
         Ok(rounded(&inner, h.dtype())?)
     }
 
-    /// The gradient to `h`, from `dy` `[T, D]` f32.
+    /// The gradient to `h`, from `dy` `[T, D]`.
     pub(crate) fn backward(
         &self,
-        dy: &Tensor,
+        dy: &Gradient,
         h: &Tensor,
         dtype: DType,
         gradients: &mut WeightGradients,
     ) -> Result<Tensor> {
         let h = rounded(h, dtype)?;
         let inner = self.inner(&h)?;
-        let d_out = rounded(dy, dtype)?;
+        let d_out = dy.rounded(dtype)?;
         gradients.add_products(&[(&d_out, &self.up)], || Ok(activate(Activation::Relu, &inner)?))?;
-        gradients.add(&self.up_bias.name, || Ok(dy.sum(0)?))?;
+        gradients.add(&self.up_bias.name, || Ok(dy.exact.sum(0)?))?;
         let d_hidden = linear_gradient(&[(&d_out, &self.up.matrix)], dtype)?;
         let d_inner = activate_gradient(Activation::Relu, &d_hidden, &inner)?;
         gradients.add_products(&[(&d_inner, &self.down)], || Ok(h.clone()))?;
         gradients.add(&self.down_bias.name, || Ok(d_inner.to_dtype(DType::F32)?.sum(0)?))?;
-        Ok(add(dy, &linear_gradient(&[(&d_inner, &self.down.matrix)], DType::F32)?)?)
+        Ok(add(&dy.exact, &linear_gradient(&[(&d_inner, &self.down.matrix)], DType::F32)?)?)
     }
 }

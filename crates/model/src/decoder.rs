@@ -8,7 +8,7 @@ use crate::axis::TensorAxis;
 use crate::config::Config;
 use crate::encoder::{DECODER_SITES, ENDS, Kept, Pass, SITES_PER_LAYER};
 use crate::feed_forward::{FeedForward, FeedForwardState};
-use crate::gradients::WeightGradients;
+use crate::gradients::{Gradient, WeightGradients};
 use crate::layers::{AttentionLayer, AttentionState, Norm, Rows, Sites, position_table};
 use crate::sharding::Slices;
 use crate::{Error, Result};
@@ -183,8 +183,9 @@ impl Decoder {
         gradients: &mut WeightGradients,
     ) -> Result<(Tensor, Option<Tensor>)> {
         let DecoderState { mut layers, last, bias } = state;
-        let dy = pass.sites(DECODER_SITES + ENDS).drop(1, dy, pass.rows)?;
-        let mut dx = self.norm.backward(&dy, &last, None, gradients)?;
+        let ends = pass.sites(DECODER_SITES + ENDS);
+        let dy = ends.drop(1, dy, pass.rows)?;
+        let mut dx = self.norm.backward(&dy, &last, None, ends.rounding(pass.dtype), gradients)?;
         drop(last);
         let mut d_memory: Option<Tensor> = None;
         for (i, layer) in self.layers.iter().enumerate().rev() {
@@ -201,15 +202,14 @@ impl Decoder {
                 layer.memory_backward(given, &state.cross, (memory, bias.heads()), rows, gradients)?;
             d_memory = Some(sum);
             if i > 0 || pass.to_the_end {
-                dx = layer.cross.cross_backward(&dq, &dx, state.cross.x(), gradients)?;
+                dx = layer.cross.cross_backward(&dq, &dx, state.cross.x(), sites(1), gradients)?;
                 let spec = self_spec(&bias, pass);
                 dx = layer.attention.backward(&dx, &state.attention, &spec, sites(0), gradients)?;
             }
         }
         // Every layer's part comes from the heads that are here: they are added up over the ranks once, for all layers.
         let d_memory = d_memory.unwrap_or_else(|| unreachable!("a decoder has at least one layer"));
-        let d_input =
-            pass.to_the_end.then(|| pass.sites(DECODER_SITES + ENDS).drop(0, dx, pass.rows)).transpose()?;
+        let d_input = pass.to_the_end.then(|| ends.drop(0, dx.exact, pass.rows)).transpose()?;
         Ok((self.axis.reduce_gradient(&d_memory)?, d_input))
     }
 
@@ -328,7 +328,7 @@ impl Layer {
     /// The gradients to the queries of cross-attention, and to the encoder's result: this rank's part, added to the `sum` of other layers'.
     fn memory_backward(
         &self,
-        (dy, sum): (&Tensor, Option<&Tensor>),
+        (dy, sum): (&Gradient, Option<&Tensor>),
         state: &CrossState,
         (memory, heads): (Memory<'_>, usize),
         rows: Rows<'_>,

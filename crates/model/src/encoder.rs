@@ -157,7 +157,8 @@ impl Encoder {
     ) -> Result<(Tensor, Vec<Vec<Option<Tensor>>>)> {
         let EncoderState { mut layers, last, bias } = state;
         let dy = pass.sites(ENDS).drop(1, dy, pass.rows)?;
-        let mut dx = self.norm.backward(&dy, &last, None, gradients)?;
+        let out = pass.sites(ENDS).rounding(pass.dtype);
+        let mut dx = self.norm.backward(&dy, &last, None, out, gradients)?;
         drop(last);
         let mut of_layers = Vec::new();
         for (i, (attention, feed_forward)) in self.layers.iter().enumerate().rev() {
@@ -170,13 +171,13 @@ impl Encoder {
             dx = feed_forward.backward(&dx, &second, (pass.rows, pass.sites(site + 1)), gradients)?;
             dx = attention.backward(&dx, &first, &spec(&bias, pass), pass.sites(site), gradients)?;
             if let Some(prompts) = pass.prompts.filter(|_| i > 0) {
-                let (own, rest) = prompts.take(&dx)?;
+                let (own, rest) = prompts.take(&dx.exact)?;
                 of_layers.push(own);
-                dx = rest;
+                dx = rest.into();
             }
         }
         of_layers.reverse();
-        Ok((pass.sites(ENDS).drop(0, dx, pass.rows)?, of_layers))
+        Ok((pass.sites(ENDS).drop(0, dx.exact, pass.rows)?, of_layers))
     }
 }
 

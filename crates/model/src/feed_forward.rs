@@ -9,7 +9,7 @@ use incipit_kernels::{
 use crate::Result;
 use crate::axis::TensorAxis;
 use crate::config::Config;
-use crate::gradients::WeightGradients;
+use crate::gradients::{Gradient, WeightGradients};
 use crate::layers::{End, INNER, Norm, Rows, Sites, matrices};
 use crate::sharding::{Slices, Weight};
 
@@ -98,11 +98,11 @@ impl FeedForward {
     /// The gradient to `x`.
     pub(crate) fn backward(
         &self,
-        dy: &Tensor,
+        dy: &Gradient,
         state: &FeedForwardState,
         (rows, sites): Rows<'_>,
         gradients: &mut WeightGradients,
-    ) -> Result<Tensor> {
+    ) -> Result<Gradient> {
         let dtype = state.inner[0].dtype();
         let hidden = || self.hidden(state, rows, sites);
         let d_hidden = self.end.backward(dy, hidden, dtype, (rows, sites), gradients)?;
@@ -114,6 +114,6 @@ impl FeedForward {
         let terms: Vec<(&Tensor, &Weight)> = d_inner.iter().zip(&self.into).collect();
         gradients.add_products(&terms, || self.norm.forward(&state.x, dtype))?;
         let d_normed = self.axis.reduce_gradient(&linear_gradient(&matrices(&terms), DType::F32)?)?;
-        self.norm.backward(&d_normed, &state.x, Some(dy), gradients)
+        self.norm.backward(&d_normed, &state.x, Some(dy), sites.rounding(dtype), gradients)
     }
 }

@@ -1,12 +1,37 @@
-//! Gradients to weights, for methods that train some of them.
+//! Gradients to rows, and to weights for methods that train some of them.
 
 use std::collections::BTreeMap;
 
-use candle_core::Tensor;
-use incipit_kernels::linear_weight_gradient;
+use candle_core::{DType, Tensor};
+use incipit_kernels::{linear_weight_gradient, rounded};
 
 use crate::Result;
 use crate::sharding::Weight;
+
+/// A gradient to rows `[T, D]`.
+#[derive(Clone)]
+pub(crate) struct Gradient {
+    /// f32.
+    pub(crate) exact: Tensor,
+    /// The same in the type in which products read it, if it was made in both; else the former.
+    pub(crate) rounded: Tensor,
+}
+
+impl Gradient {
+    /// As products of `dtype` read it.
+    pub(crate) fn rounded(&self, dtype: DType) -> Result<Tensor> {
+        if self.rounded.dtype() == dtype {
+            return Ok(self.rounded.clone());
+        }
+        Ok(rounded(&self.exact, dtype)?)
+    }
+}
+
+impl From<Tensor> for Gradient {
+    fn from(exact: Tensor) -> Self {
+        Self { rounded: exact.clone(), exact }
+    }
+}
 
 /// Sums of gradients to weights, by name. For a weight that is not asked for, a backward pass computes nothing.
 #[derive(Debug, Default)]

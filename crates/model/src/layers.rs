@@ -15,7 +15,7 @@ use crate::Result;
 use crate::adapter::Adapter;
 use crate::axis::TensorAxis;
 use crate::config::Config;
-use crate::gradients::WeightGradients;
+use crate::gradients::{Gradient, WeightGradients};
 use crate::prefix::Prefix;
 use crate::sharding::{Slices, Weight};
 
@@ -43,18 +43,21 @@ impl Norm {
         Ok(rms_norm(x, &self.weight, self.epsilon, out)?)
     }
 
-    /// The gradient to `x`, added to `residual`.
+    /// The gradient to `x`, added to `residual` and rounded to `out`.
     pub(crate) fn backward(
         &self,
         dy: &Tensor,
         x: &Tensor,
-        residual: Option<&Tensor>,
+        residual: Option<&Gradient>,
+        out: DType,
         gradients: &mut WeightGradients,
-    ) -> Result<Tensor> {
+    ) -> Result<Gradient> {
         gradients.add(&self.name, || {
             Ok((rms_norm_weight_gradient(dy, x, self.epsilon)? * f64::from(self.scale))?)
         })?;
-        Ok(rms_norm_gradient(dy, x, &self.weight, self.epsilon, residual)?)
+        let residual = residual.map(|gradient| &gradient.exact);
+        let (exact, rounded) = rms_norm_gradient(dy, x, &self.weight, self.epsilon, residual, out)?;
+        Ok(Gradient { exact, rounded })
     }
 }
 
@@ -72,6 +75,11 @@ impl Sites<'_> {
 
     pub(crate) fn at(&self, place: u64) -> Option<Dropout> {
         self.dropout.map(|d| d.at(self.layer * 4 + place))
+    }
+
+    /// The type to which a gradient is rounded where it is made, for products of `dtype`: with dropout none, which comes before them.
+    pub(crate) fn rounding(&self, dtype: DType) -> DType {
+        if self.dropout.is_some() { DType::F32 } else { dtype }
     }
 
     /// `x` as dropped at `place`; serves forward and backward alike.
@@ -125,10 +133,10 @@ impl End {
         sites.drop(OUTPUT, self.axis.reduce(&linear(y, &self.weight.matrix, DType::F32)?)?, rows)
     }
 
-    /// The gradient to `y` of type `dtype`, from `dy` `[T, D]` f32, the one to the result. `y` is made if it is needed.
+    /// The gradient to `y` of type `dtype`, from `dy` `[T, D]`, the one to the result. `y` is made if it is needed.
     pub(crate) fn backward(
         &self,
-        dy: &Tensor,
+        dy: &Gradient,
         y: impl FnOnce() -> Result<Tensor>,
         dtype: DType,
         rows: Rows<'_>,
@@ -137,10 +145,15 @@ impl End {
         let needed = self.adapter.is_some() || gradients.wants(&self.weight.name);
         let y = needed.then(y).transpose()?;
         let dy = match (&self.adapter, &y) {
-            (Some(adapter), Some(y)) => adapter.backward(dy, &self.product(y, rows)?, dtype, gradients)?,
+            (Some(adapter), Some(y)) => {
+                adapter.backward(dy, &self.product(y, rows)?, dtype, gradients)?.into()
+            }
             _ => dy.clone(),
         };
-        let dy = rounded(&rows.1.drop(OUTPUT, dy, rows.0)?, dtype)?;
+        let dy = match rows.1.at(OUTPUT) {
+            Some(d) => rounded(&dropout(&dy.exact, rows.0, &d)?, dtype)?,
+            None => dy.rounded(dtype)?,
+        };
         if let Some(y) = y {
             gradients.add_products(&[(&dy, &self.weight)], || Ok(y))?;
         }
@@ -295,7 +308,7 @@ impl AttentionLayer {
     /// The gradients to `q`, and to the `k` and `v` of the sequence.
     pub(crate) fn inner_backward(
         &self,
-        dy: &Tensor,
+        dy: &Gradient,
         state: &AttentionState,
         spec: &Attention<'_>,
         sites: Sites<'_>,
@@ -327,26 +340,27 @@ impl AttentionLayer {
     /// The gradient to `x` of self-attention.
     pub(crate) fn backward(
         &self,
-        dy: &Tensor,
+        dy: &Gradient,
         state: &AttentionState,
         spec: &Attention<'_>,
         sites: Sites<'_>,
         gradients: &mut WeightGradients,
-    ) -> Result<Tensor> {
+    ) -> Result<Gradient> {
         let [dq, dk, dv] = self.inner_backward(dy, state, spec, sites, gradients)?;
         let terms = [(&dq, &self.q), (&dk, &self.k), (&dv, &self.v)];
-        self.input_backward(&terms, dy, &state.x, gradients)
+        self.input_backward(&terms, dy, &state.x, sites, gradients)
     }
 
     /// The gradient to `x` of cross-attention, whose keys and values were not made of it, from the one to its queries.
     pub(crate) fn cross_backward(
         &self,
         dq: &Tensor,
-        dy: &Tensor,
+        dy: &Gradient,
         x: &Tensor,
+        sites: Sites<'_>,
         gradients: &mut WeightGradients,
-    ) -> Result<Tensor> {
-        self.input_backward(&[(dq, &self.q)], dy, x, gradients)
+    ) -> Result<Gradient> {
+        self.input_backward(&[(dq, &self.q)], dy, x, sites, gradients)
     }
 
     /// The gradient to the `memory` of which keys and values were made, from those to them, added to the `sum` of other layers':
@@ -369,13 +383,15 @@ impl AttentionLayer {
     fn input_backward(
         &self,
         terms: &[(&Tensor, &Weight)],
-        dy: &Tensor,
+        dy: &Gradient,
         x: &Tensor,
+        sites: Sites<'_>,
         gradients: &mut WeightGradients,
-    ) -> Result<Tensor> {
-        gradients.add_products(terms, || self.norm.forward(x, terms[0].0.dtype()))?;
+    ) -> Result<Gradient> {
+        let dtype = terms[0].0.dtype();
+        gradients.add_products(terms, || self.norm.forward(x, dtype))?;
         let d_normed = self.axis.reduce_gradient(&linear_gradient(&matrices(terms), DType::F32)?)?;
-        self.norm.backward(&d_normed, x, Some(dy), gradients)
+        self.norm.backward(&d_normed, x, Some(dy), sites.rounding(dtype), gradients)
     }
 }
 

@@ -108,6 +108,7 @@ struct NormParams {
     residual: Address,
     scales: Address,
     out: Address,
+    rounded: Address,
     rows: i32,
     width: i32,
     epsilon: f32,
@@ -119,14 +120,24 @@ unsafe impl Params for NormParams {}
 impl NormParams {
     fn new(x: Address, out: Address, (rows, width): (usize, usize), epsilon: f32) -> Self {
         let none = Address::NONE;
-        let (rows, width) = (rows as i32, width as i32);
-        let aligned = 0;
-        Self { x, weight: none, dy: none, residual: none, scales: none, out, rows, width, epsilon, aligned }
+        Self {
+            x,
+            weight: none,
+            dy: none,
+            residual: none,
+            scales: none,
+            out,
+            rounded: none,
+            rows: rows as i32,
+            width: width as i32,
+            epsilon,
+            aligned: 0,
+        }
     }
 
     /// Knows whether four numbers can be read and written at once.
     fn with_alignment(mut self) -> Self {
-        let places = [self.x, self.weight, self.dy, self.residual, self.out];
+        let places = [self.x, self.weight, self.dy, self.residual, self.out, self.rounded];
         let aligned = self.width % 4 == 0 && places.iter().all(|Address(place)| place % 16 == 0);
         self.aligned = i32::from(aligned);
         self
@@ -156,7 +167,8 @@ pub(crate) fn rms_norm_gradient(
     [dy, x, weight]: [&Tensor; 3],
     epsilon: f32,
     residual: Option<&Tensor>,
-) -> Result<Tensor> {
+    out: DType,
+) -> Result<(Tensor, Tensor)> {
     let op = "rms_norm_gradient";
     let (rows, width) = dims2(op, x)?;
     expect_dims(op, "the gradient", dy, &[rows, width])?;
@@ -170,16 +182,20 @@ pub(crate) fn rms_norm_gradient(
     let (dy, x, weight) = (gpu.operand(op, dy)?, gpu.operand(op, x)?, gpu.operand(op, weight)?);
     let (_held, residual) = gpu.optional(op, residual)?;
     let dx = gpu.output(op, &[rows, width], DType::F32)?;
+    let rounded = (out != DType::F32).then(|| gpu.output(op, &[rows, width], out)).transpose()?;
     let params = NormParams {
         weight: weight.address,
         dy: dy.address,
         residual,
+        rounded: rounded.as_ref().map_or(Address::NONE, |rounded| rounded.address),
         ..NormParams::new(x.address, dx.address, (rows, width), epsilon)
     }
     .with_alignment();
     // SAFETY: the shapes were checked.
     unsafe { gpu.launch(op, Launch::blocks(rows, THREADS), &params)? };
-    Ok(dx.tensor())
+    let dx = dx.tensor();
+    let rounded = rounded.map_or_else(|| dx.clone(), |rounded| rounded.tensor());
+    Ok((dx, rounded))
 }
 
 /// Threads of a block that sums the rows of 32 columns.

@@ -224,6 +224,14 @@ fn parts_of_a_weight_on_the_device_are_weights_too() {
     });
 }
 
+/// What the rounding of `exact` is away from `narrow`: nothing.
+fn differences(narrow: &Tensor, exact: &Tensor) -> Tensor {
+    assert_eq!(narrow.dtype(), DType::BF16);
+    let pairs = numbers(&rounded(exact, DType::BF16).unwrap()).into_iter().zip(numbers(narrow));
+    let differences: Vec<f32> = pairs.map(|(a, b)| a - b).collect();
+    Tensor::from_vec(differences, narrow.dims(), &Device::Cpu).unwrap()
+}
+
 #[test]
 fn norms_equal_the_cpus() {
     let mut g = generator(3);
@@ -234,12 +242,18 @@ fn norms_equal_the_cpus() {
             let [x, weight] = on(device, [&x, &weight]);
             vec![rms_norm(&x, &weight, 1e-6, DType::BF16).unwrap()]
         });
+        compare("the rounding of a norm's gradient", 0.0, |device| {
+            let [x, dy, weight, residual] = on(device, [&x, &dy, &weight, &residual]);
+            let both = [None, Some(&residual)]
+                .map(|r| rms_norm_gradient(&dy, &x, &weight, 1e-6, r, DType::BF16).unwrap());
+            both.iter().map(|(exact, narrow)| differences(narrow, exact)).collect()
+        });
         compare("rms_norm", bound(DType::F32), |device| {
             let [x, dy, weight, residual] = on(device, [&x, &dy, &weight, &residual]);
             vec![
                 rms_norm(&x, &weight, 1e-6, DType::F32).unwrap(),
-                rms_norm_gradient(&dy, &x, &weight, 1e-6, None).unwrap(),
-                rms_norm_gradient(&dy, &x, &weight, 1e-6, Some(&residual)).unwrap(),
+                rms_norm_gradient(&dy, &x, &weight, 1e-6, None, DType::F32).unwrap().0,
+                rms_norm_gradient(&dy, &x, &weight, 1e-6, Some(&residual), DType::F32).unwrap().0,
                 rms_norm_weight_gradient(&dy, &x, 1e-6).unwrap(),
             ]
         });

@@ -36,9 +36,12 @@ fn elementwise_operations_give_the_same_bits_on_every_path() {
         let weight = vector(&normal(&mut g, d, DType::F32));
         same_on_every_path("rms_norm", |isa| vec![rms_norm_on(isa, &x, &weight, 1e-6, dtype).unwrap()]);
         same_on_every_path("rms_norm_gradient", |isa| {
-            [None, Some(&residual)]
-                .map(|r| rms_norm_gradient_on(isa, [&dy, &x, &weight], 1e-6, r).unwrap())
-                .into()
+            let both = [None, Some(&residual)]
+                .map(|r| rms_norm_gradient_on(isa, [&dy, &x, &weight], 1e-6, r, dtype).unwrap());
+            for (exact, narrow) in &both {
+                assert_eq!(numbers(narrow), numbers(&rounded(exact, dtype).unwrap()));
+            }
+            both.into_iter().flat_map(|(exact, narrow)| [exact, narrow]).collect()
         });
         same_on_every_path("rms_norm_weight_gradient", |isa| {
             vec![rms_norm_weight_gradient_on(isa, &dy, &x, 1e-6).unwrap()]

@@ -78,12 +78,15 @@ fn rms_norm_gradient_is_the_slope_of_rms_norm() {
         let [x, dy, r] = [&x, &dy, &residual].map(|v| matrix(v, rows, d, DType::F32));
         let weight = vector(&weight);
         for isa in paths() {
-            let dx = rms_norm_gradient_on(isa, [&dy, &x, &weight], epsilon as f32, None).unwrap();
+            let dx =
+                rms_norm_gradient_on(isa, [&dy, &x, &weight], epsilon as f32, None, DType::F32).unwrap().0;
             assert_gradient(&format!("{isa:?} {d}"), &numbers(&dx), &expected);
         }
         expected.iter_mut().zip(&residual).for_each(|(e, r)| *e += f64::from(*r));
         for isa in paths() {
-            let dx = rms_norm_gradient_on(isa, [&dy, &x, &weight], epsilon as f32, Some(&r)).unwrap();
+            let dx = rms_norm_gradient_on(isa, [&dy, &x, &weight], epsilon as f32, Some(&r), DType::F32)
+                .unwrap()
+                .0;
             assert_gradient(&format!("{isa:?} {d} with a residual"), &numbers(&dx), &expected);
         }
     }

@@ -67,8 +67,9 @@ fn elementwise_operations_refuse_other_shapes_and_types() {
     refusal(rms_norm(&x, &vector(&[1.0; 2]), 1e-6, DType::F32));
     refusal(rms_norm(&x, &weight, 1e-6, DType::F16));
     refusal(rms_norm(&half, &weight, 1e-6, DType::F32));
-    refusal(rms_norm_gradient(&ones(3, 3, DType::F32), &x, &weight, 1e-6, None));
-    refusal(rms_norm_gradient(&x, &x, &weight, 1e-6, Some(&ones(2, 2, DType::F32))));
+    refusal(rms_norm_gradient(&ones(3, 3, DType::F32), &x, &weight, 1e-6, None, DType::F32));
+    refusal(rms_norm_gradient(&x, &x, &weight, 1e-6, None, DType::F16));
+    refusal(rms_norm_gradient(&x, &x, &weight, 1e-6, Some(&ones(2, 2, DType::F32)), DType::F32));
     refusal(rms_norm_weight_gradient(&ones(2, 4, DType::F32), &x, 1e-6));
     refusal(rms_norm_weight_gradient(&x, &half, 1e-6));
     refusal(rms_norm_weight_gradient(&half, &x, 1e-6));
