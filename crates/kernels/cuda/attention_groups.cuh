@@ -89,11 +89,12 @@ template <bool DROP> __device__ inline void group_attention(const AttentionParam
     copy_keys_and_values(h, memory, stage, tile.first, first);
     if (DROP) draw_kept(h, memory.kept(stage, 0), tile.first, first);
   };
-  each_group_tile(0, h.template seen<false>(tile.first + rows - 1).end, copy, [&](int first, int stage) {
+  each_group_tile(0, h.template seen<false>(tile.first + rows - 1).end, copy, [&](int first, int stage, auto copy_next) {
     const bf16 *const k = memory.stage(stage), *const v = k + GROUP_TILE;
     float scores[8][4], shrink[2];
     before_products();
     start_rows(scores, q, k);
+    copy_next();
     await_products<0>(scores);
     finish_scores<false>(h, scores, memory.window(stage), tile.first, first);
     softmax.soften(scores, shrink);
@@ -132,12 +133,13 @@ template <bool DROP, bool BIAS> __device__ inline void group_gradient_queries(co
     copy_keys_and_values(h, memory, stage, tile.first, first);
     if (DROP) draw_kept(h, memory.kept(stage, SCORES), tile.first, first);
   };
-  each_group_tile(0, h.template seen<false>(tile.first + rows - 1).end, copy, [&](int first, int stage) {
+  each_group_tile(0, h.template seen<false>(tile.first + rows - 1).end, copy, [&](int first, int stage, auto copy_next) {
     const bf16 *const k = memory.stage(stage), *const v = k + GROUP_TILE;
     float ds[8][4], dp[8][4];
     before_products();
     start_rows(ds, q, k);
     start_rows(dp, dy, v);
+    copy_next();
     await_products<1>(ds);
     finish_scores<false>(h, ds, memory.window(stage), tile.first, first);
     each_sum(ds, [&](float &s, int half, int) { s = power_of_2(s - shift[half]); });
@@ -177,13 +179,15 @@ template <bool DROP> __device__ inline void group_gradient_keys(const AttentionP
     if (DROP) draw_kept(h, memory.kept(stage, NUMBERS), first, tile.first);
   };
   const Span queries = h.template seen<true>(tile.first);
-  each_group_tile(queries.begin, queries.end, copy, [&](int first, int stage) {
+  each_group_tile(queries.begin, queries.end, copy, [&](int first, int stage, auto copy_next) {
     const bf16 *const q = memory.stage(stage), *const dy = q + GROUP_TILE;
     const float *const shift = of_queries + 2 * stage * GROUP_ROWS + column_of(0), *const delta = shift + GROUP_ROWS;
     float ds[8][4], dp[8][4];
     uint32_t left[4][4];
     before_products();
     start_rows(ds, k, q);
+    copy_next(); // with less under way, since registers are few
+    before_products();
     start_rows(dp, v, dy);
     await_products<1>(ds);
     finish_scores<true>(h, ds, memory.window(stage), tile.first, first);

@@ -106,7 +106,7 @@ __device__ inline void copy_group_tile(bf16 *to, const bf16 *from, int rows, int
   }
 }
 
-// As each_tile, with two stages.
+// As each_tile, with two stages, for `f(first, stage, copy_next)`: it begins the next tile's copies once its first products go on.
 template <typename Copy, typename F> __device__ inline void each_group_tile(int begin, int end, Copy copy, F f) {
   int stage = 0;
   if (begin < end) copy(begin, stage);
@@ -114,8 +114,9 @@ template <typename Copy, typename F> __device__ inline void each_group_tile(int 
     wait_for_copies();
     show_copies();
     __syncthreads(); // all threads' copies are there, and the tile before was read
-    if (first + GROUP_ROWS < end) copy(first + GROUP_ROWS, stage ^ 1);
-    f(first, stage);
+    f(first, stage, [&] {
+      if (first + GROUP_ROWS < end) copy(first + GROUP_ROWS, stage ^ 1);
+    });
     stage ^= 1;
   }
   wait_for_copies(); // of what was to be used with tiles, if there were none
