@@ -6,6 +6,12 @@
 #include "common.cuh"
 #include "tiles.cuh"
 
+// A part of the gradient to rows: weights, of each query to each row as `scores` has them, and the wide queries' numbers.
+struct AbsorbedTerm {
+  void *weights;
+  const void *of_queries;
+};
+
 struct AbsorbedParams {
   const void *queries, *gradients; // wide queries, and the gradients to what they get: [queries, width]
   const void *rows;                // [rows, width]
@@ -18,6 +24,8 @@ struct AbsorbedParams {
   const int *query_offsets, *row_offsets;
   const int64_t *places;
   const Tile *tiles; // of queries; for the gradients to rows, of rows
+  const AbsorbedTerm *terms; // of the gradients to rows
+  int term_count;
   int width;
   int aligned; // whether rows can be read 16 bytes at a time
 };
@@ -89,29 +97,29 @@ template <typename T> __device__ inline void absorbed_output(const AbsorbedParam
   store_rows(sums, out, p.width, queries, columns, [](int) { return 1.0f; });
 }
 
-// Adds the lane's numbers of rows that are there to its sums; two at once where that is aligned.
-template <int N> __device__ inline void add_rows_of(float (&sums)[N][4], const float *from, int width, int rows, int columns) {
+// Loads the lane's sums from rows, 0 for what is not there; two at once where that is aligned.
+template <int N> __device__ inline void load_rows_of(float (&sums)[N][4], const float *from, int width, int rows, int columns) {
   const bool paired = width % 2 == 0 && reinterpret_cast<uintptr_t>(from) % 8 == 0;
 #pragma unroll
   for (int n = 0; n < N; n++) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int row = 16 * warp() + row_of(half), there = columns - column_of(8 * n);
-      if (row >= rows || there <= 0) continue;
       const float *const place = from + static_cast<int64_t>(row) * width + column_of(8 * n);
       Several<float, 2> two{{0.0f, 0.0f}};
-      if (paired && there > 1) {
+      if (row < rows && paired && there > 1) {
         two = load<2>(place);
-      } else {
-        two.values[0] = place[0];
+      } else if (row < rows) {
+        if (there > 0) two.values[0] = place[0];
         if (there > 1) two.values[1] = place[1];
       }
-      sums[n][2 * half] = two.values[0] + sums[n][2 * half], sums[n][2 * half + 1] = two.values[1] + sums[n][2 * half + 1];
+      sums[n][2 * half] = two.values[0], sums[n][2 * half + 1] = two.values[1];
     }
   }
 }
 
-// The gradient to a tile of rows, a tile of its columns: P^T dY + dS^T Q, and the sum.
+// The gradient to a tile of rows, a tile of its columns: to the sum are added the terms of some layers, P^T dY and dS^T Q of each. The
+// chain of additions goes through all layers, so that numbers do not depend on how many of them are added at once.
 template <typename T> __device__ inline void absorbed_row_gradients(const AbsorbedParams &p) {
   constexpr int LD = LEADING<T, SIDE<T>>;
   SHARED_MEMORY(memory);
@@ -119,28 +127,26 @@ template <typename T> __device__ inline void absorbed_row_gradients(const Absorb
   const Tile tile = p.tiles[blockIdx.x];
   const Absorbing e(p, tile.example);
   const int column = static_cast<int>(blockIdx.y) * SIDE<T>, rows = e.rows - tile.first, columns = p.width - column;
+  const int64_t own = static_cast<int64_t>(e.first_row + tile.first) * p.width + column;
   float sums[SIDE<T> / 8][4];
   clear(sums);
-  const auto add = [&](void *weights, const void *of_queries) {
-    const T *const a = e.scores_of<T>(weights, 0) + tile.first;
-    const T *const b = static_cast<const T *>(of_queries) + static_cast<int64_t>(e.first_query) * p.width + column;
-    const auto copy = [&](int first, int stage) {
-      T *const to = stages + 2 * stage * SQUARE<T>;
-      const int64_t leading = e.leading;
-      copy_tile<T, SIDE<T>>(to, a + first * leading, e.queries - first, leading, e.leading - tile.first, true);
-      copy_tile<T, SIDE<T>>(to + SQUARE<T>, b + static_cast<int64_t>(first) * p.width, e.queries - first, p.width, columns, p.aligned);
-    };
-    each_tile<T, 2>(0, e.queries, copy, [&](int, int stage) {
-      const T *const left = stages + 2 * stage * SQUARE<T>;
-      multiply_turned<SIDE<T>, SIDE<T>>(sums, left + 16 * warp(), LD, left + SQUARE<T>, LD);
-    });
+  if (p.sum != nullptr) load_rows_of(sums, p.sum + own, p.width, rows, columns);
+  // Tiles of one term after those of another.
+  const int of_term = (e.queries + SIDE<T> - 1) / SIDE<T> * SIDE<T>;
+  const auto copy = [&](int place, int stage) {
+    const AbsorbedTerm term = p.terms[place / of_term];
+    const int first = place % of_term, queries = e.queries - first;
+    const T *const a = e.scores_of<T>(term.weights, first) + tile.first;
+    const T *const b = static_cast<const T *>(term.of_queries) + static_cast<int64_t>(e.first_query + first) * p.width + column;
+    T *const to = stages + 2 * stage * SQUARE<T>;
+    copy_tile<T, SIDE<T>>(to, a, queries, e.leading, e.leading - tile.first, true);
+    copy_tile<T, SIDE<T>>(to + SQUARE<T>, b, queries, p.width, columns, p.aligned);
   };
-  add(p.probabilities, p.gradients);
-  __syncthreads(); // the last tile was read
-  add(p.score_gradients, p.queries);
-  const int64_t place = static_cast<int64_t>(e.first_row + tile.first) * p.width + column;
-  if (p.sum != nullptr) add_rows_of(sums, p.sum + place, p.width, rows, columns);
-  store_rows(sums, p.row_gradients + place, p.width, rows, columns, [](int) { return 1.0f; });
+  each_tile<T, 2>(0, p.term_count * of_term, copy, [&](int, int stage) {
+    const T *const left = stages + 2 * stage * SQUARE<T>;
+    multiply_turned<SIDE<T>, SIDE<T>>(sums, left + 16 * warp(), LD, left + SQUARE<T>, LD);
+  });
+  store_rows(sums, p.row_gradients + own, p.width, rows, columns, [](int) { return 1.0f; });
 }
 
 constexpr int SOFTMAX_THREADS = 128;

@@ -26,9 +26,7 @@ mod tensor;
 mod tests;
 
 pub use activation::{Activation, activate, activate_gradient, gated, gated_gradient};
-pub use attention::absorbed::{
-    Absorbed, AbsorbedAttended, Readers, absorbed_attention, absorbed_attention_gradient,
-};
+pub use attention::absorbed::{Absorbed, AbsorbedAttended, Readers, RowGradients, absorbed_attention};
 pub use attention::{
     Attended, Attention, Buckets, PositionBias, attention, attention_gradient, attention_gradient_with_bias,
 };

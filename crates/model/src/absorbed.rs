@@ -1,9 +1,7 @@
 //! Cross-attention of so few rows that no keys and values are made of the encoder's result: see [`absorbed_attention`].
 
 use candle_core::{DType, Tensor};
-use incipit_kernels::{
-    Absorbed, AbsorbedAttended, Readers, absorbed_attention, absorbed_attention_gradient, linear,
-};
+use incipit_kernels::{Absorbed, AbsorbedAttended, Readers, RowGradients, absorbed_attention, linear};
 
 use crate::Result;
 use crate::gradients::{Gradient, WeightGradients};
@@ -39,17 +37,17 @@ impl AttentionLayer {
         Ok((out, AbsorbedState { x, attended }))
     }
 
-    /// The gradients to the queries, and to the `memory`: this rank's part, added to the `sum` of other layers'.
+    /// The gradient to the queries; that to the encoder's result, this rank's part, is added to `sum`.
     pub(crate) fn absorbed_backward(
         &self,
-        (dy, sum): (&Gradient, Option<&Tensor>),
+        dy: &Gradient,
+        sum: &mut RowGradients<'_>,
         state: &AbsorbedState,
-        (memory, readers): (&Tensor, &Readers),
         rows: Rows<'_>,
         gradients: &mut WeightGradients,
-    ) -> Result<(Tensor, Tensor)> {
+    ) -> Result<Tensor> {
         let y = || Ok(state.attended.output.clone());
-        let d_attended = self.end.backward(dy, y, memory.dtype(), rows, gradients)?;
-        Ok(absorbed_attention_gradient(&self.absorbed(readers), &state.attended, memory, &d_attended, sum)?)
+        let d_attended = self.end.backward(dy, y, state.attended.output.dtype(), rows, gradients)?;
+        Ok(sum.add([&self.k.matrix, &self.v.matrix], &state.attended, &d_attended)?)
     }
 }

@@ -1,7 +1,7 @@
 //! The decoder: causal self-attention, attention to the encoder's result, feed-forward layers, and a norm at the end.
 
 use candle_core::{DType, Tensor};
-use incipit_kernels::{Attention, Frozen, PositionBias, Readers, Segments};
+use incipit_kernels::{Attention, Frozen, PositionBias, Readers, RowGradients, Segments};
 
 use crate::absorbed::AbsorbedState;
 use crate::axis::TensorAxis;
@@ -59,6 +59,29 @@ impl CrossState {
             Self::Keys(state) => &state.x,
             Self::Absorbed(state) => &state.x,
         }
+    }
+}
+
+/// The gradient to the encoder's result, this rank's part, while layers add to it.
+enum MemoryGradient<'a> {
+    Keys(Option<Tensor>),
+    Absorbed(RowGradients<'a>),
+}
+
+impl<'a> MemoryGradient<'a> {
+    fn new(memory: Memory<'a>) -> Self {
+        match memory.absorbed {
+            Some(readers) => Self::Absorbed(RowGradients::new(readers, memory.rows)),
+            None => Self::Keys(None),
+        }
+    }
+
+    fn finish(self) -> Result<Tensor> {
+        let sum = match self {
+            Self::Keys(sum) => sum,
+            Self::Absorbed(sum) => sum.finish()?,
+        };
+        Ok(sum.unwrap_or_else(|| unreachable!("a decoder has at least one layer")))
     }
 }
 
@@ -187,7 +210,7 @@ impl Decoder {
         let dy = ends.drop(1, dy, pass.rows)?;
         let mut dx = self.norm.backward(&dy, &last, None, ends.rounding(pass.dtype), gradients)?;
         drop(last);
-        let mut d_memory: Option<Tensor> = None;
+        let mut d_memory = MemoryGradient::new(memory);
         for (i, layer) in self.layers.iter().enumerate().rev() {
             let state = match layers.pop() {
                 Some(Kept::State(state)) => state,
@@ -197,10 +220,8 @@ impl Decoder {
             let sites = |part| pass.sites(DECODER_SITES + i * SITES_PER_LAYER + part);
             dx = layer.feed_forward.backward(&dx, &state.feed_forward, (pass.rows, sites(2)), gradients)?;
             let rows = (pass.rows, sites(1));
-            let given = (&dx, d_memory.as_ref());
-            let (dq, sum) =
-                layer.memory_backward(given, &state.cross, (memory, bias.heads()), rows, gradients)?;
-            d_memory = Some(sum);
+            let given = (&dx, &mut d_memory);
+            let dq = layer.memory_backward(given, &state.cross, (memory, bias.heads()), rows, gradients)?;
             if i > 0 || pass.to_the_end {
                 dx = layer.cross.cross_backward(&dq, &dx, state.cross.x(), sites(1), gradients)?;
                 let spec = self_spec(&bias, pass);
@@ -208,9 +229,8 @@ impl Decoder {
             }
         }
         // Every layer's part comes from the heads that are here: they are added up over the ranks once, for all layers.
-        let d_memory = d_memory.unwrap_or_else(|| unreachable!("a decoder has at least one layer"));
         let d_input = pass.to_the_end.then(|| ends.drop(0, dx.exact, pass.rows)).transpose()?;
-        Ok((self.axis.reduce_gradient(&d_memory)?, d_input))
+        Ok((self.axis.reduce_gradient(&d_memory.finish()?)?, d_input))
     }
 
     /// Whether the encoder's result can be attended to without keys and values.
@@ -325,25 +345,27 @@ impl Layer {
         Ok(LayerState { attention, cross, feed_forward })
     }
 
-    /// The gradients to the queries of cross-attention, and to the encoder's result: this rank's part, added to the `sum` of other layers'.
+    /// The gradient to the queries of cross-attention; that to the encoder's result is added to `sum`.
     fn memory_backward(
         &self,
-        (dy, sum): (&Gradient, Option<&Tensor>),
+        (dy, sum): (&Gradient, &mut MemoryGradient<'_>),
         state: &CrossState,
         (memory, heads): (Memory<'_>, usize),
         rows: Rows<'_>,
         gradients: &mut WeightGradients,
-    ) -> Result<(Tensor, Tensor)> {
-        match (state, memory.absorbed) {
-            (CrossState::Absorbed(state), Some(readers)) => {
-                self.cross.absorbed_backward((dy, sum), state, (memory.rows, readers), rows, gradients)
+    ) -> Result<Tensor> {
+        match (state, sum) {
+            (CrossState::Absorbed(state), MemoryGradient::Absorbed(sum)) => {
+                self.cross.absorbed_backward(dy, sum, state, rows, gradients)
             }
-            (CrossState::Keys(state), _) => {
+            (CrossState::Keys(state), MemoryGradient::Keys(sum)) => {
                 let spec = cross_spec(heads, memory);
                 let [dq, dk, dv] = self.cross.inner_backward(dy, state, &spec, rows.1, gradients)?;
-                Ok((dq, self.cross.memory_backward(sum, [&dk, &dv], memory.rows, gradients)?))
+                let more = self.cross.memory_backward(sum.as_ref(), [&dk, &dv], memory.rows, gradients)?;
+                *sum = Some(more);
+                Ok(dq)
             }
-            (CrossState::Absorbed(_), None) => unreachable!("forward was given who reads"),
+            _ => unreachable!("all layers attend in one way"),
         }
     }
 }

@@ -128,32 +128,76 @@ pub(crate) fn absorbed_attention_on(
     Ok(AbsorbedAttended { output, queries: q.clone(), softmax: attended.normalisers })
 }
 
-/// The gradients to `q` and to `x` of [`absorbed_attention`], the latter in f32 and added to `sum`, given the gradient `dy` to its output.
+/// Layers whose parts of the gradient to rows wait for each other on a GPU.
+const MOST_WAITING: usize = 6;
+
+/// The gradient to rows that layers attend to by [`absorbed_attention`]: the sum of what each of them adds.
 ///
-/// # Shapes
-/// As for [`absorbed_attention`]; `dy` as the output, `sum` `[T, D]` f32.
-///
-/// # Errors
-/// If the shapes or types do not fit.
-pub fn absorbed_attention_gradient(
-    spec: &Absorbed<'_>,
-    attended: &AbsorbedAttended,
-    x: &Tensor,
-    dy: &Tensor,
-    sum: Option<&Tensor>,
-) -> Result<(Tensor, Tensor)> {
-    let op = "absorbed_attention_gradient";
-    check(op, spec, dy, x)?;
-    expect_dims(op, "the output", &attended.output, dy.dims())?;
-    if let Some(sum) = sum {
-        expect_dims(op, "the sum", sum, x.dims())?;
-    }
-    if let Some(gpu) = Gpu::of(x)? {
-        return gpu::absorbed::gradient(&gpu, spec, attended, (x, dy), sum);
-    }
-    absorbed_attention_gradient_on(isa(), spec, attended, (x, dy), sum)
+/// On a GPU a few layers' parts wait for each other, as long as they take no more than twice the sum's memory: their products are small
+/// beside the sum, which is read and written once for all of them.
+pub struct RowGradients<'a> {
+    readers: &'a Readers,
+    x: &'a Tensor,
+    sum: Option<Tensor>,
+    waiting: Vec<gpu::absorbed::Waiting>,
 }
 
+impl<'a> RowGradients<'a> {
+    /// For the rows `x` `[T, D]`, to which nothing was added yet.
+    #[must_use]
+    pub fn new(readers: &'a Readers, x: &'a Tensor) -> Self {
+        Self { readers, x, sum: None, waiting: Vec::new() }
+    }
+
+    /// Adds the part of a layer with the weights `k` and `v`, given the gradient `dy` to its output, and returns the gradient to its
+    /// queries.
+    ///
+    /// # Shapes
+    /// As for [`absorbed_attention`]; `dy` as the output.
+    ///
+    /// # Errors
+    /// If the shapes or types do not fit.
+    pub fn add(&mut self, [k, v]: [&Frozen; 2], attended: &AbsorbedAttended, dy: &Tensor) -> Result<Tensor> {
+        let op = "absorbed_attention_gradient";
+        let spec = Absorbed { readers: self.readers, k, v };
+        check(op, &spec, dy, self.x)?;
+        expect_dims(op, "the output", &attended.output, dy.dims())?;
+        let Some(gpu) = Gpu::of(self.x)? else {
+            let given = (self.x, dy);
+            let (dq, dx) = absorbed_attention_gradient_on(isa(), &spec, attended, given, self.sum.as_ref())?;
+            self.sum = Some(dx);
+            return Ok(dq);
+        };
+        let (dq, waiting) = gpu::absorbed::gradient(&gpu, &spec, attended, (self.x, dy))?;
+        let bytes = waiting.numbers() * self.x.dtype().size_in_bytes();
+        self.waiting.push(waiting);
+        let next = self.waiting.len() + 1;
+        if next > MOST_WAITING || next * bytes > 2 * self.x.elem_count() * size_of::<f32>() {
+            self.add_waiting(&gpu)?;
+        }
+        Ok(dq)
+    }
+
+    /// The sum `[T, D]` f32; none where no layer added anything.
+    ///
+    /// # Errors
+    /// If the device is not what it was.
+    pub fn finish(mut self) -> Result<Option<Tensor>> {
+        if let Some(gpu) = Gpu::of(self.x)?.filter(|_| !self.waiting.is_empty()) {
+            self.add_waiting(&gpu)?;
+        }
+        Ok(self.sum)
+    }
+
+    fn add_waiting(&mut self, gpu: &Gpu) -> Result<()> {
+        let sum = self.sum.as_ref();
+        self.sum = Some(gpu::absorbed::row_gradient(gpu, self.readers, self.x, &self.waiting, sum)?);
+        self.waiting.clear();
+        Ok(())
+    }
+}
+
+/// The gradients to `q` and to `x`, the latter in f32 and added to `sum`.
 pub(crate) fn absorbed_attention_gradient_on(
     isa: Isa,
     spec: &Absorbed<'_>,

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{Address, Gpu, Launch, Params, Product, suffix};
+use super::{Address, Gpu, Launch, Params, Plain, Product, suffix};
 use crate::attention::absorbed::{Absorbed, AbsorbedAttended, Readers};
 use crate::frozen::Frozen;
 use crate::gemm::pack::Layout;
@@ -28,11 +28,23 @@ struct AbsorbedParams {
     row_offsets: Address,
     places: Address,
     tiles: Address,
+    terms: Address,
+    term_count: i32,
     width: i32,
     aligned: i32,
 }
 // SAFETY: the C++ struct has the same fields.
 unsafe impl Params for AbsorbedParams {}
+
+/// `AbsorbedTerm` of `absorbed.cuh`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Term {
+    weights: Address,
+    of_queries: Address,
+}
+// SAFETY: two addresses, which are numbers.
+unsafe impl Plain for Term {}
 
 /// `SOFTMAX_THREADS` of `absorbed.cuh`.
 const SOFTMAX_THREADS: u32 = 128;
@@ -67,11 +79,10 @@ impl<'a> Call<'a> {
         if self.dtype == DType::BF16 { MOST_ROWS } else { 32 }
     }
 
-    /// Whether all wide rows can be read 16 bytes at a time.
-    fn set_alignment(&mut self) {
-        let AbsorbedParams { queries, gradients, rows, width, .. } = self.params;
+    /// Whether all wide rows, which begin there, can be read 16 bytes at a time.
+    fn set_alignment(&mut self, all: &[Address]) {
         let pack = 16 / self.dtype.size_in_bytes() as i32;
-        let aligned = [queries, gradients, rows].iter().all(|Address(at)| at % 16 == 0) && width % pack == 0;
+        let aligned = all.iter().all(|Address(at)| at % 16 == 0) && self.params.width % pack == 0;
         self.params.aligned = i32::from(aligned);
     }
 
@@ -120,7 +131,7 @@ pub(crate) fn attention(gpu: &Gpu, spec: &Absorbed<'_>, q: &Tensor, x: &Tensor) 
     call.params.scores = scores.address;
     call.params.probabilities = probabilities.address;
     call.params.out = out.address;
-    call.set_alignment();
+    call.set_alignment(&[call.params.queries, rows.address]);
     let longest = spec.readers.rows().longest();
     // SAFETY: the shapes were checked, and there is room for every query's scores.
     unsafe {
@@ -132,14 +143,30 @@ pub(crate) fn attention(gpu: &Gpu, spec: &Absorbed<'_>, q: &Tensor, x: &Tensor) 
     Ok(AbsorbedAttended { output, queries: q.clone(), softmax: probabilities.tensor() })
 }
 
-/// As `absorbed_attention_gradient`, of operands that were checked.
+/// What a layer adds to the gradient to the rows: the wide queries and the gradients to what they get, `[Tq * heads, D]`, and for the
+/// scores of all examples the gradients to them and the probabilities.
+pub(crate) struct Waiting {
+    queries: Tensor,
+    gradients: Tensor,
+    score_gradients: Tensor,
+    probabilities: Tensor,
+}
+
+impl Waiting {
+    /// Numbers of all of it.
+    pub(crate) fn numbers(&self) -> usize {
+        let all = [&self.queries, &self.gradients, &self.score_gradients, &self.probabilities];
+        all.iter().map(|tensor| tensor.elem_count()).sum()
+    }
+}
+
+/// The gradient to the queries `q`, and what is to be added to that to the rows, of operands that were checked.
 pub(crate) fn gradient(
     gpu: &Gpu,
     spec: &Absorbed<'_>,
     attended: &AbsorbedAttended,
     (x, dy): (&Tensor, &Tensor),
-    sum: Option<&Tensor>,
-) -> Result<(Tensor, Tensor)> {
+) -> Result<(Tensor, Waiting)> {
     let (width, dtype) = (x.dims()[1], x.dtype());
     let queries = widened(gpu, &attended.queries, spec.k, spec.readers.heads())?;
     let dy = widened(gpu, dy, spec.v, spec.readers.heads())?;
@@ -148,29 +175,60 @@ pub(crate) fn gradient(
     let probability_gradients = gpu.output(OP, &[call.places], DType::F32)?;
     let score_gradients = gpu.output(OP, &[call.places], dtype)?;
     let dq = gpu.output(OP, dy.dims(), dtype)?;
-    let dx = gpu.output(OP, x.dims(), DType::F32)?;
-    let (_held, sum) = gpu.optional(OP, sum)?;
     call.params = AbsorbedParams {
         queries: gpu.operand(OP, &queries)?.address,
         gradients: gpu.operand(OP, &dy)?.address,
         out: dq.address,
-        sum,
-        row_gradients: dx.address,
         scores: probability_gradients.address,
         probabilities: gpu.operand(OP, &attended.softmax)?.address,
         score_gradients: score_gradients.address,
         ..call.params
     };
-    call.set_alignment();
+    call.set_alignment(&[call.params.queries, call.params.gradients, rows.address]);
     let longest = spec.readers.rows().longest();
     // SAFETY: as above.
     unsafe {
         call.tiles("probability_gradients", false, longest)?;
         call.rows("score_gradients")?;
         call.tiles("query_gradients", false, width)?;
-        call.tiles("row_gradients", true, width)?;
     }
-    Ok((narrowed(gpu, &dq.tensor(), spec.k, spec.readers.heads())?, dx.tensor()))
+    let waiting = Waiting {
+        queries,
+        gradients: dy,
+        score_gradients: score_gradients.tensor(),
+        probabilities: attended.softmax.clone(),
+    };
+    Ok((narrowed(gpu, &dq.tensor(), spec.k, spec.readers.heads())?, waiting))
+}
+
+/// The gradient to the rows `x`, in f32: what layers add, and the `sum`.
+pub(crate) fn row_gradient(
+    gpu: &Gpu,
+    readers: &Readers,
+    x: &Tensor,
+    waiting: &[Waiting],
+    sum: Option<&Tensor>,
+) -> Result<Tensor> {
+    let width = x.dims()[1];
+    let rows = gpu.operand(OP, x)?;
+    let mut call = Call::new(gpu, readers, rows.address, (width, x.dtype()))?;
+    let of = |tensor| -> Result<Address> { Ok(gpu.operand(OP, tensor)?.address) };
+    let mut terms = Vec::with_capacity(2 * waiting.len());
+    for layer in waiting {
+        terms.push(Term { weights: of(&layer.probabilities)?, of_queries: of(&layer.gradients)? });
+        terms.push(Term { weights: of(&layer.score_gradients)?, of_queries: of(&layer.queries)? });
+    }
+    let uploaded = gpu.upload(OP, &terms)?;
+    let dx = gpu.output(OP, x.dims(), DType::F32)?;
+    let (_held, sum) = gpu.optional(OP, sum)?;
+    call.params.terms = uploaded.address;
+    call.params.term_count = terms.len() as i32;
+    call.params.sum = sum;
+    call.params.row_gradients = dx.address;
+    call.set_alignment(&terms.iter().map(|term| term.of_queries).collect::<Vec<_>>());
+    // SAFETY: every layer's numbers are as large as the readers have them, and the sum as the rows.
+    unsafe { call.tiles("row_gradients", true, width)? };
+    Ok(dx.tensor())
 }
 
 /// The numbers of head `h` times the weight's rows that are the head's: `[T, heads * K]` to `[T * heads, D]`.
