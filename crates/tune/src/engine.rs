@@ -155,7 +155,7 @@ impl Engine {
     /// An engine over `model`, which lies in main memory, on one rank.
     #[must_use]
     pub fn new(model: Arc<T5>, options: EngineOptions) -> Self {
-        let (budget, recompute) = Self::plan(&model, options, microbatch::free_memory());
+        let (budget, recompute) = Self::plan(&model, 1, options, microbatch::free_memory());
         let (promises, pace) = Default::default();
         Self { model, ranks: Arc::new(Ranks::alone()), budget, recompute, promises, pace }
     }
@@ -171,7 +171,7 @@ impl Engine {
             Some(memory) => Some(memory.free),
             None => microbatch::free_memory().map(|bytes| bytes / sharing.max(1) as u64),
         };
-        let planned = Self::plan(&model, options, free);
+        let planned = Self::plan(&model, ranks.mesh().tp(), options, free);
         let (budget, recompute) = Self::agreed(&ranks, planned)?;
         let (promises, pace) = Default::default();
         Ok(Self { model, ranks, budget, recompute, promises, pace })
@@ -183,8 +183,9 @@ impl Engine {
         Ok((least[0].unsigned_abs() as usize, least[1] == 1))
     }
 
-    fn plan(model: &T5, options: EngineOptions, free: Option<u64>) -> (usize, bool) {
-        let memory = TokenMemory::of(model.config(), model.dtype());
+    /// `shards` ranks have the model together.
+    fn plan(model: &T5, shards: usize, options: EngineOptions, free: Option<u64>) -> (usize, bool) {
+        let memory = TokenMemory::of(model.config(), model.dtype(), shards);
         let recompute = match options.recompute {
             Recompute::Auto => None,
             Recompute::On => Some(true),

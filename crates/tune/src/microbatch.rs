@@ -74,14 +74,18 @@ pub(crate) struct TokenMemory {
 
 impl TokenMemory {
     /// An estimate from above: residual stream in f32; queries, keys, values, the attention's output and the
-    /// feed-forward's inside in the type of the products.
-    pub(crate) fn of(config: &Config, dtype: DType) -> Self {
+    /// feed-forward's inside in the type of the products. Of `shards` ranks that share a model each has all of the stream, and its
+    /// share of the rest.
+    pub(crate) fn of(config: &Config, dtype: DType, shards: usize) -> Self {
         let heads = config.num_heads * config.d_kv;
         let feed_forward = config.d_ff * if config.gated { 3 } else { 2 };
         let stream = 4 * config.d_model;
-        let inside = 3 * stream + dtype.size_in_bytes().max(2) * (4 * heads + feed_forward);
-        // A decoder layer keeps keys and values of the encoder's tokens, or nothing of them where targets are short; its own tokens are few.
-        let crossed = dtype.size_in_bytes().max(2) * 2 * heads * config.num_decoder_layers;
+        let cut = |numbers: usize| (dtype.size_in_bytes().max(2) * numbers).div_ceil(shards);
+        let inside = 3 * stream + cut(4 * heads + feed_forward);
+        // A decoder layer keeps keys and values of the encoder's tokens; or, where targets are short, on a GPU the probabilities, of
+        // which each token has one for every head and row of its target. Such rows are d_kv / 4 at most, so that these are an eighth of
+        // the former, and no more than they where a single token's are padded to eight. Its own tokens are few.
+        let crossed = cut(2 * heads * config.num_decoder_layers);
         let layers = config.num_layers + 1;
         Self { kept: layers * inside + crossed, recomputed: layers * stream + 2 * inside + crossed }
     }
@@ -204,7 +208,7 @@ mod tests {
     #[test]
     fn a_gpu_cuts_a_batch_before_it_recomputes() {
         let xxl = Config::preset("xxl").expect("a known shape");
-        let memory = TokenMemory::of(&xxl, DType::BF16);
+        let memory = TokenMemory::of(&xxl, DType::BF16, 1);
         let (tokens, recompute) = plan(Taste::GPU, memory, Some(55_000_000_000), None, None);
         assert!((8_000..16_000).contains(&tokens) && !recompute, "{tokens}, {recompute}, {memory:?}");
         // A small card recomputes.
@@ -212,10 +216,28 @@ mod tests {
         assert!((4_000..6_000).contains(&tokens) && recompute, "{tokens}, {recompute}");
     }
 
+    /// A T5-XXL has 24 layers on each side, 64 heads of 64 and three products of 10,240 columns; its stream is 4,096 wide.
+    #[test]
+    fn a_rank_keeps_all_of_the_stream_and_its_share_of_heads_and_columns() {
+        let xxl = Config::preset("xxl").expect("a known shape");
+        let of = |shards| TokenMemory::of(&xxl, DType::BF16, shards);
+        // A layer: 3 * 4 * 4096 of the stream, 2 * (4 * 4096 + 3 * 10240) of heads and columns. All decoder layers: 24 * 2 * 2 * 4096.
+        let (stream, cut, crossed) = (49_152, 94_208, 393_216);
+        let kept = 25 * (stream + cut) + crossed;
+        let recomputed = 25 * 16_384 + 2 * (stream + cut) + crossed;
+        assert_eq!((kept, recomputed), (3_977_216, 1_089_536));
+        assert_eq!(of(1), TokenMemory { kept, recomputed });
+        // 94208 / 8 = 11776, and 393216 / 8 = 49152.
+        let kept = 25 * (stream + 11_776) + 49_152;
+        let recomputed = 25 * 16_384 + 2 * (stream + 11_776) + 49_152;
+        assert_eq!((kept, recomputed), (1_572_352, 580_608));
+        assert_eq!(of(8), TokenMemory { kept, recomputed });
+    }
+
     #[test]
     fn a_base_model_needs_kilobytes_a_token_and_layer() {
         let base = Config::preset("base").expect("a known shape");
-        let memory = TokenMemory::of(&base, DType::BF16);
+        let memory = TokenMemory::of(&base, DType::BF16, 1);
         assert!((150_000..800_000).contains(&memory.kept), "{memory:?}");
         assert!(memory.recomputed < memory.kept / 2, "{memory:?}");
     }
