@@ -76,7 +76,7 @@ pub(crate) fn run(args: WorkerArgs) -> Result<Exit> {
 /// What an agent of this program is told.
 ///
 /// # Errors
-/// If the program's own file is not known, or the directory is none.
+/// If the program's own file is not known, the directory is none, or a GPU of the machine cannot be used.
 pub(crate) fn agent_config(
     coordinator: ClientConfig,
     worker_id: String,
@@ -84,15 +84,16 @@ pub(crate) fn agent_config(
     machine: &MachineArgs,
 ) -> Result<AgentConfig> {
     let program = std::env::current_exe().context("cannot find this program's own file")?;
-    let gpus = incipit_kernels::gpus().map_or(0, |gpus| gpus.len());
+    let gpus = agent::gpus()?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let default = if gpus > 0 { gpus } else { cores } as u32;
+    let default = if gpus.is_empty() { cores } else { gpus.len() } as u32;
     let mut engine = vec!["engine".to_owned()];
     engine.extend(machine.hang_after.map(|seconds| format!("--hang-after={seconds}")));
     Ok(AgentConfig {
         coordinator,
         worker_id,
         slots: machine.slots.unwrap_or(default),
+        gpus,
         state_dir: std::path::absolute(state_dir)?,
         address: machine.address.map(|address| address.to_string()),
         drain: Duration::from_secs(machine.drain_within),

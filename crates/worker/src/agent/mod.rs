@@ -3,6 +3,7 @@
 pub mod core;
 mod engines;
 mod files;
+mod gpus;
 mod jobs;
 mod line;
 mod outbox;
@@ -20,6 +21,7 @@ use std::time::Duration;
 use incipit_proto::client::ClientConfig;
 
 pub use engines::{Engine, Key};
+pub use gpus::gpus;
 pub use shell::run;
 
 /// What an agent is told.
@@ -31,6 +33,8 @@ pub struct AgentConfig {
     pub worker_id: String,
     /// Ranks that it can hold: one for each GPU, or on a machine without any as many as are wanted.
     pub slots: u32,
+    /// Names of the machine's GPUs, as [`gpus`] has them.
+    pub gpus: Vec<String>,
     /// Directory for data, checkpoints on their way, and what is left to do after a restart. One agent has it.
     pub state_dir: PathBuf,
     /// An address of this machine that other ranks can reach; found out where none is given.
@@ -57,6 +61,12 @@ pub enum Error {
     /// Another agent has the directory.
     #[error("another agent works in {}; end it, or pass another --state-dir", .0.display())]
     InUse(PathBuf),
+    /// A GPU of the machine cannot be looked at.
+    #[error(
+        "this machine has GPUs of which one cannot be used: {0}; see what `nvidia-smi` says of it and which processes fill its memory, \
+         or name the others in CUDA_VISIBLE_DEVICES (none of them, to work on CPUs)"
+    )]
+    Gpus(incipit_kernels::Error),
     /// The coordinator will never take this agent.
     #[error("the coordinator turns it away for good, and its engines were ended: {0}")]
     TurnedAway(String),

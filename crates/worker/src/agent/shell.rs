@@ -89,7 +89,7 @@ impl Shell {
             worker: worker.to_string(),
             incarnation: uuid::Uuid::new_v4().to_string(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            machine: machine(),
+            machine: machine(config.gpus.clone()),
             slots: config.slots,
             outbox: files.outbox().to_string_lossy().into_owned(),
             drain: config.drain.as_millis() as Time,
@@ -341,9 +341,8 @@ fn lock(dir: &Path) -> Result<File, Error> {
     }
 }
 
-/// This machine.
-fn machine() -> v1::Machine {
-    let gpus = incipit_kernels::gpus().unwrap_or_default();
+/// This machine, with these GPUs.
+fn machine(gpus: Vec<String>) -> v1::Machine {
     let mut collectives = vec!["local".to_owned()];
     collectives.extend(cfg!(feature = "gloo").then(|| "gloo".to_owned()));
     collectives.extend(cfg!(feature = "cuda").then(|| "nccl".to_owned()));
@@ -352,7 +351,7 @@ fn machine() -> v1::Machine {
         cpu_cores: std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32),
         memory_bytes: rustix::system::sysinfo().totalram,
         isa: incipit_kernels::isa().name().to_owned(),
-        gpus: gpus.into_iter().map(|gpu| gpu.name).collect(),
+        gpus,
         collectives,
     }
 }
