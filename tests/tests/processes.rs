@@ -5,6 +5,7 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
@@ -224,6 +225,53 @@ fn a_run_whose_rank_was_killed_goes_on_on_any_mesh() -> Result<()> {
             ensure!((a / b - 1.0).abs() < 0.1, "{a} and {b}");
         }
     }
+    Ok(())
+}
+
+/// The configuration of the model in `dir` cannot be read for `time`, as if it came over a slow line.
+fn slow_down(dir: &Path, time: Duration) -> Result<()> {
+    let (config, whole) = (dir.join("config.json"), dir.join("whole"));
+    std::fs::rename(&config, &whole)?;
+    let made = std::process::Command::new("mkfifo").arg(&config).status()?;
+    ensure!(made.success(), "no pipe can be made");
+    std::thread::spawn(move || -> Result<()> {
+        // Whoever opens the pipe waits until this opens it, too.
+        std::thread::sleep(time);
+        let mut pipe = std::fs::File::options().write(true).open(&config)?;
+        pipe.write_all(&std::fs::read(&whole)?)?;
+        // Before its end: who reads it again finds a file.
+        Ok(std::fs::rename(&whole, &config)?)
+    });
+    Ok(())
+}
+
+#[test]
+fn ranks_wait_for_one_that_takes_longer_than_the_deadline_to_load() -> Result<()> {
+    const DEADLINE: u64 = 3;
+    let dir = tempfile::tempdir()?;
+    let at = |name: &str| dir.path().join(name);
+    let how = "--steps 2 --seed 3 --collective gloo --tp 2 --threads 1 --deadline";
+    let mut args = train(&at("out"), &format!("{how} {DEADLINE}"));
+    // Found by each rank in its own folder.
+    let model = args.iter().position(|arg| arg == "--model").context("a model")?;
+    args[model + 1] = "model".to_owned();
+    let mut ranks = Vec::new();
+    for rank in ["0", "1"] {
+        let folder = at(rank);
+        std::fs::create_dir(&folder)?;
+        common::copy(Path::new(&demo("model")), &folder.join("model"))?;
+        if rank == "1" {
+            slow_down(&folder.join("model"), Duration::from_secs(2 * DEADLINE + 1))?;
+        }
+        let mut command = command(&args)?;
+        command.current_dir(folder).env("RANK", rank).env("WORLD_SIZE", "2");
+        command.env("INCIPIT_STORE", format!("file:{}", at("store").display()));
+        ranks.push(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?);
+    }
+    for rank in ranks {
+        Ran::from(rank.wait_with_output()?).ok()?;
+    }
+    ensure!(steps_made(&at("out")) == 2);
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! Several ranks: as threads of this process, and what they agree on.
 
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
 use candle_core::{Device, Tensor};
@@ -7,6 +8,9 @@ use incipit_collective::{Collective, Mesh, Options, Ranks, Reduce, gather_bytes,
 use incipit_data::TokenizedExample;
 
 use crate::{Error, Result, prompt::Prompt, trained::Trained};
+
+/// How often ranks that wait for others ask whether these still work.
+const BETWEEN: Duration = Duration::from_millis(20);
 
 /// Does `work` on every rank of a mesh, each a thread with threads of its own to compute with (`threads` in all; the machine's
 /// where none are given). Results are in the order of the ranks.
@@ -96,18 +100,45 @@ pub fn agree<const N: usize>(
     Ok(())
 }
 
-/// Does `work` on every rank, however long it takes on one: nobody runs into the deadline of an operation meanwhile.
-pub(crate) fn while_others_wait<T: Send>(
-    ranks: &Ranks,
-    work: impl FnOnce() -> Result<T> + Send,
-) -> Result<T> {
+/// Does `work` on every rank, however long it takes on one: nobody runs into the deadline of an operation meanwhile. A rank whose work
+/// fails leaves with its error at once, and the others lose it.
+///
+/// The work stays on the thread, and with its pool, on which it was called; others are told by another thread that it goes on.
+pub(crate) fn while_others_wait<T>(ranks: &Ranks, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    if ranks.mesh().world() == 1 {
+        return work();
+    }
     std::thread::scope(|scope| {
-        let working = scope.spawn(work);
-        while any(ranks, !working.is_finished())? {
-            std::thread::sleep(Duration::from_millis(20));
+        let (sender, receiver) = channel();
+        let told = scope.spawn(move || tell_until_all_have_done(ranks, &receiver));
+        let done = work();
+        if done.is_ok() {
+            let _ = sender.send(());
         }
-        working.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        // What comes from a failure, or a panic, says no more.
+        drop(sender);
+        let told = told.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let done = done?;
+        told?;
+        Ok(done)
     })
+}
+
+/// Tells the others, again and again, whether this rank still works, until nobody does, or it has failed. `done` hears when it has done.
+fn tell_until_all_have_done(ranks: &Ranks, done: &Receiver<()>) -> Result<()> {
+    let mut works = true;
+    while any(ranks, works)? {
+        if !works {
+            std::thread::sleep(BETWEEN);
+            continue;
+        }
+        match done.recv_timeout(BETWEEN) {
+            Ok(()) => works = false,
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => break,
+        }
+    }
+    Ok(())
 }
 
 /// What stands for these examples in [`agree`]: a hash of their tokens.
@@ -153,4 +184,64 @@ pub(crate) fn on_this_machine(ranks: &Ranks) -> Result<usize> {
 /// Whether anybody says so.
 pub(crate) fn any(ranks: &Ranks, own: bool) -> Result<bool> {
     Ok(largest(ranks, &[i64::from(own)])?[0] == 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    /// What an exchange may wait.
+    const DEADLINE: Duration = Duration::from_secs(1);
+
+    /// Three ranks, of which each does `work` while the others wait; `left` is what it does where its work has failed.
+    fn on_three(work: impl Fn(usize) -> Result<usize> + Sync, left: impl Fn() + Sync) -> Vec<Result<usize>> {
+        let options = Options { deadline: DEADLINE, ..Options::default() };
+        on_threads(Mesh::new(3, 1, 3).unwrap(), Some(3), &options, |ranks| {
+            let done = while_others_wait(&ranks, || work(ranks.rank())).inspect_err(|error| {
+                ranks.abort(&error.to_string());
+                left();
+            })?;
+            // The next exchange is everybody's.
+            assert_eq!(largest(&ranks, &[done as i64])?, [2]);
+            Ok(done)
+        })
+    }
+
+    #[test]
+    fn a_rank_may_work_for_longer_than_the_deadline_while_others_wait() {
+        let work = |rank| {
+            // In the rank's own pool, and not in that of all threads of the process.
+            assert_eq!(rayon::current_num_threads(), 1);
+            assert_eq!(std::thread::current().name(), Some(&*format!("rank {rank}")));
+            std::thread::sleep(if rank == 1 { DEADLINE * 2 } else { Duration::ZERO });
+            Ok(rank)
+        };
+        let done: Result<Vec<_>> = on_three(work, || {}).into_iter().collect();
+        assert_eq!(done.unwrap(), [0, 1, 2]);
+    }
+
+    #[test]
+    fn a_rank_whose_work_fails_leaves_at_once_and_tells_the_others_why() {
+        let has_left = AtomicBool::new(false);
+        let work = |rank| {
+            if rank == 1 {
+                return Err(Error::Regroup { what: "its disk is gone".to_owned() });
+            }
+            // It works until rank 1 has left: that does not wait for the end of this.
+            let looks = (0..6000).take_while(|_| {
+                std::thread::sleep(Duration::from_millis(10));
+                !has_left.load(Ordering::SeqCst)
+            });
+            assert!(looks.count() < 6000, "rank 1 waits for rank {rank}");
+            Ok(rank)
+        };
+        for (rank, done) in on_three(work, || has_left.store(true, Ordering::SeqCst)).into_iter().enumerate()
+        {
+            let error = done.unwrap_err();
+            assert!(error.to_string().contains("its disk is gone"), "rank {rank}: {error}");
+            assert_eq!(error.is_echo(), rank != 1, "rank {rank}: {error}");
+        }
+    }
 }

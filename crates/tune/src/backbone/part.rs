@@ -44,7 +44,8 @@ impl Opened {
         // Said here already, for weights may take minutes.
         same_instructions(ranks, device.is_gpu())?;
         let device = device.open(ranks)?;
-        Self::at(&directory(model, ranks)?, model, dtype, device)
+        let dir = directory(model, ranks)?;
+        ranks::while_others_wait(ranks, || Self::at(&dir, model, dtype, device))
     }
 
     /// Opens the model in `dir`, which was asked for as `name`, for one rank by itself.
@@ -79,12 +80,12 @@ impl Opened {
         Ok(Part { model, tokenizer, checkpoint, digests, name, options: None, fingerprint: None })
     }
 
-    /// Loads what is this rank's of the weights; all ranks do so together.
+    /// Loads what is this rank's of the weights; all ranks do so together, and one whose disk is slow is waited for.
     ///
     /// # Errors
     /// As [`Backbone::load_on`].
     pub fn load(self, options: EngineOptions, ranks: &Arc<Ranks>) -> Result<Backbone> {
-        self.part(ranks.shard(Axis::Tensor))?.meet(options, ranks)
+        ranks::while_others_wait(ranks, || self.part(ranks.shard(Axis::Tensor)))?.meet(options, ranks)
     }
 }
 
