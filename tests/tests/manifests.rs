@@ -425,3 +425,57 @@ fn the_pods_commands_make_a_cluster_with_the_secrets_that_the_readme_makes() -> 
     ensure!((drained, ended) == (75, 0), "{drained} {ended}");
     Ok(())
 }
+
+/// Executable files with these texts, in a folder of their own.
+fn stand_ins(folder: &Path, programs: &[(&str, &str)]) -> Result<()> {
+    for (name, text) in programs {
+        let file = folder.join(name);
+        std::fs::write(&file, format!("#!/bin/bash\n{text}\n"))?;
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o755))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn slurms_workers_meet_by_the_interface_that_is_named_over_nccl_too() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    stand_ins(
+        dir.path(),
+        &[
+            ("srun", "while [ \"$1\" != bash ]; do shift; done; exec \"$@\""),
+            (
+                "ip",
+                "[ \"${*: -1}\" = ib7 ] && echo '7: ib7    inet 10.1.2.3/16 brd 10.1.255.255 scope global ib7'",
+            ),
+            ("incipit", "echo \"by ${NCCL_SOCKET_IFNAME-nothing}: $*\""),
+        ],
+    )?;
+    std::fs::write(dir.path().join("endpoint"), "https://node:7420\n")?;
+    for (interface, set, expected, address) in [
+        ("", None, "nothing", ""),
+        ("ib7", None, "=ib7", "--address 10.1.2.3 "),
+        ("ib7", Some("ib"), "ib", "--address 10.1.2.3 "),
+    ] {
+        let mut script = Command::new("bash");
+        script.arg(root().join("cluster/slurm/workers.sbatch")).env_remove("NCCL_SOCKET_IFNAME");
+        let path = format!("{}:{}", dir.path().display(), std::env::var("PATH")?);
+        script.envs([
+            ("PATH", &*path),
+            ("SLURM_PROCID", "0"),
+            ("SLURMD_NODENAME", "node"),
+            ("SLURM_JOB_ID", "1"),
+        ]);
+        script.env("INCIPIT_HOME", dir.path()).env("INCIPIT_INTERFACE", interface);
+        script.envs(set.map(|set| ("NCCL_SOCKET_IFNAME", set)));
+        let ran = script.output()?;
+        let said = String::from_utf8(ran.stdout)?;
+        let errors = String::from_utf8_lossy(&ran.stderr);
+        ensure!(ran.status.success(), "{said}\n{errors}");
+        let told = format!("by {expected}: worker --coordinator https://node:7420");
+        ensure!(
+            said.contains(&told) && said.contains(&format!("--drain-within 50 {address}--ca")),
+            "{said}\n{errors}"
+        );
+    }
+    Ok(())
+}
