@@ -22,10 +22,13 @@ use crate::{
 
 mod losses;
 mod refusal;
+mod shortage;
 mod sum;
 mod weights;
 
 pub use refusal::Refusal;
+use shortage::Lacked;
+pub(crate) use shortage::{Limits, Shortage};
 pub use weights::WeightGradient;
 
 choices! {
@@ -131,8 +134,8 @@ pub enum JobFault {
 pub struct Engine {
     model: Arc<T5>,
     ranks: Arc<Ranks>,
-    budget: usize,
-    recompute: bool,
+    limits: Limits,
+    shortage: Shortage,
     /// Memory that jobs on this backbone were promised; models with trained weights share it.
     pub(crate) promises: Promises,
     pace: Arc<Pace>,
@@ -155,9 +158,9 @@ impl Engine {
     /// An engine over `model`, which lies in main memory, on one rank.
     #[must_use]
     pub fn new(model: Arc<T5>, options: EngineOptions) -> Self {
-        let (budget, recompute) = Self::plan(&model, 1, options, microbatch::free_memory());
-        let (promises, pace) = Default::default();
-        Self { model, ranks: Arc::new(Ranks::alone()), budget, recompute, promises, pace }
+        let limits = Self::plan(&model, 1, options, microbatch::free_memory());
+        let (shortage, promises, pace) = Default::default();
+        Self { model, ranks: Arc::new(Ranks::alone()), limits, shortage, promises, pace }
     }
 
     /// An engine over `model`, which is this rank's part of it. Examples are dealt out to the replicas.
@@ -165,44 +168,48 @@ impl Engine {
     /// # Errors
     /// If the ranks cannot agree on the size of a microbatch, or the device does not tell of its memory.
     pub fn on(model: Arc<T5>, options: EngineOptions, ranks: Arc<Ranks>) -> Result<Self> {
+        Self::within(model, options, None, ranks)
+    }
+
+    /// As [`Self::on`], where this rank knows of an earlier group what it can take.
+    pub(crate) fn within(
+        model: Arc<T5>,
+        options: EngineOptions,
+        known: Option<Limits>,
+        ranks: Arc<Ranks>,
+    ) -> Result<Self> {
         // Ranks of one machine share its memory, and each has a GPU's for itself.
         let sharing = ranks::on_this_machine(&ranks)?;
         let free = match incipit_kernels::device_memory(model.device())? {
             Some(memory) => Some(memory.free),
             None => microbatch::free_memory().map(|bytes| bytes / sharing.max(1) as u64),
         };
-        let planned = Self::plan(&model, ranks.mesh().tp(), options, free);
-        let (budget, recompute) = Self::agreed(&ranks, planned)?;
-        let (promises, pace) = Default::default();
-        Ok(Self { model, ranks, budget, recompute, promises, pace })
-    }
-
-    /// Ranks that share a model go through it in step, so that they must cut alike, and the smallest decides.
-    fn agreed(ranks: &Ranks, (budget, recompute): (usize, bool)) -> Result<(usize, bool)> {
-        let least = ranks::largest(ranks, &[-(budget as i64), i64::from(recompute)])?;
-        Ok((least[0].unsigned_abs() as usize, least[1] == 1))
+        let planned = known.unwrap_or_else(|| Self::plan(&model, ranks.mesh().tp(), options, free));
+        let limits = planned.agreed(&ranks)?;
+        let (shortage, promises, pace) = Default::default();
+        Ok(Self { model, ranks, limits, shortage, promises, pace })
     }
 
     /// `shards` ranks have the model together.
-    fn plan(model: &T5, shards: usize, options: EngineOptions, free: Option<u64>) -> (usize, bool) {
+    fn plan(model: &T5, shards: usize, options: EngineOptions, free: Option<u64>) -> Limits {
         let memory = TokenMemory::of(model.config(), model.dtype(), shards);
         let recompute = match options.recompute {
             Recompute::Auto => None,
             Recompute::On => Some(true),
             Recompute::Off => Some(false),
         };
-        let taste = if model.device().is_cpu() { Taste::CPU } else { Taste::GPU };
+        let taste = Taste::of(model.device());
         let (budget, recompute) = microbatch::plan(taste, memory, free, options.microbatch_tokens, recompute);
         tracing::debug!(budget, recompute, free, "planned microbatches");
-        (budget, recompute)
+        Limits::planned(budget, recompute)
     }
 
     /// The same ranks and microbatches, with another model in the place of the backbone: this one, with some of its weights trained.
     #[must_use]
     pub fn with_model(&self, model: T5) -> Self {
-        let (ranks, budget, recompute) = (self.ranks.clone(), self.budget, self.recompute);
+        let (ranks, limits, shortage) = (self.ranks.clone(), self.limits, self.shortage.clone());
         let (promises, pace) = (self.promises.clone(), self.pace.clone());
-        Self { model: Arc::new(model), ranks, budget, recompute, promises, pace }
+        Self { model: Arc::new(model), ranks, limits, shortage, promises, pace }
     }
 
     /// The ranks that have the backbone together.
@@ -228,16 +235,10 @@ impl Engine {
         self.pace.begin(&self.ranks, work, num_tokens)
     }
 
-    /// How the backbone is run, with nothing left open.
-    pub(crate) fn options(&self) -> EngineOptions {
-        let recompute = if self.recompute { Recompute::On } else { Recompute::Off };
-        EngineOptions { microbatch_tokens: Some(self.budget), recompute }
-    }
-
     /// Most tokens of a microbatch.
     #[must_use]
     pub fn microbatch_tokens(&self) -> usize {
-        self.budget
+        self.limits.budget
     }
 
     /// Each job's loss and gradient. A job with a number that is not finite, or with a batch that the model refuses, gets a
@@ -305,7 +306,7 @@ impl Engine {
             passes.entry((dropout.to_bits(), z_loss.to_bits())).or_default().push(row);
         }
         let options = |dropout, z_loss| PassOptions {
-            recompute: self.recompute,
+            recompute: self.limits.recompute,
             dropout: f32::from_bits(dropout),
             z_loss: f32::from_bits(z_loss),
         };
@@ -320,8 +321,12 @@ impl Engine {
         pass: (Work, Through<'_, T>),
         gathered: &mut [Gathered<T>],
     ) -> Result<()> {
+        // Without gradients nothing is kept: what has no room there would have some here.
+        let fitting =
+            if pass.0 == Work::Gradients { self.fitting(jobs, rows, gathered) } else { rows.to_vec() };
+        let rows = &fitting[..];
         let costs: Vec<usize> = rows.iter().map(|row| cost(&jobs[row.job], row.example)).collect();
-        let runs = microbatch::cut(&costs, self.budget);
+        let runs = microbatch::cut(&costs, self.limits.budget);
         runs.into_iter().try_for_each(|run| self.send(jobs, &rows[run], pass, gathered))
     }
 
@@ -351,9 +356,9 @@ impl Engine {
             Err(incipit_model::Error::Example { example, what }) => {
                 // Named by its place in the job's batch, not in the microbatch.
                 let example = rows.get(example).map_or(example, |row| row.example);
-                self.refusal(incipit_model::Error::Example { example, what })?
+                self.refusal(incipit_model::Error::Example { example, what }, jobs, rows)?
             }
-            Err(error) => self.refusal(error)?,
+            Err(error) => self.refusal(error, jobs, rows)?,
         };
         if prompts.len() == 1 {
             gathered[rows[0].job] = Err(refusal);
@@ -362,11 +367,15 @@ impl Engine {
         rows.chunk_by(|a, b| a.job == b.job).try_for_each(|alone| self.send(jobs, alone, pass, gathered))
     }
 
-    /// Why the model refused a batch. What is no fault of the batch is an error instead: one of the ranks, or of a device that failed.
-    fn refusal(&self, error: incipit_model::Error) -> Result<Refusal> {
+    /// Why the model refused these rows. What is no fault of the batch is an error instead: one of the ranks, or of a device that failed;
+    /// and memory that ran out on one of several ranks that go through the model in step.
+    fn refusal(&self, error: incipit_model::Error, jobs: &[JobBatch<'_>], rows: &[Row]) -> Result<Refusal> {
         let error = Error::from(error);
         if error.is_of_group() || !self.device_works() {
             return Err(error);
+        }
+        if error.is_of_gpu_memory() && self.shares_model() {
+            return Err(self.lacks(error.to_string(), Lacked::of(jobs, rows)));
         }
         Ok(Refusal { what: error.to_string(), out_of_memory: error.is_out_of_memory() })
     }

@@ -273,6 +273,16 @@ pub enum Error {
         /// Bytes that the machine lacks that has the least.
         short: u64,
     },
+    /// A rank has run out of GPU memory while others waited for its share of something.
+    #[error(
+        "rank {rank} has run out of GPU memory, and the ranks with which it shares the model cannot go on without it: {what}"
+    )]
+    RankMemory {
+        /// Which rank.
+        rank: usize,
+        /// How much was asked for, and how to mend it.
+        what: String,
+    },
     /// The ranks of a run were not told the same.
     #[error("rank {rank} has {what} than rank 0; start all ranks with the same flags and the same files")]
     RanksDiffer {
@@ -341,6 +351,7 @@ impl Error {
         match self {
             Self::Collective(_)
             | Self::Model(incipit_model::Error::Collective(_))
+            | Self::RankMemory { .. }
             | Self::RanksDiffer { .. }
             | Self::Received { .. }
             | Self::Regroup { .. } => true,
@@ -368,10 +379,16 @@ impl Error {
     #[must_use]
     pub fn is_out_of_memory(&self) -> bool {
         match self {
-            Self::Memory { .. } => true,
+            Self::Memory { .. } | Self::RankMemory { .. } => true,
             Self::Stopped { why, .. } => why.out_of_memory,
-            _ => matches!(self.of_kernels(), Some(incipit_kernels::Error::GpuMemory { .. })),
+            _ => self.is_of_gpu_memory(),
         }
+    }
+
+    /// Whether the memory of this rank's GPU ran out, of which no other rank knows.
+    #[must_use]
+    pub fn is_of_gpu_memory(&self) -> bool {
+        matches!(self.of_kernels(), Some(incipit_kernels::Error::GpuMemory { .. }))
     }
 
     /// A value of a flag that cannot be.

@@ -3,17 +3,17 @@
 
 use std::ops::Range;
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 use incipit_model::Config;
 
 /// Below this, reading the weights takes longer than the products, and a step gets slower.
-const LEAST_TOKENS: usize = 256;
+pub(crate) const LEAST_TOKENS: usize = 256;
 
 /// What a kind of device does best with.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Taste {
     /// Tokens at which wide products run at full speed: with fewer it is better to recompute than to cut smaller.
-    comfortable: usize,
+    pub(crate) comfortable: usize,
     /// More would only need more memory.
     most: usize,
     /// The automatic budget's share of the free memory.
@@ -25,6 +25,10 @@ impl Taste {
     pub(crate) const CPU: Self = Self { comfortable: 2048, most: 2048, memory_share: 0.25 };
     /// The rest of the memory is for what passes by: logits, workspaces, and holes between tensors.
     pub(crate) const GPU: Self = Self { comfortable: 4096, most: 65_536, memory_share: 0.8 };
+
+    pub(crate) fn of(device: &Device) -> Self {
+        if device.is_cpu() { Self::CPU } else { Self::GPU }
+    }
 }
 
 /// Cuts examples of `costs` tokens, in their order, into as few runs as the budget allows, all of about the same size. An

@@ -15,7 +15,7 @@ use crate::{
     Error, Result,
     backbone::Backbone,
     device::DeviceChoice,
-    engine::{Engine, EngineOptions},
+    engine::{Engine, EngineOptions, Limits, Shortage},
     ranks,
     spec::Precision,
 };
@@ -77,7 +77,7 @@ impl Opened {
         let model = T5::load_on(config, &*checkpoint, dtype, &TensorAxis::unmet(shard), &device)?;
         let digests = own_digests(&checkpoint, shard);
         let model = Arc::new(model);
-        Ok(Part { model, tokenizer, checkpoint, digests, name, options: None, fingerprint: None })
+        Ok(Part { model, tokenizer, checkpoint, digests, name, limits: None, fingerprint: None })
     }
 
     /// Loads what is this rank's of the weights; all ranks do so together, and one whose disk is slow is waited for.
@@ -98,8 +98,8 @@ pub struct Part {
     /// What this rank has hashed of it.
     digests: Digests,
     name: String,
-    /// How the first group has found that the backbone is to be run.
-    options: Option<EngineOptions>,
+    /// What the ranks of the last group could take at once, and what this one has found out since.
+    limits: Option<(Limits, Shortage)>,
     /// What all of it was in the first group.
     fingerprint: Option<Fingerprint>,
 }
@@ -108,7 +108,7 @@ impl Part {
     /// Joins a group of ranks that have the model's other parts, or the same ones: the weights stay where they are, whatever became of an
     /// earlier group, or of an earlier call of this. All ranks of the group make this call together.
     ///
-    /// `options` are those of the first group that was met; others agree with its ranks.
+    /// `options` are those of the first group that was met; others agree with its ranks, on less where memory did not suffice for that.
     ///
     /// # Errors
     /// [`Error::Regroup`] if this rank has another part than its place in the group says, a backbone of an earlier group is still there, or
@@ -116,13 +116,17 @@ impl Part {
     pub fn meet(&mut self, options: EngineOptions, ranks: &Arc<Ranks>) -> Result<Backbone> {
         self.take_place(&TensorAxis::of(ranks))?;
         same_instructions(ranks, !self.model.device().is_cpu())?;
-        let engine = Engine::on(self.model.clone(), self.options.unwrap_or(options), ranks.clone())?;
+        if let Some((limits, shortage)) = &mut self.limits {
+            *limits = shortage.lower(*limits, self.model.device());
+        }
+        let known = self.limits.as_ref().map(|(limits, _)| *limits);
+        let engine = Engine::within(self.model.clone(), options, known, ranks.clone())?;
         let fingerprint = fingerprint(&self.checkpoint, ranks, &self.digests)?;
         if self.fingerprint.is_some_and(|known| known != fingerprint) {
             let what = format!("another rank has other weights of {}; were its files changed?", self.name);
             return Err(Error::Regroup { what });
         }
-        (self.options, self.fingerprint) = (Some(engine.options()), Some(fingerprint));
+        (self.limits, self.fingerprint) = (Some(engine.limits()), Some(fingerprint));
         Ok(Backbone {
             engine,
             tokenizer: self.tokenizer.clone(),

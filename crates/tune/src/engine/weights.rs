@@ -79,7 +79,7 @@ impl Engine {
         let mut refusal = None;
         for (options, rows) in self.passes(jobs, replicas) {
             let costs: Vec<usize> = rows.iter().map(|row| cost(job, row.example)).collect();
-            for run in microbatch::cut(&costs, self.budget) {
+            for run in microbatch::cut(&costs, self.limits.budget) {
                 let rows = &rows[run];
                 let (prompts, examples) = assemble(jobs, rows);
                 let batch = Microbatch { prompts: &prompts, examples: &examples };
@@ -93,7 +93,7 @@ impl Engine {
                         rows.iter().zip(losses).for_each(|(row, loss)| told[row.example] = loss);
                     }
                     Err(error) => {
-                        refusal = Some(self.refusal(error)?);
+                        refusal = Some(self.refusal(error, jobs, rows)?);
                         rows.iter().for_each(|row| told[row.example] = REFUSED);
                     }
                 }

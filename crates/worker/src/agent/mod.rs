@@ -33,7 +33,7 @@ pub struct AgentConfig {
     pub worker_id: String,
     /// Ranks that it can hold: one for each GPU, or on a machine without any as many as are wanted.
     pub slots: u32,
-    /// Names of the machine's GPUs, as [`gpus`] has them.
+    /// Names of the machine's GPUs, as [`gpus()`] has them.
     pub gpus: Vec<String>,
     /// Directory for data, checkpoints on their way, and what is left to do after a restart. One agent has it.
     pub state_dir: PathBuf,

@@ -11,14 +11,24 @@ pub(crate) struct Failure {
     pub(crate) message: String,
     /// Whether the ranks cannot go on together: no job is to blame.
     pub(crate) of_group: bool,
+    /// Whether the memory of this rank's GPU ran out, of which no other rank knows.
+    pub(crate) of_gpu_memory: bool,
 }
 
 /// What a job's own failure is no other's business for.
 pub(crate) type Result<T> = std::result::Result<T, Failure>;
 
+impl Failure {
+    /// One for which a job alone is to blame.
+    pub(crate) fn of_job(reason: JobReason, message: String) -> Self {
+        Self { reason, message, of_group: false, of_gpu_memory: false }
+    }
+}
+
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        Self { reason: reason(&error), of_group: error.is_of_group(), message: error.to_string() }
+        let (of_group, of_gpu_memory) = (error.is_of_group(), error.is_of_gpu_memory());
+        Self { reason: reason(&error), of_group, of_gpu_memory, message: error.to_string() }
     }
 }
 
@@ -30,7 +40,7 @@ impl From<incipit_collective::Error> for Failure {
 
 impl From<Problem> for Failure {
     fn from(problem: Problem) -> Self {
-        Self { reason: JobReason::BadSpec, message: problem.message, of_group: false }
+        Self::of_job(JobReason::BadSpec, problem.message)
     }
 }
 
@@ -54,8 +64,16 @@ fn reason(error: &Error) -> JobReason {
 
 /// A failure of a job is an error of the result inside, one of the group of the result outside. No job is to blame for a device that failed.
 pub(crate) fn unless_of_group<T>(backbone: &Backbone, result: Result<T>) -> Result<Result<T>> {
-    match result {
+    match result.map_err(|failure| as_of_group(backbone, failure)) {
         Err(failure) if failure.of_group || !backbone.engine.device_works() => Err(failure),
         result => Ok(result),
     }
+}
+
+/// Memory that ran out on one of the ranks that share a model is the end of their group: the others stand in an exchange with it.
+pub(crate) fn as_of_group(backbone: &Backbone, failure: Failure) -> Failure {
+    if failure.of_gpu_memory && backbone.engine.shares_model() && backbone.engine.device_works() {
+        return backbone.engine.ends_for_memory(failure.message).into();
+    }
+    failure
 }

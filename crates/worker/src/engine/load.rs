@@ -60,7 +60,7 @@ impl Loader {
         };
         if let Err(error) = std::thread::Builder::new().spawn(load) {
             let message = format!("its data cannot be read, for the system gives no more threads: {error}");
-            let failure = Failure { reason: JobReason::Internal, message, of_group: false };
+            let failure = Failure::of_job(JobReason::Internal, message);
             let loaded = Loaded { job: name, attempt, begin: Err(failure) };
             let _ = self.inbox.send(Mail::Loaded(Box::new(loaded)));
         }
@@ -85,7 +85,7 @@ impl Shelf {
         let begin = catch_unwind(AssertUnwindSafe(|| self.begin(assignment, local)));
         let begin = begin.unwrap_or_else(|_| {
             let message = "its data made the loader panic; the engine's log has the place".to_owned();
-            Err(Failure { reason: JobReason::Internal, message, of_group: false })
+            Err(Failure::of_job(JobReason::Internal, message))
         });
         Some(Loaded { job, attempt, begin })
     }
@@ -137,7 +137,7 @@ impl Shelf {
 /// Checks that a path of this machine leads to something under one of `roots`, also where it has links. Their names were compared by the
 /// coordinator, which does not see this machine's disk.
 fn check_path(path: &str, roots: &[String]) -> Result<()> {
-    let failure = |reason, message| Err(Failure { reason, message, of_group: false });
+    let failure = |reason, message| Err(Failure::of_job(reason, message));
     let found = match std::fs::canonicalize(path) {
         Ok(found) => found,
         Err(error) => {

@@ -7,7 +7,7 @@ use incipit_tune::engine::JobBatch;
 use incipit_tune::job::Update;
 use incipit_tune::tenant::Due;
 
-use crate::engine::failure::{Result, unless_of_group};
+use crate::engine::failure::{Result, as_of_group, unless_of_group};
 use crate::engine::plan::{Admission, Plan};
 use crate::engine::resident::{Begin, Evaluated, OfTasks, Resident};
 use crate::engine::share::{Key, Want};
@@ -92,7 +92,8 @@ impl Residents {
         let batches = |key: &Key| Some((*key, self.jobs.get(key)?.batches()));
         let (keys, batches): (Vec<Key>, Vec<Vec<JobBatch<'_>>>) = keys.iter().filter_map(batches).unzip();
         let counts: Vec<usize> = batches.iter().map(Vec::len).collect();
-        let mut gradients = backbone.engine.gradients(&batches.concat())?.into_iter();
+        let gradients = backbone.engine.gradients(&batches.concat());
+        let mut gradients = gradients.map_err(|error| as_of_group(backbone, error.into()))?.into_iter();
         let mut steps = Vec::with_capacity(keys.len());
         for (key, count) in keys.into_iter().zip(counts) {
             let gradients: Vec<_> = gradients.by_ref().take(count).collect();
