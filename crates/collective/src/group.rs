@@ -39,8 +39,7 @@ pub trait Collective: Send + Sync + Debug {
     fn size(&self) -> usize;
 
     /// Every rank's `x` (f32, bf16 or i64, any shape, the same on all ranks) reduced number by number. All ranks get the
-    /// same bits; those of one number depend neither on its place nor on the other numbers, nor on the backend, but for
-    /// floating-point sums on a GPU over NCCL.
+    /// same bits; those of one number depend neither on its place nor on the other numbers, nor on the backend.
     ///
     /// # Errors
     /// If `x` cannot be reduced, the ranks do not agree on what they do, or one of them is lost or late.

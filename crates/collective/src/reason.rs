@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::store::Store;
 use crate::transport::Broken;
@@ -39,7 +38,7 @@ impl Reason {
 
     /// The reason, if one is left within `wait`.
     #[cfg(feature = "gloo")]
-    pub(crate) fn find(&self, wait: Duration) -> Option<Broken> {
+    pub(crate) fn find(&self, wait: std::time::Duration) -> Option<Broken> {
         self.read(self.store.get(&self.key, wait).ok()?)
     }
 

@@ -139,6 +139,7 @@ template <typename T> __device__ inline void draw_kept(const Head<T> &h, uint32_
     const uint64_t block = static_cast<uint64_t>(query + i / BLOCKS) * of_query + static_cast<uint64_t>(key / 8 + i % BLOCKS);
     reinterpret_cast<uint8_t *>(kept)[i] = static_cast<uint8_t>(kept_of(h.p.dropping, random_block(random, block)));
   }
+  __syncwarp(); // lanes that drew more or less are together for the group's next instruction
 }
 
 // Times dropout's factors, if there is any: those of a tile, of whose rows the warp has 16.

@@ -36,8 +36,8 @@ pub use embed::{Rows, Vocabulary, embed, embed_gradient};
 pub use error::{Error, Result};
 pub use frozen::{ByteOwner, Frozen, FrozenSlice};
 pub use gpu::device::{
-    CUDA_IS_BUILT, DeviceMemory, GpuInfo, KernelTime, check_device, device_memory, gpus, launches, open_gpu,
-    profile, profiled,
+    CUDA_IS_BUILT, DeviceMemory, GpuInfo, KernelTime, check_device, device_memory, gpu_names, gpus, launches,
+    open_gpu, profile, profiled,
 };
 #[cfg(feature = "emulator")]
 pub use gpu::emulated::{fail as fail_emulated_gpu, limit as limit_emulated_gpu, on as on_emulated_gpu};

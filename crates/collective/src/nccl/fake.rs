@@ -98,8 +98,7 @@ fn combine(calls: &[&Call], rank: usize) -> Option<Vec<u8>> {
             let mut sum = match step {
                 Step::Max if first.dtype != DType::I64 => largest(first.dtype, &parts),
                 Step::Max => numbers::reduce(first.dtype, &parts, Reduce::Max),
-                // An order of its own.
-                _ => numbers::reduce(first.dtype, &parts, Reduce::Sum),
+                _ => sum_in_rings(first.dtype, parts),
             };
             sum.resize(first.bytes.len(), 0);
             Some(sum)
@@ -112,6 +111,19 @@ fn combine(calls: &[&Call], rank: usize) -> Option<Vec<u8>> {
             Some(calls.iter().flat_map(|call| call.bytes[rank * len..(rank + 1) * len].to_vec()).collect())
         }
     }
+}
+
+/// In an order of NCCL's: which rank is the first depends on a number's place.
+fn sum_in_rings(dtype: DType, mut parts: Vec<&[u8]>) -> Vec<u8> {
+    let width = numbers::width(dtype);
+    let sums: Vec<Vec<u8>> = (0..parts.len())
+        .map(|_| {
+            parts.rotate_left(1);
+            numbers::reduce(dtype, &parts, Reduce::Sum)
+        })
+        .collect();
+    let number = |(i, first): (usize, &[u8])| sums[i % sums.len()][i * width..][..first.len()].to_vec();
+    sums[0].chunks(width).enumerate().flat_map(number).collect()
 }
 
 /// As NCCL does it: a NaN is passed over.

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
 
+use super::disagreement::Disagreement;
 use super::gate::{End, Gate, Stop};
 use super::lane::{Fault, Lane, Route, Step};
 use super::notes::{Absence, BEAT, Notes, SILENCE};
@@ -17,7 +18,6 @@ use super::patience::{HEALTH, LOOK, Patience};
 use super::watchdog::Watchdog;
 use crate::Mismatch;
 use crate::reason::Reason;
-use crate::store::Store;
 use crate::transport::{Broken, Parts, Transport, Until};
 use crate::wire::{self, FRAME, Header};
 
@@ -63,9 +63,7 @@ pub(super) struct Line<L: Lane> {
     awaits: AtomicBool,
     reason: Reason,
     notes: Arc<Notes>,
-    store: Arc<dyn Store>,
-    /// Where in the store it stands that the ranks of this group do not agree.
-    disagreement: String,
+    disagreement: Disagreement,
     /// It watches as long as a line is there.
     _watchdog: Arc<Watchdog>,
 }
@@ -80,29 +78,19 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn read_disagreement(found: crate::Result<Option<Vec<u8>>>) -> Option<Broken> {
-    let text = String::from_utf8(found.ok()??).ok()?;
-    let mut words = text.splitn(3, ' ');
-    let kind = *Mismatch::ALL.get(words.next()?.parse::<usize>().ok()?)?;
-    let sequence = words.next()?.parse().ok()?;
-    Some(Broken::Mismatch { kind, sequence, what: words.next()?.to_owned() })
-}
-
 /// What a line needs besides its lane.
 pub(super) struct Outfit {
     pub(super) seat: Seat,
     pub(super) deadline: Duration,
     pub(super) reason: Reason,
     pub(super) notes: Arc<Notes>,
-    pub(super) store: Arc<dyn Store>,
-    /// What the keys of this group begin with.
-    pub(super) prefix: String,
+    pub(super) disagreement: Disagreement,
     pub(super) watchdog: Arc<Watchdog>,
 }
 
 impl<L: Lane> Line<L> {
     pub(super) fn new(lane: L, outfit: Outfit) -> Self {
-        let Outfit { seat, deadline, reason, notes, store, prefix, watchdog } = outfit;
+        let Outfit { seat, deadline, reason, notes, disagreement, watchdog } = outfit;
         Self {
             gate: Gate::new(lane),
             seat,
@@ -115,8 +103,7 @@ impl<L: Lane> Line<L> {
             awaits: AtomicBool::new(false),
             reason,
             notes,
-            store,
-            disagreement: format!("{prefix}/disagreement"),
+            disagreement,
             _watchdog: watchdog,
         }
     }
@@ -216,7 +203,7 @@ impl<L: Lane> Line<L> {
         self.notes.publish();
         *lock(&self.looked) = Instant::now();
         let sequence = self.oldest(sequence);
-        self.disagreement().or_else(|| self.reason.last_known()).or_else(|| {
+        self.disagreement.last_known().or_else(|| self.reason.last_known()).or_else(|| {
             let (rank, absence) = self.notes.absent(self.seat.group, sequence, &self.seat.members)?;
             let what = match absence {
                 Absence::Left => "it has left the group".to_owned(),
@@ -235,16 +222,11 @@ impl<L: Lane> Line<L> {
     fn knock(&self) -> Result<(), Broken> {
         if self.has_not_looked_for(LOOK / 2) {
             *lock(&self.looked) = Instant::now();
-            if let Some(broken) = self.disagreement().or_else(|| self.reason.last_known()) {
+            if let Some(broken) = self.disagreement.last_known().or_else(|| self.reason.last_known()) {
                 return Err(broken);
             }
         }
         Ok(())
-    }
-
-    /// What another rank of this group is known to have found out about operations that do not match.
-    fn disagreement(&self) -> Option<Broken> {
-        read_disagreement(self.store.last_known(&self.disagreement))
     }
 
     fn late(&self, sequence: u64) -> Broken {
@@ -257,9 +239,7 @@ impl<L: Lane> Line<L> {
         match stop {
             Stop::Closed => self.ended(),
             // NCCL itself may refuse what another rank has found not to match.
-            Stop::Fault(Fault::Here(what)) => {
-                read_disagreement(self.store.try_get(&self.disagreement)).unwrap_or(Broken::Device { what })
-            }
+            Stop::Fault(Fault::Here(what)) => self.disagreement.find().unwrap_or(Broken::Device { what }),
             Stop::Fault(Fault::Peer(what)) => {
                 let until = Until::after(SILENCE + 2 * BEAT);
                 loop {
@@ -475,8 +455,7 @@ impl<L: Lane> Transport for Line<L> {
 
     fn disagreed(&self, kind: Mismatch, sequence: u64, what: &str) {
         // A rank that is still waiting for the frames may get an error of NCCL's in their place.
-        let place = Mismatch::ALL.iter().position(|other| *other == kind).unwrap_or_default();
-        let _ = self.store.set(&self.disagreement, format!("{place} {sequence} {what}").as_bytes());
+        self.disagreement.leave(kind, sequence, what);
         self.close(End::Abort, &Broken::Mismatch { kind, sequence, what: what.to_owned() });
     }
 

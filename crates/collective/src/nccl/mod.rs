@@ -1,12 +1,13 @@
 //! Ranks that each have a GPU: NCCL moves the numbers.
 //!
 //! Tensors in main memory go through the protocol that all backends share, so that their results are the same bits as
-//! everywhere. Tensors on the group's GPU stay there, and the host goes on meanwhile. NCCL adds up what has one sum in any order;
-//! of more than two floating-point numbers each rank adds up a piece, in the order of ranks. What the ranks say of such an operation
+//! everywhere. Tensors on the group's GPU stay there, and the host goes on meanwhile. NCCL adds up what has one sum in any order
+//! (integers, and two numbers in f32); of all else each rank adds up a piece, in the order of ranks. What the ranks say of such an operation
 //! travels before it and is compared behind the fact.
 
 #[cfg(feature = "nccl")]
 mod device;
+mod disagreement;
 #[cfg(test)]
 mod fake;
 #[cfg(feature = "nccl")]
@@ -32,6 +33,7 @@ use crate::reason::Reason;
 use crate::store::Store;
 use crate::transport::{Broken, Until};
 use crate::{Error, Options, Ranks, Result};
+use disagreement::Disagreement;
 use group::Group;
 use lane::{Fault, Opener};
 use line::{Line, Outfit, Seat};
@@ -174,8 +176,7 @@ impl Place<'_> {
             deadline: options.deadline,
             reason: reason(),
             notes: self.notes.clone(),
-            store: store.clone(),
-            prefix: prefix.clone(),
+            disagreement: Disagreement::new(store.clone(), &prefix),
             watchdog: self.watchdog.clone(),
         };
         // The others need not wait for the deadline to learn of it.

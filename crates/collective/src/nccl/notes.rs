@@ -15,8 +15,8 @@ use crate::store::Store;
 pub(super) const BEAT: Duration = Duration::from_secs(1);
 /// After how long without a sign of life a rank is taken for dead.
 pub(super) const SILENCE: Duration = Duration::from_secs(10);
-/// How many signs of life of its own a rank must have got back from the store meanwhile.
-const BEATS: u64 = SILENCE.as_secs() / BEAT.as_secs();
+/// How many signs of life of its own a rank must have found in the store meanwhile, one after the other.
+const ECHOES: u64 = SILENCE.as_secs() / BEAT.as_secs();
 
 /// What a rank wrote of itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -44,8 +44,16 @@ impl Note {
 #[derive(Clone, Copy, Debug)]
 struct Seen {
     note: Note,
-    /// The last beat of this rank's own that the store had given back when the note was found changed.
+    /// How many of this rank's own signs had been found when the note was found changed.
     at: u64,
+}
+
+/// This rank's own signs of life, as it finds them in the store when it looks at those of others: the last one, and how many were new. They
+/// are counted, and not the beats between: after a time in which the store brought nothing, others may be brought later than this rank's own.
+#[derive(Debug, Default)]
+struct Echoes {
+    last: u64,
+    count: u64,
 }
 
 /// What notes say of a rank that others wait for.
@@ -66,6 +74,7 @@ pub(super) struct Notes {
     begun: [AtomicU64; 3],
     mine: Mutex<Note>,
     others: Mutex<Vec<Option<Seen>>>,
+    echoes: Mutex<Echoes>,
 }
 
 impl fmt::Debug for Notes {
@@ -90,6 +99,7 @@ impl Notes {
             begun: Default::default(),
             mine: Mutex::default(),
             others: Mutex::new(vec![None; world]),
+            echoes: Mutex::default(),
         }
     }
 
@@ -140,13 +150,27 @@ impl Notes {
         Some(text.and_then(|text| Note::read(&text)).unwrap_or_default())
     }
 
-    /// What `rank` of the world has written last, and since which of this rank's own beats it has written nothing new; `own` is the last.
-    fn look_up(&self, rank: usize, own: u64) -> Option<Seen> {
+    /// How many of this rank's own signs were found by now, each at a look of its own; nothing if the store cannot be asked.
+    fn echoes(&self) -> Option<u64> {
+        let own = self.read(self.rank)?.beat;
+        let mut echoes = lock(&self.echoes);
+        if own != echoes.last {
+            *echoes = Echoes { last: own, count: echoes.count + 1 };
+        }
+        Some(echoes.count)
+    }
+
+    /// What `rank` of the world has written last, and since which of this rank's own signs it has written nothing new; `now` is the last.
+    fn look_up(&self, rank: usize, now: u64) -> Option<Seen> {
         let note = self.read(rank)?;
+        if now == 0 {
+            // What was brought before this rank's own note may be nothing yet.
+            return Some(Seen { note, at: now });
+        }
         let mut others = lock(&self.others);
-        let seen = others[rank].get_or_insert(Seen { note, at: own });
+        let seen = others[rank].get_or_insert(Seen { note, at: now });
         if seen.note != note {
-            *seen = Seen { note, at: own };
+            *seen = Seen { note, at: now };
         }
         Some(*seen)
     }
@@ -154,12 +178,12 @@ impl Notes {
     /// The first of `members`, by its place among them, that will not come to operation `sequence` of the group number
     /// `group`, or has died in it. Nothing where the store cannot be asked.
     pub(super) fn absent(&self, group: usize, sequence: u64, members: &[usize]) -> Option<(usize, Absence)> {
-        let own = self.read(self.rank)?.beat;
+        let now = self.echoes()?;
         for (place, rank) in members.iter().enumerate().filter(|(_, rank)| **rank != self.rank) {
-            let Seen { note, at } = self.look_up(*rank, own)?;
+            let Seen { note, at } = self.look_up(*rank, now)?;
             match note.left {
                 true if note.begun[group] <= sequence => return Some((place, Absence::Left)),
-                false if own >= at + BEATS => return Some((place, Absence::Silent)),
+                false if now >= at + ECHOES => return Some((place, Absence::Silent)),
                 _ => {}
             }
         }
@@ -188,43 +212,45 @@ mod tests {
         }
     }
 
-    /// As many beats of a rank as others need to take it for dead if they saw none.
-    fn live(notes: &Notes) {
-        (0..BEATS).for_each(|_| notes.sign());
+    /// What a rank comes to that waits for rank 1 while it gives so many signs of life itself.
+    fn wait(notes: &Notes, signs: u64) -> Option<(usize, Absence)> {
+        (0..signs).find_map(|_| {
+            notes.sign();
+            notes.absent(0, 1, &[0, 1])
+        })
     }
 
     #[test]
     fn a_rank_without_a_sign_of_life_is_given_up_unless_it_left() {
         let folder = tempfile::tempdir().unwrap();
         let notes = Notes::new(Arc::new(FileStore::new(folder.path()).unwrap()), "epoch/0", 0, 2);
-        assert_eq!(notes.absent(0, 1, &[0, 1]), None);
-        (1..BEATS).for_each(|_| notes.sign());
-        assert_eq!(notes.absent(0, 1, &[0, 1]), None);
-        notes.sign();
-        assert_eq!(notes.absent(0, 1, &[0, 1]), Some((1, Absence::Silent)));
+        assert_eq!(wait(&notes, ECHOES), None);
+        assert_eq!(wait(&notes, 1), Some((1, Absence::Silent)));
         let note = Note { left: true, begun: [9, 0, 0], ..Note::default() };
         notes.store.set(&notes.key(1), note.write().as_bytes()).unwrap();
-        assert_eq!(notes.absent(0, 1, &[0, 1]), None);
-        live(&notes);
-        assert_eq!(notes.absent(0, 1, &[0, 1]), None);
+        assert_eq!(wait(&notes, 2 * ECHOES), None);
     }
 
     #[test]
-    fn a_rank_is_not_given_up_for_what_was_not_looked_at_or_for_a_store_that_brings_nothing() {
+    fn a_rank_is_not_given_up_for_what_was_not_looked_at_or_was_not_brought() {
         let folder = tempfile::tempdir().unwrap();
         let [frozen, notes] = [0, 1].map(|_| Arc::new(Frozen::of(folder.path())));
         let mine = Notes::new(frozen.clone(), "epoch/0", 0, 2);
         let other = Notes::new(notes, "epoch/0", 1, 2);
-        assert_eq!(mine.absent(0, 1, &[0, 1]), None);
+        assert_eq!(wait(&mine, 1), None);
         // Both live, and for a long time nobody looks.
-        live(&mine);
-        live(&other);
-        assert_eq!(mine.absent(0, 1, &[0, 1]), None);
+        (0..2 * ECHOES).for_each(|_| [&mine, &other].into_iter().for_each(Notes::sign));
+        assert_eq!(wait(&mine, 1), None);
         // What the store says of anybody stays what it was, this rank's own note among it.
         frozen.freeze(&[&mine.key(0), &mine.key(1)]);
-        live(&mine);
-        live(&mine);
-        assert_eq!(mine.absent(0, 1, &[0, 1]), None);
+        assert_eq!(wait(&mine, 2 * ECHOES), None);
+        // It brings this rank's note again before the other's, which gets as long as ever.
+        frozen.freeze(&[&mine.key(1)]);
+        assert_eq!(wait(&mine, ECHOES - 1), None);
+        assert_eq!(wait(&mine, 1), Some((1, Absence::Silent)));
+        other.sign();
+        frozen.freeze(&[]);
+        assert_eq!(wait(&mine, ECHOES), None);
     }
 
     /// A store that can be made to say what it said before.

@@ -1,5 +1,5 @@
-//! Where the ranks of a group find each other: values by backbone, epoch and key, in memory. They are needed while a group meets, and an
-//! agent asks again after a break, so that nothing of it has to be stored.
+//! Where the ranks of a group find each other, and over NCCL each second leave a sign of life: values by backbone, epoch and key, in memory. An
+//! agent says and asks all of it again after a break, so that nothing has to be stored.
 
 use std::collections::BTreeMap;
 
@@ -13,8 +13,8 @@ use super::{Core, effects::ToAgent, input::RendezvousKey};
 const MAX_KEYS: usize = 4096;
 /// Bytes of a value, at most.
 const MAX_VALUE: usize = 64 * 1024;
-/// Questions that a group may have open, at most.
-const MAX_OPEN: usize = 65_536;
+/// Questions that a worker may have open in a group, at most.
+const MAX_OPEN: usize = 2 * MAX_KEYS;
 
 #[derive(Debug, Default)]
 pub(super) struct Rendezvous {
@@ -54,7 +54,7 @@ impl Rendezvous {
 }
 
 impl Core {
-    /// A rank leaves a value, and those who wait for it get it. One that comes again is the same.
+    /// A rank leaves a value in the place of an older one, and those who wait for it or follow it get it.
     pub(super) fn rendezvous_put(&mut self, worker: &WorkerName, key: &RendezvousKey, value: &Bytes) {
         if !self.is_of_group(worker, key) {
             return;
@@ -92,14 +92,16 @@ impl Core {
         let group = self.rendezvous.group(&key);
         let value = group.values.get(&key.key).cloned();
         if value.is_none() || follows {
-            if group.open.values().map(BTreeMap::len).sum::<usize>() >= MAX_OPEN {
-                let what = format!("{worker} asks too much: {} has {MAX_OPEN} open questions", key.backbone);
+            let asker = (worker.clone(), connection);
+            if group.open.values().filter(|open| open.contains_key(&asker)).count() >= MAX_OPEN {
+                let what =
+                    format!("{worker} asks too much: it has {MAX_OPEN} open questions of {}", key.backbone);
                 return self.close(worker, Problem::new(Code::ResourceExhausted, "RENDEZVOUS_FULL", what));
             }
             let open = group.open.entry(key.key.clone()).or_default();
             // Over its connections before this one nothing more is heard.
-            open.retain(|(asker, over), _| asker != worker || *over == connection);
-            let question = open.entry((worker.clone(), connection)).or_insert(Open::Once);
+            open.retain(|(other, over), _| other != worker || *over == connection);
+            let question = open.entry(asker).or_insert(Open::Once);
             *question = (*question).max(if follows { Open::Follows } else { Open::Once });
         }
         if let Some(value) = value {

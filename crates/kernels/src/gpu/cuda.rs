@@ -146,6 +146,12 @@ fn of_pool(context: &CudaContext) -> Result<Option<(u64, u64)>, DriverError> {
     Ok(Some((kept.saturating_sub(used), ask(Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?)))
 }
 
+/// The names of all GPUs.
+pub(super) fn names() -> Result<Vec<String>> {
+    let name = |ordinal: usize| result::device::get_name(result::device::get(ordinal as i32)?);
+    (0..count()?).map(|ordinal| name(ordinal).map_err(failed(format!("looking at GPU {ordinal}")))).collect()
+}
+
 /// All GPUs.
 pub(super) fn list() -> Result<Vec<GpuInfo>> {
     let about = |ordinal: usize| -> Result<GpuInfo, DriverError> {

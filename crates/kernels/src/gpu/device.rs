@@ -69,6 +69,18 @@ pub fn gpus() -> Result<Vec<GpuInfo>> {
     Err(Error::NoGpu { what: "this program was built for the CPU alone".to_owned() })
 }
 
+/// The names of all GPUs that this process may use. Makes no context on them, so that it costs none of their memory, and one that is full
+/// is none the less told of.
+///
+/// # Errors
+/// As [`gpus`].
+pub fn gpu_names() -> Result<Vec<String>> {
+    #[cfg(feature = "cuda")]
+    return super::cuda::names();
+    #[cfg(not(feature = "cuda"))]
+    Err(Error::NoGpu { what: "this program was built for the CPU alone".to_owned() })
+}
+
 /// The memory of a device; none of the CPU, whose memory is the machine's.
 ///
 /// # Errors

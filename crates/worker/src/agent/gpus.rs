@@ -1,6 +1,6 @@
 //! The GPUs of the machine.
 
-use incipit_kernels::{CUDA_IS_BUILT, Error as KernelError, GpuInfo};
+use incipit_kernels::{CUDA_IS_BUILT, Error as KernelError};
 
 use crate::agent::Error;
 
@@ -13,12 +13,12 @@ pub fn gpus() -> Result<Vec<String>, Error> {
     if !CUDA_IS_BUILT {
         return Ok(Vec::new());
     }
-    names(incipit_kernels::gpus())
+    known(incipit_kernels::gpu_names())
 }
 
-fn names(listed: incipit_kernels::Result<Vec<GpuInfo>>) -> Result<Vec<String>, Error> {
+fn known(listed: incipit_kernels::Result<Vec<String>>) -> Result<Vec<String>, Error> {
     match listed {
-        Ok(gpus) => Ok(gpus.into_iter().map(|gpu| gpu.name).collect()),
+        Ok(names) => Ok(names),
         Err(KernelError::NoGpu { what }) => {
             tracing::warn!("this worker runs on CPUs alone: {what}");
             Ok(Vec::new())
@@ -29,27 +29,18 @@ fn names(listed: incipit_kernels::Result<Vec<GpuInfo>>) -> Result<Vec<String>, E
 
 #[cfg(test)]
 mod tests {
-    use incipit_kernels::DeviceMemory;
-
     use super::*;
-
-    #[test]
-    fn a_machine_has_the_gpus_that_its_driver_lists() {
-        let memory = DeviceMemory { free: 1, total: 2, peak: None };
-        let gpu = |ordinal| GpuInfo { ordinal, name: format!("H100 {ordinal}"), capability: (9, 0), memory };
-        assert_eq!(names(Ok(vec![gpu(0), gpu(1)])).unwrap(), ["H100 0", "H100 1"]);
-    }
 
     #[test]
     fn a_machine_without_a_driver_works_on_its_cpus() {
         let what = "the driver of NVIDIA's GPUs does not answer".to_owned();
-        assert_eq!(names(Err(KernelError::NoGpu { what })).unwrap(), <[&str; 0]>::default());
+        assert_eq!(known(Err(KernelError::NoGpu { what })).unwrap(), <[&str; 0]>::default());
     }
 
     #[test]
     fn a_gpu_that_is_lost_is_named_and_not_taken_for_none() {
         let (op, what) = ("looking at GPU 2".to_owned(), "CUDA_ERROR_UNKNOWN".to_owned());
-        let error = names(Err(KernelError::Gpu { op, what })).unwrap_err().to_string();
+        let error = known(Err(KernelError::Gpu { op, what })).unwrap_err().to_string();
         for part in ["looking at GPU 2: CUDA_ERROR_UNKNOWN", "nvidia-smi", "CUDA_VISIBLE_DEVICES"] {
             assert!(error.contains(part), "{error}");
         }

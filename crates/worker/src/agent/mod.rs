@@ -63,7 +63,7 @@ pub enum Error {
     InUse(PathBuf),
     /// A GPU of the machine cannot be looked at.
     #[error(
-        "this machine has GPUs of which one cannot be used: {0}; see what `nvidia-smi` says of it and which processes fill its memory, \
+        "this machine has GPUs of which one cannot be used: {0}; see what `nvidia-smi` says of it, \
          or name the others in CUDA_VISIBLE_DEVICES (none of them, to work on CPUs)"
     )]
     Gpus(incipit_kernels::Error),

@@ -73,12 +73,19 @@ fn operations_wait_for_no_answer_of_the_store() {
 #[test]
 fn a_rank_that_waits_longer_than_silence_gives_nobody_up_while_the_store_is_cut_off() {
     both(|ranks, store| {
+        let late = |time| (ranks.rank() == 0).then(|| thread::sleep(time));
+        // So long that the other looks for it, and knows of it.
+        late(Duration::from_millis(800));
         ranks.data().barrier().unwrap();
-        if ranks.rank() == 0 {
-            thread::sleep(notes::SILENCE + Duration::from_secs(3));
-        } else {
-            store.cut_off.store(true, Ordering::SeqCst);
-        }
-        ranks.data().barrier().unwrap();
+        assert!(ranks.rank() == 0 || store.brought.lock().unwrap().contains_key("epoch/0/note/0"));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                store.cut_off.store(ranks.rank() == 1, Ordering::SeqCst);
+                thread::sleep(notes::SILENCE + Duration::from_secs(2));
+                store.cut_off.store(false, Ordering::SeqCst);
+            });
+            late(notes::SILENCE + Duration::from_secs(4));
+            ranks.data().barrier().unwrap();
+        });
     });
 }
