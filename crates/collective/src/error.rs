@@ -187,6 +187,18 @@ impl Error {
         matches!(self, Self::Lost { .. } | Self::Deadline { .. } | Self::Aborted { .. } | Self::Absent { .. })
     }
 
+    /// Whether the memory of this rank's GPU did not suffice, for what comes of an operation or for what it is made of. The tensor library
+    /// wraps what the driver says in errors of several types, so that it is known by the driver's word.
+    #[must_use]
+    pub fn is_out_of_memory(&self) -> bool {
+        let told = |what: &str| what.contains("CUDA_ERROR_OUT_OF_MEMORY");
+        match self {
+            Self::Device { what, .. } => told(what),
+            Self::Tensor(error) => told(&error.to_string()),
+            _ => false,
+        }
+    }
+
     /// Gives an error of a store its place.
     pub(crate) fn store(store: &(impl fmt::Display + ?Sized), what: impl fmt::Display) -> Self {
         Self::Store { store: store.to_string(), what: what.to_string() }

@@ -371,11 +371,12 @@ impl Engine {
     /// and memory that ran out on one of several ranks that go through the model in step.
     fn refusal(&self, error: incipit_model::Error, jobs: &[JobBatch<'_>], rows: &[Row]) -> Result<Refusal> {
         let error = Error::from(error);
-        if error.is_of_group() || !self.device_works() {
-            return Err(error);
+        let works = self.device_works();
+        if works && error.is_of_gpu_memory() && self.shares_model() {
+            return Err(self.lacks(&error, Lacked::of(jobs, rows)));
         }
-        if error.is_of_gpu_memory() && self.shares_model() {
-            return Err(self.lacks(error.to_string(), Lacked::of(jobs, rows)));
+        if error.is_of_group() || !works {
+            return Err(error);
         }
         Ok(Refusal { what: error.to_string(), out_of_memory: error.is_out_of_memory() })
     }

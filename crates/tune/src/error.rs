@@ -388,7 +388,12 @@ impl Error {
     /// Whether the memory of this rank's GPU ran out, of which no other rank knows.
     #[must_use]
     pub fn is_of_gpu_memory(&self) -> bool {
-        matches!(self.of_kernels(), Some(incipit_kernels::Error::GpuMemory { .. }))
+        match self {
+            Self::Collective(error) | Self::Model(incipit_model::Error::Collective(error)) => {
+                error.is_out_of_memory()
+            }
+            _ => matches!(self.of_kernels(), Some(incipit_kernels::Error::GpuMemory { .. })),
+        }
     }
 
     /// A value of a flag that cannot be.

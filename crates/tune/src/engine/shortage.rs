@@ -114,15 +114,17 @@ impl Engine {
     /// and how to mend it. The next group goes through half as much at once.
     #[must_use]
     pub fn ends_for_memory(&self, what: String) -> Error {
-        self.lacks(
-            what,
-            Lacked { num_tokens: self.limits.budget, num_examples: usize::MAX, longest: usize::MAX },
-        )
+        self.shortage.note(Lacked {
+            num_tokens: self.limits.budget,
+            num_examples: usize::MAX,
+            longest: usize::MAX,
+        });
+        Error::RankMemory { rank: self.ranks.rank(), what }
     }
 
-    pub(super) fn lacks(&self, what: String, lacked: Lacked) -> Error {
+    pub(super) fn lacks(&self, error: &Error, lacked: Lacked) -> Error {
         self.shortage.note(lacked);
-        Error::RankMemory { rank: self.ranks.rank(), what }
+        Error::RankMemory { rank: self.ranks.rank(), what: with_the_mend(error) }
     }
 
     /// These rows without those of jobs of which one is known to have no room: such jobs are refused, by all ranks alike.
@@ -140,6 +142,17 @@ impl Engine {
             }
         }
         rows.iter().filter(|row| gathered[row.job].is_ok()).copied().collect()
+    }
+}
+
+/// What says that memory ran out, and what helps: also where it ran out for what ranks exchange.
+fn with_the_mend(error: &Error) -> String {
+    let what = error.to_string();
+    match error {
+        Error::Collective(_) | Error::Model(incipit_model::Error::Collective(_)) => {
+            incipit_kernels::Error::GpuMemory { what }.to_string()
+        }
+        _ => what,
     }
 }
 
@@ -174,6 +187,20 @@ mod tests {
         assert_eq!(after(least, 200, 2, 120), Limits { too_long: 120, ..least });
         assert_eq!(after(least, 700, 1, 700), Limits { too_long: 700, ..least });
         assert_eq!(after(planned, 30_000, 1, 30_000), Limits { recompute: true, ..planned });
+    }
+
+    #[test]
+    fn memory_that_runs_out_for_what_ranks_exchange_is_told_with_what_helps() {
+        let told = "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")";
+        let collective = incipit_collective::Error::from(candle_core::Error::Msg(told.to_owned()));
+        let error = Error::from(incipit_model::Error::from(collective));
+        assert!(error.is_of_gpu_memory() && error.is_of_group());
+        let what = with_the_mend(&error);
+        for part in ["CUDA_ERROR_OUT_OF_MEMORY", "--microbatch-tokens", "--tp"] {
+            assert!(what.contains(part), "{what}");
+        }
+        let other = incipit_collective::Error::from(candle_core::Error::Msg("a broken cable".to_owned()));
+        assert!(!Error::from(incipit_model::Error::from(other)).is_of_gpu_memory());
     }
 
     #[test]
