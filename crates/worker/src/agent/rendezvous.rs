@@ -12,8 +12,10 @@ pub(crate) struct Rendezvous {
 impl Rendezvous {
     /// Something was left.
     pub(crate) fn put(&mut self, put: v1::RendezvousPut) {
-        let key = |put: &v1::RendezvousPut| (put.backbone.clone(), put.epoch, put.key.clone());
-        match self.puts.iter_mut().find(|other| key(other) == key(&put)) {
+        let same = |older: &&mut v1::RendezvousPut| {
+            (&older.backbone, older.epoch, &older.key) == (&put.backbone, put.epoch, &put.key)
+        };
+        match self.puts.iter_mut().find(same) {
             Some(older) => *older = put,
             None => self.puts.push(put),
         }
@@ -46,5 +48,46 @@ impl Rendezvous {
         };
         self.puts.retain(|put| known(&put.backbone, put.epoch));
         self.gets.retain(|get| known(&get.backbone, get.epoch));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_put_of_each_key_and_what_is_followed_or_unanswered_is_said_again() {
+        let backbone = || "backbones/b".to_owned();
+        let put = |key: &str, value: &'static str| v1::RendezvousPut {
+            backbone: backbone(),
+            epoch: 1,
+            key: key.to_owned(),
+            value: value.into(),
+        };
+        let get = |key: &str, follow| v1::RendezvousGet {
+            backbone: backbone(),
+            epoch: 1,
+            key: key.to_owned(),
+            follow,
+        };
+        let mut rendezvous = Rendezvous::default();
+        for (key, value) in [("note/0", "1"), ("rank/0", "card"), ("note/0", "2"), ("note/0", "3")] {
+            rendezvous.put(put(key, value));
+        }
+        for (key, follow) in [("rank/1", false), ("note/1", true), ("rank/2", false), ("note/1", true)] {
+            rendezvous.get(get(key, follow));
+        }
+        for key in ["rank/1", "note/1"] {
+            let value = v1::RendezvousValue {
+                backbone: backbone(),
+                epoch: 1,
+                key: key.to_owned(),
+                value: "v".into(),
+            };
+            rendezvous.answered(&value);
+        }
+        let puts = [put("note/0", "3"), put("rank/0", "card")].map(Message::RendezvousPut);
+        let gets = [get("note/1", true), get("rank/2", false)].map(Message::RendezvousGet);
+        assert_eq!(rendezvous.again(), [puts, gets].concat());
     }
 }

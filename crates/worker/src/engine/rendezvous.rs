@@ -132,34 +132,15 @@ impl Store for CoordinatorStore {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::frames::{self, FromEngine};
+    use crate::engine::voice::pipe::Pipe;
 
-    /// What an engine says, for whoever holds the other end.
-    #[derive(Clone, Default)]
-    struct Pipe(Arc<Mutex<Vec<u8>>>);
-
-    impl std::io::Write for Pipe {
-        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0.lock().unwrap().extend_from_slice(bytes);
-            Ok(bytes.len())
-        }
-
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
-
-    impl Pipe {
-        /// The questions that were asked since the last call: each key, and whether it is followed.
-        fn questions(&self) -> Vec<(String, bool)> {
-            let bytes = std::mem::take(&mut *self.0.lock().unwrap());
-            let (mut bytes, mut found) = (&bytes[..], Vec::new());
-            while let Some(said) = frames::read::<FromEngine>(&mut bytes).unwrap() {
-                let Some(Notice::Get(get)) = said.notice else { panic!("{said:?}") };
-                found.push((get.key, get.follow));
-            }
-            found
-        }
+    /// The questions that were asked since the last call: each key, and whether it is followed.
+    fn questions(pipe: &Pipe) -> Vec<(String, bool)> {
+        let question = |notice| match notice {
+            Notice::Get(get) => (get.key, get.follow),
+            other => panic!("{other:?}"),
+        };
+        pipe.said().into_iter().map(question).collect()
     }
 
     fn store(pipe: &Pipe, epoch: u64) -> CoordinatorStore {
@@ -179,12 +160,12 @@ mod tests {
         for _ in 0..100 {
             assert_eq!(store.last_known("note").unwrap(), None);
         }
-        assert_eq!(pipe.questions(), [("note".to_owned(), true)]);
+        assert_eq!(questions(&pipe), [("note".to_owned(), true)]);
         for note in ["1", "2"] {
             store.answers.put(value(3, "note", note));
             assert_eq!(store.last_known("note").unwrap().unwrap(), note.as_bytes());
         }
-        assert_eq!(pipe.questions(), []);
+        assert_eq!(questions(&pipe), []);
     }
 
     #[test]
@@ -196,7 +177,7 @@ mod tests {
         old.answers.begin(4);
         let new = CoordinatorStore { answers: old.answers, ..store(&pipe, 4) };
         assert_eq!(new.last_known("note").unwrap(), None);
-        assert_eq!(pipe.questions(), [("note".to_owned(), true), ("note".to_owned(), true)]);
+        assert_eq!(questions(&pipe), [("note".to_owned(), true), ("note".to_owned(), true)]);
     }
 
     #[test]

@@ -84,3 +84,40 @@ pub(crate) fn listen(
         }
     });
 }
+
+#[cfg(test)]
+pub(crate) mod pipe {
+    //! An agent's end of the pipe.
+
+    use std::io;
+    use std::sync::{Arc, Mutex};
+
+    use crate::frames::{self, FromEngine, Notice};
+
+    /// Keeps what a voice says.
+    #[derive(Clone, Default)]
+    pub(crate) struct Pipe(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Pipe {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Pipe {
+        /// What was said since the last call.
+        pub(crate) fn said(&self) -> Vec<Notice> {
+            let bytes = std::mem::take(&mut *self.0.lock().unwrap());
+            let (mut bytes, mut said) = (&*bytes, Vec::new());
+            while let Ok(Some(FromEngine { notice: Some(notice) })) = frames::read(&mut bytes) {
+                said.push(notice);
+            }
+            said
+        }
+    }
+}

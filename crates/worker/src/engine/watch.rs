@@ -368,6 +368,7 @@ mod tests {
     use incipit_tune::pace::Work;
 
     use super::*;
+    use crate::engine::voice::pipe::Pipe;
 
     const SECOND: Duration = Duration::from_secs(1);
     const LEAST: Duration = Duration::from_secs(10);
@@ -413,35 +414,17 @@ mod tests {
         );
     }
 
-    /// What comes out of a pipe to an agent.
-    #[derive(Clone, Default)]
-    struct Pipe(Arc<Mutex<Vec<u8>>>);
-
-    impl std::io::Write for Pipe {
-        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0.lock().unwrap().extend(bytes);
-            Ok(bytes.len())
-        }
-
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
-
-    impl Pipe {
-        /// Epochs that the process was said to join, and those for which it was said to hang.
-        fn told(&self) -> (Vec<u64>, Vec<u64>) {
-            let bytes = std::mem::take(&mut *self.0.lock().unwrap());
-            let (mut bytes, mut joins, mut hangs) = (&*bytes, Vec::new(), Vec::new());
-            while let Ok(Some(said)) = crate::frames::read::<crate::frames::FromEngine>(&mut bytes) {
-                match said.notice {
-                    Some(Notice::Joining(epoch)) => joins.push(epoch),
-                    Some(Notice::Failed(failed)) => hangs.push(failed.epoch),
-                    _ => {}
-                }
+    /// Epochs that the process was said to join, and those for which it was said to hang.
+    fn told(pipe: &Pipe) -> (Vec<u64>, Vec<u64>) {
+        let (mut joins, mut hangs) = (Vec::new(), Vec::new());
+        for notice in pipe.said() {
+            match notice {
+                Notice::Joining(epoch) => joins.push(epoch),
+                Notice::Failed(failed) => hangs.push(failed.epoch),
+                _ => {}
             }
-            (joins, hangs)
         }
+        (joins, hangs)
     }
 
     #[test]
@@ -451,21 +434,21 @@ mod tests {
         let hangs = (EngineLossCause::Hung, "it hangs".to_owned());
         watches.begin(1);
         watches.begin(2);
-        assert_eq!(pipe.told(), (vec![], vec![]), "it may be in a group");
+        assert_eq!(told(&pipe), (vec![], vec![]), "it may be in a group");
         // What came before it knew that it was to load is for it as well.
         let loads = watches.load(1);
         watches.begin(3);
-        assert_eq!(pipe.told(), (vec![2, 3], vec![]));
+        assert_eq!(told(&pipe), (vec![2, 3], vec![]));
         watches.lose(&hangs);
         watches.lose(&hangs);
         watches.begin(4);
         watches.lose(&hangs);
-        assert_eq!(pipe.told(), (vec![4], vec![3, 4]));
+        assert_eq!(told(&pipe), (vec![4], vec![3, 4]));
         drop(loads);
         watches.begin(5);
-        assert_eq!(pipe.told(), (vec![], vec![]), "it has loaded");
+        assert_eq!(told(&pipe), (vec![], vec![]), "it has loaded");
         drop(watches.load(5));
-        assert_eq!(pipe.told(), (vec![], vec![]), "that is said by whoever begins with it");
+        assert_eq!(told(&pipe), (vec![], vec![]), "that is said by whoever begins with it");
     }
 
     #[test]
