@@ -107,6 +107,12 @@ impl Pace {
         self.lock().current
     }
 
+    /// How many passes this rank has begun.
+    #[must_use]
+    pub fn num_passes(&self) -> u64 {
+        self.lock().begun
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -213,6 +219,7 @@ mod tests {
         pass.succeeds(1000.0);
         let _pass = pace.begin(&ranks, Work::Losses, 8);
         let Pass { number, usual, .. } = pace.current().unwrap();
+        assert_eq!(pace.num_passes(), 3);
         assert!(number == 2 && usual.is_some_and(|usual| usual >= 2 * SECOND), "{usual:?}");
     }
 }

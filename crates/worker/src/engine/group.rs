@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::str::FromStr as _;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -240,7 +241,8 @@ impl Group<'_> {
             false => HANG_AFTER_ON_GPU,
         };
         let hang_after = self.hang_after.unwrap_or_else(of_device);
-        let watch = Watch::new(ranks, backbone.engine.pace(), hang_after, &self.farewell);
+        let turns = Arc::<AtomicU64>::default();
+        let watch = Watch::new(ranks, (backbone.engine.pace(), &turns), hang_after, &self.farewell);
         let _watched = self.watches.add(watch);
         if ranks.leads() || settings.backend != Backend::Local {
             let engine = EngineReady {
@@ -254,7 +256,7 @@ impl Group<'_> {
             self.voice.say(Notice::Ready(Ready { epoch, engine: Some(engine) }));
         }
         if !ranks.leads() {
-            return self.follow(settings, ranks, backbone);
+            return self.follow(settings, ranks, backbone, &turns);
         }
         let leader = Leader {
             backbone,
@@ -264,15 +266,23 @@ impl Group<'_> {
             loader: Loader::new(backbone, settings.machine.clone(), self.loaded.clone()),
             name: settings.options.job.clone(),
             epoch,
+            turns,
             state: State::default(),
         };
         leader.lead(&inbox.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Carries out the leader's plans, until it has no more.
-    fn follow(&self, settings: &Settings, ranks: &Ranks, backbone: &Backbone) -> Result<Next> {
+    fn follow(
+        &self,
+        settings: &Settings,
+        ranks: &Ranks,
+        backbone: &Backbone,
+        turns: &AtomicU64,
+    ) -> Result<Next> {
         let mut residents = Residents::default();
         loop {
+            turns.fetch_add(1, Ordering::Relaxed);
             let plan = Plan::hear(ranks)?;
             residents.carry_out(&plan, backbone, |admission| sent(admission, &settings.machine))?;
             if settings.backend != Backend::Local {

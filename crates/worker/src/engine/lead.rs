@@ -1,6 +1,8 @@
 //! The leader, rank 0: takes the jobs that the agent hands on, decides each turn, and reports what came of it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
@@ -41,6 +43,8 @@ pub(crate) struct Leader<'a> {
     /// `backbones/{backbone}`.
     pub(crate) name: String,
     pub(crate) epoch: u64,
+    /// How many turns it has taken, those among them with nothing to do.
+    pub(crate) turns: Arc<AtomicU64>,
     pub(crate) state: State,
 }
 
@@ -88,6 +92,7 @@ impl Leader<'_> {
     /// If the ranks cannot go on together.
     pub(crate) fn lead(mut self, inbox: &Receiver<Mail>) -> Result<Next> {
         loop {
+            self.turns.fetch_add(1, Ordering::Relaxed);
             if let Some(next) = self.read(inbox) {
                 return Ok(next);
             }

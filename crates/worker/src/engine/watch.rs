@@ -1,4 +1,4 @@
-//! Whether the ranks of this process get on, in loading and in passes. The thread that tells the agent that the process is alive looks at them each time before; it asks
+//! Whether the ranks of this process get on, in loading, in passes and between them. The thread that tells the agent that the process is alive looks at them each time before; it asks
 //! no device, for that may take as long as a rank that is waited for.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -21,7 +21,7 @@ const LONGEST: Duration = Duration::from_secs(1);
 /// for no long time.
 const TIMES: u32 = 8;
 /// How long a pass may take that is the first of its kind: what it needs may have to be read and compiled. As long a rank that loads may read
-/// nothing.
+/// nothing, and one that makes no pass take for a turn.
 const FIRST: Duration = Duration::from_secs(600);
 
 /// Says why this process leaves a group, once.
@@ -249,31 +249,34 @@ impl Drop for Watched {
 pub(crate) struct Watch {
     rank: usize,
     pace: Arc<Pace>,
+    /// Grows with each turn that the rank takes: within a second or so where there is nothing to do.
+    turns: Arc<AtomicU64>,
     /// As long as they are there, the rank has not left.
     ranks: Weak<Ranks>,
     /// How long a pass may take in any case.
     least: Duration,
     farewell: Arc<Farewell>,
-    seen: Mutex<Seen>,
+    seen: Mutex<(Seen, Between)>,
 }
 
 impl Watch {
     pub(crate) fn new(
         ranks: &Arc<Ranks>,
-        pace: &Arc<Pace>,
+        (pace, turns): (&Arc<Pace>, &Arc<AtomicU64>),
         least: Duration,
         farewell: &Arc<Farewell>,
     ) -> Self {
-        let (rank, pace, farewell) = (ranks.rank(), pace.clone(), farewell.clone());
-        Self { rank, pace, ranks: Arc::downgrade(ranks), least, farewell, seen: Mutex::default() }
+        let (rank, pace, turns, farewell) = (ranks.rank(), pace.clone(), turns.clone(), farewell.clone());
+        Self { rank, pace, turns, ranks: Arc::downgrade(ranks), least, farewell, seen: Mutex::default() }
     }
 
     /// Looks at the rank `passed` after the last time.
     fn look(&self, passed: Duration) {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let (seen, between) = &mut *seen;
         let Some(pass) = self.pace.current() else {
             *seen = Seen::default();
-            return;
+            return self.look_between(between, passed);
         };
         // Within a pass the engine has them as well, so that they are not let go of here.
         let Some(ranks) = self.ranks.upgrade() else { return };
@@ -288,6 +291,22 @@ impl Watch {
                 );
                 abort(ranks, what);
             }
+        }
+    }
+
+    /// Looks at a rank that makes no pass.
+    fn look_between(&self, between: &mut Between, passed: Duration) {
+        // They may be let go of here, which tells others that the rank has left: it has.
+        let Some(ranks) = self.ranks.upgrade() else { return };
+        let progress = (self.turns.load(Ordering::Relaxed), self.pace.num_passes());
+        if between.hangs(progress, ranks.waits(), passed) {
+            let message = format!(
+                "rank {} hangs: it has neither begun a pass through the backbone nor ended its turn for {} s; the kernel's log of its \
+                 machine (dmesg) may say what its GPU has, or the disk or the server of its data and checkpoints",
+                self.rank,
+                between.own.as_secs()
+            );
+            self.farewell.say(&(EngineLossCause::Hung, message));
         }
     }
 
@@ -363,6 +382,27 @@ impl Seen {
     }
 }
 
+/// What was seen of a rank that makes no pass.
+#[derive(Debug, Default)]
+struct Between {
+    /// How many turns and passes there had been.
+    progress: (u64, u64),
+    /// How long there have been no more, what it waited for others left out.
+    own: Duration,
+}
+
+impl Between {
+    fn hangs(&mut self, progress: (u64, u64), waits: bool, passed: Duration) -> bool {
+        if self.progress != progress {
+            *self = Self { progress, own: Duration::ZERO };
+        }
+        if !waits {
+            self.own += passed;
+        }
+        self.own > FIRST
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use incipit_tune::pace::Work;
@@ -394,6 +434,31 @@ mod tests {
             let pass = pass(0, Work::Gradients, usual);
             assert_eq!(until(&mut Seen::default(), &pass, false), (limit + 1, Verdict::Hangs), "{usual:?}");
         }
+    }
+
+    #[test]
+    fn a_rank_that_makes_no_pass_hangs_when_its_turn_has_not_ended_for_ten_minutes() {
+        let pipe = Pipe::default();
+        let farewell = Arc::new(Farewell::new(Voice::new(pipe.clone()), 7));
+        let (ranks, pace, turns) = (Arc::new(Ranks::alone()), Arc::default(), Arc::<AtomicU64>::default());
+        let watch = Watch::new(&ranks, (&pace, &turns), LEAST, &farewell);
+        let look = |seconds| (0..seconds).for_each(|_| watch.look(SECOND));
+        for _ in 0..3 {
+            look(600);
+            turns.fetch_add(1, Ordering::Relaxed);
+        }
+        assert_eq!(told(&pipe), (vec![], vec![]));
+        look(601);
+        assert_eq!(told(&pipe), (vec![], vec![7]));
+    }
+
+    #[test]
+    fn a_rank_that_waits_for_the_leaders_plan_does_not_hang() {
+        let mut between = Between::default();
+        assert!((0..10_000).all(|_| !between.hangs((1, 1), true, SECOND)));
+        assert!((0..600).all(|_| !between.hangs((1, 1), false, SECOND)));
+        assert!((0..600).all(|_| !between.hangs((1, 2), false, SECOND)), "it has made a pass meanwhile");
+        assert!(between.hangs((1, 2), false, SECOND));
     }
 
     #[test]
