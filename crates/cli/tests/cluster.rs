@@ -20,6 +20,7 @@ use incipit_proto::v1::*;
 use incipit_tune::checkpoint::{self, TrainState};
 use incipit_tune::optimizer::{Optimizer, OptimizerKind};
 use incipit_tune::prompt::Prompt;
+use incipit_tune::spec::{PartialSpec, Precision};
 use incipit_tune::trained::Trained;
 
 fn hash(bytes: &[u8]) -> String {
@@ -149,16 +150,23 @@ fn a_downloaded_checkpoint_is_the_directory_that_was_saved() {
     let dir = tempfile::tempdir().expect("a directory");
     let (checkpoint, mut state) = saved(&dir.path().join("made"));
     let mut owner = job("j", JobState::Succeeded, JobReason::StepsDone);
-    owner.spec = Some(TrainingSpec { inputs: Some("question: {q}".into()), ..TrainingSpec::default() });
+    owner.spec = Some(TrainingSpec {
+        inputs: Some("question: {q}".into()),
+        max_target_length: Some(7),
+        ..TrainingSpec::default()
+    });
     state.jobs = [(owner.name.clone(), owner)].into();
-    state.backbones = vec![backbone("base", "google/t5")];
+    state.backbones = vec![Backbone { dtype: "f32".into(), ..backbone("base", "google/t5") }];
     let fake = Fake::start(state);
     let out = dir.path().join("deep/fetched");
     let to = out.display().to_string();
     let ran = ask(&fake, &["checkpoint", "download", "j", "--out", &to, "--json"]).ok();
     assert_eq!((&ran.json()["name"], &ran.json()["files"]), (&checkpoint.name.as_str().into(), &4.into()));
-    let next = format!("incipit eval --prompt {to} --model google/t5 --inputs 'question: {{q}}' --data FILE");
+    let next = format!("incipit eval --prompt {to} --data FILE");
     assert!(ran.stderr.contains(&next), "no {next:?} in:\n{}", ran.stderr);
+    let settings = PartialSpec::read(&out.join("run.toml")).expect("the settings of the job");
+    assert_eq!((settings.model.as_deref(), settings.dtype), (Some("google/t5"), Some(Precision::F32)));
+    assert_eq!((settings.inputs.as_deref(), settings.max_target_length), (Some("question: {q}"), Some(7)));
     let (ours, theirs) =
         (checkpoint::load(&out).expect("valid"), checkpoint::load(&dir.path().join("made")).expect("valid"));
     assert_eq!(ours, theirs);

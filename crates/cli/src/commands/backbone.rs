@@ -5,15 +5,15 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use incipit_collective::Ranks;
+use incipit_data::TaskFormat;
 use incipit_data::metrics::Metric;
 use incipit_data::tasks::Task;
-use incipit_data::{TaskFormat, Template};
 use incipit_tune::backbone::{Backbone, Opened};
 use incipit_tune::checkpoint;
 use incipit_tune::engine::{EngineOptions, Recompute};
 use incipit_tune::prompt::Prompt;
 use incipit_tune::rank::Predict;
-use incipit_tune::spec::{PartialSpec, Precision, RUN_FILE};
+use incipit_tune::spec::{self, PartialSpec, Precision, RUN_FILE};
 use incipit_tune::trained::Trained;
 
 use crate::args::{FormatArgs, ModelArgs};
@@ -156,15 +156,11 @@ pub(crate) fn read(paths: &[PathBuf]) -> Result<Vec<(PathBuf, Trained)>> {
 /// # Errors
 /// If a template or the labels cannot be read.
 pub(crate) fn task_format(settings: &PartialSpec) -> Result<TaskFormat> {
-    let mut format = TaskFormat::default();
-    if let Some(inputs) = &settings.inputs {
-        format.inputs = Template::parse(inputs)?;
-    }
-    if let Some(targets) = &settings.targets {
-        format.targets = Template::parse(targets)?;
-    }
-    format.labels = settings.labels.as_deref().map(str::parse).transpose()?;
-    Ok(format)
+    Ok(spec::task_format(
+        settings.inputs.as_deref(),
+        settings.targets.as_deref(),
+        settings.labels.as_deref(),
+    )?)
 }
 
 impl Ready {

@@ -1,6 +1,7 @@
 //! `incipit generate`: the model answers.
 
 use std::borrow::Borrow;
+use std::collections::BTreeSet;
 use std::io::{BufRead, IsTerminal};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -29,8 +30,8 @@ const LINES_AT_ONCE: usize = 64;
 
 const AFTER_HELP: &str = "\
 Texts come from --input, from the records of --data, from a benchmark named with --task, or, where none is given, from the lines of \
-standard input. Where the run that made the prompt used a template with one field, a text takes that field's place, so that the \
-model sees what it was trained on; --raw gives it the text alone.
+standard input. Where --inputs, or the run that made the prompt, has a template with one field, a text takes that field's place, so \
+that the model sees what it was trained on; --raw gives it the text alone.
 
 Examples:
   incipit generate --prompt runs/q --input \"how far is the moon\"
@@ -57,11 +58,12 @@ pub(crate) struct GenerateArgs {
     /// Part of the benchmark's data [default: dev]
     #[arg(long, help_heading = "Data", requires = "task", value_parser = split())]
     split: Option<Split>,
-    /// Template of the input text for --data [default: that of the run that made the prompt, else the field `inputs`]
+    /// Template of the input text; for texts that are no records it has one field, whose place each takes [default: that
+    /// of the run that made the prompt, else for --data the field `inputs`, and texts are taken as they are]
     #[arg(long, value_name = "TEMPLATE", help_heading = "Texts")]
     inputs: Option<String>,
     /// Give the model the texts as they are
-    #[arg(long, conflicts_with = "data", help_heading = "Texts")]
+    #[arg(long, conflicts_with_all = ["data", "inputs"], help_heading = "Texts")]
     raw: bool,
     /// Longest input in tokens; what is longer is cut [default: 512]
     #[arg(long, value_name = "N", help_heading = "Texts")]
@@ -158,6 +160,7 @@ fn texts(
     if let Some(path) = &args.data {
         return Ok(Some(load_inputs(path, &settings.format.inputs, LoadOptions::default())?.examples));
     }
+    field(args, settings)?;
     if args.input.is_empty() {
         return Ok(None);
     }
@@ -221,15 +224,32 @@ fn options(args: &GenerateArgs, settings: &Settings) -> GenerateOptions {
     }
 }
 
+/// The template's one field, whose place a text takes; none where texts are taken as they are.
+///
+/// # Errors
+/// If a template is given that has not one field.
+fn field<'s>(args: &GenerateArgs, settings: &'s Settings) -> Result<Option<&'s str>> {
+    let fields: BTreeSet<&str> = settings.format.inputs.fields().collect();
+    match (&args.inputs, fields.first()) {
+        _ if args.raw => Ok(None),
+        (Some(_), Some(field)) if fields.len() == 1 => Ok(Some(field)),
+        (Some(given), _) => bad_input(format!(
+            "--inputs {given:?} has {} fields, and a text takes the place of one: give a template with one, or records with --data",
+            fields.len()
+        )),
+        (None, Some(field)) if fields.len() == 1 && settings.run.is_some() => Ok(Some(field)),
+        (None, _) => Ok(None),
+    }
+}
+
 /// A text in the place of the template's one field, or as it is.
 fn example(args: &GenerateArgs, settings: &Settings, text: &str) -> Result<TextExample> {
-    let fields: Vec<&str> = settings.format.inputs.fields().collect();
-    let inputs = match fields.as_slice() {
-        [field] if settings.run.is_some() && !args.raw => {
-            let record = Record::from_iter([((*field).to_owned(), text.into())]);
+    let inputs = match field(args, settings)? {
+        Some(field) => {
+            let record = Record::from_iter([(field.to_owned(), text.into())]);
             settings.format.inputs.render(&record)?
         }
-        _ => text.to_owned(),
+        None => text.to_owned(),
     };
     Ok(TextExample { inputs, targets: String::new(), index: 0, line: 1 })
 }

@@ -13,6 +13,8 @@ mod view;
 mod watch;
 mod words;
 
+pub(crate) use draft::job_fields;
+
 use anyhow::Result;
 use clap::{Args, Subcommand};
 use incipit_proto::v1::JobState;

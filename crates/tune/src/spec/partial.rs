@@ -190,6 +190,14 @@ impl PartialSpec {
 impl PartialSpec {
     /// This layer over the method over the recipe over the named task over the defaults, checked.
     pub(super) fn whole(self, resume: bool) -> Result<TrainSpec> {
+        validate::whole(self.with_presets()?.over(Self::defaults()), resume)
+    }
+
+    /// This layer over what its method, its recipe and its named task say: all but the defaults.
+    ///
+    /// # Errors
+    /// If no task has the name.
+    pub fn with_presets(self) -> Result<Self> {
         let recipe = self.recipe.unwrap_or(Recipe::Paper);
         let task = self.task.as_deref().map(tasks::Task::named).transpose()?;
         let task = task.map(Self::of_task).unwrap_or_default();
@@ -197,7 +205,7 @@ impl PartialSpec {
         if self.objective.is_some() {
             method.metrics = Some(Vec::new());
         }
-        validate::whole(self.over(method).over(recipe.defaults()).over(task).over(Self::defaults()), resume)
+        Ok(self.over(method).over(recipe.defaults()).over(task))
     }
 
     /// What a named task says: its metrics, and where it has no words for a prompt to start from, another start.

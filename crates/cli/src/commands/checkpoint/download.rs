@@ -4,17 +4,23 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use incipit_proto::client::Client;
-use incipit_proto::v1::{Checkpoint, CheckpointFile, GetBackboneRequest, GetJobRequest, TrainingSpec};
-use incipit_tune::{atomic, checkpoint::MANIFEST};
-use incipit_worker::spec::tasks;
+use incipit_proto::v1::{
+    Backbone, Checkpoint, CheckpointFile, DataSource, GetBackboneRequest, GetJobRequest, TrainingSpec,
+    data_source,
+};
+use incipit_tune::spec::{PartialSpec, RUN_FILE};
+use incipit_tune::{atomic, checkpoint::MANIFEST, multitask};
+use incipit_worker::spec::{from_wire, path_of, tasks};
 use serde::Serialize;
+use tonic::Code;
 
 use crate::args::Global;
 use crate::cluster::names::short;
-use crate::cluster::{blobs, call, show};
+use crate::cluster::{Refusal, blobs, call, refusal, show};
+use crate::commands::job::job_fields;
 use crate::exit::bad_input;
 use crate::output;
-use crate::progress::{self, note};
+use crate::progress::{self, note, warn};
 use crate::units;
 
 /// What was written.
@@ -44,7 +50,7 @@ pub(crate) fn check_out(out: &Path) -> Result<()> {
     }
 }
 
-/// Writes a checkpoint to a directory, and says how to use it. Of a job of several tasks that of `task`, or where that is empty of each in a
+/// Writes a checkpoint to a directory with the settings of its job, and says how to use it. Of a job of several tasks that of `task`, or where that is empty of each in a
 /// directory of its name.
 ///
 /// # Errors
@@ -56,6 +62,8 @@ pub(crate) async fn download(
     global: &Global,
 ) -> Result<()> {
     let wanted = of_task(checkpoint, task)?;
+    let origin = Origin::find(client, checkpoint).await?;
+    let run_files = origin.as_ref().map_or_else(|| Ok(Vec::new()), |origin| origin.files(task))?;
     let bytes = wanted.iter().map(|(_, file)| file.size).sum();
     let bar = progress::bytes_bar(bytes, global);
     let mut files = Vec::new();
@@ -72,8 +80,9 @@ pub(crate) async fn download(
         files.push((MANIFEST, manifest.into_bytes()));
     }
     check_out(out)?;
+    let made = run_files.iter().map(|(name, bytes)| (&**name, bytes));
     atomic::write_dir(out, |staged| {
-        files.iter().try_for_each(|(name, bytes)| {
+        files.iter().map(|(name, bytes)| (*name, bytes)).chain(made).try_for_each(|(name, bytes)| {
             let path = staged.join(name);
             path.parent().map_or(Ok(()), atomic::create_dir)?;
             atomic::write_synced(&path, bytes)
@@ -98,9 +107,14 @@ pub(crate) async fn download(
         Some(first) => (&*first.name, out.join(&first.name)),
         None => (task, out.to_owned()),
     };
-    let settings = settings(client, checkpoint, of).await;
-    let settings = settings.unwrap_or_else(|| " --model MODEL --data FILE".to_owned());
-    note(&format!("measure it: incipit eval --prompt {}{settings}", place.display()));
+    match origin {
+        Some(origin) => {
+            note(&format!("measure it: incipit eval --prompt {}{}", place.display(), origin.flags(of)));
+        }
+        None => warn(
+            "its job is gone, and with it what it was trained with: give `eval` and `generate` its model, templates, labels and metrics",
+        ),
+    }
     Ok(())
 }
 
@@ -122,53 +136,99 @@ fn manifest(files: &[(&str, &CheckpointFile)]) -> String {
     files.iter().map(|(name, file)| format!("{}  {name}\n", file.digest)).collect()
 }
 
-/// The flags that a task of the checkpoint's job was trained with, as far as `eval` needs them; nothing where the job is gone.
-async fn settings(client: &Client, checkpoint: &Checkpoint, task: &str) -> Option<String> {
-    let (job, _) = checkpoint.name.split_once("/checkpoints/")?;
-    let job = call!(client, jobs.get_job(GetJobRequest { name: job.to_owned() })).ok()?;
-    let backbone = call!(client, backbones.get_backbone(GetBackboneRequest { name: job.backbone })).ok();
-    let model = backbone.map_or_else(|| "MODEL".to_owned(), |backbone| backbone.model);
-    let spec = job.spec.unwrap_or_default();
-    let (_, [own, common]) = tasks(&spec).into_iter().find(|(name, _)| *name == task)?;
-    Some(flags(&model, &[own, common]))
+/// The settings of the job that has saved a checkpoint.
+struct Origin {
+    spec: TrainingSpec,
+    /// None where it was deleted.
+    backbone: Option<Backbone>,
 }
 
-/// As the first of `specs` has them that says something.
-fn flags(model: &str, specs: &[TrainingSpec]) -> String {
-    let text =
-        |value: fn(&TrainingSpec) -> Option<&String>| specs.iter().find_map(value).map(|text| quoted(text));
-    let number = |value: fn(&TrainingSpec) -> Option<u32>| {
-        specs.iter().find_map(value).map(|number| number.to_string())
-    };
-    let given = [
-        ("model", Some(quoted(model))),
-        ("inputs", text(|spec| spec.inputs.as_ref())),
-        ("targets", text(|spec| spec.targets.as_ref())),
-        ("labels", text(|spec| spec.labels.as_ref())),
-        ("max-input-length", number(|spec| spec.max_input_length)),
-        ("max-target-length", number(|spec| spec.max_target_length)),
-    ];
-    let flags: String =
-        given.into_iter().filter_map(|(flag, value)| Some(format!(" --{flag} {}", value?))).collect();
-    let data = match text(|spec| spec.task.as_ref()) {
-        Some(task) => format!("--task {task} --data-dir DIR"),
-        None => "--data FILE".to_owned(),
-    };
-    format!("{flags} {data}")
+impl Origin {
+    /// None where the job was deleted.
+    async fn find(client: &Client, checkpoint: &Checkpoint) -> Result<Option<Self>> {
+        let Some((job, _)) = checkpoint.name.split_once("/checkpoints/") else { return Ok(None) };
+        let job = call!(client, jobs.get_job(GetJobRequest { name: job.to_owned() }));
+        let Some(job) = if_there(job)? else { return Ok(None) };
+        let backbone = call!(client, backbones.get_backbone(GetBackboneRequest { name: job.backbone }));
+        Ok(Some(Self { spec: job.spec.unwrap_or_default(), backbone: if_there(backbone)? }))
+    }
+
+    /// The `run.toml` of each task that is fetched, under the name that it gets.
+    fn files(&self, task: &str) -> Result<Vec<(String, Vec<u8>)>> {
+        let all = tasks(&self.spec).into_iter();
+        let wanted = all.filter(|(name, _)| task.is_empty() || *name == task);
+        let file = |(name, [own, common]): (&str, [TrainingSpec; 2])| {
+            if !name.is_empty() {
+                // A name may not lead elsewhere.
+                multitask::check_name(name)?;
+            }
+            let name = if task.is_empty() { Path::new(name).join(RUN_FILE) } else { RUN_FILE.into() };
+            let settings = toml::to_string(&self.settings(own, common)?)?;
+            let text =
+                format!("# Written by incipit: the settings of the job that has saved this.\n{settings}");
+            Ok((name.to_string_lossy().into_owned(), text.into_bytes()))
+        };
+        wanted.map(file).collect()
+    }
+
+    /// What a task was trained with.
+    fn settings(&self, own: TrainingSpec, common: TrainingSpec) -> Result<PartialSpec> {
+        let from_prompt = own.initial.is_some() || common.initial.is_some();
+        let read = |spec| from_wire(&without_blobs(spec), path_of).map_err(refusal);
+        let backbone = self.backbone.as_ref();
+        // Empty is the default.
+        let dtype = backbone.map(|backbone| &*backbone.dtype).filter(|dtype| !dtype.is_empty());
+        let of_backbone = PartialSpec {
+            model: backbone.map(|backbone| backbone.model.clone()),
+            dtype: dtype.map(str::parse).transpose()?,
+            ..PartialSpec::default()
+        };
+        let job = read(own)?.over(read(common)?).with_presets()?.over(job_fields(PartialSpec::defaults()));
+        // The prompt that it began as is known by its digest alone.
+        let prompt_init = job.prompt_init.filter(|_| !from_prompt);
+        Ok(of_backbone.over(PartialSpec { prompt_init, ..job }))
+    }
+
+    /// What `eval` has to be told besides the prompt of a task.
+    fn flags(&self, task: &str) -> String {
+        let model = if self.backbone.is_some() { "" } else { " --model MODEL" };
+        let of_task = tasks(&self.spec).into_iter().find(|(name, _)| *name == task);
+        match of_task.and_then(|(_, [own, common])| own.task.or(common.task)) {
+            Some(task) => format!("{model} --task {task} --data-dir DIR"),
+            None => format!("{model} --data FILE"),
+        }
+    }
 }
 
-/// A word for a shell.
-fn quoted(text: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,".contains(c);
-    if !text.is_empty() && text.chars().all(plain) {
-        text.to_owned()
-    } else {
-        format!("'{}'", text.replace('\'', "'\\''"))
+/// Without the files that the cluster has under their digests alone.
+fn without_blobs(spec: TrainingSpec) -> TrainingSpec {
+    let path = |source: Option<DataSource>| {
+        source.filter(|source| matches!(source.source, Some(data_source::Source::Path(_))))
+    };
+    let prompt_init = spec.prompt_init.filter(|_| spec.initial.is_none());
+    TrainingSpec { train: path(spec.train), eval: path(spec.eval), prompt_init, initial: None, ..spec }
+}
+
+/// What was asked for; nothing where it is gone.
+fn if_there<T>(found: Result<T>) -> Result<Option<T>> {
+    let is_gone = |error: &anyhow::Error| {
+        error.downcast_ref::<Refusal>().is_some_and(|refusal| refusal.0.code == Code::NotFound)
+    };
+    match found {
+        Err(error) if is_gone(&error) => Ok(None),
+        found => found.map(Some),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use incipit_data::metrics::Metric;
+    use incipit_proto::v1::TrainingTask;
+    use incipit_tune::rank::Predict;
+    use incipit_tune::recipe::Recipe;
+    use incipit_tune::spec::Precision;
+    use incipit_worker::spec::{initial_of, to_wire};
+
     use super::*;
 
     #[test]
@@ -197,22 +257,72 @@ mod tests {
         assert!(of_task(&checkpoint, "b").unwrap_err().to_string().contains("no files of a task \"b\""));
     }
 
+    fn path(path: &str) -> Option<DataSource> {
+        let source = data_source::Source::Path(path.to_owned());
+        Some(DataSource { source: Some(source), file_name: "a.jsonl".to_owned() })
+    }
+
+    fn read(file: &[u8]) -> PartialSpec {
+        let file_on_disk = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file_on_disk.path(), file).unwrap();
+        PartialSpec::read(file_on_disk.path()).unwrap()
+    }
+
     #[test]
-    fn the_next_command_has_the_settings_of_the_job() {
-        let spec = TrainingSpec {
-            inputs: Some("question: {question}".into()),
+    fn a_run_file_has_all_that_a_job_was_trained_with_but_blobs() {
+        let given = PartialSpec {
             labels: Some("0=False,1=True".into()),
+            metrics: Some(vec![Metric::TokenF1, Metric::MacroF1]),
+            predict: Some(Predict::Rank),
+            target_sentinel: Some(true),
+            recipe: Some(Recipe::ReleasedCode),
             max_input_length: Some(64),
-            ..TrainingSpec::default()
+            prompt_init: Some("file:another".into()),
+            ..PartialSpec::default()
         };
-        let common = TrainingSpec { max_input_length: Some(512), ..TrainingSpec::default() };
-        let flags = flags("google/t5", &[spec, common]);
-        assert_eq!(
-            flags,
-            " --model google/t5 --inputs 'question: {question}' --labels 0=False,1=True --max-input-length 64 --data FILE"
-        );
-        let named = TrainingSpec { task: Some("boolq".into()), ..TrainingSpec::default() };
-        assert_eq!(super::flags("m", &[named]), " --model m --task boolq --data-dir DIR");
-        assert_eq!(quoted("it's"), "'it'\\''s'");
+        let digest = "ab".repeat(32);
+        let spec = TrainingSpec {
+            train: path("/data/a.jsonl"),
+            eval: Some(initial_of(&digest)),
+            initial: Some(initial_of(&digest)),
+            ..to_wire(&given).unwrap()
+        };
+        let backbone = Backbone { model: "google/t5".into(), dtype: "f32".into(), ..Backbone::default() };
+        let origin = Origin { spec, backbone: Some(backbone) };
+        let files = origin.files("").unwrap();
+        assert_eq!(files.len(), 1);
+        assert_eq!(files[0].0, RUN_FILE);
+        let job = given.with_presets().unwrap().over(job_fields(PartialSpec::defaults()));
+        let expected = PartialSpec {
+            model: Some("google/t5".into()),
+            dtype: Some(Precision::F32),
+            train: Some("/data/a.jsonl".into()),
+            prompt_init: None,
+            ..job
+        };
+        assert_eq!(read(&files[0].1), expected);
+        assert_eq!(origin.flags(""), " --data FILE");
+        let gone =
+            Origin { spec: TrainingSpec { task: Some("boolq".into()), ..origin.spec }, backbone: None };
+        assert_eq!(gone.flags(""), " --model MODEL --task boolq --data-dir DIR");
+        let named = read(&gone.files("").unwrap()[0].1);
+        assert_eq!((named.task.as_deref(), named.model), (Some("boolq"), None));
+    }
+
+    #[test]
+    fn each_task_of_several_has_a_run_file_of_its_own() {
+        let spec = |inputs: &str| TrainingSpec { inputs: Some(inputs.into()), ..TrainingSpec::default() };
+        let task = |name: &str, inputs| TrainingTask { name: name.into(), spec: Some(spec(inputs)) };
+        let tasks = vec![task("a", "of a: {x}"), task("b", "of b: {x}")];
+        let common = TrainingSpec { max_input_length: Some(64), tasks, ..TrainingSpec::default() };
+        let origin = Origin { spec: common, backbone: None };
+        let of = |task: &str| origin.files(task).unwrap();
+        let names: Vec<String> = of("").into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, ["a/run.toml", "b/run.toml"]);
+        let [(name, file)] = &of("b")[..] else { panic!("one task, one file") };
+        let settings = read(file);
+        assert_eq!((&**name, settings.inputs.as_deref()), (RUN_FILE, Some("of b: {x}")));
+        assert_eq!((settings.max_input_length, settings.model), (Some(64), None));
+        assert_eq!(settings.prompt_init.as_deref(), Some("class-label"));
     }
 }

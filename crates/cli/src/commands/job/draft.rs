@@ -189,7 +189,7 @@ fn of_splits(job: PartialSpec) -> Result<PartialSpec> {
 }
 
 /// Without what the backbone and the worker decide.
-fn job_fields(given: PartialSpec) -> PartialSpec {
+pub(crate) fn job_fields(given: PartialSpec) -> PartialSpec {
     PartialSpec {
         model: None,
         out: None,

@@ -1,0 +1,25 @@
+//! How examples are written: what flags say of it, and what the run of a prompt says.
+
+mod common;
+
+use common::{demo, incipit, refused, with_stdin};
+
+#[test]
+fn a_template_that_is_given_holds_for_texts_too() {
+    let model = demo("model");
+    let ask = ["generate", "--json", "--model", &model, "--max-new-tokens", "2", "--inputs"];
+    let with = |more: &[&'static str]| [&ask[..], more].concat();
+    let input = |line: &str| serde_json::from_str::<serde_json::Value>(line).expect("JSON")["input"].clone();
+    let given = incipit(&with(&["mail: {text}; {text}", "--input", "Hello"])).ok().stdout;
+    assert_eq!(input(&given), "mail: Hello; Hello");
+    let piped = with_stdin(&with(&["mail: {text}"]), "one\ntwo\n").ok().stdout;
+    assert_eq!(piped.lines().map(input).collect::<Vec<_>>(), ["mail: one", "mail: two"]);
+    for texts in [&["--input", "Hello"][..], &[]] {
+        for (template, part) in [("{subject}: {text}", "2 fields"), ("mail", "no field")] {
+            let ran = incipit(&[&with(&[])[..], &[template], texts].concat());
+            refused(&ran, &["--inputs", template, part]);
+            assert!(!ran.stderr.contains("loading"), "{}", ran.stderr);
+        }
+    }
+    refused(&incipit(&with(&["{text}", "--raw", "--input", "Hello"])), &["--raw", "--inputs"]);
+}
