@@ -162,6 +162,10 @@ pub(crate) struct FormatArgs {
     /// Longest target in tokens [default: 16]
     #[arg(long, value_name = "N", help_heading = "Data")]
     pub(crate) max_target_length: Option<usize>,
+    /// Put <extra_id_0> before each target, as a model that knows only span corruption expects it (Lester et al. 2021,
+    /// section 3.2); it is no part of a prediction
+    #[arg(long, help_heading = "Data")]
+    pub(crate) target_sentinel: bool,
     /// Leave out records that do not fit, and count them, instead of refusing to start
     #[arg(long, help_heading = "Data")]
     pub(crate) skip_bad_records: bool,

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{demo, incipit, refused, with_stdin};
+use common::{demo, incipit, path, refused, train, with_stdin};
 
 #[test]
 fn a_template_that_is_given_holds_for_texts_too() {
@@ -22,4 +22,21 @@ fn a_template_that_is_given_holds_for_texts_too() {
         }
     }
     refused(&incipit(&with(&["{text}", "--raw", "--input", "Hello"])), &["--raw", "--inputs"]);
+}
+
+#[test]
+fn a_sentinel_can_be_said_of_a_prompt_without_its_run() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let run = train(dir.path(), "run", &["--steps", "1", "--target-sentinel"]).ok().json();
+    let (alone, few) = (path(dir.path(), "alone.npy"), path(dir.path(), "few.jsonl"));
+    std::fs::copy(dir.path().join("run/prompt.npy"), &alone).expect("a prompt");
+    let eval =
+        ["eval", "--json", "--model", &demo("model"), "--prompt", &alone, "--data", &few].map(str::to_owned);
+    let loss = |more: &[&str]| {
+        let eval: Vec<&str> = eval.iter().map(String::as_str).collect();
+        let lengths = ["--max-input-length", "32", "--max-target-length", "6"];
+        incipit(&[&eval[..], &lengths, more].concat()).ok().json()["loss"].clone()
+    };
+    assert_eq!(loss(&["--target-sentinel"]), run["eval_loss"]);
+    assert_ne!(loss(&[]), run["eval_loss"]);
 }

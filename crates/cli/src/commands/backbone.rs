@@ -39,7 +39,7 @@ pub(crate) struct Settings {
     pub(crate) max_target_length: usize,
     pub(crate) metrics: Vec<Metric>,
     pub(crate) predict: Predict,
-    /// Whether the prompt's run put a sentinel before each target.
+    /// Whether a sentinel stands before each target.
     pub(crate) target_sentinel: bool,
     /// The benchmark that the first prompt was trained on, if its run says so.
     pub(crate) trained: Option<&'static Task>,
@@ -79,6 +79,7 @@ pub(crate) fn choose(
         labels: format.labels.clone(),
         max_input_length: format.max_input_length,
         max_target_length: format.max_target_length,
+        target_sentinel: format.target_sentinel.then_some(true),
         ..PartialSpec::default()
     };
     let given = given.over(run.clone().unwrap_or_default()).over(PartialSpec::defaults());

@@ -128,6 +128,7 @@ fn on_rank(args: &GenerateArgs, ranks: &Arc<Ranks>, global: &Global) -> Result<(
         labels: None,
         max_input_length: args.max_input_length,
         max_target_length: None,
+        target_sentinel: false,
         skip_bad_records: false,
     };
     let prompts = backbone::read(args.backbone.prompt.as_slice())?;

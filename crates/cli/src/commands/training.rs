@@ -21,8 +21,9 @@ pub(crate) struct TrainingArgs {
     method: MethodArgs,
     #[command(flatten)]
     optimization: OptimizationArgs,
-    #[command(flatten)]
-    variants: VariantArgs,
+    /// Whether Adafactor's learning rate is relative to the size of what is trained [default: by method, prompt: false]
+    #[arg(long, value_name = "true|false", help_heading = "Optimization", action = ArgAction::Set)]
+    parameter_scaling: Option<bool>,
     #[command(flatten)]
     measures: MeasureArgs,
     #[command(flatten)]
@@ -49,18 +50,6 @@ struct PromptArgs {
     /// not know [default: first]
     #[arg(long, value_name = "LAYERS", value_parser = choice::<PromptLayers>(names::PROMPT_LAYERS))]
     prompt_layers: Option<PromptLayers>,
-}
-
-/// What of the objective and the optimizer only some models and methods need.
-#[derive(Args)]
-struct VariantArgs {
-    /// Whether Adafactor's learning rate is relative to the size of what is trained [default: by method, prompt: false]
-    #[arg(long, value_name = "true|false", help_heading = "Optimization", action = ArgAction::Set)]
-    parameter_scaling: Option<bool>,
-    /// Put <extra_id_0> before each target, as a model that knows only span corruption expects it (Lester et al. 2021,
-    /// section 3.2); it is no part of a prediction
-    #[arg(long, help_heading = "Data")]
-    target_sentinel: bool,
 }
 
 #[derive(Args)]
@@ -173,7 +162,7 @@ pub(crate) struct CheckArgs {
 impl TrainingArgs {
     /// What the flags say. Absent ones leave the word to a file.
     pub(crate) fn into_spec(self) -> PartialSpec {
-        let Self { format, prompt, method, optimization, variants, measures, checks } = self;
+        let Self { format, prompt, method, optimization, parameter_scaling, measures, checks } = self;
         PartialSpec {
             inputs: format.inputs,
             targets: format.targets,
@@ -187,8 +176,8 @@ impl TrainingArgs {
             max_target_length: format.max_target_length,
             metrics: measures.metrics,
             predict: measures.predict,
-            parameter_scaling: variants.parameter_scaling,
-            target_sentinel: variants.target_sentinel.then_some(true),
+            parameter_scaling,
+            target_sentinel: format.target_sentinel.then_some(true),
             skip_bad_records: format.skip_bad_records.then_some(true),
             ..method.spec().over(optimization.spec()).over(checks.spec())
         }
