@@ -8,6 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
+use incipit_tune::prompt::Prompt;
 use serde_json::{Value, json};
 
 use common::{Ran, arg, copy, demo, few, incipit, same, tree};
@@ -258,6 +259,34 @@ fn what_is_wrong_with_examples_is_said_before_the_weights_are_read() -> Result<(
     spoilt.write("train.jsonl", "{\"inputs\": 1\n")?;
     for command in &commands {
         incipit(command)?.refused(UNUSABLE, &["train.jsonl, line 1"])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn settings_that_do_not_fit_the_examples_are_refused_before_the_weights_are_read() -> Result<()> {
+    let spoilt = Spoilt::new()?;
+    spoilt.change_config(|config| config["num_decoder_layers"] = json!(4))?;
+    let free: Vec<_> =
+        (0..40).map(|i| format!("{{\"inputs\": \"number {i}\", \"targets\": \"{i}\"}}\n")).collect();
+    spoilt.write("train.jsonl", &free.concat())?;
+    let prompt = Prompt::new(3, 128, vec![0.5; 3 * 128])?;
+    incipit_tune::npy::write(&spoilt.path("p.npy"), &prompt)?;
+    let (model, data) = (arg(spoilt.path("model")), arg(spoilt.path("train.jsonl")));
+    let (out, file) = (arg(spoilt.path("out")), format!("file:{}", arg(spoilt.path("p.npy"))));
+    let common = ["--model", &model, "--train", &data, "--out", &out, "--prompt-length", "8"];
+    let cases = [
+        (&[][..], &["class-label", "no labels", "--prompt-init vocab"][..]),
+        (&["--prompt-init", &file], &["p.npy", "has 3 rows, not 8; give --prompt-length 3"]),
+        (&["--prompt-init", "text:\u{200b}"], &["no pieces"]),
+        (&["--prompt-init", "vocab", "--batch-size", "41"], &["--batch-size is 41", "pass at most 40"]),
+        (&["--prompt-init", "vocab", "--eval", &data, "--predict", "rank"], &["--predict rank", "--labels"]),
+        (&["--prompt-init", "vocab"], &["no tensor decoder.block.3."]),
+    ];
+    for (given, parts) in cases {
+        for command in [&["train"][..], &["ensemble", "train"]] {
+            incipit(&[command, &common, given].concat())?.refused(UNUSABLE, parts)?;
+        }
     }
     Ok(())
 }

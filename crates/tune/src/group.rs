@@ -15,6 +15,7 @@ use tokenizers::Tokenizer;
 use crate::{
     Error, Result, atomic,
     backbone::{Backbone, Opened},
+    check::check,
     checkpoint::{self, Best},
     control::Control,
     engine::{JobFault, JobGradient},
@@ -190,6 +191,7 @@ pub fn train_as_rank<O: Observer>(
         let dirs = if ranks.leads() { Some(Dirs::open(kind, specs)?) } else { None };
         let model = Opened::open(&first.model, first.dtype, first.device, ranks)?;
         let tasks = load(specs, &model.tokenizer, model.config.vocab_size)?;
+        specs.iter().zip(&tasks).try_for_each(|(spec, task)| check(spec, task, &model))?;
         let backbone = model.load(first.engine_options(), ranks)?;
         carry_on(&backbone, specs, (dirs, tasks), control, observers)
     })

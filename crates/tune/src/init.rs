@@ -179,6 +179,15 @@ pub fn initial_tokens(
     Ok((ids, warnings))
 }
 
+/// Checks that a prompt can begin so where these are the task's labels.
+pub(crate) fn check_labels(init: &PromptInit, labels: &[String]) -> Result<()> {
+    if *init != PromptInit::ClassLabel || !labels.is_empty() {
+        return Ok(());
+    }
+    let what = "the task has no labels; give --labels, or --prompt-init vocab";
+    Err(Error::Init { init: init.to_string(), what: what.to_owned() })
+}
+
 /// Checks that the prompt that was read from `path` can be one of `[length, d_model]`, which stands behind `shared` rows.
 pub(crate) fn check_shape(
     prompt: &Prompt,
@@ -207,11 +216,8 @@ impl Draft<'_> {
     }
 
     fn class_labels(&self, d_model: usize, warnings: &mut Vec<String>) -> Result<Vec<f32>> {
+        check_labels(self.init, self.sources.labels)?;
         let labels = label_order(self.sources.labels);
-        if labels.is_empty() {
-            let what = "the task has no labels; give --labels, or --prompt-init vocab";
-            return Err(self.refuse(what.to_owned()));
-        }
         if labels.len() > self.length {
             warnings.push(format!(
                 "{} labels, but a prompt of {} rows: those after {:?} have no row of their own",

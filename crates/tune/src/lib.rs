@@ -2,6 +2,7 @@
 
 pub mod atomic;
 pub mod backbone;
+pub mod check;
 pub mod checkpoint;
 mod choice;
 pub mod control;

@@ -30,6 +30,7 @@ impl Predict {
         vocab_size: usize,
         sentinel: bool,
     ) -> Result<Option<Arc<Candidates>>> {
+        self.check(labels)?;
         match self {
             Self::Decode => Ok(None),
             Self::Rank => {
@@ -37,6 +38,15 @@ impl Predict {
                 Ok(Some(Arc::new(Candidates::new(labels, tokenizer, vocab_size, sentinel)?)))
             }
         }
+    }
+
+    /// Checks that predictions can be made so where these are the labels.
+    pub(crate) fn check(self, labels: Option<&[String]>) -> Result<()> {
+        if self == Self::Rank && labels.is_none_or(<[String]>::is_empty) {
+            let what = "rank chooses among labels, and this task has none; give them with --labels, or pass --predict decode";
+            return Err(Error::spec("predict", &what));
+        }
+        Ok(())
     }
 
     /// Whether it is what holds where nothing is said.
@@ -56,12 +66,8 @@ pub struct Candidates {
 }
 
 impl Candidates {
-    /// `labels` as targets are tokenized, but never cut.
+    /// `labels`, one at least, as targets are tokenized, but never cut.
     fn new(labels: &[String], tokenizer: &Tokenizer, vocab_size: usize, sentinel: bool) -> Result<Self> {
-        if labels.is_empty() {
-            let what = "rank chooses among labels, and this task has none; give them with --labels, or pass --predict decode";
-            return Err(Error::spec("predict", &what));
-        }
         let text = |(index, label): (usize, &String)| TextExample {
             inputs: String::new(),
             targets: label.clone(),

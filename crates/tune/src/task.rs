@@ -18,7 +18,9 @@ use incipit_data::{
 };
 use tokenizers::Tokenizer;
 
-use crate::{Error, Result, checkpoint, init::PromptInit, prompt::Prompt, ranks, spec::TrainSpec};
+use crate::{
+    Error, Result, checkpoint, init::PromptInit, prompt::Prompt, rank::Candidates, ranks, spec::TrainSpec,
+};
 
 /// Examples of a held-out text that a run on a corpus is evaluated on, where nothing else is said.
 const EVAL_EXAMPLES: usize = 256;
@@ -72,11 +74,7 @@ impl Task {
             (Some(task), Some(eval)) => Some(loader.split(task, eval, Split::Dev)?),
             (None, Some(eval)) => Some(loader.file("evaluation", eval)?),
         };
-        let labels = match (spec.task, spec.task_format()?.labels) {
-            (Some(task), _) => task.label_texts(),
-            (None, Some(map)) => Some(map.texts().map(str::to_owned).collect()),
-            (None, None) => classes(&train.set.texts),
-        };
+        let labels = labels(spec, &train.set.texts)?;
         if let (Some(labels), Some(eval)) = (&labels, &eval) {
             let unseen = eval.set.texts.iter().filter(|text| !labels.contains(&text.targets)).count();
             if unseen > 0 {
@@ -111,6 +109,16 @@ impl Task {
             initial_backbone,
             warnings: loader.warnings,
         })
+    }
+
+    /// What predictions are chosen among, if they are chosen.
+    pub(crate) fn candidates(
+        &self,
+        spec: &TrainSpec,
+        tokenizer: &Tokenizer,
+        vocab_size: usize,
+    ) -> Result<Option<Arc<Candidates>>> {
+        spec.predict.candidates(self.labels.as_deref(), tokenizer, vocab_size, spec.target_sentinel)
     }
 
     /// Of a run on a corpus only what it is evaluated on: the first examples of another text, always the same. Training examples are
@@ -153,6 +161,15 @@ struct Examples {
     hash: String,
     /// Of a named task.
     references: Option<Vec<Reference>>,
+}
+
+/// The label set that the specification, or else the training examples say.
+pub(crate) fn labels(spec: &TrainSpec, train: &[TextExample]) -> Result<Option<Vec<String>>> {
+    Ok(match (spec.task, spec.task_format()?.labels) {
+        (Some(task), _) => task.label_texts(),
+        (None, Some(map)) => Some(map.texts().map(str::to_owned).collect()),
+        (None, None) => classes(train),
+    })
 }
 
 /// The distinct targets, if so few stand for so many examples that they are classes.

@@ -25,8 +25,7 @@ use crate::{
     weights::{self, Room, WeightJob, Weights},
 };
 
-use initial::initial;
-pub(crate) use initial::with_sources;
+pub(crate) use initial::{Ground, init_words, initial};
 
 /// What a job does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,7 +91,8 @@ impl Tenant {
         let room = weights::find_room(backbone, spec, None)?;
         let (trainee, told) = match spec.method {
             Method::Prompt => {
-                let Initial { prompt, warnings } = initial(backbone, spec, &task)?;
+                initial::check_origin(backbone, spec, &task)?;
+                let Initial { prompt, warnings } = initial(Ground::of(backbone), spec, &task)?;
                 (Trainee::Prompt(Job::new(job, data, prompt)?), warnings)
             }
             Method::Text | Method::Search => {
@@ -393,8 +393,7 @@ impl Tenant {
 
 /// What the predictions of an evaluation are chosen among.
 fn candidates(backbone: &Backbone, spec: &TrainSpec, task: &Task) -> Result<Option<Arc<Candidates>>> {
-    let (tokenizer, vocab_size) = (&backbone.tokenizer, backbone.config().vocab_size);
-    spec.predict.candidates(task.labels.as_deref(), tokenizer, vocab_size, spec.target_sentinel)
+    task.candidates(spec, &backbone.tokenizer, backbone.config().vocab_size)
 }
 
 /// The job of a checkpoint, if it is the same job.

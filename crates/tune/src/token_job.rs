@@ -16,7 +16,7 @@ use crate::{
     search::{Search, SearchBatch, SearchOptions, searchable},
     spec::{Method, TrainSpec},
     task::Task,
-    tenant::with_sources,
+    tenant::Ground,
     tokens::TokenPrompt,
 };
 
@@ -48,29 +48,7 @@ impl TokenJob {
     /// # Errors
     /// If the prompt cannot be made as the specification says, or there is less than one batch of examples.
     pub(crate) fn start(backbone: &Backbone, spec: &TrainSpec, task: &Task) -> Result<(Self, Vec<String>)> {
-        let (tokenizer, vocab_size) = (&backbone.tokenizer, backbone.config().vocab_size);
-        let (prompt, warnings) = match spec.method {
-            Method::Text => {
-                let options = FewShotOptions {
-                    shots: spec.shots.unwrap_or_default(),
-                    seed: spec.seed,
-                    template: Template::parse(spec.shot_template.as_deref().unwrap_or(fewshot::TEMPLATE))
-                        .map_err(|error| Error::spec("shot-template", &error))?,
-                    separator: spec.shot_separator.clone().unwrap_or(fewshot::SEPARATOR.to_owned()),
-                    instruction: spec.instruction.clone().unwrap_or_default(),
-                    max_tokens: spec.max_prompt_tokens.unwrap_or(spec.max_input_length),
-                };
-                let labels = task.labels.as_deref();
-                let shown = few_shot(&task.train.texts, labels, &options, tokenizer, vocab_size)?;
-                (shown.prompt, shown.warnings)
-            }
-            _ => {
-                let init =
-                    |sources: &Sources<'_>| initial_tokens(&spec.prompt_init, spec.prompt_length, sources);
-                let (ids, warnings) = with_sources(backbone, spec, task, init)?;
-                (TokenPrompt::new(ids, vocab_size)?, warnings)
-            }
-        };
+        let (prompt, warnings) = first_tokens(Ground::of(backbone), spec, task)?;
         Ok((Self::go_on(backbone, spec, task, prompt, 0)?, warnings))
     }
 
@@ -142,6 +120,35 @@ impl TokenJob {
         let batch = 2 * self.num_steps();
         (self.order.epoch(batch), self.order.place(batch))
     }
+}
+
+/// The tokens before the first step, and what a person should know of them.
+///
+/// # Errors
+/// If they cannot be as the specification says.
+pub(crate) fn first_tokens(
+    ground: Ground<'_>,
+    spec: &TrainSpec,
+    task: &Task,
+) -> Result<(TokenPrompt, Vec<String>)> {
+    let vocab_size = ground.config.vocab_size;
+    if spec.method != Method::Text {
+        let init = |sources: &Sources<'_>| initial_tokens(&spec.prompt_init, spec.prompt_length, sources);
+        let (ids, warnings) = ground.with_sources(spec, task, init)?;
+        return Ok((TokenPrompt::new(ids, vocab_size)?, warnings));
+    }
+    let options = FewShotOptions {
+        shots: spec.shots.unwrap_or_default(),
+        seed: spec.seed,
+        template: Template::parse(spec.shot_template.as_deref().unwrap_or(fewshot::TEMPLATE))
+            .map_err(|error| Error::spec("shot-template", &error))?,
+        separator: spec.shot_separator.clone().unwrap_or(fewshot::SEPARATOR.to_owned()),
+        instruction: spec.instruction.clone().unwrap_or_default(),
+        max_tokens: spec.max_prompt_tokens.unwrap_or(spec.max_input_length),
+    };
+    let labels = task.labels.as_deref();
+    let shown = few_shot(&task.train.texts, labels, &options, ground.tokenizer, vocab_size)?;
+    Ok((shown.prompt, shown.warnings))
 }
 
 impl TokenJob {

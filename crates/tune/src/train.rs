@@ -11,6 +11,7 @@ use incipit_collective::{Mesh, Options, Ranks, broadcast_bytes};
 use crate::{
     Error, Result,
     backbone::{Backbone, Opened},
+    check::check,
     checkpoint::{Best, Checkpoint, TrainState},
     control::Control,
     evaluate::Evaluation,
@@ -193,6 +194,7 @@ fn load_and_train(
     let dir = if ranks.leads() { Some(open(spec)?) } else { None };
     let model = Opened::open(&spec.model, spec.dtype, spec.device, ranks)?;
     let task = Task::load(spec, &model.tokenizer, model.config.vocab_size)?;
+    check(spec, &task, &model)?;
     let backbone = model.load(spec.engine_options(), ranks)?;
     Run::begin(spec, &backbone, (dir, task), control, observer)?.carry_on()
 }

@@ -141,6 +141,17 @@ fn settings_are_refused_as_train_refuses_them_before_anybody_is_asked() {
         let error = |ran: &Ran| ran.stderr.lines().find(|line| line.starts_with("error")).map(str::to_owned);
         assert_eq!(error(&submit), error(&train), "{flag}");
     }
+    let free: String =
+        (0..40).map(|i| format!("{{\"q\": \"question {i}\", \"a\": \"answer {i}\"}}\n")).collect();
+    std::fs::write(dir.path().join("train.jsonl"), free).expect("a file");
+    for (given, part) in [
+        (["--prompt-init", "class-label"], "the task has no labels"),
+        (["--predict", "rank"], "--predict rank chooses among labels"),
+    ] {
+        let submit = ["job", "submit", "--coordinator", "http://127.0.0.1:1", "--config", &config];
+        let ran = incipit(&[&submit[..], &given].concat());
+        assert!(ran.code == 2 && ran.stderr.contains(part), "{given:?}: {}", ran.stderr);
+    }
     std::fs::write(dir.path().join("train.jsonl"), "{\"q\": \"no answer\"}\n").expect("a file");
     let ran = incipit(&["job", "submit", "--coordinator", "http://127.0.0.1:1", "--config", &config]);
     assert_eq!(ran.code, 2);

@@ -7,6 +7,7 @@ use incipit_data::tasks::{Split, Task};
 use incipit_proto::client::Client;
 use incipit_proto::v1::data_source::Source;
 use incipit_proto::v1::{Backbone, TrainingSpec, TrainingTask};
+use incipit_tune::check::check_texts;
 use incipit_tune::multitask;
 use incipit_tune::spec::{PartialSpec, TrainSpec};
 use incipit_worker::spec::to_wire;
@@ -246,6 +247,7 @@ impl Data {
     fn read(&mut self, spec: &TrainSpec, wire: &mut TrainingSpec) -> Result<()> {
         let all = |path: &Path, split| texts(spec, path, split, |_| true);
         let train = all(&spec.train, Split::Train)?;
+        check_texts(spec, &train)?;
         let eval = spec.eval.as_deref().map(|path| all(path, Split::Dev)).transpose()?;
         let files: [(_, Option<&PathBuf>); 2] =
             [(&mut wire.train, Some(&spec.train)), (&mut wire.eval, spec.eval.as_ref())];
