@@ -1,4 +1,4 @@
-//! `job update`, `backbone update` and `backbone logs`.
+//! `job update`, `job continue`, `backbone update` and `backbone logs`.
 
 use incipit_proto::v1::*;
 
@@ -27,6 +27,42 @@ fn an_update_names_what_is_to_change_and_nothing_else() {
     let sent = fake.state().updates.remove(0);
     assert_eq!(sent.update_mask.expect("a mask").paths, ["retry_policy"]);
     assert_eq!(sent.job.expect("a job").retry_policy.expect("a policy").max_retries, 2);
+}
+
+#[test]
+fn a_job_goes_on_with_other_steps_checkpoints_and_patience() {
+    let mut old = job("old", JobState::Succeeded, JobReason::PatienceExhausted);
+    let settings = |patience, keep, checkpoint_every, steps| TrainingSpec {
+        patience,
+        keep,
+        checkpoint_every,
+        steps,
+        lr: Some(0.5),
+        ..TrainingSpec::default()
+    };
+    old.spec = Some(settings(Some(3), Some(2), Some(50), Some(900)));
+    let fake = Fake::start(with_job(old));
+    let go_on = |more: &[&str]| ask(&fake, &[&["job", "continue", "old"], more].concat());
+    let flags = ["--patience", "5", "--keep", "4", "--checkpoint-every", "10", "--steps", "950"];
+    go_on(&flags).ok();
+    go_on(&["--patience", "0"]).ok();
+    go_on(&["--checkpoint", "best"]).ok();
+    let sent = |request: &CreateJobRequest| request.job.clone().and_then(|job| job.spec);
+    let sent: Vec<_> = fake.state().created.iter().filter_map(|(request, _)| sent(request)).collect();
+    let expected = [
+        settings(Some(5), Some(4), Some(10), Some(950)),
+        settings(None, Some(2), Some(50), Some(900)),
+        settings(Some(3), Some(2), Some(50), Some(900)),
+    ];
+    assert_eq!(sent, expected);
+    for same in [&[][..], &["--patience", "3"], &["--steps", "2000", "--checkpoint", "last"]] {
+        let ran = go_on(same);
+        assert_eq!(ran.code, 2, "{}", ran.stderr);
+        for part in ["old ended after 3 evaluations", "--patience", "--checkpoint"] {
+            assert!(ran.stderr.contains(part), "no {part:?} in:\n{}", ran.stderr);
+        }
+    }
+    assert_eq!(fake.state().created.len(), 3);
 }
 
 #[test]

@@ -256,6 +256,12 @@ fn the_best_checkpoint_is_the_earliest_with_the_highest_score_and_patience_count
     assert_eq!((outcome.end, outcome.step), (End::Patience, first + 6));
     // And a run that was ended by it stays ended.
     assert_eq!(run(&backbone, &resuming(&spec)).step, first + 6);
+    // With more of it the run goes on, and what it had waited for counts.
+    let more = TrainSpec { patience: Some(5), ..resuming(&spec) };
+    let outcome = run(&backbone, &more);
+    let best = outcome.best.unwrap();
+    assert!(outcome.step > first + 6);
+    assert!(outcome.end == End::Steps || outcome.step == best.step + 5 * 2, "{outcome:?}");
 }
 
 #[test]

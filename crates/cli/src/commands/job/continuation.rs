@@ -3,13 +3,13 @@
 use anyhow::Result;
 use clap::Args;
 use incipit_proto::client::Client;
-use incipit_proto::v1::{CreateJobRequest, Job};
+use incipit_proto::v1::{CreateJobRequest, Job, JobReason, TrainingSpec};
 
 use super::{OneArgs, list};
 use crate::args::Global;
 use crate::cluster::names::{self, short};
 use crate::cluster::{call, request_id, show};
-use crate::exit::Exit;
+use crate::exit::{Exit, bad_input};
 use crate::progress::note;
 
 /// Flags of `job continue`.
@@ -35,6 +35,40 @@ pub(super) struct ContinueArgs {
     /// job]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     steps: Option<u64>,
+    /// Evaluations without a better one after which the job ends, those that are made already included; 0 to do all steps [default: as
+    /// the old job]
+    #[arg(long, value_name = "N")]
+    patience: Option<u32>,
+    /// Steps from one checkpoint to the next [default: as the old job]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    checkpoint_every: Option<u64>,
+    /// Newest checkpoints to keep, beside the best [default: as the old job]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    keep: Option<u32>,
+}
+
+impl ContinueArgs {
+    /// The settings of the new job.
+    fn spec(&self, old: &Job) -> Result<TrainingSpec> {
+        let spec = old.spec.clone().unwrap_or_default();
+        let patience = self.patience.or(spec.patience).filter(|patience| *patience > 0);
+        let ended_by = spec.patience.filter(|_| old.reason() == JobReason::PatienceExhausted);
+        if self.checkpoint == "last" && ended_by.is_some_and(|was| patience.is_some_and(|now| now <= was)) {
+            return bad_input(format!(
+                "{} ended after {} evaluations without a better one, and would end there again: give a larger --patience, 0 for \
+                 all steps, or an earlier --checkpoint, such as best",
+                short(&old.name),
+                ended_by.unwrap_or_default()
+            ));
+        }
+        Ok(TrainingSpec {
+            steps: self.steps.or(spec.steps),
+            patience,
+            checkpoint_every: self.checkpoint_every.or(spec.checkpoint_every),
+            keep: self.keep.or(spec.keep),
+            ..spec
+        })
+    }
 }
 
 /// Hands it in.
@@ -43,8 +77,7 @@ pub(super) struct ContinueArgs {
 /// What the coordinator says.
 pub(super) async fn run(args: ContinueArgs, client: &Client, global: &Global) -> Result<Exit> {
     let old = list::one(&args.one.job, client).await?;
-    let mut spec = old.spec.unwrap_or_default();
-    spec.steps = args.steps.or(spec.steps);
+    let spec = args.spec(&old)?;
     let job = Job {
         backbone: args.backbone.unwrap_or(old.backbone),
         spec: Some(spec),
