@@ -1,8 +1,11 @@
-//! How examples are written: what flags say of it, and what the run of a prompt says.
+//! What flags say holds, where there is a word about it from before.
 
 mod common;
 
-use common::{demo, incipit, path, refused, train, with_stdin};
+use std::io::{BufRead as _, BufReader};
+use std::process::Stdio;
+
+use common::{command, demo, incipit, path, refused, train, with_stdin};
 
 #[test]
 fn a_template_that_is_given_holds_for_texts_too() {
@@ -39,4 +42,25 @@ fn a_sentinel_can_be_said_of_a_prompt_without_its_run() {
     };
     assert_eq!(loss(&["--target-sentinel"]), run["eval_loss"]);
     assert_ne!(loss(&[]), run["eval_loss"]);
+}
+
+#[test]
+fn up_ends_where_its_backbone_is_another_one_or_is_refused() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (data, model) = (path(dir.path(), "data"), demo("model"));
+    let up = ["up", "--data", &data, "--listen", "127.0.0.1:0", "--slots", "1", "--model", &model];
+    let mut first = command(&up).stderr(Stdio::piped()).spawn().expect("the program starts");
+    let said = BufReader::new(first.stderr.take().expect("a pipe")).lines().map_while(Result::ok);
+    let loading = said.into_iter().find(|line| line.contains("loading backbones/model"));
+    first.kill().expect("it runs");
+    first.wait().expect("it ends");
+    assert!(loading.is_some(), "it never came to hold its backbone");
+    let again = |more: &[&str]| incipit(&[&up[..], more].concat());
+    let parts =
+        ["backbones/model is there from before with --dtype bf16", "--dtype f32 is given", "delete model"];
+    refused(&again(&["--dtype", "f32"]), &parts);
+    refused(&again(&["--dtype", "bf16", "--tp", "3"]), &["with --tp 1", "--tp 3 is given"]);
+    let absent =
+        ["up", "--data", &data, "--listen", "127.0.0.1:0", "--slots", "1", "--model", "./no/such/model"];
+    refused(&incipit(&absent), &["cannot be had", "./no/such/model"]);
 }

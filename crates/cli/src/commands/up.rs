@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 use super::coordinator::tell;
 use super::worker::{MachineArgs, agent_config, name_of, signals, state_home};
 use crate::args::{choice, names};
+use crate::cluster::{call, refusal};
 use crate::exit::{Exit, bad_input};
 use crate::progress::note;
 use crate::telemetry::worker_span;
@@ -26,7 +27,8 @@ use crate::telemetry::worker_span;
 #[command(
     after_help = "A coordinator and a worker in one process, for whoever is on this machine. With --model it holds that model from the \
                   beginning; `incipit backbone create` adds others, and `incipit job submit` trains on them. Ctrl-C saves all jobs, \
-                  which go on when it is started again."
+                  which go on when it is started again. A backbone that is there from before stays as it is, and what is said of it \
+                  has to be so."
 )]
 pub(crate) struct UpArgs {
     /// Directory in which everything is kept [default: ~/.local/state/incipit]
@@ -85,26 +87,22 @@ pub(crate) fn run(args: &UpArgs) -> Result<Exit> {
     let span = worker_span(&agent.worker_id).entered();
     let here = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut ended = behind.spawn(running.wait());
-    here.block_on(async {
-        let held = async {
-            if let Some((name, backbone)) = backbone {
-                hold(coordinator, name, backbone).await;
-            }
-            std::future::pending().await
-        };
+    let ran = here.block_on(async {
+        if let Some((name, backbone)) = backbone {
+            hold(&coordinator, name, backbone).await?;
+        }
         tokio::select! {
-            never = held => never,
             done = agent::run(agent, signals()?) => done.context("the worker ends"),
             done = &mut ended => done.map_err(anyhow::Error::from).and_then(|done| done.context("the coordinator ends")),
         }
-    })?;
+    });
     // With its runtime goes the agent's connection, which would keep the coordinator waiting.
     drop((here, span));
     let _ = stop.send(());
     if !ended.is_finished() {
         behind.block_on(ended)?.context("the coordinator ends")?;
     }
-    Ok(Exit::Ok)
+    ran.map(|()| Exit::Ok)
 }
 
 impl UpArgs {
@@ -130,24 +128,81 @@ impl UpArgs {
 }
 
 /// Has the coordinator hold a backbone, unless it does.
-async fn hold(coordinator: ClientConfig, name: String, backbone: v1::Backbone) {
+///
+/// # Errors
+/// If it refuses, or has another one of that name.
+async fn hold(coordinator: &ClientConfig, name: String, backbone: v1::Backbone) -> Result<()> {
+    let client = Client::connect(coordinator).await.map_err(refusal)?;
     let create = v1::CreateBackboneRequest {
         backbone_id: name.clone(),
-        backbone: Some(backbone),
+        backbone: Some(backbone.clone()),
         request_id: uuid::Uuid::new_v4().to_string(),
         validate_only: false,
     };
-    let created = async {
-        let client = Client::connect(&coordinator).await?;
-        client.unary(create, async |request| client.backbones().create_backbone(request).await).await
-    };
+    let created = client.unary(create, async |request| client.backbones().create_backbone(request).await);
     match created.await {
-        Ok(_) => note(&format!(
-            "loading backbones/{name}; train on it: incipit job submit --backbone {name} --train FILE"
-        )),
-        Err(Problem { code: tonic::Code::AlreadyExists, .. }) => {
-            note(&format!("backbones/{name} is there from before"));
+        Ok(_) => {
+            let next = format!("incipit job submit --backbone {name} --train FILE");
+            note(&format!("loading backbones/{name}; train on it: {next}"));
+            Ok(())
         }
-        Err(problem) => note(&format!("backbones/{name} cannot be had: {problem}")),
+        Err(Problem { code: tonic::Code::AlreadyExists, .. }) => {
+            let request = v1::GetBackboneRequest { name: format!("backbones/{name}") };
+            let there = call!(client, backbones.get_backbone(request))?;
+            check_same(&name, &backbone, &there)?;
+            note(&format!("backbones/{name} is there from before"));
+            Ok(())
+        }
+        Err(problem) => Err(refusal(problem).context(format!("backbones/{name} cannot be had"))),
+    }
+}
+
+/// Checks that a backbone which is there is what was asked for, as far as anything was said.
+fn check_same(name: &str, asked: &v1::Backbone, there: &v1::Backbone) -> Result<()> {
+    let number = |number: u32| if number == 0 { String::new() } else { number.to_string() };
+    let both = |field: fn(&v1::Backbone) -> &str| [field(asked).to_owned(), field(there).to_owned()];
+    let all = [
+        ("model", both(|backbone| &backbone.model)),
+        ("dtype", both(|backbone| &backbone.dtype)),
+        ("device", both(|backbone| &backbone.device)),
+        ("tp", [asked.tp, there.tp].map(number)),
+        ("dp", [asked.dp, there.dp].map(number)),
+    ];
+    let differs = all.iter().find(|(_, [asked, there])| !asked.is_empty() && asked != there);
+    let Some((flag, [asked, there])) = differs else { return Ok(()) };
+    bad_input(format!(
+        "backbones/{name} is there from before with --{flag} {there}, and --{flag} {asked} is given: start without --model, and make \
+         another with `incipit backbone create --name`, or remove this one with `incipit backbone delete {name}`"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_backbone_from_before_is_what_is_said_of_it() {
+        let backbone = |model: &str, dtype: &str, device: &str, (tp, dp)| v1::Backbone {
+            model: model.into(),
+            dtype: dtype.into(),
+            device: device.into(),
+            tp,
+            dp,
+            ..v1::Backbone::default()
+        };
+        let there = backbone("/a/t5", "f32", "cpu", (2, 1));
+        let check = |asked: v1::Backbone| check_same("t5", &asked, &there);
+        check(there.clone()).unwrap();
+        check(backbone("/a/t5", "", "", (0, 0))).unwrap();
+        for (asked, part) in [
+            (backbone("/b/t5", "", "", (0, 0)), "with --model /a/t5, and --model /b/t5 is given"),
+            (backbone("/a/t5", "bf16", "", (0, 0)), "--dtype f32"),
+            (backbone("/a/t5", "", "cuda", (0, 0)), "--device cuda"),
+            (backbone("/a/t5", "", "", (1, 0)), "--tp 1"),
+            (backbone("/a/t5", "", "", (0, 2)), "--dp 2"),
+        ] {
+            let error = check(asked).unwrap_err().to_string();
+            assert!(error.contains(part) && error.contains("incipit backbone delete t5"), "{error}");
+        }
     }
 }
