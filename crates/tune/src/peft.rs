@@ -42,7 +42,7 @@ pub struct BaseModel {
 /// If the prompt is none that PEFT knows, which puts `[P, D]` before the input, or the system refuses.
 pub fn write(dir: &Path, prompt: &Prompt, base: &BaseModel) -> Result<()> {
     if !prompt.is_plain() {
-        let what = "PEFT knows only prompts of one layer that stand before the input, and this is another; use the run's own files";
+        let what = "PEFT knows only prompts of one layer that stand before the input, and this is another; use the run's own files, or `convert prompt --to checkpoint`";
         return Err(Error::Prompt { what: what.to_owned() });
     }
     let shape = [prompt.length(), prompt.width()];

@@ -1,5 +1,6 @@
 //! `incipit convert`: models and prompts from one kind of file to another.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -9,8 +10,8 @@ use incipit_tune::backbone::Backbone;
 use incipit_tune::engine::EngineOptions;
 use incipit_tune::peft::{self, BaseModel};
 use incipit_tune::prompt::Prompt;
-use incipit_tune::trained::Trained;
-use incipit_tune::{atomic, npy, spec::Precision};
+use incipit_tune::trained::{Trained, WEIGHTS};
+use incipit_tune::{atomic, checkpoint, npy, spec::Precision};
 use incipit_weights::{Checkpoint, Written, resolve, write_safetensors};
 use serde::Serialize;
 
@@ -20,12 +21,15 @@ use crate::exit::{BadInput, Exit, bad_input};
 use crate::output::{self, Printed};
 use crate::units;
 
+/// How the file of a checkpoint's prompt ends.
+const SAFETENSORS: &str = "safetensors";
+
 /// What can be converted.
 #[derive(Subcommand)]
 pub(crate) enum ConvertCommand {
     /// Rewrite a model (pytorch_model.bin or safetensors; f32, bf16 or f16) as safetensors, in shards where it is large
     Model(ModelArgs),
-    /// Rewrite a prompt as an .npy file or a PEFT directory
+    /// Rewrite a prompt as an .npy file, a PEFT directory, or a file as checkpoints have it
     Prompt(PromptArgs),
 }
 
@@ -56,13 +60,14 @@ pub(crate) struct ModelArgs {
 /// Flags of `convert prompt`.
 #[derive(Args)]
 pub(crate) struct PromptArgs {
-    /// Prompt to read: a run's directory (its best prompt), an .npy file, a PEFT directory or a checkpoint
+    /// Prompt to read: a run's directory (its best prompt), an .npy file, a PEFT directory, a checkpoint or its
+    /// prompt.safetensors
     #[arg(value_name = "SRC")]
     source: PathBuf,
     /// File or directory to write; it must not exist
     #[arg(value_name = "DST")]
     destination: PathBuf,
-    /// What to write [default: npy where DST ends in .npy, else peft]
+    /// What to write [default: npy where DST ends in .npy, checkpoint where it ends in .safetensors, else peft]
     #[arg(long, value_enum)]
     to: Option<PromptKind>,
     /// Backbone that the prompt is for; PEFT's file names it [default: that of the run that made the prompt]
@@ -78,6 +83,8 @@ enum PromptKind {
     Npy,
     /// A directory as Hugging Face PEFT loads it
     Peft,
+    /// The prompt.safetensors of a checkpoint, for --prompt and --prompt-init: of any prompt, wherever its rows stand
+    Checkpoint,
 }
 
 #[derive(Serialize)]
@@ -142,8 +149,11 @@ fn with_weights(args: &ModelArgs, path: &Path) -> Result<Written> {
 
 fn prompt(args: &PromptArgs) -> Result<PromptWritten> {
     let prompt = Prompt::read(&args.source)?;
-    let is_npy = args.destination.extension().is_some_and(|e| e == "npy");
-    let kind = args.to.unwrap_or(if is_npy { PromptKind::Npy } else { PromptKind::Peft });
+    let kind = args.to.unwrap_or(match args.destination.extension().and_then(OsStr::to_str) {
+        Some("npy") => PromptKind::Npy,
+        Some(SAFETENSORS) => PromptKind::Checkpoint,
+        _ => PromptKind::Peft,
+    });
     refuse_to_overwrite(&args.destination)?;
     if let Some(parent) = args.destination.parent().filter(|p| !p.as_os_str().is_empty()) {
         atomic::create_dir(parent)?;
@@ -151,11 +161,15 @@ fn prompt(args: &PromptArgs) -> Result<PromptWritten> {
     match kind {
         PromptKind::Npy if prompt.placement() != Placement::Before => {
             return bad_input(
-                "an .npy file has no room to tell that the prompt does not stand before the input: use the run's \
-                 directory, or a checkpoint in it",
+                "an .npy file has no room to tell that the prompt does not stand before the input: give --to checkpoint, and a DST \
+                 that ends in .safetensors",
             );
         }
         PromptKind::Npy => npy::write(&args.destination, &prompt)?,
+        PromptKind::Checkpoint => {
+            check_file_name(&args.destination)?;
+            checkpoint::write_prompt(&args.destination, &prompt)?;
+        }
         PromptKind::Peft => peft::write(&args.destination, &prompt, &base_model(args, &prompt)?)?,
     }
     Ok(PromptWritten {
@@ -164,6 +178,20 @@ fn prompt(args: &PromptArgs) -> Result<PromptWritten> {
         rows: prompt.num_rows(),
         width: prompt.width(),
     })
+}
+
+/// Checks that a prompt under this name is read as what it is.
+fn check_file_name(path: &Path) -> Result<()> {
+    let others = [peft::WEIGHTS, WEIGHTS];
+    let is_other = path.file_name().is_some_and(|name| others.iter().any(|other| name == *other));
+    if is_other || path.extension().is_none_or(|end| end != SAFETENSORS) {
+        return bad_input(format!(
+            "{} would not be read as a prompt: give a name that ends in .safetensors, such as prompt.safetensors, and is none of {}",
+            path.display(),
+            others.join(", ")
+        ));
+    }
+    Ok(())
 }
 
 fn refuse_to_overwrite(path: &Path) -> Result<()> {
@@ -214,6 +242,7 @@ impl Printed for PromptWritten {
         let kind = match self.kind {
             PromptKind::Npy => "an .npy file",
             PromptKind::Peft => "a PEFT directory",
+            PromptKind::Checkpoint => "a prompt.safetensors, as checkpoints have it",
         };
         output::facts([
             ("wrote", self.destination.display().to_string()),
