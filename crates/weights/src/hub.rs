@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use hf_hub::api::Progress;
-use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
+use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 
 use crate::checkpoint::CONFIG_FILE;
@@ -44,14 +44,39 @@ pub fn resolve_watched(model: &str, gets_on: &dyn Fn()) -> Result<PathBuf> {
     if let Some(dir) = cached(&cache, id) {
         return Ok(dir);
     }
-    if std::env::var("HF_HUB_OFFLINE").is_ok_and(|value| is_set(&value)) {
-        let detail =
-            format!("HF_HUB_OFFLINE is set and the cache has no complete copy; {}", fetch_elsewhere(id));
-        return Err(hub_error(model, "the files", detail));
-    }
+    check_online(model, "the files", id)?;
     let _turn = turn(&cache, id, gets_on)?;
     // Somebody else may have had it meanwhile.
     cached(&cache, id).map_or_else(|| download(&cache, model, id, gets_on), Ok)
+}
+
+/// The `config.json` of a model that is named as [`resolve`] takes it. Of one on the Hub nothing else is downloaded.
+///
+/// # Errors
+/// As [`resolve`]; that of a directory may be missing.
+pub fn resolve_config(model: &str) -> Result<PathBuf> {
+    if Path::new(model).is_dir() {
+        return Ok(Path::new(model).join(CONFIG_FILE));
+    }
+    let id = HubId::parse(model).ok_or_else(|| Error::NotAModel(model.to_owned()))?;
+    let cache = Cache::from_env();
+    if let Some(config) = cached_config(&cache, id) {
+        return Ok(config);
+    }
+    check_online(model, CONFIG_FILE, id)?;
+    let _turn = turn(&cache, id, &|| {})?;
+    let repo = api(model)?.repo(id.repo());
+    cached_config(&cache, id)
+        .map_or_else(|| repo.download(CONFIG_FILE).map_err(|error| api_error(model, CONFIG_FILE, &error)), Ok)
+}
+
+/// Checks that files may be downloaded.
+fn check_online(model: &str, what: &str, id: HubId<'_>) -> Result<()> {
+    if !std::env::var("HF_HUB_OFFLINE").is_ok_and(|value| is_set(&value)) {
+        return Ok(());
+    }
+    let detail = format!("HF_HUB_OFFLINE is set and the cache has no complete copy; {}", fetch_elsewhere(id));
+    Err(hub_error(model, what, detail))
 }
 
 /// The id of a model on the Hub and the revision behind it, if `model` is such an id and no directory; else all of it.
@@ -121,22 +146,31 @@ fn is_set(value: &str) -> bool {
 
 /// The snapshot of a model in the cache, if it is complete.
 fn cached(cache: &Cache, id: HubId<'_>) -> Option<PathBuf> {
-    let repo = cache.repo(id.repo());
-    // Hugging Face's own tools write down no name for what was asked for as a commit.
-    let of_commit = || id.revision.map(|commit| repo.pointer_path(commit).join(CONFIG_FILE));
-    let config = repo.get(CONFIG_FILE).or_else(of_commit).filter(|config| config.is_file())?;
+    let config = cached_config(cache, id)?;
     let dir = config.parent()?;
     let complete = layout::find(dir).is_ok() && tokenizer::is_present(dir);
     complete.then(|| dir.to_owned())
 }
 
-fn download(cache: &Cache, model: &str, id: HubId<'_>, gets_on: &dyn Fn()) -> Result<PathBuf> {
+/// The configuration of a model in the cache, whatever else there is of it.
+fn cached_config(cache: &Cache, id: HubId<'_>) -> Option<PathBuf> {
+    let repo = cache.repo(id.repo());
+    // Hugging Face's own tools write down no name for what was asked for as a commit.
+    let of_commit = || id.revision.map(|commit| repo.pointer_path(commit).join(CONFIG_FILE));
+    repo.get(CONFIG_FILE).or_else(of_commit).filter(|config| config.is_file())
+}
+
+/// The Hub, as the environment says where it is and who asks.
+fn api(model: &str) -> Result<Api> {
     let mut builder = ApiBuilder::from_env().with_progress(std::io::stderr().is_terminal()).with_retries(3);
     if let Ok(token) = std::env::var("HF_TOKEN") {
         builder = builder.with_token(Some(token));
     }
-    let api = builder.build().map_err(|error| api_error(model, "the files", &error))?;
-    let repo = api.repo(id.repo());
+    builder.build().map_err(|error| api_error(model, "the files", &error))
+}
+
+fn download(cache: &Cache, model: &str, id: HubId<'_>, gets_on: &dyn Fn()) -> Result<PathBuf> {
+    let repo = api(model)?.repo(id.repo());
     let info = repo.info().map_err(|error| api_error(model, "the list of files", &error))?;
     let names: Vec<String> = info.siblings.into_iter().map(|file| file.rfilename).collect();
     let wanted = choose_files(model, &names)?;

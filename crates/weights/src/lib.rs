@@ -29,7 +29,7 @@ pub use checkpoint::Checkpoint;
 pub use digests::Digests;
 pub use error::{Error, Result};
 pub use fingerprint::Fingerprint;
-pub use hub::{resolve, resolve_watched, split_revision};
+pub use hub::{resolve, resolve_config, resolve_watched, split_revision};
 pub use overlay::Overlay;
 pub use random::{Random, RandomTensor};
 pub use source::{Source, TensorInfo};

@@ -12,7 +12,7 @@ use incipit_tune::peft::{self, BaseModel};
 use incipit_tune::prompt::Prompt;
 use incipit_tune::trained::{Trained, WEIGHTS};
 use incipit_tune::{atomic, checkpoint, npy, spec::Precision};
-use incipit_weights::{Checkpoint, Written, resolve, write_safetensors};
+use incipit_weights::{Checkpoint, Written, resolve, resolve_config, write_safetensors};
 use serde::Serialize;
 
 use super::backbone::run_settings;
@@ -70,7 +70,8 @@ pub(crate) struct PromptArgs {
     /// What to write [default: npy where DST ends in .npy, checkpoint where it ends in .safetensors, else peft]
     #[arg(long, value_enum)]
     to: Option<PromptKind>,
-    /// Backbone that the prompt is for; PEFT's file names it [default: that of the run that made the prompt]
+    /// Backbone that the prompt is for; PEFT's file names it. Of it only the config.json is read, and fetched where it is
+    /// on the Hub [default: that of the run that made the prompt]
     #[arg(long, value_name = "DIR|HUB_ID")]
     model: Option<String>,
 }
@@ -218,8 +219,7 @@ fn base_model(args: &PromptArgs, prompt: &Prompt) -> Result<BaseModel> {
             "a PEFT directory names the backbone that its prompt is for: give it with --model".to_owned(),
         )
     })?;
-    let dir = resolve(&name)?;
-    let path = dir.join("config.json");
+    let path = resolve_config(&name)?;
     let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let config = Config::from_json(&text)?;
     prompt.check_width(config.d_model, &args.source)?;

@@ -60,7 +60,7 @@ pub(crate) struct PromptArgs {
     /// Run directory, .npy file, PEFT directory or checkpoint
     #[arg(value_name = "PATH")]
     prompt: PathBuf,
-    /// Backbone whose vocabulary the rows are compared with [default: that of the run that made the prompt, where its
+    /// Backbone whose vocabulary the rows are compared with; of one on the Hub all files are downloaded first [default: that of the run that made the prompt, where its
     /// directory is still there, else none]
     #[arg(long, value_name = "DIR|HUB_ID")]
     model: Option<String>,
