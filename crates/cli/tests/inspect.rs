@@ -61,6 +61,32 @@ fn inspect_finds_labels_in_the_rows_that_began_as_them() {
 }
 
 #[test]
+fn inspect_tells_the_norms_of_every_layer_and_the_words_of_the_first() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let more = ["--steps", "1", "--lr", "0.0001", "--prompt-layers", "all", "--prompt-init", "vocab"];
+    train(dir.path(), "run", &more).ok();
+    let (run, page) = (path(dir.path(), "run"), path(dir.path(), "look.html"));
+    let ran = incipit(&["inspect", "prompt", &run, "--json", "--html", &page]).ok();
+    let seen = ran.json();
+    assert!(ran.stderr.contains("words are told of the first layer's rows"), "{}", ran.stderr);
+    // The demo's model has three layers.
+    assert_eq!((&seen["layers"], &seen["rows"]), (&3.into(), &4.into()));
+    let rows = |of: &serde_json::Value| of["per_row"].as_array().expect("rows").clone();
+    assert!(rows(&seen).iter().all(|row| row["nearest"][0]["cosine"].as_f64().expect("a number") > 0.99));
+    let later = seen["later_layers"].as_array().expect("layers");
+    assert_eq!(later.iter().map(|layer| layer["layer"].clone()).collect::<Vec<_>>(), [1, 2]);
+    for layer in later {
+        assert_eq!(rows(layer).len(), 4);
+        assert!(rows(layer).iter().all(|row| row["norm"].is_number() && row.get("nearest").is_none()));
+        assert!(layer["norms"]["median"].is_number(), "{layer}");
+    }
+    assert!(text(page).contains("those of the first of 3 layers"));
+    let table = incipit(&["inspect", "prompt", &run]).ok().stdout;
+    assert!(table.contains("3 layers of 4 rows") && table.contains("layer   row"), "{table}");
+    refused(&incipit(&["inspect", "similarity", &run, &run]), &["rows for each of 3 layers"]);
+}
+
+#[test]
 fn inspect_compares_prompts_of_one_model_alone() {
     let dir = tempfile::tempdir().expect("a directory");
     let write = |name: &str, width: usize, values: Vec<f32>| {

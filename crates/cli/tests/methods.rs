@@ -125,8 +125,10 @@ fn a_prompt_in_any_place_is_measured_and_used_from_its_run() {
     }
     let ran = incipit(&["convert", "prompt", &at("decoder"), &at("p.npy")]);
     refused(&ran, &["does not stand before the input", "checkpoint"]);
-    refused(&incipit(&["inspect", "prompt", &at("all")]), &["layers", "--prompt-layers"]);
-    incipit(&["inspect", "prompt", &at("decoder")]).ok();
+    for name in ["all", "decoder"] {
+        incipit(&["inspect", "prompt", &at(name)]).ok();
+    }
+    refused(&incipit(&["inspect", "similarity", &at("all"), &at("all")]), &["layers", "--prompt-layers"]);
     let votes =
         ["ensemble", "eval", "--prompt", &at("after"), "--prompt", &at("all"), "--data", &few, "--json"]
             .map(str::to_owned);

@@ -133,7 +133,12 @@ fn title(report: &prompt::Report) -> String {
 }
 
 fn lede(report: &prompt::Report) -> String {
-    let rows = format!("{} prompt rows of {} numbers", report.rows, units::count(report.width as u64));
+    let first = if report.layers > 1 {
+        format!(", those of the first of {} layers", report.layers)
+    } else {
+        String::new()
+    };
+    let rows = format!("{} prompt rows of {} numbers{first}", report.rows, units::count(report.width as u64));
     match &report.words {
         Some(words) => {
             let size = units::count(words.vocabulary.size as u64);

@@ -16,6 +16,7 @@ use super::labels::labels;
 use crate::commands::backbone::run_settings;
 use crate::exit::{BadInput, bad_input};
 use crate::output::{self, Printed};
+use crate::progress::note;
 use crate::units;
 
 /// Repeated words that are listed; `--json` has all.
@@ -27,56 +28,78 @@ const LISTED_ROWS: usize = 12;
 #[derive(Serialize)]
 pub(super) struct Report {
     pub(super) path: PathBuf,
+    pub(super) layers: usize,
+    /// Of each layer.
     pub(super) rows: usize,
     pub(super) width: usize,
     pub(super) norms: Option<Norms>,
     pub(super) model: Option<PathBuf>,
     #[serde(flatten)]
     pub(super) words: Option<Words>,
+    /// Of the first layer: what the others read are no words.
     pub(super) per_row: Vec<Row>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) later_layers: Vec<Layer>,
+}
+
+/// The rows of a layer behind the first.
+#[derive(Serialize)]
+pub(super) struct Layer {
+    /// From 0.
+    layer: usize,
+    norms: Option<Norms>,
+    per_row: Vec<Row>,
+}
+
+impl Layer {
+    fn of((layer, prompt): (usize, &Prompt)) -> Self {
+        let per_row = interpret::rows(prompt);
+        Self { layer, norms: norms_of(&per_row), per_row }
+    }
+}
+
+fn norms_of(rows: &[Row]) -> Option<Norms> {
+    Norms::of(rows.iter().map(|row| row.norm).collect())
 }
 
 pub(super) fn examine(args: &PromptArgs) -> Result<Report> {
-    let prompt = read(&args.prompt)?;
+    let layers = layers(&Prompt::read(&args.prompt)?)?;
+    let prompt = &layers[0];
     let run = run_settings(&args.prompt)?.unwrap_or_default();
     // A model that no flag names is looked for on this machine alone.
     let model = args.model.as_deref().or(run.model.as_deref().filter(|dir| Path::new(dir).is_dir()));
     let (model, words, per_row) = match model {
         Some(model) => {
             let dir = resolve(model)?;
-            let (per_row, words) = compare(args, &prompt, &dir, &run)?;
+            let (per_row, words) = compare(args, prompt, &dir, &run)?;
             (Some(dir), Some(words), per_row)
         }
         None if args.labels.is_some() || args.task.is_some() => {
             return bad_input("--model is missing: labels are looked for among the words of its vocabulary");
         }
-        None => (None, None, interpret::rows(&prompt)),
+        None => (None, None, interpret::rows(prompt)),
     };
+    if layers.len() > 1 && words.is_some() {
+        note("words are told of the first layer's rows: what the others read are no words");
+    }
     Ok(Report {
         path: args.prompt.clone(),
+        layers: layers.len(),
         rows: prompt.length(),
         width: prompt.width(),
-        norms: Norms::of(per_row.iter().map(|row| row.norm).collect()),
+        norms: norms_of(&per_row),
         model,
         words,
         per_row,
+        later_layers: layers.iter().enumerate().skip(1).map(Layer::of).collect(),
     })
 }
 
-/// The prompt at `path`, whose rows are in the space of words.
-///
-/// # Errors
-/// If there is none, or it has rows for layers that read no words.
-pub(super) fn read(path: &Path) -> Result<Prompt> {
-    let prompt = Prompt::read(path)?;
-    match prompt.num_layers() {
-        1 => Ok(prompt),
-        layers => bad_input(format!(
-            "{} has rows for each of {layers} layers, and only those of the first lie among words: take a prompt \
-             that was trained without --prompt-layers all",
-            path.display()
-        )),
-    }
+/// The rows of each layer, the first one's first; one at least.
+fn layers(prompt: &Prompt) -> Result<Vec<Prompt>> {
+    let (length, width) = (prompt.length(), prompt.width());
+    let all = prompt.values().chunks_exact(length * width);
+    Ok(all.map(|rows| Prompt::new(length, width, rows.to_vec())).collect::<incipit_tune::Result<_>>()?)
 }
 
 fn compare(args: &PromptArgs, prompt: &Prompt, dir: &Path, run: &PartialSpec) -> Result<(Vec<Row>, Words)> {
@@ -95,11 +118,12 @@ fn compare(args: &PromptArgs, prompt: &Prompt, dir: &Path, run: &PartialSpec) ->
 
 impl Printed for Report {
     fn text(&self) -> String {
-        let numbers = units::count((self.rows * self.width) as u64);
+        let numbers = units::count((self.layers * self.rows * self.width) as u64);
+        let each = if self.layers > 1 { format!("{} layers of ", self.layers) } else { String::new() };
         let mut facts = vec![
             ("prompt", self.path.display().to_string()),
-            ("shape", format!("{} rows of {} ({numbers} numbers)", self.rows, self.width)),
-            ("row norms", norms(self.norms)),
+            ("shape", format!("{each}{} rows of {} ({numbers} numbers)", self.rows, self.width)),
+            (if self.layers > 1 { "first layer's norms" } else { "row norms" }, norms(self.norms)),
         ];
         let mut parts = Vec::new();
         if let (Some(words), Some(model)) = (&self.words, &self.model) {
@@ -124,22 +148,26 @@ impl Printed for Report {
 
 impl Report {
     fn row_table(&self) -> String {
-        let compared = self.words.is_some();
-        let line = |row: &Row| {
-            let mut cells = vec![row.row.to_string(), format!("{:.2}", row.norm)];
+        let (layered, compared) = (self.layers > 1, self.words.is_some());
+        let line = |layer: usize, row: &Row| {
+            let layer_cell = layered.then(|| layer.to_string());
+            let mut cells: Vec<String> = layer_cell.into_iter().collect();
+            cells.extend([row.row.to_string(), format!("{:.2}", row.norm)]);
             if compared {
-                cells.push(number(row.tightness));
-                cells.push(near(row));
+                let words = if layer == 0 { near(row) } else { String::new() };
+                cells.extend([number(row.tightness), words]);
             }
             cells
         };
-        let lines: Vec<_> = self.per_row.iter().map(line).collect();
-        let header: &[&str] = if compared {
-            &["row", "norm", "tightness", "nearest words, by cosine"]
-        } else {
-            &["row", "norm"]
-        };
-        output::table(header, &lines, false)
+        let first = self.per_row.iter().map(|row| line(0, row));
+        let of_layer = |of: &Layer| of.per_row.iter().map(|row| line(of.layer, row)).collect::<Vec<_>>();
+        let lines: Vec<_> = first.chain(self.later_layers.iter().flat_map(of_layer)).collect();
+        let mut header = if layered { vec!["layer"] } else { Vec::new() };
+        header.extend(["row", "norm"]);
+        if compared {
+            header.extend(["tightness", "nearest words, by cosine"]);
+        }
+        output::table(&header, &lines, false)
     }
 }
 

@@ -1,11 +1,14 @@
 //! Prompts of several tasks, and how like they are to each other.
 
+use std::path::Path;
+
 use anyhow::Result;
 use incipit_tune::interpret::{self, Matrix};
 use incipit_tune::prompt::Prompt;
 use serde::Serialize;
 
 use super::SimilarityArgs;
+use crate::exit::bad_input;
 use crate::output::{self, Printed};
 
 #[derive(Serialize)]
@@ -23,11 +26,27 @@ pub(super) struct Compared {
 }
 
 pub(super) fn examine(args: &SimilarityArgs) -> Result<Report> {
-    let read = |path: &std::path::PathBuf| Ok((path.display().to_string(), super::prompt::read(path)?));
+    let read = |path: &std::path::PathBuf| Ok((path.display().to_string(), read(path)?));
     let prompts: Vec<(String, Prompt)> = args.prompts.iter().map(read).collect::<Result<_>>()?;
     let similarity = interpret::similarity(&prompts)?;
     let compared = |(path, prompt): (String, Prompt)| Compared { path, rows: prompt.length() };
     Ok(Report { prompts: prompts.into_iter().map(compared).collect(), similarity })
+}
+
+/// The prompt at `path`, whose rows are in the space of words.
+///
+/// # Errors
+/// If there is none, or it has rows for layers that read no words.
+fn read(path: &Path) -> Result<Prompt> {
+    let prompt = Prompt::read(path)?;
+    match prompt.num_layers() {
+        1 => Ok(prompt),
+        layers => bad_input(format!(
+            "{} has rows for each of {layers} layers, and only those of the first lie among words: take a prompt \
+             that was trained without --prompt-layers all",
+            path.display()
+        )),
+    }
 }
 
 impl Printed for Report {
