@@ -103,8 +103,11 @@ impl World {
 
     fn drain_worker(&mut self, machine: Machine) {
         let Ok(name) = WorkerName::of_id("id", &format!("w{machine}")) else { return };
-        let input =
-            Input::Request { actor: "operator".to_owned(), key: None, request: Request::DrainWorker(name) };
+        let input = Input::Request {
+            actor: "operator".to_owned(),
+            key: None,
+            request: Request::DrainWorker { name, etag: None },
+        };
         self.offer(Waiting { input, caller: None });
     }
 

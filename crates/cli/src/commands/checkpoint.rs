@@ -155,8 +155,8 @@ async fn of_job(client: &Client, job: &str) -> Result<Vec<Checkpoint>> {
 }
 
 async fn pin(client: &Client, args: &OfTaskArgs, pinned: bool, global: &Global) -> Result<()> {
-    let (name, task) = (args.one.checkpoint.clone(), args.task.clone());
-    let request = PinCheckpointRequest { name, task, pinned, request_id: request_id(None)? };
+    let (name, task, etag) = (args.one.checkpoint.clone(), args.task.clone(), String::new());
+    let request = PinCheckpointRequest { name, task, pinned, request_id: request_id(None)?, etag };
     let checkpoint = call!(client, checkpoints.pin_checkpoint(request))?;
     show::print(&checkpoint, || table(std::slice::from_ref(&checkpoint)), global)
 }
@@ -166,10 +166,8 @@ async fn delete(client: &Client, name: String) -> Result<()> {
         return bad_input(format!("{} may be another one by now; name the step: JOB/500", short(&name)));
     }
     let told = short(&name);
-    call!(
-        client,
-        checkpoints.delete_checkpoint(DeleteCheckpointRequest { name, request_id: request_id(None)? })
-    )?;
+    let request = DeleteCheckpointRequest { name, request_id: request_id(None)?, etag: String::new() };
+    call!(client, checkpoints.delete_checkpoint(request))?;
     note(&format!("deleted {told}"));
     Ok(())
 }

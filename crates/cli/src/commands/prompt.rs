@@ -102,8 +102,8 @@ pub(crate) fn run(args: PromptArgs, global: &Global) -> Result<Exit> {
             PromptCommand::Get(args) => get(&client, &args, global).await?,
             PromptCommand::Delete(args) => {
                 let told = short(&args.version);
-                let request =
-                    DeletePromptVersionRequest { name: args.version, request_id: request_id(None)? };
+                let (name, etag) = (args.version, String::new());
+                let request = DeletePromptVersionRequest { name, request_id: request_id(None)?, etag };
                 call!(client, prompts.delete_prompt_version(request))?;
                 note(&format!("deleted {told}"));
             }
@@ -119,6 +119,7 @@ async fn promote(client: &Client, args: PromoteArgs, global: &Global) -> Result<
         task: args.task,
         description: args.description,
         request_id: request_id(args.request_id.as_deref())?,
+        etag: String::new(),
     };
     let version = call!(client, prompts.promote_prompt(request))?;
     show::print(&version, || table(std::slice::from_ref(&version)), global)?;

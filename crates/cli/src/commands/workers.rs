@@ -59,7 +59,8 @@ pub(crate) fn run(args: WorkersArgs, global: &Global) -> Result<Exit> {
                 show::print(&worker, || facts(&worker), global)?;
             }
             WorkersCommand::Drain(args) => {
-                let request = DrainWorkerRequest { name: args.worker, request_id: request_id(None)? };
+                let (name, etag) = (args.worker, String::new());
+                let request = DrainWorkerRequest { name, request_id: request_id(None)?, etag };
                 let worker = call!(client, workers.drain_worker(request))?;
                 show::print(&worker, || table(std::slice::from_ref(&worker)), global)?;
                 note("see where its ranks went: incipit backbone list");

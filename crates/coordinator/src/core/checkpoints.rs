@@ -10,13 +10,19 @@ use super::{
     checkpoint::{Checkpoint, PROMPT_FILE, PromptVersion, version_name},
     effects::{Change, Resource},
     input::{CheckpointRef, StepRef},
+    requests::check_etag,
     rows::{Counter, Target},
 };
 
 impl Core {
-    pub(super) fn delete_checkpoint(&mut self, target: &CheckpointRef) -> Result<Target, Problem> {
+    pub(super) fn delete_checkpoint(
+        &mut self,
+        target: &CheckpointRef,
+        etag: Option<u64>,
+    ) -> Result<Target, Problem> {
         let checkpoint = self.find_checkpoint(target)?;
         let (name, step) = (checkpoint.name(), checkpoint.step);
+        check_etag(&name, etag, checkpoint.revision)?;
         let refuse = |reason: &str, why: &str| {
             Err(Problem::state(reason, format!("{name} {why}")).with("name", &name))
         };
@@ -45,8 +51,14 @@ impl Core {
         Ok(Target::Nothing)
     }
 
-    pub(super) fn pin_checkpoint(&mut self, target: &CheckpointRef, pinned: bool) -> Result<Target, Problem> {
+    pub(super) fn pin_checkpoint(
+        &mut self,
+        target: &CheckpointRef,
+        etag: Option<u64>,
+        pinned: bool,
+    ) -> Result<Target, Problem> {
         let mut checkpoint = self.find_checkpoint(target)?.clone();
+        check_etag(&checkpoint.name(), etag, checkpoint.revision)?;
         let step = checkpoint.step;
         if checkpoint.pinned != pinned {
             checkpoint.pinned = pinned;
@@ -67,9 +79,11 @@ impl Core {
         &mut self,
         prompt: PromptName,
         target: &CheckpointRef,
+        etag: Option<u64>,
         description: String,
     ) -> Result<Target, Problem> {
         let checkpoint = self.find_whole_checkpoint(target)?.clone();
+        check_etag(&checkpoint.name(), etag, checkpoint.revision)?;
         let tasks = checkpoint.tasks.iter().map(|task| &*task.name);
         check_task(&checkpoint.name(), tasks, target.task.as_deref())?;
         let name =
@@ -102,10 +116,16 @@ impl Core {
         Ok(Target::Prompt(prompt, last + 1))
     }
 
-    pub(super) fn delete_version(&mut self, prompt: &PromptName, version: u64) -> Result<Target, Problem> {
+    pub(super) fn delete_version(
+        &mut self,
+        prompt: &PromptName,
+        version: u64,
+        etag: Option<u64>,
+    ) -> Result<Target, Problem> {
         let Some(row) = self.rows.prompts.get(&(prompt.clone(), version)) else {
             return Err(Problem::not_found(&version_name(prompt, version)));
         };
+        check_etag(&row.name(), etag, row.revision)?;
         let row = Box::new(row.clone());
         self.remove(Resource::Prompt(row));
         Ok(Target::Nothing)

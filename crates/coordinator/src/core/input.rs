@@ -127,13 +127,25 @@ pub enum Request {
         force: bool,
     },
     /// Give a worker nothing more, and move what it has.
-    DrainWorker(WorkerName),
+    DrainWorker {
+        /// The worker.
+        name: WorkerName,
+        /// Its revision, if the caller knows it.
+        etag: Option<u64>,
+    },
     /// Delete a checkpoint.
-    DeleteCheckpoint(CheckpointRef),
+    DeleteCheckpoint {
+        /// The checkpoint.
+        checkpoint: CheckpointRef,
+        /// Its revision, if the caller knows it.
+        etag: Option<u64>,
+    },
     /// Keep a checkpoint, or no longer.
     PinCheckpoint {
         /// The checkpoint.
         checkpoint: CheckpointRef,
+        /// Its revision, if the caller knows it.
+        etag: Option<u64>,
         /// Whether to keep it.
         pinned: bool,
     },
@@ -143,6 +155,8 @@ pub enum Request {
         prompt: PromptName,
         /// The checkpoint.
         checkpoint: CheckpointRef,
+        /// The checkpoint's revision, if the caller knows it.
+        etag: Option<u64>,
         /// What there is to say.
         description: String,
     },
@@ -152,6 +166,8 @@ pub enum Request {
         prompt: PromptName,
         /// The version.
         version: u64,
+        /// Its revision, if the caller knows it.
+        etag: Option<u64>,
     },
 }
 

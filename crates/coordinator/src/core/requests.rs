@@ -53,13 +53,17 @@ impl Core {
             Request::UpdateBackbone { name, etag, patch } => self.update_backbone(name, etag, *patch)?,
             Request::RetryBackbone { name, etag } => self.retry_backbone(name, etag)?,
             Request::DeleteBackbone { name, etag, force } => self.delete_backbone(&name, etag, force)?,
-            Request::DrainWorker(name) => self.drain_worker(name)?,
-            Request::DeleteCheckpoint(checkpoint) => self.delete_checkpoint(&checkpoint)?,
-            Request::PinCheckpoint { checkpoint, pinned } => self.pin_checkpoint(&checkpoint, pinned)?,
-            Request::PromotePrompt { prompt, checkpoint, description } => {
-                self.promote(prompt, &checkpoint, description)?
+            Request::DrainWorker { name, etag } => self.drain_worker(name, etag)?,
+            Request::DeleteCheckpoint { checkpoint, etag } => self.delete_checkpoint(&checkpoint, etag)?,
+            Request::PinCheckpoint { checkpoint, etag, pinned } => {
+                self.pin_checkpoint(&checkpoint, etag, pinned)?
             }
-            Request::DeletePromptVersion { prompt, version } => self.delete_version(&prompt, version)?,
+            Request::PromotePrompt { prompt, checkpoint, etag, description } => {
+                self.promote(prompt, &checkpoint, etag, description)?
+            }
+            Request::DeletePromptVersion { prompt, version, etag } => {
+                self.delete_version(&prompt, version, etag)?
+            }
         };
         Ok(Outcome::Done(target))
     }
@@ -84,8 +88,9 @@ impl Core {
         })
     }
 
-    fn drain_worker(&mut self, name: WorkerName) -> Result<Target, Problem> {
+    fn drain_worker(&mut self, name: WorkerName, etag: Option<u64>) -> Result<Target, Problem> {
         let worker = self.rows.workers.get(&name).ok_or_else(|| Problem::not_found(name.as_str()))?;
+        check_etag(name.as_str(), etag, worker.revision)?;
         if worker.state == WorkerState::Lost {
             let what = format!("{name} is lost, and has nothing that could be drained");
             return Err(Problem::state("WORKER_LOST", what).with("name", &name));

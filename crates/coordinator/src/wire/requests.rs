@@ -257,8 +257,8 @@ pub fn delete_backbone(message: &v1::DeleteBackboneRequest) -> Result<Asked, Pro
 /// # Errors
 /// If a field is wrong.
 pub fn drain_worker(message: &v1::DrainWorkerRequest) -> Result<Asked, Problem> {
-    let request = Request::DrainWorker(WorkerName::parse("name", &message.name)?);
-    asked("DrainWorker", &message.request_id, message, request)
+    let (name, etag) = (WorkerName::parse("name", &message.name)?, etag("etag", &message.etag)?);
+    asked("DrainWorker", &message.request_id, message, Request::DrainWorker { name, etag })
 }
 
 /// `DeleteCheckpoint`.
@@ -270,7 +270,8 @@ pub fn delete_checkpoint(message: &v1::DeleteCheckpointRequest) -> Result<Asked,
     if !matches!(checkpoint.step, StepRef::At(_)) {
         return Err(Problem::field("name", format!("is {:?}; say which step", message.name)));
     }
-    asked("DeleteCheckpoint", &message.request_id, message, Request::DeleteCheckpoint(checkpoint))
+    let request = Request::DeleteCheckpoint { checkpoint, etag: etag("etag", &message.etag)? };
+    asked("DeleteCheckpoint", &message.request_id, message, request)
 }
 
 /// `PinCheckpoint`.
@@ -279,7 +280,8 @@ pub fn delete_checkpoint(message: &v1::DeleteCheckpointRequest) -> Result<Asked,
 /// If a field is wrong.
 pub fn pin_checkpoint(message: &v1::PinCheckpointRequest) -> Result<Asked, Problem> {
     let checkpoint = checkpoint_ref("name", &message.name, &message.task)?;
-    let request = Request::PinCheckpoint { checkpoint, pinned: message.pinned };
+    let etag = etag("etag", &message.etag)?;
+    let request = Request::PinCheckpoint { checkpoint, etag, pinned: message.pinned };
     asked("PinCheckpoint", &message.request_id, message, request)
 }
 
@@ -294,7 +296,8 @@ pub fn promote_prompt(message: &v1::PromotePromptRequest) -> Result<Asked, Probl
         let what = format!("has {} bytes; {MAX_TEXT} are allowed", message.description.len());
         return Err(Problem::field("description", what));
     }
-    let request = Request::PromotePrompt { prompt, checkpoint, description: message.description.clone() };
+    let (etag, description) = (etag("etag", &message.etag)?, message.description.clone());
+    let request = Request::PromotePrompt { prompt, checkpoint, etag, description };
     asked("PromotePrompt", &message.request_id, message, request)
 }
 
@@ -307,6 +310,7 @@ pub fn delete_prompt_version(message: &v1::DeletePromptVersionRequest) -> Result
     let Some(version) = version else {
         return Err(Problem::field("name", format!("is {:?}; say which version", message.name)));
     };
-    let request = Request::DeletePromptVersion { prompt, version };
+    let etag = etag("etag", &message.etag)?;
+    let request = Request::DeletePromptVersion { prompt, version, etag };
     asked("DeletePromptVersion", &message.request_id, message, request)
 }

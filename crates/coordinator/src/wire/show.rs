@@ -177,6 +177,7 @@ pub fn checkpoint(checkpoint: &Checkpoint) -> v1::Checkpoint {
         epoch: checkpoint.epoch,
         create_time: Some(timestamp(checkpoint.create_time)),
         tasks: checkpoint.tasks.iter().map(task).collect(),
+        etag: checkpoint.revision.to_string(),
     }
 }
 
@@ -198,6 +199,7 @@ pub fn prompt_version(version: &PromptVersion) -> v1::PromptVersion {
         description: version.description.clone(),
         create_time: Some(timestamp(version.create_time)),
         task: version.task.clone().unwrap_or_default(),
+        etag: version.revision.to_string(),
     }
 }
 

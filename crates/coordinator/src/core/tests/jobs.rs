@@ -210,19 +210,23 @@ fn a_promoted_checkpoint_keeps_its_job() {
     world.job_event("w", "j", left(JobState::Succeeded, JobReason::StepsDone));
     let prompt = incipit_proto::names::PromptName::of_id("id", "p").unwrap();
     let checkpoint = CheckpointRef { job: job_name("j"), step: StepRef::Last, task: None };
-    let promote =
-        Request::PromotePrompt { prompt: prompt.clone(), checkpoint, description: "good".to_owned() };
+    let promote = Request::PromotePrompt {
+        prompt: prompt.clone(),
+        checkpoint,
+        etag: None,
+        description: "good".to_owned(),
+    };
     let Reply::Prompt(first) = world.ask(promote.clone()).unwrap() else { panic!() };
     let Reply::Prompt(second) = world.ask(promote.clone()).unwrap() else { panic!() };
     assert_eq!((first.version, second.version, second.previous), (1, 2, Some(1)));
     assert_eq!(world.ask(Request::DeleteJob(target("j"))).unwrap_err().reason, "CHECKPOINT_PROMOTED");
     for version in [1, 2] {
-        world.ask(Request::DeletePromptVersion { prompt: prompt.clone(), version }).unwrap();
+        world.ask(Request::DeletePromptVersion { prompt: prompt.clone(), version, etag: None }).unwrap();
     }
     // The number of a version that is gone is not given again.
     let Reply::Prompt(third) = world.ask(promote).unwrap() else { panic!() };
     assert_eq!((third.version, third.previous), (3, None));
-    world.ask(Request::DeletePromptVersion { prompt, version: 3 }).unwrap();
+    world.ask(Request::DeletePromptVersion { prompt, version: 3, etag: None }).unwrap();
     world.ask(Request::DeleteJob(target("j"))).unwrap();
 }
 
@@ -235,7 +239,7 @@ fn the_newest_the_best_the_pinned_and_the_one_gone_on_from_are_kept() {
         world.job_event("w", "j", saved(step));
     }
     let pinned = CheckpointRef { job: job_name("j"), step: StepRef::At(2), task: None };
-    world.ask(Request::PinCheckpoint { checkpoint: pinned, pinned: true }).unwrap();
+    world.ask(Request::PinCheckpoint { checkpoint: pinned, etag: None, pinned: true }).unwrap();
     world.ask(Request::PauseJob(target("j"))).unwrap();
     world.job_event("w", "j", left(JobState::Paused, JobReason::Requested));
     world.ask(Request::ResumeJob(target("j"))).unwrap();
@@ -249,7 +253,8 @@ fn the_newest_the_best_the_pinned_and_the_one_gone_on_from_are_kept() {
     world.job_event("w", "j", left(JobState::Succeeded, JobReason::StepsDone));
     assert_eq!(steps(&world), [9, 8, 7, 2, 1]);
     let delete = |step| {
-        Request::DeleteCheckpoint(CheckpointRef { job: job_name("j"), step: StepRef::At(step), task: None })
+        let checkpoint = CheckpointRef { job: job_name("j"), step: StepRef::At(step), task: None };
+        Request::DeleteCheckpoint { checkpoint, etag: None }
     };
     assert_eq!(world.ask(delete(2)).unwrap_err().reason, "CHECKPOINT_PINNED");
     world.ask(delete(1)).unwrap();
@@ -280,8 +285,12 @@ fn a_job_whose_checkpoint_is_damaged_goes_on_from_the_one_before_and_fails_where
     // Nothing is made of it, and the last one is another.
     let of = |step| CheckpointRef { job: job_name("j"), step, task: None };
     let prompt = PromptName::of_id("id", "p").unwrap();
-    let promote =
-        Request::PromotePrompt { prompt, checkpoint: of(StepRef::At(3)), description: String::new() };
+    let promote = Request::PromotePrompt {
+        prompt,
+        checkpoint: of(StepRef::At(3)),
+        etag: None,
+        description: String::new(),
+    };
     assert_eq!(world.ask(promote).unwrap_err().reason, "CHECKPOINT_DAMAGED");
     let start = Some(of(StepRef::At(3)));
     let job = Box::new(NewJob { start, ..new_job("k", "b") });
@@ -415,7 +424,7 @@ fn each_of_several_tasks_keeps_its_best_checkpoint_and_is_promoted_by_its_name()
     let prompt = incipit_proto::names::PromptName::of_id("id", "p").unwrap();
     let promote = |task: Option<&str>| {
         let (prompt, checkpoint) = (prompt.clone(), best(task));
-        Request::PromotePrompt { prompt, checkpoint, description: String::new() }
+        Request::PromotePrompt { prompt, checkpoint, etag: None, description: String::new() }
     };
     for (task, step) in [("x", 1), ("y", 2)] {
         assert_eq!(world.core.find_checkpoint(&best(Some(task))).unwrap().step, step, "{task}");
@@ -445,7 +454,10 @@ fn the_last_checkpoint_of_a_job_that_goes_on_is_not_deleted() {
     let mut world = World::running();
     world.job_event("w", "j", saved(1));
     let last = CheckpointRef { job: job_name("j"), step: StepRef::At(1), task: None };
-    assert_eq!(world.ask(Request::DeleteCheckpoint(last)).unwrap_err().reason, "CHECKPOINT_NEEDED");
+    assert_eq!(
+        world.ask(Request::DeleteCheckpoint { checkpoint: last, etag: None }).unwrap_err().reason,
+        "CHECKPOINT_NEEDED"
+    );
 }
 
 #[test]

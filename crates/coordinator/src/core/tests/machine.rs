@@ -102,7 +102,7 @@ impl Machine {
             61 => {
                 self.ask(Request::RetryBackbone { name: backbone_name(backbone), etag: None }, c);
             }
-            24 if b % 4 == 0 => self.ask(Request::DrainWorker(worker_name(worker.0)), c),
+            24 if b % 4 == 0 => self.ask(Request::DrainWorker { name: worker_name(worker.0), etag: None }, c),
             25..33 => self.load(worker.0, b, c),
             33 => self.lose(worker.0, b, c),
             34..46 => self.job_event(worker.0, (b, c)),
@@ -171,10 +171,10 @@ impl Machine {
         let prompt = PromptName::of_id("id", "p").unwrap();
         self.ask(
             match b % 4 {
-                0 => Request::DeleteCheckpoint(checkpoint),
-                1 => Request::PinCheckpoint { checkpoint, pinned: true },
-                2 => Request::PinCheckpoint { checkpoint, pinned: false },
-                _ => Request::PromotePrompt { prompt, checkpoint, description: String::new() },
+                0 => Request::DeleteCheckpoint { checkpoint, etag: None },
+                1 => Request::PinCheckpoint { checkpoint, etag: None, pinned: true },
+                2 => Request::PinCheckpoint { checkpoint, etag: None, pinned: false },
+                _ => Request::PromotePrompt { prompt, checkpoint, etag: None, description: String::new() },
             },
             c,
         );
@@ -182,7 +182,7 @@ impl Machine {
 
     fn drop_version(&mut self, c: u8) {
         let prompt = PromptName::of_id("id", "p").unwrap();
-        self.ask(Request::DeletePromptVersion { prompt, version: u64::from(c % 8) }, c);
+        self.ask(Request::DeletePromptVersion { prompt, version: u64::from(c % 8), etag: None }, c);
     }
 
     fn connect(&mut self, (id, slots): (&str, u32), anew: bool) {

@@ -136,9 +136,9 @@ fn a_job_that_was_put_aside_before_an_evaluation_is_saved_again_behind_it() {
     let mut world = World::running();
     world.job_event("w", "j", saved(7));
     let checkpoint = CheckpointRef { job: job_name("j"), step: StepRef::Last, task: None };
-    world.ask(Request::PinCheckpoint { checkpoint: checkpoint.clone(), pinned: true }).unwrap();
+    world.ask(Request::PinCheckpoint { checkpoint: checkpoint.clone(), etag: None, pinned: true }).unwrap();
     let prompt = incipit_proto::names::PromptName::of_id("id", "p").unwrap();
-    let promote = Request::PromotePrompt { prompt, checkpoint, description: String::new() };
+    let promote = Request::PromotePrompt { prompt, checkpoint, etag: None, description: String::new() };
     world.ask(promote).unwrap();
     world.ask(Request::PauseJob(target("j"))).unwrap();
     world.job_event("w", "j", left(JobState::Paused, JobReason::Requested));

@@ -1,10 +1,16 @@
 //! Stories of requests that are sent again, and of those that only ask.
 
-use incipit_proto::v1::{JobReason, JobState};
+use incipit_proto::{
+    names::PromptName,
+    v1::{JobReason, JobState},
+};
 use tonic::Code;
 
-use super::world::{World, job_name, new_job, target};
-use crate::core::{Input, Reply, Request};
+use super::world::{World, job_name, new_job, saved, target, worker_name};
+use crate::core::{
+    Input, Reply, Request,
+    input::{CheckpointRef, StepRef},
+};
 
 fn create(id: &str) -> Request {
     Request::CreateJob { job: Box::new(new_job(id, "b")), validate_only: false }
@@ -75,4 +81,43 @@ fn asking_what_would_be_changes_nothing() {
 fn a_name_that_is_taken_is_refused() {
     let mut world = World::running();
     assert_eq!(world.ask(create("j")).unwrap_err().code, Code::AlreadyExists);
+}
+
+#[test]
+fn what_was_meant_for_another_state_of_a_checkpoint_a_version_or_a_worker_is_refused() {
+    let mut world = World::running();
+    world.job_event("w", "j", saved(1));
+    world.job_event("w", "j", super::world::left(JobState::Succeeded, JobReason::StepsDone));
+    let checkpoint = CheckpointRef { job: job_name("j"), step: StepRef::At(1), task: None };
+    let (name, prompt) = (worker_name("w"), PromptName::of_id("id", "p").unwrap());
+    let revision = world.core.checkpoint(&job_name("j"), 1).unwrap().revision;
+    let pin = |etag| Request::PinCheckpoint { checkpoint: checkpoint.clone(), etag, pinned: true };
+    world.ask(pin(Some(revision))).unwrap();
+    let promote = |etag| {
+        let (prompt, checkpoint, description) = (prompt.clone(), checkpoint.clone(), String::new());
+        Request::PromotePrompt { prompt, checkpoint, etag, description }
+    };
+    let pinned = world.core.checkpoint(&job_name("j"), 1).unwrap().revision;
+    world.ask(promote(Some(pinned))).unwrap();
+    let version = world.core.prompt_version(&prompt, None).unwrap().revision;
+    let of_worker = world.core.worker_view(&name).unwrap().worker.revision;
+    let unpin = Request::PinCheckpoint { checkpoint: checkpoint.clone(), etag: None, pinned: false };
+    world.ask(unpin).unwrap();
+    let before = world.core.rows().clone();
+    let changes = [
+        pin(Some(revision)),
+        promote(Some(revision)),
+        Request::DeleteCheckpoint { checkpoint: checkpoint.clone(), etag: Some(revision) },
+        Request::DeletePromptVersion { prompt: prompt.clone(), version: 1, etag: Some(version + 1) },
+        Request::DrainWorker { name: name.clone(), etag: Some(of_worker + 1) },
+    ];
+    for change in changes {
+        let problem = world.ask(change.clone()).unwrap_err();
+        assert_eq!((problem.code, &*problem.reason), (Code::Aborted, "ETAG_MISMATCH"), "{change:?}");
+    }
+    assert_eq!(world.core.rows(), &before);
+    world.ask(Request::DeletePromptVersion { prompt, version: 1, etag: Some(version) }).unwrap();
+    let revision = world.core.checkpoint(&job_name("j"), 1).unwrap().revision;
+    world.ask(Request::DeleteCheckpoint { checkpoint, etag: Some(revision) }).unwrap();
+    world.ask(Request::DrainWorker { name, etag: Some(of_worker) }).unwrap();
 }

@@ -103,7 +103,7 @@ fn jobs_run_on_while_the_coordinator_is_away() {
 #[test]
 fn draining_the_only_worker_leaves_the_backbone_without_a_place() {
     let mut world = World::running();
-    world.ask(Request::DrainWorker(worker_name("w"))).unwrap();
+    world.ask(Request::DrainWorker { name: worker_name("w"), etag: None }).unwrap();
     assert_eq!(state(&world, "w"), WorkerState::Draining);
     leave_saved(&mut world, "w", 7);
     let backbone = world.backbone("b");
@@ -153,8 +153,8 @@ fn a_worker_that_does_not_lead_is_left_only_when_its_leader_has_saved_the_jobs()
 fn a_backbone_that_moves_names_the_worker_that_it_leaves_and_no_other() {
     let mut world = World::running();
     world.connect("v", 1, true);
-    world.ask(Request::DrainWorker(worker_name("v"))).unwrap();
-    world.ask(Request::DrainWorker(worker_name("w"))).unwrap();
+    world.ask(Request::DrainWorker { name: worker_name("v"), etag: None }).unwrap();
+    world.ask(Request::DrainWorker { name: worker_name("w"), etag: None }).unwrap();
     leave_saved(&mut world, "w", 7);
     let message = &world.backbone("b").last_loss;
     assert_eq!(message, "workers/w is being drained");
@@ -163,7 +163,7 @@ fn a_backbone_that_moves_names_the_worker_that_it_leaves_and_no_other() {
 #[test]
 fn a_pause_that_is_asked_for_while_a_backbone_moves_is_a_pause() {
     let mut world = World::running();
-    world.ask(Request::DrainWorker(worker_name("w"))).unwrap();
+    world.ask(Request::DrainWorker { name: worker_name("w"), etag: None }).unwrap();
     world.ask(Request::PauseJob(target("j"))).unwrap();
     let left =
         |state| JobEvent::Left { state, reason: JobReason::Requested, message: String::new(), step: 0 };
@@ -177,7 +177,7 @@ fn a_lost_worker_cannot_be_drained() {
     let mut world = World::running();
     world.disconnect("w");
     world.wait(5000);
-    let problem = world.ask(Request::DrainWorker(worker_name("w"))).unwrap_err();
+    let problem = world.ask(Request::DrainWorker { name: worker_name("w"), etag: None }).unwrap_err();
     assert_eq!(problem.reason, "WORKER_LOST");
 }
 
