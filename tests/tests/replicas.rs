@@ -33,7 +33,12 @@ fn a_job_goes_on_with_fewer_replicas_and_with_more_again_to_the_same_bytes() -> 
     cluster.create_backbone("b", (1, 2), "gloo")?;
     let backbone = v1::Backbone { name: "backbones/b".to_owned(), min_dp: 1, ..v1::Backbone::default() };
     let update_mask = Some(pbjson_types::FieldMask { paths: vec!["min_dp".to_owned()] });
-    let request = v1::UpdateBackboneRequest { backbone: Some(backbone), update_mask, request_id: id() };
+    let request = v1::UpdateBackboneRequest {
+        backbone: Some(backbone),
+        update_mask,
+        request_id: id(),
+        validate_only: false,
+    };
     cluster.call(async |client| client.backbones().update_backbone(request.clone()).await)?;
     let whole = ready_with(&cluster, 2)?;
     cluster.submit("j", "b", spec(0, STEPS), &id())?;

@@ -93,6 +93,9 @@ struct CreateArgs {
     /// Whatever helps to find it again; may be given several times
     #[arg(long, value_name = "KEY=VALUE", value_parser = names::label)]
     label: Vec<(String, String)>,
+    /// Check everything, print what the backbone would be, and have nothing loaded
+    #[arg(long, conflicts_with = "wait")]
+    dry_run: bool,
     /// Wait until it is ready (exit code 0) or has failed (1)
     #[arg(long)]
     wait: bool,
@@ -131,6 +134,9 @@ struct UpdateArgs {
     min_dp: Option<u32>,
     #[command(flatten)]
     labels: LabelArgs,
+    /// Check everything, print what the backbone would be, and change nothing
+    #[arg(long)]
+    dry_run: bool,
 }
 
 /// Flags of `backbone retry`.
@@ -185,8 +191,12 @@ pub(crate) fn run(args: BackboneArgs, global: &Global) -> Result<Exit> {
                 logs::logs(&args.logs, &name, &client, global, async || Ok(false)).await
             }
             BackboneCommand::Update(args) => {
+                let dry_run = args.dry_run;
                 let backbone = update(args, &connect).await?;
                 show::print(&backbone, || facts(&backbone), global)?;
+                if dry_run {
+                    note("so it would be; nothing was changed");
+                }
                 Ok(Exit::Ok)
             }
             BackboneCommand::Retry(args) => {
@@ -235,7 +245,8 @@ async fn update(args: UpdateArgs, connect: &ConnectArgs) -> Result<Backbone> {
         );
     }
     let (update_mask, request_id) = (Some(FieldMask { paths }), request_id(None)?);
-    let request = UpdateBackboneRequest { backbone: Some(backbone), update_mask, request_id };
+    let (backbone, validate_only) = (Some(backbone), args.dry_run);
+    let request = UpdateBackboneRequest { backbone, update_mask, request_id, validate_only };
     let client = connect.connect().await?;
     call!(client, backbones.update_backbone(request))
 }
@@ -260,9 +271,14 @@ async fn create(args: CreateArgs, connect: &ConnectArgs, global: &Global) -> Res
         backbone_id: args.name,
         backbone: Some(backbone),
         request_id,
-        validate_only: false,
+        validate_only: args.dry_run,
     };
     let backbone = call!(client, backbones.create_backbone(request))?;
+    if args.dry_run {
+        show::print(&backbone, || facts(&backbone), global)?;
+        note("so it would be; nothing is loaded");
+        return Ok(Exit::Ok);
+    }
     follow(&client, backbone, args.wait, global).await
 }
 

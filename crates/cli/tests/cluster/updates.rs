@@ -76,6 +76,25 @@ fn the_places_of_a_backbone_can_be_changed() {
 }
 
 #[test]
+fn a_dry_run_asks_what_would_be_and_says_that_nothing_was_done() {
+    let jobs = with_job(job("on", JobState::Running, JobReason::Started)).jobs;
+    let fake =
+        Fake::start(State { backbones: vec![backbone("base", "google/t5")], jobs, ..State::default() });
+    let ran = ask(&fake, &["job", "update", "on", "--priority", "30", "--dry-run"]).ok();
+    assert!(fake.state().updates.remove(0).validate_only);
+    assert!(ran.stdout.contains("on ") && ran.stderr.contains("nothing was changed"), "{}", ran.stderr);
+    let ran = ask(&fake, &["backbone", "update", "base", "--max-running-jobs", "64", "--dry-run"]).ok();
+    assert!(fake.state().backbone_updates.remove(0).validate_only);
+    assert!(ran.stderr.contains("nothing was changed"), "{}", ran.stderr);
+    let new = ["backbone", "create", "--name", "new", "--model", "google/t5", "--dry-run"];
+    let ran = ask(&fake, &new).ok();
+    assert!(ran.stdout.contains("google/t5") && ran.stderr.contains("nothing is loaded"), "{}", ran.stderr);
+    assert_eq!(fake.state().backbones.len(), 1);
+    let ran = super::common::incipit(&[&new[..], &["--wait"]].concat());
+    super::common::refused(&ran, &["--dry-run", "--wait"]);
+}
+
+#[test]
 fn a_backbone_that_failed_is_retried_and_waited_for() {
     let mut failed = backbone("base", "google/t5");
     failed.set_state(BackboneState::Failed);

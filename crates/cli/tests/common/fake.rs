@@ -272,7 +272,9 @@ impl BackboneService for Services {
         });
         settled.message =
             if backbone.model == "broken" { "no config.json in broken".to_owned() } else { String::new() };
-        self.state().backbones.push(settled);
+        if !request.validate_only {
+            self.state().backbones.push(settled);
+        }
         Ok(Response::new(backbone))
     }
 

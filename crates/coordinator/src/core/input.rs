@@ -85,6 +85,8 @@ pub enum Request {
         target: JobTarget,
         /// What becomes of it.
         patch: Box<JobPatch>,
+        /// Answer with what the job would be, and do nothing.
+        validate_only: bool,
     },
     /// Forget a job that has ended.
     DeleteJob(JobTarget),
@@ -109,6 +111,8 @@ pub enum Request {
         etag: Option<u64>,
         /// What becomes of it.
         patch: Box<BackbonePatch>,
+        /// Answer with what the backbone would be, and do nothing.
+        validate_only: bool,
     },
     /// Have the model of a backbone that has failed loaded again.
     RetryBackbone {

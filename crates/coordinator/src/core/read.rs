@@ -106,7 +106,7 @@ impl Core {
         Ok(self.view_of(job, self.queue_position(job)))
     }
 
-    fn view_of(&self, job: &Job, queue_position: u32) -> JobView {
+    pub(super) fn view_of(&self, job: &Job, queue_position: u32) -> JobView {
         let progress = self.progress.get(&job.name).cloned();
         let steps_per_second = progress.as_ref().map_or(0.0, |progress| progress.rate.per_second(self.now));
         JobView { job: job.clone(), progress, steps_per_second, queue_position }
@@ -122,6 +122,8 @@ impl Core {
         let before = jobs.filter(|other| {
             other.state == JobState::Queued
                 && other.backbone == job.backbone
+                // Of a job as it would be, what is stored may stand before it.
+                && other.name != job.name
                 && other.queue_key() < job.queue_key()
         });
         u32::try_from(before.count()).unwrap_or(u32::MAX)

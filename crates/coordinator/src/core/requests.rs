@@ -45,12 +45,17 @@ impl Core {
             Request::CreateBackbone { backbone, validate_only } => {
                 return self.create_backbone(*backbone, validate_only);
             }
-            Request::UpdateJob { target, patch } => self.update_job(&target, *patch)?,
+            Request::UpdateJob { target, patch, validate_only } => {
+                return self.update_job(&target, *patch, validate_only);
+            }
+            Request::UpdateBackbone { name, etag, patch, validate_only } => {
+                let backbone = self.updated_backbone(&name, etag, *patch)?;
+                return Ok(self.update_backbone(backbone, validate_only));
+            }
             Request::DeleteJob(target) => self.delete_job(&target)?,
             Request::PauseJob(target) => self.pause_job(&target)?,
             Request::ResumeJob(target) => self.resume_job(&target)?,
             Request::CancelJob(target) => self.cancel_job(&target)?,
-            Request::UpdateBackbone { name, etag, patch } => self.update_backbone(name, etag, *patch)?,
             Request::RetryBackbone { name, etag } => self.retry_backbone(name, etag)?,
             Request::DeleteBackbone { name, etag, force } => self.delete_backbone(&name, etag, force)?,
             Request::DrainWorker { name, etag } => self.drain_worker(name, etag)?,

@@ -6,15 +6,22 @@ use incipit_proto::{Problem, names::BackboneName};
 
 use super::{
     Core,
+    backbone::Backbone,
+    effects::Reply,
     input::{BackbonePatch, JobPatch, JobTarget, Relabel},
     job::MAX_LABELS,
     jobs::state_word,
-    requests::check_etag,
+    requests::{Outcome, check_etag},
     rows::Target,
 };
 
 impl Core {
-    pub(super) fn update_job(&mut self, target: &JobTarget, patch: JobPatch) -> Result<Target, Problem> {
+    pub(super) fn update_job(
+        &mut self,
+        target: &JobTarget,
+        patch: JobPatch,
+        validate_only: bool,
+    ) -> Result<Outcome, Problem> {
         let mut job = self.target(target)?;
         let JobPatch { priority, retry_policy, labels } = patch;
         if job.is_final() && (priority.is_some() || retry_policy.is_some()) {
@@ -28,19 +35,24 @@ impl Core {
         job.priority = priority.unwrap_or(job.priority);
         job.retry_policy = retry_policy.unwrap_or(job.retry_policy);
         relabel("job.labels", &mut job.labels, labels)?;
+        if validate_only {
+            let view = self.view_of(&job, self.queue_position(&job));
+            return Ok(Outcome::Shown(Reply::Job(Box::new(view))));
+        }
         if self.rows.jobs.get(&job.name) != Some(&job) {
             self.put_job(job);
         }
-        Ok(Target::Job(target.name.clone()))
+        Ok(Outcome::Done(Target::Job(target.name.clone())))
     }
 
-    pub(super) fn update_backbone(
-        &mut self,
-        name: BackboneName,
+    /// What a backbone becomes by a patch.
+    pub(super) fn updated_backbone(
+        &self,
+        name: &BackboneName,
         etag: Option<u64>,
         patch: BackbonePatch,
-    ) -> Result<Target, Problem> {
-        let old = self.rows.backbones.get(&name).ok_or_else(|| Problem::not_found(name.as_str()))?;
+    ) -> Result<Backbone, Problem> {
+        let old = self.rows.backbones.get(name).ok_or_else(|| Problem::not_found(name.as_str()))?;
         check_etag(name.as_str(), etag, old.revision)?;
         let mut backbone = old.clone();
         let BackbonePatch { max_running_jobs, min_dp, labels } = patch;
@@ -50,10 +62,18 @@ impl Core {
             backbone.spec.check_min_dp()?;
         }
         relabel("backbone.labels", &mut backbone.labels, labels)?;
-        if *old != backbone {
+        Ok(backbone)
+    }
+
+    pub(super) fn update_backbone(&mut self, backbone: Backbone, validate_only: bool) -> Outcome {
+        if validate_only {
+            return Outcome::Shown(Reply::Backbone(Box::new(self.view_of_backbone(&backbone))));
+        }
+        let name = backbone.name.clone();
+        if self.rows.backbones.get(&name) != Some(&backbone) {
             self.put_backbone(backbone);
         }
-        Ok(Target::Backbone(name))
+        Outcome::Done(Target::Backbone(name))
     }
 }
 

@@ -42,7 +42,8 @@ pub fn update_job(message: &v1::UpdateJobRequest) -> Result<Asked, Problem> {
     let Some(name) = name else {
         return Err(Problem::field("job.name", "is wrong")); // Said more exactly by `finish`.
     };
-    let request = Request::UpdateJob { target: JobTarget { name, etag }, patch: Box::new(patch) };
+    let (target, patch) = (JobTarget { name, etag }, Box::new(patch));
+    let request = Request::UpdateJob { target, patch, validate_only: message.validate_only };
     asked("UpdateJob", &message.request_id, message, request)
 }
 
@@ -70,7 +71,8 @@ pub fn update_backbone(message: &v1::UpdateBackboneRequest) -> Result<Asked, Pro
     let Some(name) = name else {
         return Err(Problem::field("backbone.name", "is wrong")); // Said more exactly by `finish`.
     };
-    let request = Request::UpdateBackbone { name, etag, patch: Box::new(patch) };
+    let (patch, validate_only) = (Box::new(patch), message.validate_only);
+    let request = Request::UpdateBackbone { name, etag, patch, validate_only };
     asked("UpdateBackbone", &message.request_id, message, request)
 }
 

@@ -95,7 +95,12 @@ async fn what_was_changed_of_a_job_and_a_backbone_is_there_after_a_restart() {
     let mask =
         |paths: &[&str]| Some(FieldMask { paths: paths.iter().map(|&path| path.to_owned()).collect() });
     let new = Job { name: job.name.clone(), priority: 77, etag: job.etag.clone(), ..Job::default() };
-    let request = UpdateJobRequest { job: Some(new), update_mask: mask(&["priority"]), request_id: uuid() };
+    let request = UpdateJobRequest {
+        job: Some(new),
+        update_mask: mask(&["priority"]),
+        request_id: uuid(),
+        validate_only: false,
+    };
     let changed = client.jobs().update_job(request.clone()).await.unwrap().into_inner();
     assert_eq!((changed.priority, &changed.spec), (77, &job.spec));
     // The same request has no second effect; as another one it is refused, for the job has changed.
@@ -105,7 +110,8 @@ async fn what_was_changed_of_a_job_and_a_backbone_is_there_after_a_restart() {
     let labels = [("team".to_owned(), "nlp".to_owned())].into();
     let new = Backbone { name: "backbones/b".to_owned(), max_running_jobs: 3, labels, ..Backbone::default() };
     let update_mask = mask(&["max_running_jobs", "labels.team"]);
-    let request = UpdateBackboneRequest { backbone: Some(new), update_mask, request_id: uuid() };
+    let request =
+        UpdateBackboneRequest { backbone: Some(new), update_mask, request_id: uuid(), validate_only: false };
     client.backbones().update_backbone(request).await.unwrap();
     drop(running); // Without a farewell.
     let running = start(config(dir.path())).await;

@@ -10,6 +10,7 @@ use crate::args::Global;
 use crate::cluster::labels::LabelArgs;
 use crate::cluster::{ConnectArgs, call, names, request_id, show};
 use crate::exit::{Exit, bad_input, report};
+use crate::progress::note;
 
 /// Flags of `job update`.
 #[derive(Args)]
@@ -25,6 +26,9 @@ pub(super) struct UpdateArgs {
     retries: Option<u32>,
     #[command(flatten)]
     labels: LabelArgs,
+    /// Check everything, print what the jobs would be, and change nothing
+    #[arg(long)]
+    dry_run: bool,
 }
 
 /// Changes jobs. Every one of them is asked, whatever becomes of the others.
@@ -52,6 +56,7 @@ pub(super) async fn update(args: &UpdateArgs, connect: &ConnectArgs, global: &Gl
             job: Some(Job { name: name.clone(), ..wanted.clone() }),
             update_mask: Some(FieldMask { paths: paths.clone() }),
             request_id: request_id(None)?,
+            validate_only: args.dry_run,
         };
         match call!(client, jobs.update_job(request)) {
             Ok(job) => jobs.push(job),
@@ -60,6 +65,9 @@ pub(super) async fn update(args: &UpdateArgs, connect: &ConnectArgs, global: &Gl
     }
     if !jobs.is_empty() {
         show::print(&jobs, || list::table(&jobs), global)?;
+        if args.dry_run {
+            note("so they would be; nothing was changed");
+        }
     }
     Ok(exit)
 }

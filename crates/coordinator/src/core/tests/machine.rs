@@ -151,12 +151,12 @@ impl Machine {
         let labels = Relabel { whole: None, changed: label };
         let request = if b % 4 < 2 {
             let patch = JobPatch { priority: Some(1 + u32::from(c % 20)), retry_policy: None, labels };
-            Request::UpdateJob { target: target(job), patch: Box::new(patch) }
+            Request::UpdateJob { target: target(job), patch: Box::new(patch), validate_only: c == 11 }
         } else {
             let min_dp = (c % 5 == 0).then_some(u32::from(c % 2));
             let patch = BackbonePatch { max_running_jobs: Some(1 + u32::from(c % 3)), min_dp, labels };
             let name = backbone_name(backbone);
-            Request::UpdateBackbone { name, etag: None, patch: Box::new(patch) }
+            Request::UpdateBackbone { name, etag: None, patch: Box::new(patch), validate_only: c == 11 }
         };
         self.ask(request, c);
     }

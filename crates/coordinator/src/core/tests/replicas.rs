@@ -82,7 +82,12 @@ fn a_backbone_that_takes_all_replicas_waits_until_it_is_told_that_fewer_are_enou
     let mut world = two_replicas();
     let update = |min_dp| {
         let patch = BackbonePatch { min_dp: Some(min_dp), ..BackbonePatch::default() };
-        Request::UpdateBackbone { name: backbone_name("b"), etag: None, patch: Box::new(patch) }
+        Request::UpdateBackbone {
+            name: backbone_name("b"),
+            etag: None,
+            patch: Box::new(patch),
+            validate_only: false,
+        }
     };
     world.ask(update(2)).unwrap();
     world.wait_with(60_000, &["w1"]);
@@ -189,7 +194,9 @@ fn a_backbone_whose_least_number_was_raised_does_not_stop_for_fewer_than_that() 
     world.load("w1");
     let patch = BackbonePatch { min_dp: Some(3), ..BackbonePatch::default() };
     let name = backbone_name("b");
-    world.ask(Request::UpdateBackbone { name, etag: None, patch: Box::new(patch) }).unwrap();
+    world
+        .ask(Request::UpdateBackbone { name, etag: None, patch: Box::new(patch), validate_only: false })
+        .unwrap();
     world.connect("w2", 1, true);
     world.wait_with(120_000, &["w1", "w2"]);
     assert_eq!((places(&world), stands(&world).0), (vec!["w1"], BackboneState::Ready));

@@ -13,7 +13,7 @@ use crate::core::{
 };
 
 fn update(world: &mut World, job: &str, patch: JobPatch) -> Result<Reply, incipit_proto::Problem> {
-    world.ask(Request::UpdateJob { target: target(job), patch: Box::new(patch) })
+    world.ask(Request::UpdateJob { target: target(job), patch: Box::new(patch), validate_only: false })
 }
 
 fn priority(priority: u32) -> JobPatch {
@@ -24,7 +24,7 @@ fn places(world: &mut World, max_running_jobs: u32) {
     let (name, etag) = (backbone_name("b"), Some(world.backbone("b").revision));
     let patch =
         Box::new(BackbonePatch { max_running_jobs: Some(max_running_jobs), ..BackbonePatch::default() });
-    world.ask(Request::UpdateBackbone { name, etag, patch }).unwrap();
+    world.ask(Request::UpdateBackbone { name, etag, patch, validate_only: false }).unwrap();
 }
 
 #[test]
@@ -71,7 +71,7 @@ fn an_update_that_changes_nothing_is_no_event_and_one_of_another_state_is_refuse
     let mut old = target("j");
     old.etag = Some(revision);
     update(&mut world, "j", priority(3)).unwrap();
-    let request = Request::UpdateJob { target: old, patch: Box::new(priority(4)) };
+    let request = Request::UpdateJob { target: old, patch: Box::new(priority(4)), validate_only: false };
     assert_eq!(world.ask(request).unwrap_err().reason, "ETAG_MISMATCH");
     assert_eq!(world.job("j").priority, 3);
 }
@@ -109,4 +109,28 @@ fn more_places_are_taken_at_once_and_fewer_throw_nobody_off() {
     assert_eq!(states(&world), [Succeeded, Succeeded, Succeeded, Running]);
     let now = &world.agents[&worker_name("w")].engines;
     assert_eq!((now[0].epoch, &now[0].ranks), (engines[0].epoch, &engines[0].ranks), "the engines run on");
+}
+
+#[test]
+fn what_an_update_would_do_is_shown_and_not_done() {
+    let mut world = World::running();
+    for id in ["k", "low", "high"] {
+        world.create_job(id, "b");
+    }
+    let before = world.core.rows().clone();
+    let job =
+        |patch| Request::UpdateJob { target: target("low"), patch: Box::new(patch), validate_only: true };
+    let Reply::Job(view) = world.ask(job(priority(9))).unwrap() else { panic!() };
+    assert_eq!((view.job.priority, view.queue_position, view.job.state), (9, 1, JobState::Queued));
+    let Reply::Job(view) = world.ask(job(priority(11))).unwrap() else { panic!() };
+    assert_eq!((view.job.priority, view.queue_position), (11, 0));
+    let backbone = |min_dp| {
+        let patch = Box::new(BackbonePatch { max_running_jobs: Some(9), min_dp, ..BackbonePatch::default() });
+        Request::UpdateBackbone { name: backbone_name("b"), etag: None, patch, validate_only: true }
+    };
+    let Reply::Backbone(view) = world.ask(backbone(None)).unwrap() else { panic!() };
+    assert_eq!((view.backbone.spec.max_running_jobs, view.running_jobs, view.queued_jobs), (9, 2, 2));
+    // It is refused where the change would be.
+    assert_eq!(world.ask(backbone(Some(7))).unwrap_err().code, Code::InvalidArgument);
+    assert_eq!(world.core.rows(), &before);
 }
