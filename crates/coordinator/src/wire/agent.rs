@@ -46,6 +46,14 @@ pub fn hello(message: v1::Hello, cluster_id: &str) -> Result<Hello, Problem> {
         );
         return Err(Problem::state("OTHER_CLUSTER", what).with("cluster_id", cluster_id));
     }
+    // There is one role, and none stands for it: older programs of this protocol do not say theirs.
+    if v1::WorkerRole::try_from(message.role).is_err() {
+        let what = format!(
+            "the agent wants the role {}, and this coordinator knows workers alone; start it with: incipit worker",
+            message.role
+        );
+        return Err(Problem::state("ROLE", what).with("role", message.role));
+    }
     if message.incarnation.is_empty() || message.incarnation.len() > 128 {
         return Err(Problem::field("hello.incarnation", "is missing or too long"));
     }

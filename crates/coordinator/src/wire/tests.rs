@@ -322,7 +322,7 @@ fn names_of_checkpoints_and_versions_are_parsed_and_nothing_else_is() {
 }
 
 #[test]
-fn an_agent_of_another_cluster_or_another_protocol_is_refused() {
+fn an_agent_of_another_cluster_protocol_or_role_is_refused() {
     let good = v1::Hello {
         protocol_min: 1,
         protocol_max: 9,
@@ -333,8 +333,12 @@ fn an_agent_of_another_cluster_or_another_protocol_is_refused() {
     assert_eq!(hello(good.clone(), "c").unwrap().protocol, incipit_proto::client::PROTOCOL);
     let other = v1::Hello { cluster_id: "d".to_owned(), ..good.clone() };
     assert_eq!(hello(other, "c").unwrap_err().reason, "OTHER_CLUSTER");
-    let newer = v1::Hello { protocol_min: incipit_proto::client::PROTOCOL + 1, ..good };
+    let newer = v1::Hello { protocol_min: incipit_proto::client::PROTOCOL + 1, ..good.clone() };
     assert_eq!(hello(newer, "c").unwrap_err().reason, "PROTOCOL");
+    let worker = v1::Hello { role: v1::WorkerRole::Worker.into(), ..good.clone() };
+    assert!(hello(worker, "c").is_ok());
+    let problem = hello(v1::Hello { role: 7, ..good }, "c").unwrap_err();
+    assert!(problem.reason == "ROLE" && problem.message.contains("the role 7"), "{problem}");
 }
 
 #[test]

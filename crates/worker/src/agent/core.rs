@@ -138,6 +138,7 @@ impl Core {
             machine: Some(config.machine.clone()),
             slots: config.slots,
             engines: self.engines.status(),
+            role: v1::WorkerRole::Worker.into(),
         };
         self.send(attach_request::Message::Hello(hello));
     }

@@ -12,7 +12,7 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 
 /// Reasons for which a coordinator turns an agent away that are no others the next time.
-const FOR_GOOD: [&str; 3] = ["WORKER_REPLACED", "OTHER_CLUSTER", "PROTOCOL"];
+const FOR_GOOD: [&str; 4] = ["WORKER_REPLACED", "OTHER_CLUSTER", "PROTOCOL", "ROLE"];
 
 /// What happens on the line.
 pub(crate) enum Event {
