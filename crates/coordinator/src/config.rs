@@ -8,7 +8,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::doors::tls::TlsFiles;
+use crate::{core, doors::tls::TlsFiles};
 
 /// The port where a coordinator listens if it is not told otherwise.
 pub const PORT: u16 = 7420;
@@ -82,6 +82,10 @@ pub struct Limits {
     pub min_free_bytes: u64,
     /// Bytes of a message that comes in.
     pub max_message_bytes: usize,
+    /// Jobs that have not ended.
+    pub jobs: usize,
+    /// Days after its end for which a job is kept, unless a checkpoint of it is pinned or a version of a prompt; 0: until it is deleted.
+    pub job_days: u32,
     /// Calls under way at once that are no streams.
     pub calls: usize,
     /// Streams that watch, at once.
@@ -108,6 +112,8 @@ impl Default for Limits {
             max_blob_bytes: 4 << 30,
             min_free_bytes: 1 << 30,
             max_message_bytes: 4 << 20,
+            jobs: core::Config::default().max_jobs,
+            job_days: 0,
             calls: 512,
             watchers: 1024,
             calls_per_second: 500,
@@ -118,6 +124,15 @@ impl Default for Limits {
             watcher_seconds: 30,
             garbage_seconds: 3600,
         }
+    }
+}
+
+impl Limits {
+    /// What they are for the core.
+    pub(crate) fn core(&self) -> core::Config {
+        let kept = u64::from(self.job_days) * 24 * 3600 * 1000;
+        let job_ttl_ms = Some(kept).filter(|kept| *kept > 0);
+        core::Config { job_ttl_ms, max_jobs: self.jobs, ..core::Config::default() }
     }
 }
 
@@ -192,10 +207,14 @@ mod tests {
     fn a_file_says_what_differs_and_nothing_unknown() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("coordinator.toml");
-        fs::write(&path, "data = \"/d\"\nlisten = \"[::1]:1\"\n[limits]\nevents = 7\n").unwrap();
+        let text = "data = \"/d\"\nlisten = \"[::1]:1\"\n[limits]\nevents = 7\njobs = 3\njob_days = 30\n";
+        fs::write(&path, text).unwrap();
         let config = Config::read(&path).unwrap();
         assert_eq!((config.limits.events, config.limits.calls), (7, Limits::default().calls));
         assert_eq!(config.blobs(), "/d/blobs");
+        let core = config.limits.core();
+        assert_eq!((core.max_jobs, core.job_ttl_ms), (3, Some(30 * 24 * 3600 * 1000)));
+        assert_eq!(Limits::default().core(), core::Config::default());
         fs::write(&path, "data = \"/d\"\nlisen = \"[::1]:1\"\n").unwrap();
         assert!(Config::read(&path).unwrap_err().to_string().contains("coordinator.toml"));
     }

@@ -26,7 +26,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use crate::{
     blobs::{Blobs, Digest, Expected},
     config::{self, Config},
-    core::{self, Core},
+    core::Core,
     doors::{Guard, GuardLayer, Rate, audit::Audit, tls, tokens},
     http,
     services::{self, Context},
@@ -221,7 +221,7 @@ fn open(config: &Config) -> Result<Opened, Error> {
     let (reader, cluster) = (store.reader(), Arc::from(store.cluster()));
     let clock = Clock::start();
     let telemetry = Arc::new(Telemetry::default());
-    let core = Core::restore(core::Config::default(), rows, clock.now());
+    let core = Core::restore(config.limits.core(), rows, clock.now());
     let (limits, has_some) = (&config.limits, core.digests().next().is_some());
     let expected = Expected { marker: store.blobs()?, has_some };
     let blobs = Blobs::open(&config.blobs(), limits.max_blob_bytes, limits.min_free_bytes, &expected)?;

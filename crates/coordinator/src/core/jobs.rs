@@ -50,6 +50,7 @@ impl Core {
             let what = format!("there is a {} already; choose another name, or leave it out", new.name);
             return Err(Problem::new(Code::AlreadyExists, "JOB_EXISTS", what).with("name", &new.name));
         }
+        self.check_room()?;
         let start = new.start.as_ref().map(|start| self.start_of(&new, start)).transpose()?;
         let mut job = self.new_job(new);
         if let Some(Start { from, best, checkpoints }) = &start {
@@ -70,6 +71,19 @@ impl Core {
             self.put(Resource::Checkpoint(Box::new(checkpoint)));
         }
         Ok(Outcome::Done(Target::Job(name)))
+    }
+
+    /// Checks that one more job may wait.
+    fn check_room(&self) -> Result<(), Problem> {
+        let (open, limit) =
+            (self.rows.jobs.values().filter(|job| !job.is_final()).count(), self.config.max_jobs);
+        if open < limit {
+            return Ok(());
+        }
+        let what = format!(
+            "{open} jobs have not ended, and limits.jobs of the coordinator is {limit}; wait until some have, cancel some, or raise it"
+        );
+        Err(Problem::new(Code::ResourceExhausted, "TOO_MANY_JOBS", what).with("limit", limit))
     }
 
     /// What a new job begins with that goes on from another's checkpoint: that, and the best ones before it. Their files are the same
@@ -226,6 +240,12 @@ impl Core {
             let what = format!("{} has a checkpoint that is {version}; delete that first", job.name);
             return Err(Problem::state("CHECKPOINT_PROMOTED", what).with("version", version));
         }
+        self.forget_job(job);
+        Ok(Target::Nothing)
+    }
+
+    /// Removes a job that has ended, with its checkpoints.
+    pub(super) fn forget_job(&mut self, job: Job) {
         let steps: Vec<u64> = self.checkpoints_of(&job.name).map(|checkpoint| checkpoint.step).collect();
         for step in steps {
             self.remove_checkpoint(&job.name, step);
@@ -235,7 +255,6 @@ impl Core {
         }
         self.progress.remove(&job.name);
         self.remove(Resource::Job(Box::new(job)));
-        Ok(Target::Nothing)
     }
 
     /// Remembers for a while how far the attempts or epochs of something deleted went. Another one of its name goes on from there: reports

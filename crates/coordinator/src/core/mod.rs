@@ -69,6 +69,10 @@ pub struct Config {
     pub request_ttl_ms: u64,
     /// Milliseconds after which a lost worker is forgotten.
     pub worker_ttl_ms: u64,
+    /// Milliseconds after its end for which a job is kept that nobody wants kept; if nothing is said, until it is deleted.
+    pub job_ttl_ms: Option<u64>,
+    /// Jobs that have not ended, at most.
+    pub max_jobs: usize,
     /// Engines lost in a row, with no step between, after which a backbone has failed.
     pub max_losses: u32,
     /// Milliseconds that a backbone was ready after which a loss is the first of a row.
@@ -88,6 +92,8 @@ impl Default for Config {
             restart_grace_ms: 6000,
             request_ttl_ms: day,
             worker_ttl_ms: day,
+            job_ttl_ms: None,
+            max_jobs: 10_000,
             max_losses: 5,
             settled_ms: 600_000,
             // As long as a worker takes that is started again.

@@ -1,12 +1,41 @@
-//! Which checkpoints of a job stay.
+//! Which checkpoints of a job stay, and which jobs.
 
 use std::collections::BTreeSet;
 
 use incipit_proto::names::JobName;
 
-use super::{Core, effects::Resource, job::DEFAULT_KEEP};
+use super::{
+    Core,
+    effects::Resource,
+    job::{DEFAULT_KEEP, Job},
+};
+
+/// Jobs that are forgotten in one go, at most: each may have tens of thousands of points, and nothing else is written meanwhile.
+const FORGOTTEN_AT_ONCE: usize = 4;
 
 impl Core {
+    /// Forgets some of the jobs that ended longer ago than jobs are kept, the oldest first. Says whether there are more.
+    pub(super) fn forget_jobs(&mut self) -> bool {
+        let Some(ttl) = self.config.job_ttl_ms else { return false };
+        let promoted: BTreeSet<&JobName> = self.rows.prompts.values().map(|version| &version.job).collect();
+        let is_old = |job: &&Job| job.end_time.is_some_and(|end| self.now.since(end) >= ttl);
+        let is_kept = |job: &Job| {
+            promoted.contains(&job.name) || self.checkpoints_of(&job.name).any(|checkpoint| checkpoint.pinned)
+        };
+        let mut old: Vec<Job> =
+            self.rows.jobs.values().filter(is_old).filter(|job| !is_kept(job)).cloned().collect();
+        // Those of one time by their names, as they come.
+        old.sort_by_key(|job| job.end_time);
+        let more = old.len() > FORGOTTEN_AT_ONCE;
+        for job in old.into_iter().take(FORGOTTEN_AT_ONCE) {
+            let before = if job.message.is_empty() { String::new() } else { format!("{}; ", job.message) };
+            let days = ttl / (24 * 3600 * 1000);
+            let message = format!("{before}forgotten {days} days after its end, as limits.job_days says");
+            self.forget_job(Job { message, ..job });
+        }
+        more
+    }
+
     /// Removes the checkpoints that nothing keeps. Their blobs are left to the collection of garbage.
     pub(super) fn retain(&mut self, name: &JobName) {
         let Some(job) = self.rows.jobs.get(name) else { return };

@@ -7,6 +7,7 @@ mod placement;
 mod replicas;
 mod reports;
 mod requests;
+mod retention;
 mod states;
 mod suspects;
 mod updates;

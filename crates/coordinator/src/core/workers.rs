@@ -20,8 +20,8 @@ use super::{
     worker::{KEPT_INCARNATIONS, Worker, WorkerReports},
 };
 
-/// Milliseconds from one look at what is too old to the next.
-const PRUNE_INTERVAL_MS: u64 = 60_000;
+/// Milliseconds from one look at what is too old to the next; and where something is left to do.
+const PRUNE_INTERVAL_MS: (u64, u64) = (60_000, 1000);
 
 impl Core {
     /// After a restart: workers that were there are given time to come back.
@@ -174,9 +174,10 @@ impl Core {
             self.lose_worker(&name, &format!("{name} gave no sign of life for {} ms", self.config.lease_ms));
         }
         if self.now >= self.next_prune {
-            self.next_prune = self.now.after(PRUNE_INTERVAL_MS);
             self.prune_requests();
             self.forget_workers();
+            let (idle, busy) = PRUNE_INTERVAL_MS;
+            self.next_prune = self.now.after(if self.forget_jobs() { busy } else { idle });
         }
     }
 

@@ -1,7 +1,7 @@
 //! What callers ask, over gRPC.
 
 use super::common::*;
-use incipit_coordinator::Config;
+use incipit_coordinator::{Config, config::Limits};
 use incipit_proto::{
     Problem,
     client::{Client, ClientConfig},
@@ -121,6 +121,17 @@ async fn what_was_changed_of_a_job_and_a_backbone_is_there_after_a_restart() {
     let request = GetBackboneRequest { name: "backbones/b".to_owned() };
     let backbone = client.backbones().get_backbone(request).await.unwrap().into_inner();
     assert_eq!((backbone.max_running_jobs, &*backbone.labels["team"]), (3, "nlp"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn more_jobs_than_the_configuration_allows_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let limits = Limits { jobs: 1, ..Limits::default() };
+    let running = start(Config { limits, ..config(dir.path()) }).await;
+    let client = with_backbone(&running).await;
+    submit(&client, "j").await;
+    let refused = client.jobs().create_job(job_request("k")).await.unwrap_err();
+    assert_eq!((refused.code(), &*reason(&refused)), (Code::ResourceExhausted, "TOO_MANY_JOBS"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

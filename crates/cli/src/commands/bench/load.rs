@@ -100,6 +100,7 @@ async fn run(args: &LoadArgs, dir: &std::path::Path) -> Result<Load> {
     let mut config = Config::new(dir);
     (config.insecure, config.data_roots, config.model_roots) = (true, vec!["/".into()], vec!["/".into()]);
     config.listen.set_port(0);
+    config.limits.jobs = config.limits.jobs.max(args.jobs as usize);
     let running = serve(config, std::future::pending()).await?;
     let client = Client::connect(&ClientConfig::new(format!("http://{}", running.address()))).await?;
     create_backbone(&client).await?;

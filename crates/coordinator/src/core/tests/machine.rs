@@ -58,6 +58,9 @@ impl Machine {
         let mut world = World::new();
         world.config.request_ttl_ms = REQUEST_TTL;
         world.config.worker_ttl_ms = REQUEST_TTL;
+        if !rough {
+            (world.config.job_ttl_ms, world.config.max_jobs) = (Some(REQUEST_TTL), JOBS.len() - 1);
+        }
         (world.config.shrink_after_ms, world.config.grow_after_ms) = (3_000, 5_000);
         world.restart();
         let before = world.rows.clone();

@@ -55,7 +55,11 @@ impl Machine {
                 Change::Put(_, Resource::Backbone(backbone)) => {
                     self.hold_epoch(backbone.name.as_str(), backbone.epoch);
                 }
-                Change::Remove(_, Resource::Job(job)) => drop(self.marks.remove(&job.name)),
+                Change::Remove(_, Resource::Job(job)) => {
+                    let is_promoted = rows.prompts.values().any(|version| version.job == job.name);
+                    assert!(job.is_final() && !is_promoted, "I17: a job was forgotten that is wanted");
+                    self.marks.remove(&job.name);
+                }
                 Change::AppendMetrics(job, points) => self.hold_metrics(job, points),
                 _ => {}
             }
@@ -103,6 +107,8 @@ impl Machine {
     /// What must hold of the whole, always.
     pub(super) fn hold_state(&self) {
         let (core, rows) = (&self.world.core, self.world.core.rows());
+        let open = rows.jobs.values().filter(|job| !job.is_final()).count();
+        assert!(open <= self.world.config.max_jobs, "I18: {open} jobs have not ended");
         for job in rows.jobs.values() {
             let allowed = JOB_TRANSITIONS.iter().any(|row| (row.2, row.3) == (job.state, job.reason));
             assert!(allowed, "I8: {:?} for {:?}", job.state, job.reason);
