@@ -12,6 +12,7 @@ use super::show;
 use crate::args::Global;
 use crate::exit::Exit;
 use crate::output;
+use crate::progress::note;
 
 /// Flags for logs.
 #[derive(Args)]
@@ -66,6 +67,13 @@ async fn pages(
         match stream.message().await {
             Ok(Some(page)) => {
                 patience.fine();
+                let (from, to) = (request.offset, page.first_offset);
+                if from < to {
+                    note(&format!(
+                        "lines {} to {to} were dropped: the coordinator keeps the newest ones, as limits.log_lines says",
+                        from + 1
+                    ));
+                }
                 for line in &page.lines {
                     if global.json { show::json_line(line)? } else { output::line(&text(line))? }
                 }

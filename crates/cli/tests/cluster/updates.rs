@@ -134,3 +134,13 @@ fn logs_that_are_followed_end_with_what_they_are_of() {
     let ran = ask(&fake, &["backbone", "logs", "base", "--follow"]);
     assert!(ran.code == 2 && ran.stderr.contains("there is no backbones/base"), "{}", ran.stderr);
 }
+
+#[test]
+fn lines_that_were_dropped_before_those_that_are_printed_are_told_of_once() {
+    let lines: Vec<LogLine> =
+        (0..9).map(|n| LogLine { text: format!("no. {n}"), ..LogLine::default() }).collect();
+    let fake = Fake::start(State { lines, dropped: 4, ..State::default() });
+    let ran = ask(&fake, &["backbone", "logs", "base"]).ok();
+    assert!(ran.stdout.contains("no. 4") && !ran.stdout.contains("no. 3"), "{}", ran.stdout);
+    assert_eq!(ran.stderr.matches("lines 1 to 4 were dropped").count(), 1, "{}", ran.stderr);
+}

@@ -32,6 +32,8 @@ pub(crate) struct State {
     pub(crate) blobs: BTreeMap<String, Bytes>,
     pub(crate) points: Vec<MetricPoint>,
     pub(crate) lines: Vec<LogLine>,
+    /// How many of those are not kept any more.
+    pub(crate) dropped: u64,
     /// What becomes of a job that is watched.
     pub(crate) end: Option<Job>,
     /// Streams that break off before their end.
@@ -218,9 +220,11 @@ impl JobService for Services {
         if self.state().deleted && self.state().breaks == 0 {
             return Err(Problem::not_found(&request.get_ref().name).into());
         }
+        let first_offset = self.state().dropped;
         let lines = self.state().lines.clone();
-        let page = |lines, next_offset| StreamLogsResponse { lines, next_offset };
-        Ok(Response::new(self.pages(&lines, request.get_ref().offset, page)))
+        let page = |lines, next_offset| StreamLogsResponse { lines, next_offset, first_offset };
+        let from = request.get_ref().offset.max(first_offset);
+        Ok(Response::new(self.pages(&lines, from, page)))
     }
 }
 

@@ -208,7 +208,10 @@ impl Tail {
                 }
                 continue;
             }
-            let message = StreamLogsResponse { lines: page.rows, next_offset: page.next };
+            // Some may have been dropped since the page was read, which it has.
+            let oldest = self.context.reader.oldest_line(&self.name).await?;
+            let first_offset = oldest.into_iter().chain(page.first).min().unwrap_or_default();
+            let message = StreamLogsResponse { lines: page.rows, next_offset: page.next, first_offset };
             sink.send(message, "next_offset", self.offset).await?;
             self.offset = page.next;
         }

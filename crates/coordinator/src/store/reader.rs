@@ -122,6 +122,21 @@ impl Reader {
         self.page(sql, parameters, from, |row| decode(row, 2)).await
     }
 
+    /// Offset of the oldest line of a job or backbone that is kept, if there is one.
+    ///
+    /// # Errors
+    /// If SQLite fails.
+    pub async fn oldest_line(&self, name: &str) -> Result<Option<u64>> {
+        let name = name.to_owned();
+        self.run(move |connection| {
+            let sql = "SELECT min(offset) FROM logs WHERE name = ?1";
+            let oldest =
+                connection.prepare_cached(sql)?.query_row([name], |row| row.get::<_, Option<i64>>(0))?;
+            Ok(oldest.map(i64::cast_unsigned))
+        })
+        .await
+    }
+
     /// A page of a query whose first columns are the place and the size of each row, without rows that `parse` does not want.
     async fn page<T: Send + 'static>(
         &self,

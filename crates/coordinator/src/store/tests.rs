@@ -144,11 +144,13 @@ async fn logs_keep_their_newest_lines_and_go_with_their_job() {
     let reader = both.store.reader();
     let page = reader.logs("jobs/j0", 0, None).await.unwrap();
     assert_eq!((page.rows[0].offset, page.rows.len(), page.next), (150, 100, 250));
+    assert_eq!(reader.oldest_line("jobs/j0").await.unwrap(), Some(150));
     let page = reader.logs("jobs/j0", 0, Some(1)).await.unwrap();
     assert_eq!((page.rows[0].offset, page.rows.len()), (151, 50));
     both.ask(Request::CancelJob(JobTarget { name: job(0), etag: None }));
     both.ask(Request::DeleteJob(JobTarget { name: job(0), etag: None }));
     assert!(reader.logs("jobs/j0", 0, None).await.unwrap().rows.is_empty());
+    assert_eq!(reader.oldest_line("jobs/j0").await.unwrap(), None);
 }
 
 #[test]

@@ -182,6 +182,39 @@ async fn metrics_and_logs_are_followed_as_they_come_until_the_job_has_ended() {
     assert_eq!(texts, ["step 1", "step 11", "step 21"]);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_asks_for_lines_that_were_dropped_is_told_where_those_begin_that_are_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let limits = Limits { log_lines: 4, ..Limits::default() };
+    let running = start(Config { limits, ..config(dir.path()) }).await;
+    let client = with_backbone(&running).await;
+    let (mut agent, _assigned) = training(&client).await;
+    let line = |n: u32| incipit_proto::v1::LogLine { rank: n % 2, text: n.to_string(), ..Default::default() };
+    let report = incipit_proto::v1::LogReport {
+        backbone: "backbones/b".to_owned(),
+        job: "jobs/j".to_owned(),
+        lines: (0..10).map(line).collect(),
+    };
+    agent.report(attach_request::Message::Logs(report)).await;
+    for (offset, rank, first, texts) in [
+        (0, None, 6, &["6", "7", "8", "9"][..]),
+        (7, None, 6, &["7", "8", "9"]),
+        (0, Some(1), 6, &["7", "9"]),
+    ] {
+        let page = loop {
+            let request = StreamLogsRequest { name: "jobs/j".to_owned(), offset, rank, follow: false };
+            let mut logs = client.jobs().stream_logs(request).await.unwrap().into_inner();
+            // The report may still be on its way.
+            if let Some(page) = logs.message().await.unwrap() {
+                break page;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        let found: Vec<&str> = page.lines.iter().map(|line| &*line.text).collect();
+        assert_eq!((page.first_offset, page.next_offset, &found[..]), (first, 10, texts));
+    }
+}
+
 /// Makes `events` events in a data directory, as a coordinator would: a job that is paused and resumed.
 fn fill(dir: &Path, events: u64) {
     let (mut store, rows) = Store::open(dir, Kept { events: u64::MAX, log_lines: 10 }).unwrap();
