@@ -111,13 +111,10 @@ impl RunDir {
         match trained.kept()? {
             Trained::Prompt(prompt) => self.show_prompt(&prompt, state.tokens, backbone),
             Trained::Weights(weights) if method == Method::Model => {
-                let model = self.out.join(MODEL_DIR);
                 // What a run that went on further has to show takes the place of what it showed before.
-                if model.exists() {
-                    std::fs::remove_dir_all(&model).map_err(Error::io("remove the former", &model))?;
-                }
-                backbone.write_with(&weights, &model, MAX_SHARD_BYTES)?;
-                Ok(())
+                atomic::write_dir(&self.out.join(MODEL_DIR), |place| {
+                    backbone.write_with(&weights, place, MAX_SHARD_BYTES).map(drop)
+                })
             }
             trained @ Trained::Weights(_) => {
                 self.show_prefix(&trained, backbone)?;

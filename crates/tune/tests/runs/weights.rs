@@ -1,9 +1,14 @@
 //! Runs that train something else than a soft prompt: what they leave does not depend on how often they were disturbed, and other ranks
 //! come to nearly the same.
 
-use std::path::{Path, PathBuf};
+use std::{
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use incipit_collective::Options;
+use incipit_kernels::Frozen;
 use incipit_model::{Example, Microbatch};
 use incipit_tune::{
     Error,
@@ -19,6 +24,8 @@ use incipit_tune::{
     train::{Event, Observer, Outcome, train, train_on},
     trained::Trained,
 };
+
+use incipit_weights::{Source, TensorInfo};
 
 use crate::support::{Last, StopAfter, losses, resolve, tree};
 
@@ -364,4 +371,64 @@ fn a_sentinel_before_targets_is_learnt_and_is_no_part_of_predictions() {
     let evaluation = last.0.unwrap();
     assert!(evaluation.predictions.iter().all(|prediction| !prediction.prediction.contains("extra_id")));
     assert_eq!(TrainSpec::read(&spec.out.join("run.toml")).unwrap(), spec);
+}
+
+/// A source from which a model can be trained, and not written.
+struct Unwritable(Arc<dyn Source>);
+
+impl Source for Unwritable {
+    fn tensors(&self) -> Vec<TensorInfo> {
+        self.0.tensors()
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.0.contains(name)
+    }
+
+    fn frozen(&self, name: &str, shape: &[usize]) -> incipit_weights::Result<Frozen> {
+        self.0.frozen(name, shape)
+    }
+
+    fn part(
+        &self,
+        name: &str,
+        shape: &[usize],
+        rows: Range<usize>,
+        cols: Range<usize>,
+    ) -> incipit_weights::Result<Frozen> {
+        self.0.part(name, shape, rows, cols)
+    }
+
+    fn side_files(&self) -> incipit_weights::Result<Vec<(String, Vec<u8>)>> {
+        Err(incipit_weights::Error::NoConfig("gone".into()))
+    }
+}
+
+#[test]
+fn a_model_that_cannot_be_written_leaves_the_one_that_a_run_showed_before() {
+    let (dir, mut backbone) = (tempfile::tempdir().unwrap(), load(&demo("model")));
+    let out = dir.path().join("out");
+    // Without evaluations, it shows the last one.
+    let spec = |steps| {
+        let all = flags(Method::Model, &out);
+        resolve(PartialSpec { steps: Some(steps), eval: None, eval_every: None, ..all })
+    };
+    run(&backbone, &spec(2));
+    let shown = tree(&out.join("model"));
+    assert!(!shown.is_empty());
+
+    let further = TrainSpec { resume: true, ..spec(4) };
+    let source = backbone.source.clone();
+    backbone.source = Arc::new(Unwritable(source.clone()));
+    let error = train_on(&backbone, &further, &Control::new(), &mut ()).unwrap_err();
+    assert!(error.to_string().contains("gone"), "{error}");
+    assert!(tree(&out.join("model")) == shown, "another model, or a part of one");
+
+    backbone.source = source;
+    run(&backbone, &further);
+    let now = tree(&out.join("model"));
+    assert!(now.len() == shown.len() && now != shown, "it shows what it showed before");
+    let left = std::fs::read_dir(&out).unwrap().map(|entry| entry.unwrap().file_name());
+    let partial: Vec<_> = left.filter(|name| name.to_string_lossy().starts_with('.')).collect();
+    assert!(partial.is_empty(), "{partial:?}");
 }
