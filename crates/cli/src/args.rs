@@ -65,7 +65,7 @@ pub(crate) struct Cli {
 }
 
 /// What every command takes.
-#[derive(Args)]
+#[derive(Args, Clone)]
 #[command(next_help_heading = "Everywhere")]
 pub(crate) struct Global {
     /// Print results as JSON instead of tables

@@ -7,6 +7,7 @@ mod commands;
 mod examples;
 mod exit;
 mod interrupt;
+mod loading;
 mod machine;
 mod output;
 mod progress;

@@ -15,6 +15,7 @@ use incipit_tune::train::{Event, Loaded, Observer};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::args::Global;
+use crate::loading;
 use crate::output::json_lines;
 use crate::report::words;
 use crate::supervisor::{LAST_WORDS, prefix};
@@ -24,7 +25,7 @@ use crate::units;
 /// Steps over which rates and the loss are averaged.
 const WINDOW: usize = 20;
 /// How often a plain line is written.
-const LINE_EVERY: Duration = Duration::from_secs(10);
+pub(crate) const LINE_EVERY: Duration = Duration::from_secs(10);
 /// The file beside a run's others that holds the best evaluation's predictions.
 pub(crate) const PREDICTIONS_FILE: &str = "predictions.jsonl";
 
@@ -150,10 +151,11 @@ pub(crate) fn bar(length: u64, things: &str, global: &Global) -> Bar {
     Bar(bar)
 }
 
-/// A bar over so many bytes; it goes away when it is dropped.
-pub(crate) fn bytes_bar(length: u64, global: &Global) -> Bar {
+/// A bar over so many bytes of something; it goes away when it is dropped.
+pub(crate) fn bytes_bar(what: &str, length: u64, global: &Global) -> Bar {
     let bar = ProgressBar::with_draw_target(Some(length), target(global));
-    bar.set_style(style("{wide_bar} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}"));
+    bar.set_style(style("{msg} {wide_bar} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}"));
+    bar.set_message(what.to_owned());
     bar.tick();
     Bar(bar)
 }
@@ -216,9 +218,9 @@ pub(crate) struct Watch {
     bar: ProgressBar,
     /// Of several runs at once, which this is.
     member: Option<usize>,
-    quiet: bool,
-    /// Warnings are told by the log as well; with `-v` it speaks.
-    log_speaks: bool,
+    global: Global,
+    /// What shows how far the model is loaded, meanwhile.
+    loading: Option<loading::Shown>,
     steps: u64,
     recent: VecDeque<Recent>,
     last_line: Option<Instant>,
@@ -260,8 +262,8 @@ impl Watch {
         Self {
             bar,
             member,
-            quiet: global.quiet,
-            log_speaks: global.verbose > 0,
+            global: global.clone(),
+            loading: None,
             steps: 0,
             recent: VecDeque::new(),
             last_line: None,
@@ -274,7 +276,7 @@ impl Watch {
 
     /// A line above the bar.
     fn line(&self, text: &str) {
-        if !self.quiet {
+        if !self.global.quiet {
             self.bar.suspend(|| note(&self.marked(text)));
         }
     }
@@ -301,7 +303,7 @@ impl Watch {
             trained(loaded)
         );
         // It is the same for all.
-        if !self.quiet && self.member.is_none_or(|member| member == 0) {
+        if !self.global.quiet && self.member.is_none_or(|member| member == 0) {
             self.bar.suspend(|| note(&what));
         }
         if loaded.resumed_at > 0 {
@@ -320,7 +322,10 @@ impl Watch {
         self.recent.push_back(Recent { loss: update.loss, seconds, examples, tokens });
         let text = self.status(update.step);
         self.bar.set_position(update.step);
-        if self.bar.is_hidden() && !self.quiet && self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY) {
+        if self.bar.is_hidden()
+            && !self.global.quiet
+            && self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY)
+        {
             self.last_line = Some(Instant::now());
             let place = format!("step {}/{}", units::count(update.step), units::count(self.steps));
             note(&self.marked(&format!("{place}  {text}")));
@@ -381,8 +386,13 @@ impl Watch {
 impl Observer for Watch {
     fn on(&mut self, event: &Event<'_>) {
         match event {
-            Event::Loaded(loaded) => self.loaded(loaded),
-            Event::Warning(text) if !self.log_speaks => self.bar.suspend(|| warn(&self.marked(text))),
+            Event::Loading(loading) => self.loading = Some(loading::show(loading.clone(), &self.global)),
+            Event::Loaded(loaded) => {
+                self.loading = None;
+                self.loaded(loaded);
+            }
+            // With `-v` the log speaks, which tells of warnings as well.
+            Event::Warning(text) if self.global.verbose == 0 => self.bar.suspend(|| warn(&self.marked(text))),
             Event::Step { update, seconds } => self.step(update, *seconds),
             Event::Evaluated { step, evaluation, best, seconds } => {
                 self.evaluated(*step, evaluation, *best, *seconds);

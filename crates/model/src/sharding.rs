@@ -5,7 +5,7 @@ use std::ops::Range;
 use candle_core::{DType, Device};
 use incipit_kernels::Frozen;
 use incipit_mesh::Shard;
-use incipit_weights::Source;
+use incipit_weights::{Source, TensorInfo};
 
 use crate::config::Config;
 use crate::{Error, Result};
@@ -77,6 +77,17 @@ pub fn slice(name: &str, shape: &[usize], shard: Shard) -> Result<(Range<usize>,
         Some(0) => (shard.range("rows of a weight", rows)?, 0..cols),
         Some(_) => (0..rows, shard.range("columns of a weight", cols)?),
     })
+}
+
+/// Bytes that `shard` has of a model's tensors, as they are stored.
+#[must_use]
+pub fn part_bytes(source: &dyn Source, shard: Shard) -> u64 {
+    let bytes = |tensor: &TensorInfo| match slice(&tensor.name, &tensor.shape, shard) {
+        Ok((rows, cols)) => (rows.len() * cols.len() * tensor.dtype.size_in_bytes()) as u64,
+        // No part of the model.
+        Err(_) => 0,
+    };
+    source.tensors().iter().map(bytes).sum()
 }
 
 /// A batch's target tokens, where targets are labels or short phrases.

@@ -23,6 +23,7 @@ use crate::{
 
 mod part;
 
+pub use incipit_weights::Loading;
 pub use part::{Opened, Part, find_watched};
 
 /// A frozen model, its tokenizer and its identity, as the ranks of one group have it together.

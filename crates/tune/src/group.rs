@@ -24,7 +24,7 @@ use crate::{
     spec::TrainSpec,
     task::Task,
     tenant::Due,
-    train::{Observer, Outcome, Run, as_threads, telling},
+    train::{Event, Observer, Outcome, Run, as_threads, telling},
 };
 
 /// The version of the list written here.
@@ -192,6 +192,9 @@ pub fn train_as_rank<O: Observer>(
         let model = Opened::open(&first.model, first.dtype, first.device, ranks)?;
         let tasks = load(specs, &model.tokenizer, model.config.vocab_size)?;
         specs.iter().zip(&tasks).try_for_each(|(spec, task)| check(spec, task, &model))?;
+        if let Some(observer) = observers.first_mut() {
+            observer.on(&Event::Loading(model.loading()));
+        }
         let backbone = model.load(first.engine_options(), ranks)?;
         carry_on(&backbone, specs, (dirs, tasks), control, observers)
     })

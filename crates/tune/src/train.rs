@@ -7,6 +7,7 @@ use std::{
 };
 
 use incipit_collective::{Mesh, Options, Ranks, broadcast_bytes};
+use incipit_weights::Loading;
 
 use crate::{
     Error, Result,
@@ -40,6 +41,8 @@ impl Observer for () {
 /// What happens in a run.
 #[derive(Clone, Debug)]
 pub enum Event<'a> {
+    /// The weights are loaded from now on, which this tells of.
+    Loading(Arc<Loading>),
     /// The backbone and the data are there, and the first step is next.
     Loaded(Loaded<'a>),
     /// Something that a person should know, and that does not stop the run.
@@ -195,6 +198,7 @@ fn load_and_train(
     let model = Opened::open(&spec.model, spec.dtype, spec.device, ranks)?;
     let task = Task::load(spec, &model.tokenizer, model.config.vocab_size)?;
     check(spec, &task, &model)?;
+    observer.on(&Event::Loading(model.loading()));
     let backbone = model.load(spec.engine_options(), ranks)?;
     Run::begin(spec, &backbone, (dir, task), control, observer)?.carry_on()
 }

@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
 use candle_core::DType;
 use half::f16;
@@ -16,6 +15,7 @@ use crate::digests::{Cut, Digests};
 use crate::error::{Error, Result, io};
 use crate::fingerprint::{Fingerprint, SHARED, uses_shared};
 use crate::layout::{self, Layout};
+use crate::loading::Loading;
 use crate::mapped::Mapped;
 use crate::readers::{self, Entry};
 use crate::reads::Reads;
@@ -38,6 +38,7 @@ pub struct Checkpoint {
     /// Bytes of the files' tables of contents.
     table_bytes: u64,
     reads: Reads,
+    loading: Arc<Loading>,
 }
 
 impl Checkpoint {
@@ -71,7 +72,8 @@ impl Checkpoint {
             files.push((path.clone(), file));
         }
         check_index(&layout, &entries)?;
-        Ok(Self { dir: dir.to_owned(), dtype, files, entries, table_bytes, reads: Reads::default() })
+        let (reads, loading) = Default::default();
+        Ok(Self { dir: dir.to_owned(), dtype, files, entries, table_bytes, reads, loading })
     }
 
     /// The directory.
@@ -122,10 +124,23 @@ impl Checkpoint {
         self.table_bytes + self.reads.bytes()
     }
 
-    /// How often something of a tensor was asked for or hashed so far: it grows for as long as reading gets on.
+    /// How far the model that is loaded from it has got.
     #[must_use]
-    pub fn reads(&self) -> Arc<AtomicU64> {
-        self.reads.count()
+    pub fn loading(&self) -> Arc<Loading> {
+        self.loading.clone()
+    }
+
+    /// Says that `bytes` are to be loaded now, so that [`Self::loading`] can tell of how much: on to a device with a memory of its own, if
+    /// `copied`; and hashed after that, if `hashed`.
+    pub fn expect(&self, bytes: u64, copied: bool, hashed: bool) {
+        let converts = |entry: &Entry| entry.dtype == DType::F32 && self.dtype == DType::BF16;
+        self.loading.expect(bytes, copied || self.entries.values().any(converts), hashed);
+    }
+
+    /// Notes that a slice was handed out.
+    fn hand_out(&self, name: &str, entry: &Entry, slice: &Slice) {
+        self.reads.add(name, entry, slice);
+        self.loading.hand_out((slice.num_elements() * entry.dtype.size_in_bytes()) as u64);
     }
 
     /// What identifies the weights and the architecture, whatever files they are in. `dim` names the dim along which the
@@ -166,7 +181,7 @@ impl Checkpoint {
             let hash = |part: usize| {
                 let bytes = self.numbers(entry, &cut.slice(part..part + 1));
                 let digest = *blake3::Hasher::new().update_rayon(&bytes).finalize().as_bytes();
-                self.reads.get_on();
+                self.loading.hash(bytes.len() as u64);
                 digest
             };
             let all = || range.clone().into_par_iter().map(hash).collect::<Vec<_>>();
@@ -290,11 +305,11 @@ impl Source for Checkpoint {
         let slice = Slice::new(shape, rows, cols);
         match (entry.dtype, self.dtype) {
             (DType::BF16, _) | (DType::F32, DType::F32) => {
-                self.reads.add(name, entry, &slice);
+                self.hand_out(name, entry, &slice);
                 self.as_stored(entry, &slice)
             }
             (DType::F32, _) => {
-                self.reads.add(name, entry, &slice);
+                self.hand_out(name, entry, &slice);
                 let convert =
                     || bf16_from_f32(&self.numbers(entry, &slice), slice.rows.len(), slice.cols.len());
                 Ok(self.reading(entry, &slice, convert))
@@ -310,7 +325,7 @@ impl Source for Checkpoint {
         }
         let (rows, cols) = matrix(&entry.shape);
         let whole = Slice::whole(shape);
-        self.reads.add(name, entry, &whole);
+        self.hand_out(name, entry, &whole);
         let numbers = f16_numbers(&self.numbers(entry, &whole));
         Ok(match self.dtype {
             DType::BF16 => {

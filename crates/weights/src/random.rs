@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use candle_core::DType;
 use half::bf16;
@@ -9,6 +10,7 @@ use half::vec::HalfBitsVecExt as _;
 use incipit_kernels::Frozen;
 use rayon::prelude::*;
 
+use crate::loading::Loading;
 use crate::slice::Slice;
 use crate::source::{Source, TensorInfo, matrix, missing, round};
 use crate::{Error, Result};
@@ -34,6 +36,7 @@ pub struct Random {
     dtype: DType,
     seed: u64,
     side_files: Vec<(String, Vec<u8>)>,
+    loading: Arc<Loading>,
 }
 
 impl Random {
@@ -46,7 +49,18 @@ impl Random {
             return Err(Error::TargetDType(dtype));
         }
         let tensors = tensors.into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
-        Ok(Self { tensors, dtype, seed, side_files: Vec::new() })
+        Ok(Self { tensors, dtype, seed, side_files: Vec::new(), loading: Arc::default() })
+    }
+
+    /// How far those have got that are made; copies share it.
+    #[must_use]
+    pub fn loading(&self) -> Arc<Loading> {
+        self.loading.clone()
+    }
+
+    /// Says that `bytes` of them are to be made now, so that [`Self::loading`] can tell of how much.
+    pub fn expect(&self, bytes: u64) {
+        self.loading.expect(bytes, true, false);
     }
 
     /// The same weights, with small files that belong to them (`config.json`) for when they are written down.
@@ -158,14 +172,16 @@ impl Source for Random {
         let (rows, cols) = (slice.rows.len(), slice.cols.len());
         let key = key(self.seed, name);
         let count = slice.num_elements();
-        Ok(match self.dtype {
+        let made = match self.dtype {
             DType::BF16 => {
                 // The system has zeros ready for integers alone: others would be written here, by one thread.
                 let zeros: Vec<bf16> = vec![0u16; count].reinterpret_into();
                 Frozen::from_bf16(generate(key, tensor, &slice, zeros, round), rows, cols)
             }
             _ => Frozen::from_f32(generate(key, tensor, &slice, vec![0.0; count], |x| x), rows, cols),
-        })
+        };
+        self.loading.hand_out((count * self.dtype.size_in_bytes()) as u64);
+        Ok(made)
     }
 
     fn side_files(&self) -> Result<Vec<(String, Vec<u8>)>> {

@@ -2,8 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use crate::readers::Entry;
 use crate::slice::Slice;
@@ -14,8 +13,6 @@ use crate::source::matrix;
 pub(crate) struct Reads {
     /// The parts. What is asked for twice counts once.
     parts: Mutex<BTreeMap<String, Touched>>,
-    /// How often something was.
-    count: Arc<AtomicU64>,
 }
 
 /// What was asked for of one tensor.
@@ -31,7 +28,6 @@ struct Touched {
 
 impl Reads {
     pub(crate) fn add(&self, name: &str, entry: &Entry, slice: &Slice) {
-        self.get_on();
         if slice.num_elements() == 0 {
             return;
         }
@@ -47,15 +43,6 @@ impl Reads {
         }
         let untouched = (height - touched.rows.len()) * (width - touched.cols.len());
         touched.bytes = ((height * width - untouched) * size) as u64;
-    }
-
-    /// Reading gets on.
-    pub(crate) fn get_on(&self) {
-        self.count.fetch_add(1, Ordering::Relaxed);
-    }
-
-    pub(crate) fn count(&self) -> Arc<AtomicU64> {
-        self.count.clone()
     }
 
     pub(crate) fn bytes(&self) -> u64 {

@@ -78,7 +78,7 @@ pub(crate) async fn missing(client: &Client, files: &[LocalFile]) -> Result<Vec<
 /// If one cannot be read or is another than it was when it was hashed, or what the coordinator says.
 pub(crate) async fn upload(client: &Client, files: &[LocalFile], global: &Global) -> Result<()> {
     let total = files.iter().map(|file| file.size).sum();
-    let bar = (total > 0).then(|| progress::bytes_bar(total, global));
+    let bar = (total > 0).then(|| progress::bytes_bar("sending", total, global));
     for file in files {
         upload_one(client, file, bar.as_ref())
             .await

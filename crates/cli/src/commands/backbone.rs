@@ -16,8 +16,9 @@ use incipit_tune::rank::Predict;
 use incipit_tune::spec::{self, PartialSpec, Precision, RUN_FILE};
 use incipit_tune::trained::Trained;
 
-use crate::args::{FormatArgs, ModelArgs};
+use crate::args::{FormatArgs, Global, ModelArgs};
 use crate::exit::{BadInput, bad_input};
+use crate::loading;
 use crate::progress::note;
 
 /// A model whose weights are not loaded yet, with prompts or what else a run has trained, and how their examples are written.
@@ -115,12 +116,14 @@ impl Chosen {
     ///
     /// # Errors
     /// If a file is broken, or has not the weights that the model needs; or if a prompt was trained on another one.
-    pub(crate) fn load(self) -> Result<Ready> {
+    pub(crate) fn load(self, global: &Global) -> Result<Ready> {
         let Self { model, ranks, settings, engine, trained, origins } = self;
         if ranks.leads() {
             note(&format!("loading {}", model.name));
         }
+        let shown = ranks.leads().then(|| loading::show(model.loading(), global));
         let mut backbone = model.load(engine, &ranks)?;
+        drop(shown);
         let now = backbone.fingerprint.to_string();
         if let Some((path, was)) = origins.iter().find(|(_, was)| *was != now) {
             return bad_input(format!(

@@ -16,17 +16,19 @@ use incipit_collective::{Ranks, gather_bytes};
 use incipit_data::TokenizedExample;
 use incipit_kernels::DeviceMemory;
 use incipit_kernels::rng::Philox;
+use incipit_model::sharding::part_bytes;
 use incipit_model::{Config, SoftPrompt, T5, TensorAxis};
 use incipit_tune::device::DeviceChoice;
 use incipit_tune::engine::{Engine, EngineOptions, JobBatch, Objective, Recompute};
 use incipit_tune::optimizer::{Optimizer, OptimizerKind};
 use incipit_tune::recipe::LossReduction;
 use incipit_tune::spec::{Backend, Precision};
-use incipit_weights::{Checkpoint, Random};
+use incipit_weights::{Checkpoint, Loading, Random};
 use serde::{Deserialize, Serialize};
 
 use crate::args::{Global, choice, names};
 use crate::exit::{Exit, bad_input};
+use crate::loading;
 use crate::output::{self, Printed};
 use crate::progress::{self, note};
 use crate::ranks::{self, RankArgs};
@@ -242,7 +244,7 @@ struct Measured {
 
 fn on_rank(args: &StepArgs, ranks: &Arc<Ranks>, global: &Global) -> Result<Report> {
     let device = args.device.open(ranks)?;
-    let model = model(args, &TensorAxis::of(ranks), &device)?;
+    let model = model(args, ranks, &device, global)?;
     let config = model.config().clone();
     let options = EngineOptions { microbatch_tokens: args.microbatch_tokens, recompute: args.recompute };
     let engine = Engine::on(Arc::new(model), options, ranks.clone())?;
@@ -346,10 +348,17 @@ fn median(seconds: &[f64]) -> f64 {
     if sorted.len().is_multiple_of(2) { f64::midpoint(sorted[half - 1], sorted[half]) } else { sorted[half] }
 }
 
-fn model(args: &StepArgs, axis: &TensorAxis, device: &Device) -> Result<T5> {
-    let dtype = args.dtype.into();
+fn model(args: &StepArgs, ranks: &Ranks, device: &Device, global: &Global) -> Result<T5> {
+    let (dtype, axis) = (args.dtype.into(), &TensorAxis::of(ranks));
+    let show = |loading: Arc<Loading>| ranks.leads().then(|| loading::show(loading, global));
+    let made_up = |config: Config| -> Result<T5> {
+        let weights = Random::new(config.random_tensors(), dtype, args.seed)?;
+        weights.expect(part_bytes(&weights, axis.shard()));
+        let _shown = show(weights.loading());
+        Ok(T5::load_on(config, &weights, dtype, axis, device)?)
+    };
     if let Some(config) = Config::preset(&args.shape) {
-        return Ok(T5::load_on(config.clone(), &random(&config, args)?, dtype, axis, device)?);
+        return made_up(config);
     }
     let dir = Path::new(&args.shape);
     if !dir.is_dir() {
@@ -362,16 +371,14 @@ fn model(args: &StepArgs, axis: &TensorAxis, device: &Device) -> Result<T5> {
     let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let config = Config::from_json(&text)?;
     match Checkpoint::open(dir, dtype) {
-        Ok(checkpoint) => Ok(T5::load_on(config, &checkpoint, dtype, axis, device)?),
-        Err(incipit_weights::Error::NoWeights { .. }) => {
-            Ok(T5::load_on(config.clone(), &random(&config, args)?, dtype, axis, device)?)
+        Ok(checkpoint) => {
+            checkpoint.expect(part_bytes(&checkpoint, axis.shard()), !device.is_cpu(), false);
+            let _shown = show(checkpoint.loading());
+            Ok(T5::load_on(config, &checkpoint, dtype, axis, device)?)
         }
+        Err(incipit_weights::Error::NoWeights { .. }) => made_up(config),
         Err(error) => Err(error.into()),
     }
-}
-
-fn random(config: &Config, args: &StepArgs) -> Result<Random> {
-    Ok(Random::new(config.random_tensors(), args.dtype.into(), args.seed)?)
 }
 
 /// The examples in order, cut into as many parts as there are jobs.

@@ -151,7 +151,7 @@ fn on_rank(args: &EvalArgs, ranks: &Arc<Ranks>, global: &Global) -> Result<Summa
     let prompts = backbone::read(args.backbone.prompt.as_slice())?;
     let chosen = backbone::choose(&args.backbone.model, prompts, &args.measure.format, ranks)?;
     let (set, options) = prepared(&args.measure, &chosen, named.as_ref())?;
-    let ready = chosen.load()?;
+    let ready = chosen.load(global)?;
     let spinner = spinner(&set, &ready, global);
     let start = Instant::now();
     let Ready { backbone, prompts, .. } = &ready;

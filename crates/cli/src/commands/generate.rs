@@ -134,7 +134,7 @@ fn on_rank(args: &GenerateArgs, ranks: &Arc<Ranks>, global: &Global) -> Result<(
     let prompts = backbone::read(args.backbone.prompt.as_slice())?;
     let chosen = backbone::choose(&args.backbone.model, prompts, &format, ranks)?;
     let texts = texts(args, &chosen.settings, named.as_ref())?;
-    let ready = chosen.load()?;
+    let ready = chosen.load(global)?;
     let mut writer = Writer {
         ready: &ready,
         options: options(args, &ready.settings),

@@ -2,13 +2,16 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, atomic::AtomicU64},
+    sync::Arc,
 };
 
 use candle_core::{DType, Device};
 use incipit_collective::{Axis, Ranks, Shard, gather_bytes};
-use incipit_model::{Config, T5, TensorAxis, sharding::sharded_dim};
-use incipit_weights::{Checkpoint, Digests, Fingerprint};
+use incipit_model::{
+    Config, T5, TensorAxis,
+    sharding::{part_bytes, sharded_dim},
+};
+use incipit_weights::{Checkpoint, Digests, Fingerprint, Loading};
 use tokenizers::Tokenizer;
 
 use crate::{
@@ -62,10 +65,10 @@ impl Opened {
         Ok(Self { tokenizer, config, checkpoint, device, dtype: dtype.into(), name: name.to_owned() })
     }
 
-    /// Counts what is read of the files: it grows for as long as loading gets on.
+    /// How far loading has got, once it has begun.
     #[must_use]
-    pub fn reads(&self) -> Arc<AtomicU64> {
-        self.checkpoint.reads()
+    pub fn loading(&self) -> Arc<Loading> {
+        self.checkpoint.loading()
     }
 
     /// Loads part `shard` of the weights, without a word to other ranks.
@@ -74,7 +77,9 @@ impl Opened {
     /// If a weight is missing or damaged, the model cannot be cut into so many parts, or the device has not memory enough.
     pub fn part(self, shard: Shard) -> Result<Part> {
         let Self { tokenizer, config, checkpoint, device, dtype, name } = self;
+        checkpoint.expect(part_bytes(&*checkpoint, shard), !device.is_cpu(), true);
         let model = T5::load_on(config, &*checkpoint, dtype, &TensorAxis::unmet(shard), &device)?;
+        checkpoint.loading().end_of_copies();
         let digests = own_digests(&checkpoint, shard);
         let model = Arc::new(model);
         Ok(Part { model, tokenizer, checkpoint, digests, name, limits: None, fingerprint: None })

@@ -4,6 +4,7 @@
 mod engine;
 mod ensembles;
 mod evaluation;
+mod loading;
 mod multitask;
 mod placements;
 mod rank;

@@ -39,7 +39,7 @@ impl Observer for Seen {
             }
             Event::Checkpointed { step, .. } => self.checkpoints.push(*step),
             Event::Finished(outcome) => self.end = Some((outcome.end, outcome.best)),
-            Event::Loaded(_) | Event::Warning(_) => {}
+            Event::Loading(_) | Event::Loaded(_) | Event::Warning(_) => {}
         }
     }
 }

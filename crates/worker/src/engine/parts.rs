@@ -66,7 +66,7 @@ impl Reader<'_> {
         let reading = self.watches.read(rank, model);
         let dir = backbone::find_watched(model, &|| reading.gets_on())?;
         let opened = Opened::at(&dir, model, *dtype, device.open_for(local_rank)?)?;
-        reading.counts(opened.reads());
+        reading.tells_of(opened.loading());
         let part = opened.part(shard)?;
         let (number, count, seconds) = (shard.index() + 1, shard.count(), start.elapsed().as_secs_f64());
         self.voice.log(

@@ -1,12 +1,13 @@
 //! Whether the ranks of this process get on, in loading, in passes and between them. The thread that tells the agent that the process is alive looks at them each time before; it asks
 //! no device, for that may take as long as a rank that is waited for.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use incipit_collective::Ranks;
 use incipit_proto::v1::EngineLossCause;
+use incipit_tune::backbone::Loading;
 use incipit_tune::pace::{Pace, Pass};
 
 use crate::engine::Loss;
@@ -119,8 +120,8 @@ impl Watches {
 
     /// Watches whether a rank gets on with reading `model`, for as long as what is returned is there.
     pub(crate) fn read(&self, rank: usize, model: &str) -> BeingRead {
-        let (model, counter, seen) = (model.to_owned(), Mutex::default(), Mutex::default());
-        let reading = Arc::new(Reading { rank, model, counter, seen });
+        let (model, loading, seen) = (model.to_owned(), Mutex::default(), Mutex::default());
+        let reading = Arc::new(Reading { rank, model, loading, seen });
         self.lock().reading.push(reading.clone());
         BeingRead { watches: self.clone(), reading }
     }
@@ -180,8 +181,8 @@ impl Drop for Loads {
 struct Reading {
     rank: usize,
     model: String,
-    /// What grows for as long as it gets on.
-    counter: Mutex<Arc<AtomicU64>>,
+    /// How far it has got.
+    loading: Mutex<Arc<Loading>>,
     /// What it was at the last look, and for how long it had been that.
     seen: Mutex<(u64, Duration)>,
 }
@@ -189,12 +190,16 @@ struct Reading {
 impl Reading {
     /// Looks at it `passed` after the last time.
     fn look(&self, passed: Duration) -> Option<Loss> {
-        let count = self.counter.lock().unwrap_or_else(PoisonError::into_inner).load(Ordering::Relaxed);
+        let count = self.loading().reads();
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         let (was, before) = *seen;
         let still = if count == was { before + passed } else { Duration::ZERO };
         *seen = (count, still);
         (still > FIRST).then(|| (EngineLossCause::Hung, self.hangs()))
+    }
+
+    fn loading(&self) -> MutexGuard<'_, Arc<Loading>> {
+        self.loading.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn hangs(&self) -> String {
@@ -215,15 +220,14 @@ pub(crate) struct BeingRead {
 }
 
 impl BeingRead {
-    /// The rank gets on, with what no counter tells of.
+    /// The rank gets on, before it has opened the model.
     pub(crate) fn gets_on(&self) {
-        let counter = self.reading.counter.lock().unwrap_or_else(PoisonError::into_inner);
-        counter.fetch_add(1, Ordering::Relaxed);
+        self.reading.loading().get_on();
     }
 
-    /// `counter` grows for as long as the rank gets on.
-    pub(crate) fn counts(&self, counter: Arc<AtomicU64>) {
-        *self.reading.counter.lock().unwrap_or_else(PoisonError::into_inner) = counter;
+    /// `loading` tells of how far the rank has got from now on.
+    pub(crate) fn tells_of(&self, loading: Arc<Loading>) {
+        *self.reading.loading() = loading;
     }
 }
 
@@ -463,13 +467,13 @@ mod tests {
 
     #[test]
     fn a_rank_that_loads_hangs_when_it_has_read_nothing_for_ten_minutes() {
-        let counter = Arc::<AtomicU64>::default();
+        let loading = Arc::<Loading>::default();
         let (model, seen) = ("/models/t5".to_owned(), Mutex::default());
-        let reading = Reading { rank: 3, model, counter: Mutex::new(counter.clone()), seen };
+        let reading = Reading { rank: 3, model, loading: Mutex::new(loading.clone()), seen };
         let first = |seconds: u32| (0..seconds).find_map(|_| reading.look(SECOND));
         for _ in 0..10 {
             assert!(first(600).is_none());
-            counter.fetch_add(1, Ordering::Relaxed);
+            loading.get_on();
         }
         let (cause, message) = first(602).expect("it hangs");
         assert_eq!(cause, EngineLossCause::Hung);

@@ -65,7 +65,7 @@ pub(crate) async fn download(
     let origin = Origin::find(client, checkpoint).await?;
     let run_files = origin.as_ref().map_or_else(|| Ok(Vec::new()), |origin| origin.files(task))?;
     let bytes = wanted.iter().map(|(_, file)| file.size).sum();
-    let bar = progress::bytes_bar(bytes, global);
+    let bar = progress::bytes_bar("fetching", bytes, global);
     let mut files = Vec::new();
     for (name, file) in &wanted {
         let fetched = blobs::fetch(client, file)

@@ -90,7 +90,7 @@ fn on_rank(args: &EnsembleEvalArgs, ranks: &Arc<Ranks>, global: &Global) -> Resu
     let voters = members.into_iter().map(|(path, prompt)| (path, Trained::Prompt(prompt))).collect();
     let chosen = backbone::choose(&args.model, voters, &args.measure.format, ranks)?;
     let (set, options) = prepared(&args.measure, &chosen, named.as_ref())?;
-    let ready = chosen.load()?;
+    let ready = chosen.load(global)?;
     let spinner = spinner(&set, &ready, global);
     let start = Instant::now();
     let Ready { backbone, prompts, .. } = &ready;
