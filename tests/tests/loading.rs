@@ -1,4 +1,4 @@
-//! A rank is lost while another one still loads: that one goes on loading, and is of the next group.
+//! Ranks load: all can see how far. One is lost while another one still loads: that one goes on loading, and is of the next group.
 #![cfg(feature = "gloo")]
 
 mod common;
@@ -60,6 +60,28 @@ fn start_worker(cluster: &mut Cluster, dir: &Path, name: &str) -> Result<(u32, C
 /// The engine of an agent, once it has one that is not `but`.
 fn engine_of(cluster: &Cluster, agent: u32, but: u32) -> Result<u32> {
     cluster.wait_for("an engine", |_| Ok(engines_of(agent).first().copied().filter(|engine| *engine != but)))
+}
+
+#[test]
+fn how_far_the_ranks_of_a_backbone_have_loaded_goes_by_their_agents_to_whoever_asks() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut cluster = Cluster::start(dir.path())?;
+    for name in ["w1", "w2"] {
+        let worker = cluster.worker(name, 1)?;
+        cluster.spawn_worker(name, worker)?;
+    }
+    cluster.create_backbone_of("b", &demo("model"), (2, 1), "gloo")?;
+    cluster.wait_ready("b")?;
+    // With the next sign of life.
+    let ranks = cluster.wait_for("both ranks' bytes", |cluster| {
+        let ranks = cluster.backbone("b")?.ranks;
+        Ok(ranks.iter().all(|rank| rank.total_bytes > 0).then_some(ranks))
+    })?;
+    ensure!(ranks.len() == 2 && ranks.iter().all(|rank| rank.loaded_bytes == rank.total_bytes), "{ranks:?}");
+    let files = fs::metadata(Path::new(&demo("model")).join("model.safetensors"))?.len();
+    let all: u64 = ranks.iter().map(|rank| rank.total_bytes).sum();
+    ensure!((files / 2..2 * files).contains(&all), "{all} of a file of {files} bytes");
+    Ok(())
 }
 
 #[test]

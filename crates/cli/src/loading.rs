@@ -35,14 +35,15 @@ impl Gauge {
         bar.set_position(done);
         if bar.is_hidden() && self.told.elapsed() >= LINE_EVERY {
             self.told = Instant::now();
-            note(&line(&self.what, done, all));
+            note(&format!("{}: {}", self.what, share((done, all))));
         }
     }
 }
 
-fn line(what: &str, done: u64, all: u64) -> String {
+/// So many bytes of so many, in words.
+pub(crate) fn share((done, all): (u64, u64)) -> String {
     let share = units::percent(done as f64 / all.max(1) as f64);
-    format!("{what}: {} of {} ({share})", units::bytes(done), units::bytes(all))
+    format!("{} of {} ({share})", units::bytes(done), units::bytes(all))
 }
 
 /// Shows how far loading has got, until it is dropped.
@@ -81,11 +82,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_says_how_much_of_how_much() {
-        assert_eq!(
-            line("loading the model", 1 << 30, 4 << 30),
-            "loading the model: 1.0 GiB of 4.0 GiB (25.0 %)"
-        );
-        assert!(line("loading the model", 0, 0).contains("(0.0 %)"));
+    fn bytes_are_told_with_their_share() {
+        assert_eq!(share((1 << 30, 4 << 30)), "1.0 GiB of 4.0 GiB (25.0 %)");
+        assert_eq!(share((0, 0)), "0 B of 0 B (0.0 %)");
     }
 }

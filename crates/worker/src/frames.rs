@@ -99,7 +99,7 @@ pub struct LocalTask {
 #[derive(Clone, PartialEq, Message)]
 pub struct FromEngine {
     /// What it says.
-    #[prost(oneof = "Notice", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
+    #[prost(oneof = "Notice", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
     pub notice: Option<Notice>,
 }
 
@@ -133,6 +133,20 @@ pub enum Notice {
     /// It has left every group but that of this epoch, which it joins now, or once it has loaded.
     #[prost(uint64, tag = "9")]
     Joining(u64),
+    /// How far it has loaded its parts: told each time that it is another.
+    #[prost(message, tag = "10")]
+    Loading(Loading),
+}
+
+/// How far an engine has loaded its parts of the model.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Loading {
+    /// Bytes that are loaded.
+    #[prost(uint64, tag = "1")]
+    pub loaded: u64,
+    /// Bytes of all.
+    #[prost(uint64, tag = "2")]
+    pub total: u64,
 }
 
 /// An engine has loaded.

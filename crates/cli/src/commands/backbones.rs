@@ -20,6 +20,7 @@ use crate::cluster::logs::{self, LogsArgs};
 use crate::cluster::names::{self, short};
 use crate::cluster::{ConnectArgs, block_on, call, list, request_id, show};
 use crate::exit::{Exit, bad_input};
+use crate::loading::{self, Gauge};
 use crate::output;
 use crate::progress::{self, note};
 use crate::units;
@@ -304,18 +305,31 @@ async fn follow(client: &Client, mut backbone: Backbone, wait: bool, global: &Gl
 
 /// Waits until a backbone trains, or never will; tells of its states on the way.
 async fn until_settled(client: &Client, mut backbone: Backbone, global: &Global) -> Result<Backbone> {
-    let (mut told, mut spinner) = (String::new(), None);
+    let (mut told, mut spinner, mut gauge) = (String::new(), None, None);
     while !matches!(backbone.state(), BackboneState::Ready | BackboneState::Failed) {
         let now = format!("{}: {} ({})", short(&backbone.name), state(&backbone), why(&backbone));
         if now != told {
+            gauge = None;
             spinner = Some(progress::spinner(&now, global));
             told = now;
+        }
+        if let Some(bytes) = loaded(&backbone) {
+            spinner = None; // The bar takes its place.
+            let what = || Gauge::new(&format!("loading {}", short(&backbone.name)), global);
+            gauge.get_or_insert_with(what).show(bytes);
         }
         tokio::time::sleep(LOOK_EVERY).await;
         backbone = get(client, &backbone.name).await?;
     }
     drop(spinner);
     Ok(backbone)
+}
+
+/// Bytes of all ranks' parts that are loaded, and of the parts, while that is known of a rank that is not ready.
+fn loaded(backbone: &Backbone) -> Option<(u64, u64)> {
+    let all = || backbone.ranks.iter();
+    all().find(|rank| !rank.ready && rank.total_bytes > 0)?;
+    Some((all().map(|rank| rank.loaded_bytes).sum(), all().map(|rank| rank.total_bytes).sum()))
 }
 
 /// A directory of this machine under its whole path: who reads it stands elsewhere. Another name as it is.
@@ -376,6 +390,12 @@ fn rate(backbone: &Backbone) -> String {
     }
 }
 
+/// Its state, and while it loads how far it is.
+fn standing(backbone: &Backbone) -> String {
+    let how_far = loaded(backbone).map(|bytes| format!(", {} loaded", loading::share(bytes)));
+    state(backbone) + &how_far.unwrap_or_default()
+}
+
 /// All there is to know of a backbone.
 fn facts(backbone: &Backbone) -> String {
     let number = |n: u64| if n == 0 { show::NONE.to_owned() } else { units::count(n) };
@@ -390,7 +410,7 @@ fn facts(backbone: &Backbone) -> String {
     let text = output::facts([
         ("backbone", short(&backbone.name)),
         ("model", backbone.model.clone()),
-        ("state", state(backbone)),
+        ("state", standing(backbone)),
         ("reason", why(backbone)),
         ("mesh", mesh),
         ("epoch", number(backbone.epoch)),
@@ -423,8 +443,12 @@ fn facts(backbone: &Backbone) -> String {
     }
     let row = |rank: &RankPlacement| {
         let pid = number(u64::from(rank.pid)).replace(',', "");
-        let ready = if rank.ready { "yes" } else { "no" };
-        vec![rank.rank.to_string(), short(&rank.worker), pid, ready.to_owned()]
+        let ready = match (rank.ready, rank.total_bytes) {
+            (true, _) => "yes".to_owned(),
+            (false, 0) => "no".to_owned(),
+            (false, total) => format!("no, {}", units::percent(rank.loaded_bytes as f64 / total as f64)),
+        };
+        vec![rank.rank.to_string(), short(&rank.worker), pid, ready]
     };
     let ranks =
         show::table(&["RANK", "WORKER", "PID", "READY"], backbone.ranks.iter().map(row).collect(), &[], "");
@@ -451,7 +475,13 @@ mod tests {
             message: "worker w-2 gave no sign of life for 4 s".into(),
             tokens_per_second: 12_345.0,
             max_running_jobs: 32,
-            ranks: vec![RankPlacement { rank: 1, worker: "workers/w-2".into(), pid: 4711, ready: true }],
+            ranks: vec![RankPlacement {
+                rank: 1,
+                worker: "workers/w-2".into(),
+                pid: 4711,
+                ready: true,
+                ..RankPlacement::default()
+            }],
             ..Backbone::default()
         }
     }
@@ -472,6 +502,25 @@ mod tests {
         for part in ["worker lost: worker w-2", "2 x 4 ranks", "w-2", "4711", "yes"] {
             assert!(text.contains(part), "no {part} in\n{text}");
         }
+    }
+
+    #[test]
+    fn a_backbone_that_loads_is_shown_with_how_far_its_ranks_are() {
+        let rank = |rank, ready, loaded_bytes| RankPlacement {
+            rank,
+            ready,
+            loaded_bytes,
+            total_bytes: 1 << 30,
+            ..RankPlacement::default()
+        };
+        let ranks = vec![rank(0, true, 1 << 30), rank(1, false, 1 << 29)];
+        let loads = Backbone { state: BackboneState::Loading.into(), ranks, ..backbone() };
+        let text = facts(&loads);
+        for part in ["loading, 1.5 GiB of 2.0 GiB (75.0 %) loaded", "no, 50.0 %", "yes"] {
+            assert!(text.contains(part), "no {part} in\n{text}");
+        }
+        let ready = Backbone { ranks: vec![rank(0, true, 1 << 30)], ..loads };
+        assert_eq!(loaded(&ready), None);
     }
 
     #[test]

@@ -14,7 +14,6 @@ use super::{
     input::{EngineEvent, NewBackbone},
     jobs::cut,
     placement::Candidate,
-    read::BackboneView,
     replicas::place_replicas,
     requests::{Outcome, check_etag},
     rows::Target,
@@ -79,7 +78,7 @@ impl Core {
         };
         enter(&mut backbone, BackboneCause::Created);
         if validate_only {
-            let view = BackboneView { backbone, running_jobs: 0, queued_jobs: 0, tokens_per_second: 0.0 };
+            let view = self.view_of_backbone(&backbone);
             return Ok(Outcome::Shown(Reply::Backbone(Box::new(view))));
         }
         let name = backbone.name.clone();

@@ -312,6 +312,17 @@ pub struct EngineStatus {
     pub rank: u32,
 }
 
+/// How far an engine has loaded its part of the model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoadStatus {
+    /// The engine.
+    pub engine: EngineStatus,
+    /// Bytes that are loaded.
+    pub loaded: u64,
+    /// Bytes of all of it.
+    pub total: u64,
+}
+
 /// What an agent says after its hello.
 #[derive(Clone, Debug, PartialEq)]
 pub enum AgentMessage {
@@ -319,6 +330,8 @@ pub enum AgentMessage {
     Heartbeat {
         /// Whether it wants to be drained.
         draining: bool,
+        /// How far its engines have loaded; of those that are not among them, what was said before.
+        loading: Vec<LoadStatus>,
     },
     /// A report, which takes effect once.
     Report {

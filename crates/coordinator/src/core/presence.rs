@@ -7,7 +7,7 @@ use incipit_proto::{
     v1::JobWish,
 };
 
-use super::{effects::EngineAssignment, time::Time};
+use super::{effects::EngineAssignment, input::LoadStatus, time::Time};
 
 /// A worker that holds a lease.
 #[derive(Clone, Debug)]
@@ -18,6 +18,8 @@ pub(super) struct Presence {
     pub(super) lease: Time,
     /// When it last gave a sign of life.
     pub(super) heartbeat: Time,
+    /// How far its engines have loaded, as it said last.
+    pub(super) loading: Vec<LoadStatus>,
     /// What it was told over this connection.
     pub(super) told_engines: Option<Vec<EngineAssignment>>,
     /// The same of each backbone that it leads.

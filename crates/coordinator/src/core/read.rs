@@ -11,8 +11,9 @@ use incipit_proto::{
 pub use super::presence::Progress;
 use super::{
     Core,
-    backbone::{Backbone, Collective, Device},
+    backbone::{Backbone, Collective, Device, RankPlacement},
     checkpoint::{Checkpoint, PromptVersion, checkpoint_name, version_name},
+    input::EngineStatus,
     job::Job,
     page::{Page, newest_first, paginate},
     rows::Rows,
@@ -44,6 +45,8 @@ pub struct BackboneView {
     pub queued_jobs: u32,
     /// Tokens a second, of late.
     pub tokens_per_second: f64,
+    /// Bytes of the part of each rank that are loaded, and of all of it, where that is known.
+    pub loading: BTreeMap<u32, (u64, u64)>,
 }
 
 /// A worker, and what is known of the moment.
@@ -170,7 +173,21 @@ impl Core {
         }
         let rate = self.token_rates.get(&backbone.name);
         let tokens_per_second = rate.map_or(0.0, |rate| rate.per_second(self.now));
-        BackboneView { backbone: backbone.clone(), running_jobs, queued_jobs, tokens_per_second }
+        let loading = self.loading_of(backbone);
+        BackboneView { backbone: backbone.clone(), running_jobs, queued_jobs, tokens_per_second, loading }
+    }
+
+    fn loading_of(&self, backbone: &Backbone) -> BTreeMap<u32, (u64, u64)> {
+        let there = backbone.ranks.iter().filter(|rank| !rank.lost);
+        let of_rank = |rank: &RankPlacement| {
+            let mut said = self.presences.get(&rank.worker)?.loading.iter();
+            let is_its = |engine: &EngineStatus| {
+                (&engine.backbone, engine.epoch, engine.rank) == (&backbone.name, backbone.epoch, rank.rank)
+            };
+            let said = said.find(|said| is_its(&said.engine))?;
+            Some((rank.rank, (said.loaded, said.total)))
+        };
+        there.filter_map(of_rank).collect()
     }
 
     /// Backbones, by name.

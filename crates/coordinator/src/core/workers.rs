@@ -32,6 +32,7 @@ impl Core {
                 connection: None,
                 lease,
                 heartbeat: worker.connect_time,
+                loading: Vec::new(),
                 told_engines: None,
                 told_jobs: Default::default(),
             };
@@ -71,6 +72,7 @@ impl Core {
             connection: Some(connection),
             lease: self.lease(),
             heartbeat: self.now,
+            loading: Vec::new(),
             told_engines: None,
             told_jobs: Default::default(),
         };
@@ -141,15 +143,20 @@ impl Core {
 
     pub(super) fn agent(&mut self, worker: &WorkerName, connection: u64, message: AgentMessage) {
         let (now, lease) = (self.now, self.lease());
-        match self.presences.get_mut(worker) {
-            Some(presence) if presence.connection == Some(connection) => {
-                (presence.lease, presence.heartbeat) = (presence.lease.max(lease), now);
-            }
-            _ => return,
-        }
+        let Some(presence) = self.presences.get_mut(worker).filter(|of| of.connection == Some(connection))
+        else {
+            return;
+        };
+        (presence.lease, presence.heartbeat) = (presence.lease.max(lease), now);
         match message {
-            AgentMessage::Heartbeat { draining: true } => self.drain(worker),
-            AgentMessage::Heartbeat { draining: false } => {}
+            AgentMessage::Heartbeat { draining, loading } => {
+                if !loading.is_empty() {
+                    presence.loading = loading;
+                }
+                if draining {
+                    self.drain(worker);
+                }
+            }
             AgentMessage::Report { sequence, report } => self.report(worker, sequence, report),
             AgentMessage::RendezvousPut { key, value } => self.rendezvous_put(worker, &key, &value),
             AgentMessage::RendezvousGet { key, follows } => {

@@ -182,7 +182,9 @@ impl Inbound {
                     );
                     return Ok(None);
                 }
-                Err(_) => self.tell(AgentMessage::Heartbeat { draining: false }).await?,
+                Err(_) => {
+                    self.tell(AgentMessage::Heartbeat { draining: false, loading: Vec::new() }).await?;
+                }
             }
         };
         if let Some(digest) = missing.first() {

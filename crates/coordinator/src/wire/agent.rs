@@ -19,7 +19,7 @@ use crate::core::{
     Hello, ToAgent,
     checkpoint::{CheckpointFile, TaskScore},
     effects::{EngineAssignment, JobAssignment},
-    input::{AgentMessage, EngineEvent, EngineStatus, JobEvent, RendezvousKey, Report, Saved},
+    input::{AgentMessage, EngineEvent, EngineStatus, JobEvent, LoadStatus, RendezvousKey, Report, Saved},
 };
 
 /// Ranks that a worker can hold, at most.
@@ -60,10 +60,7 @@ pub fn hello(message: v1::Hello, cluster_id: &str) -> Result<Hello, Problem> {
     if message.slots > MAX_SLOTS {
         return Err(Problem::field("hello.slots", format!("is {}; {MAX_SLOTS} are allowed", message.slots)));
     }
-    let engines = message.engines.iter().map(|engine| {
-        let backbone = BackboneName::parse("hello.engines", &engine.backbone)?;
-        Ok(EngineStatus { backbone, epoch: engine.epoch, rank: engine.rank })
-    });
+    let engines = message.engines.iter().map(|engine| engine_status("hello.engines", engine));
     Ok(Hello {
         worker: WorkerName::parse("hello.worker", &message.worker)?,
         incarnation: message.incarnation,
@@ -88,7 +85,7 @@ pub fn agent_message(message: v1::AttachRequest) -> Result<AgentMessage, Problem
     match message.message {
         None => Err(Problem::field("message", "is missing")),
         Some(Said::Hello(_)) => Err(Problem::field("hello", "comes a second time; it is the first message")),
-        Some(Said::Heartbeat(heartbeat)) => Ok(AgentMessage::Heartbeat { draining: heartbeat.draining }),
+        Some(Said::Heartbeat(message)) => heartbeat(&message),
         Some(Said::Engine(message)) => report(engine(message)?),
         Some(Said::Job(message)) => report(job(message)?),
         Some(Said::Logs(message)) => report(logs(message)?),
@@ -101,6 +98,22 @@ pub fn agent_message(message: v1::AttachRequest) -> Result<AgentMessage, Problem
             Ok(AgentMessage::RendezvousGet { key, follows: get.follow })
         }
     }
+}
+
+fn engine_status(field: &str, engine: &v1::EngineStatus) -> Result<EngineStatus, Problem> {
+    let backbone = BackboneName::parse(field, &engine.backbone)?;
+    Ok(EngineStatus { backbone, epoch: engine.epoch, rank: engine.rank })
+}
+
+fn heartbeat(message: &v1::Heartbeat) -> Result<AgentMessage, Problem> {
+    let known = message.engines.iter().filter(|engine| engine.total_bytes > 0);
+    let status = |engine: &v1::EngineStatus| {
+        let status = engine_status("heartbeat.engines", engine)?;
+        let (loaded, total) = (engine.loaded_bytes.min(engine.total_bytes), engine.total_bytes);
+        Ok(LoadStatus { engine: status, loaded, total })
+    };
+    let loading = known.take(MAX_SLOTS as usize).map(status).collect::<Result<_, Problem>>()?;
+    Ok(AgentMessage::Heartbeat { draining: message.draining, loading })
 }
 
 fn rendezvous_key(backbone: &str, epoch: u64, key: String) -> Result<RendezvousKey, Problem> {

@@ -86,12 +86,16 @@ fn attempt(attempt: &crate::core::job::Attempt) -> v1::JobAttempt {
 /// A backbone, with what is known of the moment.
 #[must_use]
 pub fn backbone(view: &BackboneView) -> v1::Backbone {
-    v1::Backbone {
-        running_jobs: view.running_jobs,
-        queued_jobs: view.queued_jobs,
-        tokens_per_second: view.tokens_per_second,
-        ..backbone_row(&view.backbone)
+    let mut message = backbone_row(&view.backbone);
+    message.running_jobs = view.running_jobs;
+    message.queued_jobs = view.queued_jobs;
+    message.tokens_per_second = view.tokens_per_second;
+    for rank in &mut message.ranks {
+        if let Some((loaded, total)) = view.loading.get(&rank.rank) {
+            (rank.loaded_bytes, rank.total_bytes) = (*loaded, *total);
+        }
     }
+    message
 }
 
 fn backbone_row(backbone: &Backbone) -> v1::Backbone {
@@ -101,6 +105,8 @@ fn backbone_row(backbone: &Backbone) -> v1::Backbone {
         worker: rank.worker.to_string(),
         pid: rank.pid,
         ready: rank.ready,
+        loaded_bytes: 0,
+        total_bytes: 0,
     });
     v1::Backbone {
         name: backbone.name.to_string(),

@@ -242,7 +242,7 @@ async fn a_checkpoint_whose_files_were_not_uploaded_ends_the_stream_and_is_taken
         epoch: engine.epoch,
         rank: 0,
         ready: true,
-        progress: 0,
+        ..Default::default()
     }];
     let mut again = Agent::attach(&client, incipit_proto::v1::Hello { engines, ..who }).await.unwrap();
     let (jobs, job) = &assigned;

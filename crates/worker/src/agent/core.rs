@@ -201,6 +201,7 @@ impl Core {
         engine.alive_at = now;
         match notice {
             Notice::Alive(progress) => engine.progress = progress,
+            Notice::Loading(loading) => engine.loading = loading,
             Notice::Joining(epoch) => {
                 engine.begun = true;
                 if epoch == engine.epoch() {

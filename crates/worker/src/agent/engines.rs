@@ -6,7 +6,7 @@ use std::ops::Range;
 use incipit_proto::v1::{EngineAssignment, EngineAssignments, EngineStatus};
 
 use crate::agent::core::{Action, Config, HUNG_AFTER, STUCK_AFTER, Time};
-use crate::frames::{Join, Order};
+use crate::frames::{Join, Loading, Order};
 
 /// From the kill of an engine that does not end to the first word about it, in milliseconds; later ones come at growing intervals.
 const OVERDUE: Time = 5_000;
@@ -41,6 +41,8 @@ pub struct Engine {
     overdue: Option<(Time, Time)>,
     /// Plans carried out.
     pub progress: u64,
+    /// How far it has loaded.
+    pub loading: Loading,
     /// When it last said that it is alive.
     pub alive_at: Time,
     /// Since when it is to join a group that it has not begun to join.
@@ -159,6 +161,7 @@ impl Engines {
             pid: 0,
             overdue: None,
             progress: 0,
+            loading: Loading::default(),
             alive_at: now,
             told_at: None,
             begun: false,
@@ -288,6 +291,8 @@ impl Engines {
             rank: key.rank,
             ready: engine.ready,
             progress: engine.progress,
+            loaded_bytes: engine.loading.loaded,
+            total_bytes: engine.loading.total,
         };
         self.running.iter().filter(|(_, engine)| !engine.dying).map(status).collect()
     }

@@ -1,13 +1,13 @@
 //! What an agent's core does about what it hears.
 
 use incipit_proto::v1::{
-    self, AttachResponse, JobReason, JobState, JobWish, attach_request::Message, attach_response,
-    engine_report, job_report,
+    self, AttachRequest, AttachResponse, JobReason, JobState, JobWish, attach_request::Message,
+    attach_response, engine_report, job_report,
 };
 
 use crate::agent::Key;
 use crate::agent::core::{Action, Config, Core, Delay, Input, Refused};
-use crate::frames::{Failed, LocalJob, Notice, Order, Ready, Saved};
+use crate::frames::{Failed, Loading, LocalJob, Notice, Order, Ready, Saved};
 
 const BACKBONE: &str = "backbones/b";
 
@@ -412,4 +412,21 @@ fn checkpoints_that_wait_for_a_store_that_is_away_are_few_and_those_that_go_are_
     assert!(matches!(said(&actions)[..], [Message::Job(_)]), "{actions:?}");
     let next = |action: &Action| matches!(action, Action::Store { dir, .. } if dir == "jobs/k 6");
     assert!(actions.iter().any(next), "{actions:?}");
+}
+
+#[test]
+fn how_far_an_engine_has_loaded_is_told_with_the_next_sign_of_life() {
+    let mut world = World::new();
+    let loading = Loading { loaded: 30, total: 100 };
+    world.handle(Input::Notice(key(), Notice::Loading(loading)));
+    world.now += 2_000;
+    let actions = world.handle(Input::Tick);
+    let told = actions.iter().find_map(|action| match action {
+        Action::Send(AttachRequest { message: Some(Message::Heartbeat(heartbeat)), .. }) => {
+            heartbeat.engines.first()
+        }
+        _ => None,
+    });
+    let told = told.expect("a sign of life");
+    assert_eq!((told.loaded_bytes, told.total_bytes), (30, 100));
 }

@@ -1,7 +1,8 @@
 //! Whether the ranks of this process get on, in loading, in passes and between them. The thread that tells the agent that the process is alive looks at them each time before; it asks
 //! no device, for that may take as long as a rank that is waited for.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use incipit_tune::pace::{Pace, Pass};
 
 use crate::engine::Loss;
 use crate::engine::voice::Voice;
-use crate::frames::{Failed, Notice};
+use crate::frames::{self, Failed, Notice};
 
 /// How often the agent is told that the process is alive.
 const ALIVE: Duration = Duration::from_millis(500);
@@ -59,6 +60,8 @@ pub(crate) struct Watches {
 struct State {
     watched: Vec<Arc<Watch>>,
     reading: Vec<Arc<Reading>>,
+    /// How far each rank has loaded its part; also of those that have.
+    loadings: BTreeMap<usize, Arc<Loading>>,
     /// Whether the process loads, and so is in no group.
     loads: bool,
     /// Those that have met others, by the epoch of their group.
@@ -75,7 +78,7 @@ impl Watches {
         let watches = Self { state: Arc::default(), voice };
         let watched = watches.clone();
         std::thread::spawn(move || {
-            let mut last = Instant::now();
+            let (mut last, mut told) = (Instant::now(), frames::Loading::default());
             loop {
                 let passed = last.elapsed().min(LONGEST);
                 last = Instant::now();
@@ -85,11 +88,24 @@ impl Watches {
                     .iter()
                     .filter_map(|reading| reading.look(passed))
                     .for_each(|loss| watched.lose(&loss));
+                watched.tell(&mut told);
                 watched.voice.alive();
                 std::thread::sleep(ALIVE);
             }
         });
         watches
+    }
+
+    /// Tells how far the ranks of this process have loaded, where it is another than was `told`.
+    fn tell(&self, told: &mut frames::Loading) {
+        let loadings: Vec<Arc<Loading>> = self.lock().loadings.values().cloned().collect();
+        let bytes = loadings.iter().filter_map(|loading| loading.bytes());
+        let (loaded, total) = bytes.fold((0, 0), |all, part| (all.0 + part.0, all.1 + part.1));
+        let now = frames::Loading { loaded, total };
+        if total > 0 && now != *told {
+            *told = now;
+            self.voice.say(Notice::Loading(now));
+        }
     }
 
     fn all(&self) -> (Vec<Arc<Watch>>, Vec<Arc<Reading>>) {
@@ -227,6 +243,7 @@ impl BeingRead {
 
     /// `loading` tells of how far the rank has got from now on.
     pub(crate) fn tells_of(&self, loading: Arc<Loading>) {
+        self.watches.lock().loadings.insert(self.reading.rank, loading.clone());
         *self.reading.loading() = loading;
     }
 }
@@ -409,7 +426,11 @@ impl Between {
 
 #[cfg(test)]
 mod tests {
+    use incipit_collective::Shard;
+    use incipit_tune::backbone::Opened;
+    use incipit_tune::device::DeviceChoice;
     use incipit_tune::pace::Work;
+    use incipit_tune::spec::Precision;
 
     use super::*;
     use crate::engine::voice::pipe::Pipe;
@@ -481,6 +502,42 @@ mod tests {
             message.starts_with("rank 3 hangs: it has read nothing of /models/t5 for 600 s"),
             "{message}"
         );
+    }
+
+    #[test]
+    fn what_is_loaded_of_all_parts_is_told_when_it_is_another() {
+        let pipe = Pipe::default();
+        let watches = Watches { state: Arc::default(), voice: Voice::new(pipe.clone()) };
+        let model = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo/model");
+        let open = || {
+            let device = DeviceChoice::Cpu.open_for(0).unwrap();
+            Opened::at(&model, "demo", Precision::Bf16, device).unwrap()
+        };
+        let (first, second) = (watches.read(0, "demo"), watches.read(1, "demo"));
+        let mut told = frames::Loading::default();
+        let mut tell = || {
+            watches.tell(&mut told);
+            pipe.said()
+        };
+        assert!(tell().is_empty(), "nothing is known");
+        let opened = [open(), open()];
+        first.tells_of(opened[0].loading());
+        second.tells_of(opened[1].loading());
+        assert!(tell().is_empty(), "nothing is known still");
+        let [one, other] = opened;
+        let part = one.part(Shard::WHOLE).unwrap();
+        let [Notice::Loading(half)] = tell()[..] else { panic!("once") };
+        assert!(half.loaded == half.total && half.total > 0, "{half:?}");
+        assert!(tell().is_empty(), "it is no other");
+        let parts = (part, other.part(Shard::WHOLE).unwrap());
+        drop((first, second));
+        let [Notice::Loading(all)] = tell()[..] else { panic!("once") };
+        assert_eq!(
+            (all.loaded, all.total),
+            (2 * half.total, 2 * half.total),
+            "also of those that have loaded"
+        );
+        drop(parts);
     }
 
     /// Epochs that the process was said to join, and those for which it was said to hang.

@@ -1,12 +1,14 @@
 //! Stories of backbones.
 
+use std::collections::BTreeMap;
+
 use incipit_proto::v1::{BackboneReason, BackboneState, EngineLossCause, JobReason, JobState};
 
 use super::world::{World, backbone_name, saved, spec, target, training, worker_name};
 use crate::core::{
-    Request,
+    AgentMessage, Request,
     backbone::Collective,
-    input::{EngineEvent, JobEvent, Report},
+    input::{EngineEvent, EngineStatus, JobEvent, LoadStatus, Report},
 };
 
 fn stands(world: &World) -> (BackboneState, BackboneReason) {
@@ -296,4 +298,27 @@ fn jobs_go_to_the_leader_alone_and_only_once_the_backbone_is_ready() {
     world.load("w2");
     assert_eq!(world.agents[&worker_name("w1")].jobs[&backbone_name("b")].jobs.len(), 1);
     assert!(world.agents[&worker_name("w2")].jobs.is_empty());
+}
+
+#[test]
+fn how_far_ranks_have_loaded_is_shown_and_not_stored() {
+    let mut world = World::of_two();
+    let rows = world.core.rows().clone();
+    let say = |world: &mut World, worker: &str, rank, epoch, loaded| {
+        let engine = EngineStatus { backbone: backbone_name("b"), epoch, rank };
+        let loading = vec![LoadStatus { engine, loaded, total: 100 }];
+        world.say(worker, AgentMessage::Heartbeat { draining: false, loading });
+    };
+    let shown = |world: &World| world.core.backbone_view(&backbone_name("b")).unwrap().loading;
+    let workers: Vec<String> =
+        world.backbone("b").ranks.iter().map(|rank| rank.worker.id().to_owned()).collect();
+    let epoch = world.backbone("b").epoch;
+    say(&mut world, &workers[0], 0, epoch, 30);
+    say(&mut world, &workers[1], 1, epoch, 40);
+    assert_eq!(shown(&world), BTreeMap::from([(0, (30, 100)), (1, (40, 100))]));
+    // A sign of life that tells of no engine takes nothing back; one of an older group tells nothing of this one.
+    world.beat(&workers[0]);
+    say(&mut world, &workers[1], 1, epoch - 1, 90);
+    assert_eq!(shown(&world), BTreeMap::from([(0, (30, 100))]));
+    assert_eq!(world.core.rows(), &rows);
 }

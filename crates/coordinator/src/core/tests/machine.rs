@@ -205,7 +205,7 @@ impl Machine {
 
     fn beat(&mut self, id: &str, draining: bool) {
         if self.connected(id) {
-            let effects = self.world.say(id, AgentMessage::Heartbeat { draining });
+            let effects = self.world.say(id, AgentMessage::Heartbeat { draining, loading: Vec::new() });
             self.hold_changes(&effects);
         }
     }

@@ -122,7 +122,7 @@ fn draining_the_only_worker_leaves_the_backbone_without_a_place() {
 fn draining_one_of_two_workers_moves_its_ranks() {
     let mut world = World::running();
     world.connect("v", 1, true);
-    world.say("w", AgentMessage::Heartbeat { draining: true });
+    world.say("w", AgentMessage::Heartbeat { draining: true, loading: Vec::new() });
     world.create_job("k", "b");
     assert_eq!(world.state("k"), (JobState::Queued, JobReason::WaitingForPlace), "nothing new comes");
     leave_saved(&mut world, "w", 7);
@@ -140,8 +140,8 @@ fn a_worker_that_does_not_lead_is_left_only_when_its_leader_has_saved_the_jobs()
     world.create_job("j", "b");
     let leader = if world.backbone("b").ranks[0].worker == worker_name("w1") { "w1" } else { "w2" };
     let other = if leader == "w1" { "w2" } else { "w1" };
-    world.say(other, AgentMessage::Heartbeat { draining: true });
-    world.say(leader, AgentMessage::Heartbeat { draining: true });
+    world.say(other, AgentMessage::Heartbeat { draining: true, loading: Vec::new() });
+    world.say(leader, AgentMessage::Heartbeat { draining: true, loading: Vec::new() });
     assert!(!world.agents[&worker_name(other)].engines.is_empty());
     leave_saved(&mut world, leader, 9);
     assert_eq!(world.state("j"), (JobState::Queued, JobReason::BackboneRecovering));
@@ -202,7 +202,7 @@ fn what_comes_over_an_old_connection_has_no_effect() {
     let effects = world.handle(Input::Agent {
         worker: worker_name("w"),
         connection: old,
-        message: AgentMessage::Heartbeat { draining: true },
+        message: AgentMessage::Heartbeat { draining: true, loading: Vec::new() },
     });
     assert_eq!(effects, Default::default());
 }

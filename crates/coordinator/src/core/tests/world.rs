@@ -195,7 +195,7 @@ impl World {
     }
 
     pub(super) fn beat(&mut self, id: &str) -> Effects {
-        self.say(id, AgentMessage::Heartbeat { draining: false })
+        self.say(id, AgentMessage::Heartbeat { draining: false, loading: Vec::new() })
     }
 
     /// The agent's next report.
