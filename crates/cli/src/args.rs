@@ -266,6 +266,25 @@ pub(crate) mod names {
     pub(crate) const SCHEDULES: &[&str] = &["constant", "linear", "cosine"];
 }
 
+/// Checks that there is a directory for a file that is to be written when all else is done.
+///
+/// # Errors
+/// If there is none, or one is where the file is to be.
+pub(crate) fn check_place(flag: &str, path: Option<&Path>) -> Result<()> {
+    let Some(path) = path else { return Ok(()) };
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    if let Some(parent) = parent.filter(|parent| !parent.is_dir()) {
+        let (path, parent) = (path.display(), parent.display());
+        return bad_input(format!(
+            "{flag} is {path}, and there is no directory {parent}: make it, or give another place"
+        ));
+    }
+    if path.is_dir() {
+        return bad_input(format!("{flag} is {}, a directory: name a file in it", path.display()));
+    }
+    Ok(())
+}
+
 /// A flag that takes a part of a benchmark's data.
 pub(crate) fn split() -> impl TypedValueParser<Value = Split> {
     let named = |name: String| Split::ALL.into_iter().find(|split| split.name() == name);

@@ -47,6 +47,12 @@ fn a_run_that_goes_on_ends_in_the_same_bytes_as_one_in_one_piece() {
     train(dir.path(), "parts", &[&every[..], &["--steps", "3"]].concat()).ok();
     let resumed = incipit(&["train", "--out", &path(dir.path(), "parts"), "--resume", "--steps", "6"]).ok();
     assert!(resumed.stderr.contains("going on after step 3"), "{}", resumed.stderr);
+    // What it has made is not unmade, and `run.toml` says what was made.
+    let parts = path(dir.path(), "parts");
+    let written = text(dir.path().join("parts/run.toml"));
+    let fewer = incipit(&["train", "--out", &parts, "--resume", "--steps", "5"]);
+    refused(&fewer, &["--steps is 5", "has made 6 steps"]);
+    assert_eq!(text(dir.path().join("parts/run.toml")), written);
     let last = |run: &str| {
         std::fs::read(dir.path().join(run).join("last/prompt.safetensors")).expect("a checkpoint")
     };
@@ -124,6 +130,12 @@ fn eval_of_a_run_measures_what_the_run_measured() {
     let shown = text(&data).lines().filter(|line| line.contains("\"advice\"")).count();
     assert!(shown == 0 && text(&output).contains("\"advice\":"), "{}", text(&output));
     let run = path(dir.path(), "decode");
+    for (place, part) in [("none/p.jsonl", "there is no directory"), ("decode", "name a file in it")] {
+        let place = path(dir.path(), place);
+        let ran = incipit(&["eval", "--prompt", &run, "--data", &data, "--output", &place]);
+        refused(&ran, &["--output is ", &place, part]);
+        assert!(!ran.stderr.contains("loading"), "{}", ran.stderr);
+    }
     let named = incipit(&["eval", "--prompt", &run, "--data", &data, "--metrics", "macro-f1,token-f1"]).ok();
     assert!(named.stdout.contains("macro F1") && named.stdout.contains("token F1"), "{}", named.stdout);
 }

@@ -56,6 +56,14 @@ impl RunDir {
             return Err(Error::NoRun { path: out.clone() });
         }
         let store = Store::open(out)?;
+        if let Some(made) = store.last().filter(|made| *made > spec.steps) {
+            let what = format!(
+                "is {}, and the run in {} has made {made} steps: give {made} at least, or another --out",
+                spec.steps,
+                out.display()
+            );
+            return Err(Error::spec("steps", &what));
+        }
         Ok(Self { out: out.clone(), store, from: None })
     }
 

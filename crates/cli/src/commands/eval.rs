@@ -23,7 +23,7 @@ use serde_json::{Map, Value};
 
 use super::backbone::{self, Chosen, Ready, Settings};
 use super::task::prefixed;
-use crate::args::{BackboneArgs, FormatArgs, Global, NamedTaskArgs, choice, names, split};
+use crate::args::{BackboneArgs, FormatArgs, Global, NamedTaskArgs, check_place, choice, names, split};
 use crate::exit::{Exit, bad_input};
 use crate::output::{self, Printed};
 use crate::progress::{self, note, warn};
@@ -235,6 +235,9 @@ pub(crate) fn hand_over<P: Serialize>(
 /// # Errors
 /// If the flags contradict each other, or the split cannot be used.
 pub(crate) fn named(args: &MeasureArgs, leads: bool) -> Result<Option<Named>> {
+    if leads {
+        check_place("--output", args.output.as_deref())?;
+    }
     let format = &args.format;
     let others = [
         ("--data", args.data.is_some()),
@@ -277,7 +280,9 @@ fn submission_file(task: &Task, path: &Path) -> Result<PathBuf> {
     let of_the_site = Path::new(&empty.file_name).extension();
     match path.extension() {
         _ if path.is_dir() => Ok(path.join(&empty.file_name)),
-        end if end.is_some() && end == of_the_site => Ok(path.to_owned()),
+        end if end.is_some() && end == of_the_site => {
+            check_place("--submission", Some(path)).map(|()| path.to_owned())
+        }
         _ => bad_input(format!(
             "--submission {} is neither a directory that is there nor the name of a file that ends as {} does: give one of the two",
             path.display(),
