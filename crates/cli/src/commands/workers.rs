@@ -28,7 +28,8 @@ enum WorkersCommand {
     List,
     /// Show a worker
     Get(OneArgs),
-    /// Give a worker nothing more, and move what it has: its jobs go on elsewhere, from a checkpoint
+    /// Give a worker nothing more, and move what it has: its jobs go on elsewhere, from a checkpoint. One that is started again is given
+    /// something again
     Drain(OneArgs),
 }
 

@@ -166,9 +166,15 @@ impl Core {
         match step {
             Some(step) => self.checkpoint(&target.job, step),
             None => {
-                let which = if target.step == StepRef::Best { "best" } else { "last" };
+                let (which, why) = if target.step == StepRef::Best {
+                    ("best", ": nothing of it has been evaluated and saved; its last may be there")
+                } else {
+                    ("last", ": nothing of it has been saved")
+                };
                 let of_task = target.task.as_ref().map(|task| format!(" of {task}")).unwrap_or_default();
-                Err(Problem::not_found(&format!("{}/checkpoints/{which}{of_task}", target.job)))
+                let mut problem = Problem::not_found(&format!("{}/checkpoints/{which}{of_task}", target.job));
+                problem.message.push_str(why);
+                Err(problem)
             }
         }
     }

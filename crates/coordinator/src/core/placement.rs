@@ -118,7 +118,7 @@ fn missing(spec: &BackboneSpec, placed: usize, num_able: usize) -> String {
         (Device::Cuda, _) => format!("{} slots with a GPU each", spec.num_ranks()),
     };
     let have = match num_able {
-        0 => "no worker online has that collective".to_owned(),
+        0 => "no worker that is online and not drained has that collective".to_owned(),
         1 => format!("the one worker online that has it has room for {placed} of the ranks"),
         n => format!("the {n} workers online that have it have room for {placed} of the ranks"),
     };

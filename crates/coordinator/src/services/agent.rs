@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -67,7 +67,8 @@ impl AgentService for Agent {
         let (worker, outbox) = (hello.worker.clone(), Arc::new(Outbox::default()));
         self.context.handle.connect(hello, connection, Arc::clone(&outbox)).await?;
         let (listening, gone) = oneshot::channel();
-        let inbound = Inbound { context: self.context.clone(), worker, connection, outbox };
+        let leaves = AtomicBool::new(false);
+        let inbound = Inbound { context: self.context.clone(), worker, connection, outbox, leaves };
         let outgoing = outgoing(&inbound, listening);
         tokio::spawn(inbound.run(messages, gone));
         Ok(Response::new(outgoing))
@@ -102,6 +103,8 @@ struct Inbound {
     worker: WorkerName,
     connection: u64,
     outbox: Arc<Outbox>,
+    /// Whether the agent has said last that it is to end.
+    leaves: AtomicBool,
 }
 
 impl Inbound {
@@ -111,7 +114,11 @@ impl Inbound {
             _ = gone => Ok(()),
         };
         if let Err(problem) = ended {
-            tracing::warn!("the connection of {} is ended: {problem}", self.worker);
+            if self.leaves.load(Ordering::Relaxed) {
+                tracing::info!("{} has left: {problem}", self.worker);
+            } else {
+                tracing::warn!("the connection of {} is ended: {problem}", self.worker);
+            }
             self.outbox.close(problem);
         }
         let input = Input::Disconnected { worker: self.worker, connection: self.connection };
@@ -129,6 +136,9 @@ impl Inbound {
                 Err(status) => return Err(Problem::from(&status)),
             };
             let message = wire::agent_message(message)?;
+            if let AgentMessage::Heartbeat { draining, .. } = message {
+                self.leaves.store(draining, Ordering::Relaxed);
+            }
             let held = self.check(&message).await?;
             self.tell(message).await?;
             if let Some(held) = held {

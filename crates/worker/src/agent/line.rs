@@ -33,7 +33,10 @@ pub(crate) async fn keep(config: ClientConfig, events: Sender<Event>) {
     let mut pause = PAUSES.0;
     let mut told = String::new();
     while !events.is_closed() {
-        let (heard, problem) = talk(&config, &events).await;
+        let (heard, problem) = talk(&config, &events, !told.is_empty()).await;
+        if heard {
+            told.clear();
+        }
         if events.send(Event::Down).await.is_err() {
             return;
         }
@@ -45,7 +48,7 @@ pub(crate) async fn keep(config: ClientConfig, events: Sender<Event>) {
         if problem.reason == "BLOB_MISSING" && events.send(Event::Missing).await.is_err() {
             return;
         }
-        // The same complaint is told once.
+        // The same complaint is told once for each time that the line is down.
         if problem.message != told {
             tracing::warn!("no connection to the coordinator: {problem}");
             told.clone_from(&problem.message);
@@ -55,8 +58,9 @@ pub(crate) async fn keep(config: ClientConfig, events: Sender<Event>) {
     }
 }
 
-/// One connection, to its end. Whether the coordinator said anything, and why it ended.
-async fn talk(config: &ClientConfig, events: &Sender<Event>) -> (bool, Problem) {
+/// One connection, to its end. Whether the coordinator said anything, and why it ended. `complained` says whether it was told that there was
+/// none: whoever reads that reads as well that there is one again.
+async fn talk(config: &ClientConfig, events: &Sender<Event>, complained: bool) -> (bool, Problem) {
     let client = match Client::connect(config).await {
         Ok(client) => client,
         Err(problem) => return (false, problem),
@@ -74,7 +78,9 @@ async fn talk(config: &ClientConfig, events: &Sender<Event>) -> (bool, Problem) 
     loop {
         match incoming.message().await {
             Ok(Some(response)) => {
-                if !heard {
+                if !heard && complained {
+                    tracing::warn!("connected to the coordinator at {} again", config.endpoint);
+                } else if !heard {
                     tracing::info!("connected to the coordinator at {}", config.endpoint);
                 }
                 heard = true;

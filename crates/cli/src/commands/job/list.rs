@@ -60,7 +60,9 @@ pub(super) async fn list(args: &ListArgs, client: &Client, global: &Global) -> R
         ..ListJobsRequest::default()
     };
     let jobs = list!(client, jobs.list_jobs(request), jobs, args.limit as usize);
-    show::print(&jobs, || table(&jobs), global)?;
+    let all = args.backbone.is_none() && args.state.is_empty() && args.label.is_empty();
+    let text = || if jobs.is_empty() && !all { "no such jobs".to_owned() } else { table(&jobs) };
+    show::print(&jobs, text, global)?;
     Ok(Exit::Ok)
 }
 

@@ -64,7 +64,7 @@ fn a_worker_without_the_collective_gets_nothing_and_the_message_says_so() {
     let mut without = candidate("a", 9, 0);
     without.collectives = vec!["local".to_owned()];
     let missing = placed(&spec(Collective::Gloo, 1, 1, 1), &[], &[without]).unwrap_err();
-    assert!(missing.contains("no worker online has that collective"), "{missing}");
+    assert!(missing.contains("no worker that is online and not drained has that collective"), "{missing}");
 }
 
 #[test]
