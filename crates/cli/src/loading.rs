@@ -32,6 +32,8 @@ impl Gauge {
     /// So many bytes of so many are there.
     pub(crate) fn show(&mut self, (done, all): (u64, u64)) {
         let bar = self.bar.get_or_insert_with(|| bytes_bar(&self.what, all, &self.global));
+        // More may come to be known of.
+        bar.set_length(all);
         bar.set_position(done);
         if bar.is_hidden() && self.told.elapsed() >= LINE_EVERY {
             self.told = Instant::now();

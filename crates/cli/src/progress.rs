@@ -186,6 +186,11 @@ impl Bar {
         self.0.set_position(count);
     }
 
+    /// There are so many in all.
+    pub(crate) fn set_length(&self, count: u64) {
+        self.0.set_length(count);
+    }
+
     /// This is to be read.
     pub(crate) fn say(&self, text: String) {
         self.0.set_message(text);

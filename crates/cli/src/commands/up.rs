@@ -153,7 +153,9 @@ async fn hold(coordinator: &ClientConfig, name: String, backbone: v1::Backbone) 
             note(&format!("backbones/{name} is there from before"));
             Ok(())
         }
-        Err(problem) => Err(refusal(problem).context(format!("backbones/{name} cannot be had"))),
+        Err(problem) => Err(refusal(problem).context(format!(
+            "backbones/{name} cannot be had; without --model, `up` goes on with what is there"
+        ))),
     }
 }
 

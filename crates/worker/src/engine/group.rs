@@ -284,7 +284,10 @@ impl Group<'_> {
         loop {
             turns.fetch_add(1, Ordering::Relaxed);
             let plan = Plan::hear(ranks)?;
-            residents.carry_out(&plan, backbone, |admission| sent(admission, &settings.machine))?;
+            residents.carry_out(&plan, backbone, |admission| {
+                turns.fetch_add(1, Ordering::Relaxed);
+                sent(admission, &settings.machine)
+            })?;
             if settings.backend != Backend::Local {
                 self.voice.advance();
             }

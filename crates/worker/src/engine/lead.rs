@@ -274,7 +274,7 @@ impl Leader<'_> {
         if !resident.is_saved() && step > 0 {
             let metrics = entry.evaluated.as_ref().filter(|(at, _)| *at == step).map(|(_, metrics)| metrics);
             let saved = points::of_checkpoint(step, &resident.best(), metrics);
-            self.saver.make_room();
+            self.saver.make_room(|| _ = self.turns.fetch_add(1, Ordering::Relaxed));
             self.saver.save(resident.checkpoint(), saved, report);
         }
     }
@@ -345,6 +345,7 @@ impl Leader<'_> {
         let start = Instant::now();
         plan.tell(self.ranks)?;
         let begin = |admission: &Admission| {
+            self.turns.fetch_add(1, Ordering::Relaxed);
             begins.remove(&admission.key).ok_or_else(|| unreachable!("a job comes with what it begins with"))
         };
         let outcome = self.state.residents.carry_out(plan, self.backbone, begin)?;

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::time::Duration;
 
 use incipit_proto::v1::{
     CheckpointFile, CheckpointSaved, JobLeft, JobReason, JobReport, JobState, job_report::Report,
@@ -62,10 +63,17 @@ impl Saver {
         let _ = self.tasks.send(Task::Say(notice));
     }
 
-    /// Waits, where much waits to be written, until it is: before another checkpoint is made.
-    pub(crate) fn make_room(&self) {
-        if self.waiting.load(Ordering::Relaxed) > WAITING {
-            self.flush();
+    /// Waits, where much waits to be written, until it is: before another checkpoint is made. Meanwhile it calls `still_waits` every second:
+    /// a disk may be slow.
+    pub(crate) fn make_room(&self, mut still_waits: impl FnMut()) {
+        if self.waiting.load(Ordering::Relaxed) <= WAITING {
+            return;
+        }
+        let (done, wait) = sync_channel(1);
+        if self.tasks.send(Task::Flush(done)).is_ok() {
+            while wait.recv_timeout(Duration::from_secs(1)) == Err(RecvTimeoutError::Timeout) {
+                still_waits();
+            }
         }
     }
 
@@ -80,14 +88,6 @@ impl Saver {
     /// Says that a job has left. It has not succeeded if its last checkpoint could not be written.
     pub(crate) fn leave(&self, report: JobReport, left: JobLeft) {
         let _ = self.tasks.send(Task::Leave(report, left));
-    }
-
-    /// Waits until all is written and said.
-    pub(crate) fn flush(&self) {
-        let (done, wait) = sync_channel(1);
-        if self.tasks.send(Task::Flush(done)).is_ok() {
-            let _ = wait.recv();
-        }
     }
 }
 

@@ -270,7 +270,8 @@ impl Drop for Watched {
 pub(crate) struct Watch {
     rank: usize,
     pace: Arc<Pace>,
-    /// Grows with each turn that the rank takes: within a second or so where there is nothing to do.
+    /// Grows with each turn that the rank takes, within a second or so where there is nothing to do; with each job that comes; and while it
+    /// waits for checkpoints to be written.
     turns: Arc<AtomicU64>,
     /// As long as they are there, the rank has not left.
     ranks: Weak<Ranks>,

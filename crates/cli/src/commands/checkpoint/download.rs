@@ -63,7 +63,11 @@ pub(crate) async fn download(
 ) -> Result<()> {
     let wanted = of_task(checkpoint, task)?;
     let origin = Origin::find(client, checkpoint).await?;
-    let run_files = origin.as_ref().map_or_else(|| Ok(Vec::new()), |origin| origin.files(task))?;
+    let run_files = origin.as_ref().map(|origin| origin.files(task)).transpose().unwrap_or_else(|error| {
+        warn(&format!("the settings of its job are left out, for this program cannot read them: {error:#}"));
+        None
+    });
+    let run_files = run_files.unwrap_or_default();
     let bytes = wanted.iter().map(|(_, file)| file.size).sum();
     let bar = progress::bytes_bar("fetching", bytes, global);
     let mut files = Vec::new();
@@ -139,7 +143,7 @@ fn manifest(files: &[(&str, &CheckpointFile)]) -> String {
 /// The settings of the job that has saved a checkpoint.
 struct Origin {
     spec: TrainingSpec,
-    /// None where it was deleted.
+    /// None where it was deleted, or is another one.
     backbone: Option<Backbone>,
 }
 
@@ -150,7 +154,11 @@ impl Origin {
         let job = call!(client, jobs.get_job(GetJobRequest { name: job.to_owned() }));
         let Some(job) = if_there(job)? else { return Ok(None) };
         let backbone = call!(client, backbones.get_backbone(GetBackboneRequest { name: job.backbone }));
-        Ok(Some(Self { spec: job.spec.unwrap_or_default(), backbone: if_there(backbone)? }))
+        // Another one may have its name by now.
+        let was = &*checkpoint.backbone_fingerprint;
+        let is_it = |now: &str| now == was || now.is_empty() || was.is_empty();
+        let backbone = if_there(backbone)?.filter(|backbone| is_it(&backbone.fingerprint));
+        Ok(Some(Self { spec: job.spec.unwrap_or_default(), backbone }))
     }
 
     /// The `run.toml` of each task that is fetched, under the name that it gets.
